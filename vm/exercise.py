@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The host's side of the exercise module (vm/kmod): makes scenarios in a guest and reads its report."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from vm.machine import Machine
+
+#: All scenarios that the module knows.
+SCENARIOS = (
+    "contig",
+    "split",
+    "folio",
+    "dma",
+    "vmalloc",
+    "vmalloc-huge",
+    "helper",
+    "neighbours",
+    "part",
+    "late-split",
+    "unpreserve",
+    "freed",
+    "leak",
+    "wrong-call",
+    "many",
+)
+
+_DEBUGFS = "/sys/kernel/debug/kho_exercise"
+_PAGE = 4096
+
+
+class ExerciseError(Exception):
+    """The module refused to do what it was told."""
+
+
+class Unsupported(ExerciseError):
+    """The running kernel has not what the scenario needs."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The memory of one preserve call, or one vmalloc area, as the module sees it now."""
+
+    scenario: str
+    piece: int
+    state: str
+    call: str
+    pages: int
+    ret: int
+    compound: bool
+    #: Run lengths of the pages' reference counts: (value, count).
+    refs: tuple[tuple[int, int], ...]
+    #: Physical ranges, as (first byte, first byte after).
+    ranges: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def parse(cls, line: str) -> Piece:
+        """One line of the report."""
+        fields: dict[str, Any] = json.loads(line)
+        if "physes" in fields:
+            starts = [int(phys, 16) for phys in fields["physes"]]
+            ranges = tuple((start, start + _PAGE) for start in starts)
+        else:
+            start = int(fields["phys"], 16)
+            ranges = ((start, start + fields["pages"] * _PAGE),)
+        return cls(
+            scenario=fields["scenario"],
+            piece=fields["piece"],
+            state=fields["state"],
+            call=fields["call"],
+            pages=fields["pages"],
+            ret=fields["ret"],
+            compound=fields["compound"],
+            refs=tuple((value, count) for value, count in fields["refs"]),
+            ranges=ranges,
+        )
+
+    @property
+    def shape(self) -> str:
+        """The reference counts, head/tails: ``1/0``, ``1/1``, ``1``; else each run of them."""
+        match self.refs:
+            case ((head, 1),):
+                return f"{head}"
+            case ((value, _),):
+                return f"{value}/{value}"
+            case ((head, 1), (tail, _)):
+                return f"{head}/{tail}"
+        return " ".join(str(v) if n == 1 else f"{v}x{n}" for v, n in self.refs)
+
+
+class Exercise:
+    """The module in one machine; :meth:`load` it in each kernel."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    def load(self) -> None:
+        self.machine.run(("insmod", "/kernel/kho_exercise.ko"), check=True)
+
+    def preserve(self, scenario: str, number: int | None = None) -> None:
+        """Makes a scenario; what KHO returned for each of its pieces is in the report.
+
+        :param number: how many pages, for the scenario ``many``
+        """
+        self._write("preserve", scenario if number is None else f"{scenario} {number}")
+
+    def restore(self, scenario: str) -> None:
+        """Restores it, after the kexec; what KHO returned is in the report."""
+        self._write("restore", scenario)
+
+    def free(self, scenario: str) -> None:
+        """Frees its memory as its owner would; where that is an oops, the writer dies of it."""
+        self._write("free", scenario)
+
+    def report(self) -> list[Piece]:
+        text = self.machine.run(("cat", f"{_DEBUGFS}/report"), check=True).stdout
+        return [Piece.parse(line) for line in text.splitlines()]
+
+    def _write(self, file: str, words: str) -> None:
+        write = ("sh", "-c", 'echo "$1" >"$2"', "sh", words, f"{_DEBUGFS}/{file}")
+        result = self.machine.run(write, env={"LC_ALL": "C"})
+        if result.returncode:
+            reason = result.stderr.strip() or f"the writer ended with {result.returncode}"
+            kind = Unsupported if "not supported" in reason else ExerciseError
+            raise kind(f"{file} {words}: {reason}")
+
+
+class KernelLog:
+    """What the guest's kernel has said since :meth:`mark`."""
+
+    _COMPLAINTS = (
+        # The first that fits says it all: an oops comes with warnings, a bad page with "BUG:".
+        ("oops", re.compile(r"kernel BUG at|Oops: ")),
+        ("bad page", re.compile(r"BUG: Bad page")),
+        ("WARN", re.compile(r"WARNING: ")),
+        ("BUG", re.compile(r"BUG: ")),
+    )
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self._marks = 0
+
+    def mark(self) -> None:
+        self._marks += 1
+        self.machine.run(f"echo '<5>{self._mark}' >/dev/kmsg", check=True)
+
+    @property
+    def _mark(self) -> str:
+        return f"khoscope: mark {self._marks}"
+
+    def since(self) -> str:
+        text = self.machine.run(("dmesg", "--raw"), check=True).stdout
+        before, mark, after = text.rpartition(self._mark)
+        if not mark:
+            raise ExerciseError("the kernel's log has overrun the mark")
+        return after
+
+    def complaint(self) -> str | None:
+        """``oops``, ``bad page``, ``WARN`` or ``BUG``, or None where the kernel said none of it."""
+        text = self.since()
+        return next((name for name, sign in self._COMPLAINTS if sign.search(text)), None)
+
+
+def by_scenario(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
+    found: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault(piece.scenario, []).append(piece)
+    return found

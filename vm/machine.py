@@ -1,0 +1,632 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A guest of ours: QEMU, its monitor, the guest agent, and a kexec between two kernels.
+
+    with Machine("7.2-fixed") as machine:
+        machine.run("khoscope tree", check=True)
+        machine.load_kexec()
+        machine.execute_kexec()
+
+Commands and files go through QEMU's guest agent, events and memory dumps through QMP; nothing
+reads the console but people (``Machine.console()``). Every wait has a deadline, and a guest that is
+gone ends the wait at once: QEMU exits when its guest panics, resets or powers off, and every
+operation watches for that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import fcntl
+import logging
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError, Runstate
+
+from vm import kernel as kernels
+from vm import root as roots
+
+T = TypeVar("T")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+#: Longest wait for one answer of the agent; a guest silent for longer has hung. Generous: under TCG
+#: on a busy host the agent may wait for seconds for its turn.
+REPLY_TIMEOUT = 30.0
+BOOT_TIMEOUT = 120.0
+KEXEC_TIMEOUT = 120.0
+
+#: The agent keeps this much of a command's output (GUEST_EXEC_MAX_OUTPUT in QEMU).
+MAX_OUTPUT = 16 << 20
+_CHUNK = 1 << 20
+_AGENT_NAME = "org.qemu.guest_agent.0"
+_TEMPORARY = "khoscope-vm-"
+_CONSOLE_TAIL = 25
+
+# The library logs what it raises, and the late answers that are dropped here on purpose.
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+
+
+class MachineError(Exception):
+    """The machine cannot start, or was asked for what it cannot do."""
+
+
+class GuestError(MachineError):
+    """Something in the guest went wrong; carries the last lines of its console."""
+
+    def __init__(self, message: str, console: str) -> None:
+        super().__init__(message)
+        self.console = console
+
+    def __str__(self) -> str:
+        tail = "\n".join(f"  | {line}" for line in self.console.splitlines())
+        return f"{self.args[0]}\nlast lines of the console:\n{tail or '  (nothing)'}"
+
+
+class GuestDied(GuestError):
+    """There is no guest any more: it panicked, reset, powered off, or QEMU ended."""
+
+
+class GuestHung(GuestError):
+    """The guest still runs but did not answer in time."""
+
+
+class CommandTimeout(GuestError):
+    """A command in the guest ran for too long and was killed; ``result`` has its output."""
+
+    def __init__(self, message: str, console: str, result: Result) -> None:
+        super().__init__(message, console)
+        self.result = result
+
+
+class CommandFailed(GuestError):
+    """A command run with ``check=True`` failed; ``result`` has its status and output."""
+
+    def __init__(self, message: str, console: str, result: Result) -> None:
+        super().__init__(message, console)
+        self.result = result
+
+    def __str__(self) -> str:
+        output = self.result.stdout + self.result.stderr
+        return f"{self.args[0]}\n{output.rstrip()}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command in the guest did; ``returncode`` is negative where a signal ended it.
+
+    The output is decoded as UTF-8 with ``surrogateescape``: other bytes survive a round trip.
+    """
+
+    command: tuple[str, ...]
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def accelerator() -> str:
+    """``kvm`` where a guest really runs on it, else ``tcg``.
+
+    /dev/kvm may be there, and open, on a machine that cannot run a guest.
+    """
+    flags = Path("/proc/cpuinfo").read_text().split()
+    return "kvm" if os.access("/dev/kvm", os.W_OK) and {"vmx", "svm"} & set(flags) else "tcg"
+
+
+class Machine:
+    """One virtual machine, running from ``__enter__`` to ``__exit__``.
+
+    :param kernel: the kernel to boot, or its name
+    :param others: kernels that :meth:`load_kexec` may load besides it
+    :param accel: ``kvm`` or ``tcg``; chosen by :func:`accelerator` where it is None
+    :param append: more words for the kernel's command line
+
+    QEMU dies with the thread that started it (PR_SET_PDEATHSIG), so that nothing survives even a
+    SIGKILL: start and use a machine in one thread.
+    """
+
+    def __init__(
+        self,
+        kernel: kernels.Kernel | str,
+        *others: kernels.Kernel | str,
+        accel: str | None = None,
+        append: str = "",
+    ) -> None:
+        self.kernel = _built(kernel)
+        self.kernels = {k.name: k for k in (self.kernel, *map(_built, others))}
+        self.accel = accel or accelerator()
+        self.boot_seconds = 0.0
+        #: How many kernels this machine has started; the running one has ``khoscope.boot=`` this.
+        self.boots = 0
+        root = roots.find()
+        if root is None:
+            raise MachineError("the guest's root is not built; run: python -m vm build")
+        self._root = root
+        self._append = append
+        self._cleanup = contextlib.ExitStack()
+
+    # -- from start to end ------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the guest and removes everything of it. May be called again."""
+        self._cleanup.close()
+
+    def _start(self) -> None:
+        qemu = shutil.which("qemu-system-x86_64")
+        setpriv = shutil.which("setpriv")
+        if qemu is None or setpriv is None:
+            missing = "qemu-system-x86_64" if qemu is None else "setpriv"
+            raise MachineError(
+                f"{missing} is not installed; run: apt-get install qemu-system-x86 util-linux"
+            )
+        started = time.monotonic()
+        self.directory = self._make_directory()
+        self.console_log = self.directory / "console"
+        #: QMP for other programs: ``khoscope --qemu``, ``drgn --qemu``. Accepts one at a time.
+        self.qmp_socket = self.directory / "qmp"
+        self._agent_socket = self.directory / "agent"
+
+        self._loop = asyncio.new_event_loop()
+        self._cleanup.callback(self._end_loop)
+        control, control_qemu = socket.socketpair()
+        self.terminal, terminal_qemu = socket.socketpair()
+        self._cleanup.enter_context(self.terminal)
+        with control_qemu, terminal_qemu, open(self.directory / "qemu.log", "wb") as log:
+            self._qemu = subprocess.Popen(
+                [setpriv, "--pdeathsig", "KILL", "--", qemu]
+                + self._arguments(control_qemu.fileno(), terminal_qemu.fileno()),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(control_qemu.fileno(), terminal_qemu.fileno()),
+                # Its overlay of the root is an unlinked file there.
+                env={**os.environ, "TMPDIR": str(self.directory)},
+                # Ctrl-C is for us: we end QEMU in good order.
+                start_new_session=True,
+            )
+        self._cleanup.callback(self._kill)
+
+        self._control = QMPClient("control")
+        self._agent = QMPClient("agent", readbuflen=4 * MAX_OUTPUT)
+        self._agent.negotiate = self._agent.await_greeting = False
+        self._loop.run_until_complete(self._connect_control(control))
+        self._dead = self._loop.create_task(self._until_dead())
+        with self._control.listener("VSERPORT_CHANGE") as ports:
+            self._do(self._connect_agent(ports), BOOT_TIMEOUT, "booting")
+        self._check_boot(1)
+        self.boot_seconds = time.monotonic() - started
+
+    def _arguments(self, control: int, terminal: int) -> list[str]:
+        command_line = " ".join(
+            (
+                "console=ttyS0 root=/dev/vda rw init=/usr/sbin/khoscope-init panic=-1",
+                f"kho=on liveupdate=on khoscope.kernel={self.kernel.name} khoscope.boot=1",
+                self._append,
+            )
+        ).strip()
+        shares = {"khoscope": REPOSITORY} | {k.name: k.share for k in self.kernels.values()}
+        # fmt: off
+        arguments = [
+            "-nodefaults", "-no-user-config", "-display", "none",
+            "-machine", f"q35,accel={self.accel}",
+            "-cpu", "host" if self.accel == "kvm" else "max",
+            "-smp", "2", "-m", "1024",
+            # A panic (pvpanic), a reset and a power-off all end QEMU. A kexec is none of them.
+            "-no-reboot", "-device", "pvpanic-pci",
+            "-kernel", str(self.kernel.share / "bzImage"), "-append", command_line,
+            "-drive", f"file={_escape(self._root)},format=raw,if=none,id=root,snapshot=on",
+            "-device", "virtio-blk-pci,drive=root",
+            "-device", "virtio-rng-pci",
+            "-device", "vmcoreinfo",
+            "-chardev", f"file,id=console,path={_escape(self.console_log)}",
+            "-serial", "chardev:console",
+            "-device", "virtio-serial-pci",
+            "-chardev", f"socket,id=terminal,fd={terminal}",
+            "-device", "virtconsole,nr=0,chardev=terminal",
+            "-chardev", f"socket,id=agent,path={_escape(self._agent_socket)},server=on,wait=off",
+            "-device", f"virtserialport,nr=1,id=agent,chardev=agent,name={_AGENT_NAME}",
+            "-chardev", f"socket,id=control,fd={control}",
+            "-mon", "chardev=control,mode=control",
+            "-qmp", f"unix:{_escape(self.qmp_socket)},server=on,wait=off",
+        ]
+        # fmt: on
+        for tag, path in shares.items():
+            share = f"path={_escape(path)},mount_tag={tag},security_model=none"
+            arguments += ["-virtfs", f"local,{share},readonly=on,multidevs=remap"]
+        return arguments
+
+    def _make_directory(self) -> Path:
+        """A directory that is ours while the lock on it is held; also removes dead ones.
+
+        Only a SIGKILL leaves one behind: it takes the lock with it.
+        """
+        for stale in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*"):
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                status = stale.stat()
+                # Younger ones may be between their mkdir and their flock.
+                if status.st_uid == os.getuid() and status.st_mtime < time.time() - 5:
+                    _remove_unlocked(stale)
+        directory = Path(tempfile.mkdtemp(prefix=_TEMPORARY))
+        self._cleanup.callback(shutil.rmtree, directory)
+        self._cleanup.callback(os.close, _lock(directory))
+        if len(str(directory / "agent")) > 100:
+            raise MachineError(f"{directory} is too long for a socket's path; set a shorter TMPDIR")
+        return directory
+
+    async def _connect_control(self, connection: socket.socket) -> None:
+        try:
+            await asyncio.wait_for(self._control.connect(connection), REPLY_TIMEOUT)
+        except (QMPError, TimeoutError) as error:
+            self._kill()
+            log = (self.directory / "qemu.log").read_text(errors="replace").strip()
+            raise MachineError(f"QEMU did not start: {log or error}") from error
+
+    async def _until_dead(self) -> str:
+        """Returns why, as soon as QEMU has ended: with -no-reboot the guest's end is its end."""
+        while self._control.runstate == Runstate.RUNNING:
+            await self._control.runstate_changed()
+        events: dict[Any, Any] = {e["event"]: e.get("data") for e in self._control.events.history}
+        if "GUEST_PANICKED" in events:
+            return "the guest panicked"
+        if "SHUTDOWN" in events:
+            return f"the guest has ended ({events['SHUTDOWN']['reason']})"
+        log = (self.directory / "qemu.log").read_text(errors="replace").strip()
+        return f"QEMU has ended {log}".strip()
+
+    def _kill(self) -> None:
+        self._qemu.kill()
+        self._qemu.wait()
+
+    def _end_loop(self) -> None:
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+    # -- waiting ----------------------------------------------------------------------------------
+
+    def _do(self, work: Coroutine[Any, Any, T], timeout: float, what: str) -> T:
+        """Runs `work` to its end, the guest's end or the deadline, whichever is first."""
+        return self._loop.run_until_complete(self._watched(work, timeout, what))
+
+    async def _watched(self, work: Coroutine[Any, Any, T], timeout: float, what: str) -> T:
+        task = self._loop.create_task(work)
+        try:
+            await asyncio.wait(
+                {task, self._dead}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+            if task.done():
+                return task.result()
+        except ExecuteError as error:
+            raise self._error(GuestError, f"{what}: {error}") from error
+        except (QMPError, OSError, EOFError) as error:
+            # The agent's channel often breaks a moment before we hear that QEMU is gone.
+            await asyncio.wait({self._dead}, timeout=5)
+            if not self._dead.done():
+                raise self._error(GuestError, f"{what}: the agent's channel broke") from error
+        finally:
+            task.cancel()
+        if self._dead.done():
+            raise self._error(GuestDied, f"{what}: {self._dead.result()}")
+        raise self._error(GuestHung, f"{what}: no end after {timeout:g} s")
+
+    def _error(self, kind: type[GuestError], message: str) -> GuestError:
+        return kind(message, self.console(_CONSOLE_TAIL))
+
+    def console(self, lines: int | None = None) -> str:
+        """The console's text since the first boot, or its last lines."""
+        text = self.console_log.read_text(errors="replace").replace("\r", "")
+        return text if lines is None else "\n".join(text.splitlines()[-lines:])
+
+    # -- the guest agent --------------------------------------------------------------------------
+
+    async def _connect_agent(self, ports: EventListener) -> None:
+        """Waits until the agent opens its port, then synchronises with it.
+
+        No answer to a request of before a kexec disturbs: its id is one that nobody waits for.
+        """
+        await _until_port(ports, is_open=True)
+        if self._agent.runstate != Runstate.RUNNING:
+            if self._agent.runstate == Runstate.DISCONNECTING:
+                with contextlib.suppress(QMPError, OSError, EOFError):
+                    await self._agent.disconnect()  # raises again what broke the connection
+            await self._agent.connect(str(self._agent_socket))
+        number = self.boots + 1
+        if await self._ask("guest-sync", id=number) != number:
+            raise self._error(GuestError, "the guest agent is out of step")
+
+    async def _ask(self, request: str, **arguments: object) -> Any:
+        try:
+            return await asyncio.wait_for(
+                self._agent.execute(request, arguments), timeout=REPLY_TIMEOUT
+            )
+        except TimeoutError:
+            raise self._error(
+                GuestHung, f"the guest agent did not answer {request} in {REPLY_TIMEOUT:g} s"
+            ) from None
+
+    async def spawn(self, argv: Sequence[str], input: bytes | None = None) -> int:
+        arguments: dict[str, object] = {
+            "path": argv[0],
+            "arg": list(argv[1:]),
+            "capture-output": True,
+        }
+        if input is not None:
+            arguments["input-data"] = base64.b64encode(input).decode()
+        answer = await self._ask("guest-exec", **arguments)
+        return int(answer["pid"])
+
+    async def _wait(self, pid: int, timeout: float) -> dict[str, Any] | None:
+        """The agent's account of the process that has ended, or None at the deadline."""
+        deadline = time.monotonic() + timeout
+        pause = 0.01
+        while True:
+            status: dict[str, Any] = await self._ask("guest-exec-status", pid=pid)
+            if status["exited"]:
+                return status
+            if time.monotonic() > deadline:
+                return None
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, 0.25)
+
+    async def _execute(self, command: tuple[str, ...], input: bytes | None, limit: float) -> Result:
+        # A session of its own: at the deadline the whole of it is killed.
+        pid = await self.spawn(("setsid", "--wait", *command), input)
+        status = await self._wait(pid, limit)
+        if status is not None:
+            return self._result(command, status)
+        await self.spawn(("kill", "-KILL", "--", f"-{pid}"))
+        status = await self._wait(pid, REPLY_TIMEOUT)
+        message = f"{shlex.join(command)} ran for more than {limit:g} s"
+        if status is None:
+            raise self._error(GuestHung, f"{message} and cannot be killed")
+        raise CommandTimeout(message, self.console(_CONSOLE_TAIL), self._result(command, status))
+
+    def _result(self, command: tuple[str, ...], status: dict[str, Any]) -> Result:
+        if status.get("out-truncated") or status.get("err-truncated"):
+            raise MachineError(
+                f"{shlex.join(command)} printed more than {MAX_OUTPUT >> 20} MiB;"
+                " redirect it to a file and use copy_out"
+            )
+        output, errors = (
+            base64.b64decode(status.get(key, "")).decode(errors="surrogateescape")
+            for key in ("out-data", "err-data")
+        )
+        returncode = -status["signal"] if "signal" in status else status["exitcode"]
+        return Result(command, returncode, output, errors)
+
+    def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        timeout: float = 60.0,
+        input: bytes | None = None,
+        env: dict[str, str] | None = None,
+        check: bool = False,
+    ) -> Result:
+        """Runs a command (a string: with the shell) in the guest, as root, in ``/root``.
+
+        Holds up to 16 MiB each of output and errors; for more, redirect to a file and
+        :meth:`copy_out` it.
+
+        :raise CommandTimeout: it did not end in time, and was killed
+        :raise CommandFailed: with `check`, and its exit status is not 0
+        """
+        words = ("sh", "-c", command) if isinstance(command, str) else tuple(command)
+        settings = [f"{name}={value}" for name, value in (env or {}).items()]
+        words = ("env", "--chdir=/root", *settings, *words)
+        # Answers and the killing have limits of their own: this one is the last resort.
+        result = self._do(
+            self._execute(words, input, timeout),
+            timeout + 4 * REPLY_TIMEOUT,
+            shlex.join(words),
+        )
+        if check and result.returncode != 0:
+            raise CommandFailed(
+                f"{shlex.join(result.command)} ended with status {result.returncode}",
+                self.console(_CONSOLE_TAIL),
+                result,
+            )
+        return result
+
+    def copy_in(self, local: Path, remote: str, *, timeout: float = 300.0) -> None:
+        """Copies a file into the guest."""
+        self._do(self._write(local, remote), timeout, f"copying {local} in")
+
+    def copy_out(self, remote: str, local: Path, *, timeout: float = 300.0) -> None:
+        """Copies a file out of the guest."""
+        try:
+            self._do(self._read(remote, local), timeout, f"copying {remote} out")
+        except BaseException:
+            local.unlink(missing_ok=True)
+            raise
+
+    async def _write(self, local: Path, remote: str) -> None:
+        with local.open("rb") as source:
+            handle = await self._ask("guest-file-open", path=remote, mode="wb")
+            while chunk := source.read(_CHUNK):
+                data = base64.b64encode(chunk).decode()
+                answer = await self._ask("guest-file-write", handle=handle, **{"buf-b64": data})
+                if answer["count"] != len(chunk):
+                    raise self._error(GuestError, f"only part of {remote} could be written")
+            await self._ask("guest-file-close", handle=handle)
+
+    async def _read(self, remote: str, local: Path) -> None:
+        handle = await self._ask("guest-file-open", path=remote, mode="rb")
+        with local.open("wb") as target:
+            while True:
+                answer = await self._ask("guest-file-read", handle=handle, count=_CHUNK)
+                target.write(base64.b64decode(answer["buf-b64"]))
+                if answer["eof"]:
+                    break
+        await self._ask("guest-file-close", handle=handle)
+
+    # -- kexec ------------------------------------------------------------------------------------
+
+    def command_line(self) -> list[str]:
+        """The words of the running kernel's command line."""
+        return self.run(("cat", "/proc/cmdline"), check=True).stdout.split()
+
+    def load_kexec(self, kernel: str | None = None, append: str = "") -> None:
+        """Loads the next kernel with kexec_file_load, which is what hands KHO's tree over.
+
+        :param kernel: name of the kernel, one that this machine was made with; the running one
+            where it is None
+        :param append: more words for its command line
+        """
+        words = [w for w in self.command_line() if not w.startswith("khoscope.boot=")]
+        image = "/kernel/bzImage"
+        if kernel is not None:
+            if kernel not in self.kernels:
+                raise MachineError(f"this machine was not made with a kernel {kernel}")
+            words = [w for w in words if not w.startswith("khoscope.kernel=")]
+            words.append(f"khoscope.kernel={kernel}")
+            image = f"/run/next-{kernel}/bzImage"
+            self.run(
+                f"mkdir -p /run/next-{kernel} && mountpoint -q /run/next-{kernel} ||"
+                f" mount -t 9p -o trans=virtio,version=9p2000.L,ro {kernel} /run/next-{kernel}",
+                check=True,
+            )
+        words.append(f"khoscope.boot={self.boots + 1}")
+        command_line = " ".join((*words, append)).strip()
+        self.run(("kexec", "-s", "-l", image, f"--command-line={command_line}"), check=True)
+
+    def execute_kexec(self) -> None:
+        """Jumps into the loaded kernel and waits until its guest agent answers."""
+        loaded = self.run(("cat", "/sys/kernel/kexec_loaded"), check=True).stdout.strip()
+        if loaded != "1":
+            raise MachineError("no kernel is loaded for the kexec: call load_kexec first")
+        # What the second boot finds on disk is what was synced.
+        self.run(("sync",), check=True)
+        with self._control.listener("VSERPORT_CHANGE") as ports:
+            self._do(self._jump(ports), KEXEC_TIMEOUT, "kexec")
+        self._check_boot(self.boots + 1)
+
+    async def _jump(self, ports: EventListener) -> None:
+        # The jump may come before the answer: the sign that counts is that the port closes.
+        kexec = self._loop.create_task(self.spawn(("kexec", "-e")))
+        try:
+            await asyncio.wait_for(_until_port(ports, is_open=False), REPLY_TIMEOUT)
+        except TimeoutError:
+            status = await self._wait(await kexec, REPLY_TIMEOUT)
+            result = self._result(("kexec", "-e"), status) if status else "it still runs"
+            raise self._error(GuestHung, f"kexec -e did not leave the kernel: {result}") from None
+        finally:
+            kexec.cancel()
+        await self._connect_agent(ports)
+
+    def _check_boot(self, number: int) -> None:
+        word = f"khoscope.boot={number}"
+        if word not in self.command_line():
+            raise self._error(GuestError, f"the running kernel is not the one with {word}")
+        self.boots = number
+
+    # -- QMP --------------------------------------------------------------------------------------
+
+    def qmp(self, request: str, *, timeout: float = REPLY_TIMEOUT, **arguments: object) -> object:
+        """One QMP command over our own channel."""
+        return self._do(self._control.execute(request, arguments), timeout, request)
+
+    def dump(self, path: Path, *, timeout: float = 300.0) -> None:
+        """Writes the guest's memory as an ELF core."""
+        try:
+            self.qmp(
+                "dump-guest-memory",
+                timeout=timeout,
+                paging=False,
+                protocol=f"file:{path.resolve()}",
+            )
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+    def wait(self, meanwhile: Coroutine[Any, Any, None]) -> str:
+        """Waits, without a deadline, until the guest has ended; returns why.
+
+        :param meanwhile: runs until then, and ends the wait if it fails
+        """
+
+        async def both() -> str:
+            task = self._loop.create_task(meanwhile)
+            try:
+                while not self._dead.done():
+                    await asyncio.wait({task, self._dead}, return_when=asyncio.FIRST_COMPLETED)
+                    if task.done():
+                        task.result()
+                        await self._dead
+            finally:
+                task.cancel()
+            return self._dead.result()
+
+        return self._loop.run_until_complete(both())
+
+
+async def _until_port(ports: EventListener, *, is_open: bool) -> None:
+    async for event in ports:
+        if event["data"] == {"id": "agent", "open": is_open}:
+            return
+
+
+def _built(kernel: kernels.Kernel | str) -> kernels.Kernel:
+    if not isinstance(kernel, str):
+        return kernel
+    if kernel not in kernels.KERNELS:
+        raise MachineError(f"no kernel is called {kernel}; there are: {', '.join(kernels.KERNELS)}")
+    found = kernels.find(kernel)
+    if found is None:
+        raise MachineError(f"kernel {kernel} is not built; run: python -m vm build {kernel}")
+    return found
+
+
+def _escape(value: object) -> str:
+    """For QEMU's comma-separated options."""
+    return str(value).replace(",", ",,")
+
+
+def _lock(directory: Path) -> int:
+    """Locks a directory; closing the descriptor, or dying, unlocks it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _remove_unlocked(directory: Path) -> None:
+    try:
+        descriptor = _lock(directory)
+    except BlockingIOError:
+        return  # its process lives
+    shutil.rmtree(directory)
+    os.close(descriptor)
