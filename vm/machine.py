@@ -193,6 +193,9 @@ class Machine:
         self.qmp_socket = self.directory / "qmp"
         self._agent_socket = self.directory / "agent"
 
+        self._control = QMPClient("control")
+        self._agent = QMPClient("agent", readbuflen=4 * MAX_OUTPUT)
+        self._agent.negotiate = self._agent.await_greeting = False
         self._loop = asyncio.new_event_loop()
         self._cleanup.callback(self._end_loop)
         control, control_qemu = socket.socketpair()
@@ -213,9 +216,6 @@ class Machine:
             )
         self._cleanup.callback(self._kill)
 
-        self._control = QMPClient("control")
-        self._agent = QMPClient("agent", readbuflen=4 * MAX_OUTPUT)
-        self._agent.negotiate = self._agent.await_greeting = False
         self._loop.run_until_complete(self._connect_control(control))
         self._dead = self._loop.create_task(self._until_dead())
         with self._control.listener("VSERPORT_CHANGE") as ports:
@@ -257,8 +257,8 @@ class Machine:
             "-qmp", f"unix:{_escape(self.qmp_socket)},server=on,wait=off",
         ]
         # fmt: on
-        for tag, path in shares.items():
-            share = f"path={_escape(path)},mount_tag={tag},security_model=none"
+        for number, (tag, path) in enumerate(shares.items()):
+            share = f"id=share{number},path={_escape(path)},mount_tag={tag},security_model=none"
             arguments += ["-virtfs", f"local,{share},readonly=on,multidevs=remap"]
         return arguments
 
@@ -274,8 +274,8 @@ class Machine:
                 if status.st_uid == os.getuid() and status.st_mtime < time.time() - 5:
                     _remove_unlocked(stale)
         directory = Path(tempfile.mkdtemp(prefix=_TEMPORARY))
-        self._cleanup.callback(shutil.rmtree, directory)
         self._cleanup.callback(os.close, _lock(directory))
+        self._cleanup.callback(shutil.rmtree, directory)
         if len(str(directory / "agent")) > 100:
             raise MachineError(f"{directory} is too long for a socket's path; set a shorter TMPDIR")
         return directory
@@ -305,10 +305,18 @@ class Machine:
         self._qemu.wait()
 
     def _end_loop(self) -> None:
-        tasks = asyncio.all_tasks(self._loop)
-        for task in tasks:
-            task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        async def end() -> None:
+            for client in (self._control, self._agent):
+                if client.runstate != Runstate.IDLE:
+                    # Raises what ended the connection: that QEMU has been killed.
+                    with contextlib.suppress(QMPError, OSError, EOFError):
+                        await client.disconnect()
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        self._loop.run_until_complete(end())
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
 

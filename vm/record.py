@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The subcommand `record`: makes the snapshots that `khoscope demo` shows, from real guests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from vm.exercise import SCENARIOS, Exercise
+from vm.machine import REPOSITORY, Machine
+from vm.scenario import KHOSCOPE_TIMEOUT, preserve, restore
+
+DEMO = REPOSITORY / "khoscope" / "demo"
+
+#: The prefix of a kernel's files in the demo, and the kernel.
+RECORDED = {"rfc": "7.2-rfc", "fixed": "7.2-fixed"}
+
+
+def record(accel: str | None = None) -> int:
+    """Record all, then replace the demo's files: a run that fails leaves them as they were."""
+    with tempfile.TemporaryDirectory(prefix="khoscope-record-") as made:
+        directory = Path(made)
+        for prefix, kernel in RECORDED.items():
+            _snapshots(kernel, prefix, directory, accel)
+        findings = {
+            f"{prefix}-{stage}": _findings(directory, prefix, stage)
+            for prefix in RECORDED
+            for stage in ("before", "after")
+        }
+        (directory / "findings.json").write_text(json.dumps(findings, indent=1) + "\n")
+        DEMO.mkdir(exist_ok=True)
+        for file in sorted(directory.iterdir()):
+            # Snapshots are made 0600, as they hold addresses; these are for everybody.
+            file.chmod(0o644)
+            shutil.copy(file, DEMO)
+            print(f"{file.stat().st_size:8} {(DEMO / file.name).relative_to(REPOSITORY)}")
+    return 0
+
+
+def _snapshots(kernel: str, prefix: str, directory: Path, accel: str | None) -> None:
+    """The kernel's two snapshots: all preserved, and all restored but what nobody claims."""
+    before, after = (f"{prefix}-{stage}.khosnap" for stage in ("before", "after"))
+    with Machine(kernel, accel=accel) as machine:
+        exercise = Exercise(machine)
+        exercise.load()
+        names = preserve(exercise, SCENARIOS)
+        _snapshot(machine, f"/root/{before}")
+        machine.load_kexec()
+        machine.execute_kexec()
+        exercise.load()
+        restore(exercise, names)
+        _snapshot(machine, "--before", f"/root/{before}", f"/root/{after}")
+        for name in (before, after):
+            machine.copy_out(f"/root/{name}", directory / name)
+
+
+def _snapshot(machine: Machine, *words: str) -> None:
+    machine.run(("khoscope", "snapshot", *words), timeout=KHOSCOPE_TIMEOUT, check=True)
+
+
+def _findings(directory: Path, prefix: str, stage: str) -> dict[str, Any]:
+    """What `khoscope verify` says of a snapshot, on the host."""
+    command = [sys.executable, "-m", "khoscope"]
+    command += ["--snapshot", str(directory / f"{prefix}-{stage}.khosnap"), "verify", "--json"]
+    if stage == "after":
+        command += ["--before", str(directory / f"{prefix}-before.khosnap")]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    if result.returncode not in (0, 1):
+        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
+    document: dict[str, Any] = json.loads(result.stdout)
+    return document

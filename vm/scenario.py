@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The subcommand `scenario`: each kind of memory across a kexec, and what khoscope says of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from typing import Any
+
+from tabulate import tabulate
+
+from vm.exercise import (
+    SCENARIOS,
+    Exercise,
+    ExerciseError,
+    KernelLog,
+    Piece,
+    Unsupported,
+    by_scenario,
+)
+from vm.machine import GuestDied, GuestHung, Machine, MachineError
+
+#: Pages of the scenario ``many``.
+MANY = 1000
+
+#: What loads a kernel's debug information under TCG takes its time.
+KHOSCOPE_TIMEOUT = 300.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One scenario as it went. Reference counts are head/tails."""
+
+    scenario: str
+    #: The reference counts when it had been preserved.
+    before: str
+    #: The types that the tree has for its blocks.
+    recorded: str
+    #: The reference counts, or what became of it, when it had been restored in the next kernel.
+    restored: str
+    #: What the next kernel said when its owner freed it.
+    freeing: str
+    #: The rules of khoscope that fired: before the kexec, after it, and after restoring.
+    rules: str
+    rules_handed_over: str
+    rules_restored: str
+
+
+_HEADERS = {
+    "scenario": "scenario",
+    "before": "before",
+    "recorded": "recorded",
+    "restored": "after\nrestore",
+    "freeing": "freeing",
+    "rules": "khoscope\nbefore the kexec",
+    "rules_handed_over": "khoscope\nafter the kexec",
+    "rules_restored": "khoscope\nafter restoring",
+}
+
+
+def scenario(kernel: str, names: Sequence[str], accel: str | None = None) -> int:
+    """Run the scenarios, all by default, and print the table; 1 where it is not as expected."""
+    with Machine(kernel, accel=accel) as machine:
+        _say(f"{kernel} booted in {machine.boot_seconds:.1f} s with {machine.accel}")
+        rows, elsewhere = _Run(machine, names or SCENARIOS).rows()
+    table = [[_cell(value) for value in astuple(row)] for row in rows]
+    print(tabulate(table, [_HEADERS[field.name] for field in fields(Row)], tablefmt="simple"))
+    for stage, lines in elsewhere.items():
+        print(f"\n{stage}, on no scenario's memory:")
+        for line in lines or ["nothing"]:
+            print(f"  {line}")
+    differences = _differences(kernel, rows)
+    for line in differences:
+        print(line)
+    return 1 if differences else 0
+
+
+def _differences(kernel: str, rows: Iterable[Row]) -> list[str]:
+    found = []
+    for row in rows:
+        expected = EXPECTED[kernel].get(row.scenario)
+        if expected is None:
+            found.append(f"{row.scenario}: nothing is known of it on {kernel}")
+        elif expected != row:
+            for field in fields(Row):
+                want, have = getattr(expected, field.name), getattr(row, field.name)
+                if want != have:
+                    found.append(
+                        f"{row.scenario}: {field.name}: expected {want or '-'}, seen {have or '-'}"
+                    )
+    return found
+
+
+def _cell(text: str) -> str:
+    return text.replace(", ", "\n") or "-"
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+class _Run:
+    """One run: two kernels, and what is known of each scenario so far."""
+
+    def __init__(self, machine: Machine, names: Sequence[str]) -> None:
+        self.machine = machine
+        self.exercise = Exercise(machine)
+        self.log = KernelLog(machine)
+        self.names = list(names)
+        #: Findings on no scenario's memory, by stage.
+        self.elsewhere: dict[str, list[str]] = {}
+
+    def rows(self) -> tuple[list[Row], dict[str, list[str]]]:
+        self.exercise.load()
+        self.names = preserve(self.exercise, self.names)
+        memory = by_scenario(self.exercise.report())
+        recorded = self._recorded(memory)
+        rules = self._verify("before the kexec", memory)
+        self._khoscope("snapshot", "/root/before.khosnap")
+
+        _say("kexec")
+        self.machine.load_kexec()
+        self.machine.execute_kexec()
+        self.exercise.load()
+        before = ("--before", "/root/before.khosnap")
+        rules_handed_over = self._verify("after the kexec", memory, *before)
+        restored = self._restore()
+        rules_restored = self._verify("after restoring", memory, *before)
+        freeing = {name: self._free(name) for name in self.names}
+        rows = [
+            Row(
+                name,
+                _shapes(memory[name]),
+                recorded[name],
+                restored[name],
+                freeing[name],
+                rules[name],
+                rules_handed_over[name],
+                rules_restored[name],
+            )
+            for name in self.names
+        ]
+        return rows, self.elsewhere
+
+    def _restore(self) -> dict[str, str]:
+        said = restore(self.exercise, self.names)
+        pieces = by_scenario(self.exercise.report())
+        return {
+            name: ", ".join(filter(None, (_outcome(pieces.get(name, [])), said.get(name))))
+            for name in self.names
+        }
+
+    def _free(self, name: str) -> str:
+        self.log.mark()
+        try:
+            self.exercise.free(name)
+            refused = ""
+        except ExerciseError as error:
+            # The writer of an oops is dead; else the module has refused, and says why.
+            refused = "refused" if "ended with -" not in str(error) else ""
+            if refused:
+                _say(str(error))
+        return self.log.complaint() or refused or "fine"
+
+    # -- khoscope in the guest --------------------------------------------------------------------
+
+    def _khoscope(self, *words: str) -> str:
+        _say(f"khoscope {' '.join(words)}")
+        command = ("khoscope", *words)
+        result = self.machine.run(command, timeout=KHOSCOPE_TIMEOUT)
+        if result.returncode not in (0, 1):
+            raise MachineError(f"khoscope {' '.join(words)} failed:\n{result.stderr}")
+        return result.stdout
+
+    def _recorded(self, memory: dict[str, list[Piece]]) -> dict[str, str]:
+        """The types that the tree has for the blocks of each scenario."""
+        found: dict[str, set[str]] = {name: set() for name in memory}
+        for line in self._khoscope("tree", "--jsonl").splitlines():
+            block: dict[str, Any] = json.loads(line)
+            for name in _owners(memory, int(block["phys"], 16)):
+                found[name].add(block["type"] or "no type")
+        return {name: ", ".join(sorted(types)) for name, types in found.items()}
+
+    def _verify(self, stage: str, memory: dict[str, list[Piece]], *options: str) -> dict[str, str]:
+        """The rules that fire on the memory of each scenario."""
+        found: dict[str, set[str]] = {name: set() for name in memory}
+        elsewhere = set()
+        for finding in json.loads(self._khoscope("verify", "--json", *options))["findings"]:
+            phys = finding.get("phys")
+            owners = [] if phys is None else _owners(memory, int(phys, 16))
+            for name in owners:
+                found[name].add(finding["rule"])
+            if not owners:
+                elsewhere.add(f"{finding['severity']}: {finding['rule']}: {finding['message']}")
+        self.elsewhere[f"khoscope {stage}"] = sorted(elsewhere)
+        return {name: ", ".join(sorted(rules)) for name, rules in found.items()}
+
+
+def preserve(exercise: Exercise, names: Iterable[str]) -> list[str]:
+    """Preserves the scenarios; returns those that this kernel has."""
+    made = []
+    for name in names:
+        _say(f"preserve {name}")
+        try:
+            exercise.preserve(name, MANY if name == "many" else None)
+        except Unsupported as error:
+            _say(f"  not in this kernel: {error}")
+            continue
+        made.append(name)
+    return made
+
+
+def restore(exercise: Exercise, names: Iterable[str]) -> dict[str, str]:
+    """Restores all but the one that nobody claims; returns what the kernel complained of."""
+    said = {}
+    log = KernelLog(exercise.machine)
+    for name in names:
+        if name == "leak":
+            continue
+        _say(f"restore {name}")
+        log.mark()
+        exercise.restore(name)
+        if complaint := log.complaint():
+            said[name] = complaint
+    return said
+
+
+def _owners(memory: dict[str, list[Piece]], phys: int) -> list[str]:
+    return [
+        name
+        for name, pieces in memory.items()
+        if any(start <= phys < end for piece in pieces for start, end in piece.ranges)
+    ]
+
+
+def _shapes(pieces: Sequence[Piece]) -> str:
+    return ", ".join(dict.fromkeys(piece.shape for piece in pieces))
+
+
+def _outcome(pieces: Sequence[Piece]) -> str:
+    """The reference counts of what was restored, or the state of what was not."""
+    outcomes = (p.shape if p.state == "restored" else p.state for p in pieces)
+    return ", ".join(dict.fromkeys(outcomes))
+
+
+#: What each kernel is known to do: its rows, by scenario.
+EXPECTED: dict[str, dict[str, Row]] = {"7.2-base": {}, "7.2-rfc": {}, "7.2-fixed": {}}
