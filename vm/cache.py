@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the builders keep: directories named by a hash of all that went into them.
+
+An entry appears whole or not at all. It is filled under a name that starts with
+``PARTIAL`` and renamed when it is finished. One build at a time works on a cache: whoever
+holds the lock may take every partial entry for the remains of a build that was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Self
+
+PARTIAL = ".partial-"
+
+
+class BuildError(Exception):
+    """A step failed; the text says which, why, and what to do."""
+
+
+def directory() -> Path:
+    """Where the cache is; it need not exist yet."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "khoscope"
+
+
+def digest(*parts: str | bytes | Path | Mapping[str, bytes]) -> str:
+    """The hash of texts, bytes, the content of files, and named contents."""
+    total = hashlib.sha256()
+
+    def add(data: bytes) -> None:
+        total.update(len(data).to_bytes(8, "little"))
+        total.update(data)
+
+    for part in parts:
+        if isinstance(part, Path):
+            with part.open("rb") as file:
+                add(hashlib.file_digest(file, "sha256").digest())
+        elif isinstance(part, Mapping):
+            add(len(part).to_bytes(8, "little"))
+            for name, content in part.items():
+                add(name.encode())
+                add(content)
+        else:
+            add(part.encode() if isinstance(part, str) else part)
+    return total.hexdigest()[:16]
+
+
+def entry(name: str, key: str) -> Path:
+    """The path of the entry `name` made of what `key` hashes, there or not."""
+    return directory() / f"{name}-{key}"
+
+
+def make(final: Path, fill: Callable[[Path], None]) -> Path:
+    """The entry, made by `fill(directory)` if it is not there. Call it inside `locked()`."""
+    if final.exists():
+        return final
+    partial = final.with_name(PARTIAL + final.name)
+    partial.mkdir()
+    try:
+        fill(partial)
+    except BaseException:
+        remove(partial)
+        raise
+    partial.rename(final)
+    return final
+
+
+def remove(path: Path) -> None:
+    """Delete a directory tree that may hold read-only directories."""
+    for parent, directories, _ in os.walk(path):
+        for name in directories:
+            child = Path(parent, name)
+            if not child.is_symlink() and not os.access(child, os.W_OK | os.X_OK):
+                child.chmod(0o700)
+    shutil.rmtree(path)
+
+
+def size(path: Path) -> int:
+    """Bytes on disk below `path`; a file with several names counts once."""
+    seen: dict[tuple[int, int], int] = {}
+    for parent, _, files in os.walk(path):
+        for name in files:
+            stat = os.lstat(os.path.join(parent, name))
+            seen[stat.st_dev, stat.st_ino] = stat.st_blocks * 512
+    return sum(seen.values())
+
+
+_lock_fd = -1
+
+
+@contextlib.contextmanager
+def locked() -> Iterator[None]:
+    """Hold the cache; wait for another build first. SIGTERM ends the block like Ctrl-C."""
+    global _lock_fd
+    root = directory()
+    root.mkdir(parents=True, exist_ok=True)
+    _lock_fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        try:
+            fcntl.flock(_lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for the build that holds {root / 'lock'}", file=sys.stderr)
+            fcntl.flock(_lock_fd, fcntl.LOCK_EX)
+        for stale in root.glob(f"{PARTIAL}*"):
+            remove(stale)
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        os.close(_lock_fd)
+        _lock_fd = -1
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+class Log:
+    """The output of one step's commands, in a file; the terminal sees what and how long."""
+
+    def __init__(self, name: str) -> None:
+        self.path = directory() / "log" / f"{name}.log"
+        self.path.parent.mkdir(exist_ok=True)
+        self.path.write_text("")
+        self._name = name
+        self._file = self.path.open("ab")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @contextlib.contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        """Print what is being done, then for how long it was."""
+        start = time.monotonic()
+        print(f"{self._name}: {what} … ", end="", file=sys.stderr, flush=True)
+        try:
+            yield
+        except BaseException as error:
+            stopped = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            print(f"{stopped} after {_duration(start)}", file=sys.stderr)
+            raise
+        print(_duration(start), file=sys.stderr)
+
+    def run(
+        self,
+        command: Sequence[str | Path],
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        stdout: Path | None = None,
+    ) -> None:
+        """Run a command, its output into the log (or its stdout into a file).
+
+        It gets a process group of its own, which ends with this call however it ends. It
+        also gets the lock: if this process is killed, the next build waits for it.
+        """
+        self._file.write(f"$ {' '.join(map(str, command))}\n".encode())
+        self._file.flush()
+        with contextlib.ExitStack() as stack:
+            out = stack.enter_context(stdout.open("wb")) if stdout else self._file
+            process = subprocess.Popen(
+                list(map(str, command)),
+                cwd=cwd,
+                env={**_environment(), **(env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=self._file,
+                process_group=0,
+                pass_fds=[_lock_fd] if _lock_fd >= 0 else [],
+            )
+            try:
+                status = process.wait()
+            except BaseException:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                raise
+        if status:
+            raise self.error(f"{command[0]} failed with status {status}")
+
+    def error(self, message: str) -> BuildError:
+        """The exception to raise, with the last lines of the log."""
+        self._file.flush()
+        tail = self.path.read_text(errors="replace").splitlines()[-20:]
+        lines = [f"{self._name}: {message}", *(f"  {line}" for line in tail)]
+        return BuildError("\n".join([*lines, f"The whole log: {self.path}"]))
+
+
+def _environment() -> dict[str, str]:
+    """Ours without what a make that called us left in it, and with messages in English."""
+    dropped = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return {**kept, "LC_ALL": "C.UTF-8"}
+
+
+def _duration(start: float) -> str:
+    seconds = time.monotonic() - start
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02} s"

@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The guest kernels: fetch the source, patch, configure, compile, and the module on top."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from vm import cache, debian
+from vm.cache import BuildError, Log
+
+#: The kernels and the directories below kernel-patches/ whose patches they carry, in order.
+KERNELS: dict[str, list[str]] = {
+    "7.2-base": [],
+    "7.2-rfc": ["7.2/rfc"],
+    "7.2-fixed": ["7.2/rfc", "7.2/fix"],
+}
+
+#: Where the source comes from when nobody says otherwise.
+SUITE = "trixie-backports"
+PACKAGE = "linux-source-7.2"
+
+# Part of every kernel's key: count up when the recipe below makes something else.
+_RECIPE = "1"
+
+_HERE = Path(__file__).parent
+_PATCHES = _HERE.parent / "kernel-patches"
+_CONFIG = _HERE / "kernel.config"
+_MODULE = _HERE / "kmod"
+_COMMANDS = [
+    *("bc", "bison", "flex", "gcc", "make", "patch", "cpio", "ccache", "pahole", "perl"),
+    *("rsync", "tar", "xz", "zstd", "kmod"),
+]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that is built; `share` is what the guest sees as /kernel."""
+
+    name: str
+    release: str
+    share: Path
+
+
+def find(name: str) -> Kernel | None:
+    """The kernel as its sources are now, or None if that is not built."""
+    source = _source()
+    if source is None:
+        return None
+    share = _share_entry(_kernel_entry(name, source, _patches(name)), _module_files())
+    return _kernel(name, share) if share.exists() else None
+
+
+def build(name: str, source: Path | None = None) -> Kernel:
+    """The kernel, built now if it is not there. Call it inside `cache.locked()`.
+
+    `source` is a kernel tree, a tarball of one, or Debian's package of one. It is remembered:
+    later calls, and `find()`, mean the same source until another is given.
+    """
+    archive = _select(source)
+    patches = _patches(name)
+    module = _module_files()
+    if "Makefile" not in module:
+        raise BuildError(f"The exercise module is missing: no Makefile in {_MODULE}.")
+    entry = _kernel_entry(name, archive, patches)
+    share = _share_entry(entry, module)
+    if not share.exists():
+        debian.require(*_COMMANDS)
+        with Log(name) as log:
+            cache.make(entry, lambda to: _compile(name, archive, patches, to, log))
+            cache.make(share, lambda to: _compile_module(entry, module, to, log))
+    return _kernel(name, share)
+
+
+def _kernel(name: str, share: Path) -> Kernel:
+    return Kernel(name, (share / "release").read_text().strip(), share)
+
+
+def clean() -> None:
+    """Forget the work directory; worth it when nothing is left to build."""
+    if _work().exists():
+        cache.remove(_work())
+
+
+# Entries: source-KEY holds an archive; kernel-NAME-KEY what was compiled from it, with what
+# the module needs to be compiled against it; share-NAME-KEY is what the guest sees. Files are
+# read once, for the key and for the work, since someone may be editing them.
+
+_Files = dict[str, bytes]
+
+
+def _kernel_entry(name: str, source: Path, patches: _Files) -> Path:
+    parts = (_RECIPE, _compiler(), source.name, name, _CONFIG, patches)
+    return cache.entry(f"kernel-{name}", cache.digest(*parts))
+
+
+def _share_entry(kernel: Path, module: _Files) -> Path:
+    name = kernel.name.removeprefix("kernel-").rpartition("-")[0]
+    return cache.entry(f"share-{name}", cache.digest(_RECIPE, kernel.name, module))
+
+
+def _patches(name: str) -> _Files:
+    found: _Files = {}
+    for directory in KERNELS[name]:
+        patches = sorted((_PATCHES / directory).glob("*.patch"))
+        if not patches:
+            raise BuildError(f"{name}: no patches in {_PATCHES / directory}.")
+        found |= {patch.name: patch.read_bytes() for patch in patches}
+    return found
+
+
+def _module_files() -> _Files:
+    """The module's sources, and not what a compiler may have left next to them."""
+    return {
+        file.name: file.read_bytes()
+        for file in sorted(_MODULE.glob("*"))
+        if file.suffix in {".c", ".h"} or file.name == "Makefile"
+    }
+
+
+@lru_cache
+def _compiler() -> str:
+    if shutil.which("gcc") is None:
+        return "none"
+    return subprocess.run(["gcc", "--version"], check=True, capture_output=True, text=True).stdout
+
+
+# The source
+
+
+def _select(source: Path | None) -> Path:
+    """What to build from: `source`, or the last choice, or else Debian's newest package."""
+    link = cache.directory() / "source"
+    if source is None and link.exists():
+        return link.resolve()
+    with Log("source") as log:
+        entry = _fetch(log) if source is None else _take(source, log)
+    pending = link.with_name(cache.PARTIAL + link.name)
+    pending.symlink_to(entry.name)
+    pending.rename(link)
+    return entry
+
+
+def _source() -> Path | None:
+    link = cache.directory() / "source"
+    return link.resolve() if link.exists() else None
+
+
+def _fetch(log: Log) -> Path:
+    """Debian's newest package, through an apt of our own: the machine's stays as it is."""
+    debian.require("apt-get", "dpkg-deb")
+
+    def fill(to: Path) -> None:
+        (to / "state/lists/partial").mkdir(parents=True)
+        (to / "cache/archives/partial").mkdir(parents=True)
+        listing = to / "sources.list"
+        listing.write_text(f"deb [signed-by={debian.KEYRING}] {debian.mirror()} {SUITE} main\n")
+        options = {
+            "Dir::Etc::sourcelist": listing,
+            "Dir::Etc::sourceparts": "-",
+            "Dir::Etc::preferences": "-",
+            "Dir::Etc::preferencesparts": "-",
+            "Dir::State": to / "state",
+            "Dir::Cache": to / "cache",
+            "APT::Sandbox::User": "",
+        }
+        apt: list[str | Path] = ["apt-get", "-q"]
+        apt += [f"-o{name}={value}" for name, value in options.items()]
+        with log.step(f"asking {SUITE} for the newest {PACKAGE}"):
+            log.run([*apt, "update"])
+        with log.step(f"fetching {PACKAGE}"):
+            log.run([*apt, "download", PACKAGE], cwd=to)
+
+    fetched = cache.make(cache.entry("fetched", cache.digest(str(os.getpid()))), fill)
+    try:
+        (package,) = fetched.glob("*.deb")
+        return _take(package, log)
+    finally:
+        cache.remove(fetched)
+
+
+def _take(source: Path, log: Log) -> Path:
+    """The cache entry with the archive of a kernel tree, made from any of the three forms."""
+    if source.is_dir():
+        if not (source / "Kconfig").exists():
+            raise BuildError(f"{source} is not a kernel tree: it has no Kconfig.")
+        files = _tree(source)
+        stats = ((name, os.lstat(source / name)) for name in files)
+        listing = "".join(f"{name}\0{s.st_size}\0{s.st_mtime_ns}\0" for name, s in stats)
+        key = cache.digest("tree", listing.encode(errors="surrogateescape"))
+    elif source.is_file():
+        key = cache.digest("file", source)
+    else:
+        raise BuildError(f"{source} is neither a kernel tree nor a tarball nor a package.")
+
+    def fill(to: Path) -> None:
+        archive = to / "linux.tar"
+        with log.step(f"taking {source.name}"):
+            if source.is_dir():
+                names = to / "names"
+                names.write_bytes(b"".join(os.fsencode(name) + b"\0" for name in files))
+                command: list[str | Path] = ["tar", "--null", "--no-recursion", "--zstd"]
+                command += ["--transform", "s,^,linux/,S", "-C", source, "-T", names]
+                log.run([*command, "-cf", archive])
+                names.unlink()
+            elif source.suffix == ".deb":
+                (data := to / "data.tar").touch()
+                log.run(["dpkg-deb", "--fsys-tarfile", source], stdout=data)
+                pattern = "./usr/src/linux-source-*.tar.*"
+                log.run(["tar", "-xOf", data, "--wildcards", pattern], stdout=archive)
+                data.unlink()
+            else:
+                shutil.copyfile(source, archive)
+
+    return cache.make(cache.entry("source", key), fill)
+
+
+def _tree(tree: Path) -> list[str]:
+    """The files of a kernel tree: what git would take where it is git's, else all of them."""
+    if (tree / ".git").exists():
+        command = ["git", "-C", str(tree), "ls-files", "-z", "--cached", "--others"]
+        output = subprocess.run([*command, "--exclude-standard"], check=True, capture_output=True)
+        names = {os.fsdecode(name) for name in output.stdout.split(b"\0") if name}
+        return sorted(name for name in names if os.path.lexists(tree / name))
+    return sorted(
+        os.path.relpath(os.path.join(parent, name), tree)
+        for parent, _, names in os.walk(tree)
+        for name in names
+    )
+
+
+# Compiling. All kernels are made in one work directory, one after the other: going from one
+# patch set to the next compiles only what the patches touch.
+
+
+def _work() -> Path:
+    return cache.directory() / "work"
+
+
+def _compile(name: str, source: Path, patches: _Files, to: Path, log: Log) -> None:
+    """Fill a kernel entry."""
+    tree = _work() / "linux"
+    _prepare(source, patches, log)
+    flags = [
+        # The same inputs give the same kernel, and ccache knows them again.
+        "KBUILD_BUILD_USER=khoscope",
+        "KBUILD_BUILD_HOST=khoscope",
+        "KBUILD_BUILD_TIMESTAMP=Thu, 1 Jan 2026 00:00:00 +0000",
+        "CC=ccache gcc",
+        "HOSTCC=ccache gcc",
+        # Given, if only as nothing: else the state of a git around the cache goes in.
+        "LOCALVERSION=",
+    ]
+    env = {"CCACHE_DIR": str(cache.directory() / "ccache"), "CCACHE_MAXSIZE": "2G"}
+
+    def make(*targets: str) -> None:
+        log.run(["make", f"-j{os.cpu_count()}", *flags, *targets], cwd=tree, env=env)
+
+    with log.step("configuring"):
+        make("tinyconfig")
+        suffix = name.partition("-")[2]
+        wanted = f'{_CONFIG.read_text()}CONFIG_LOCALVERSION="-khoscope-{suffix}"\n'
+        with (tree / ".config").open("a") as config:
+            config.write(wanted)
+        make("olddefconfig")
+        missing = unmet(wanted, (tree / ".config").read_text())
+        if missing:
+            raise BuildError(
+                f"{name}: this source does not give what vm/kernel.config asks for:\n  "
+                + "\n  ".join(missing)
+            )
+    with log.step(f"compiling on {os.cpu_count()} processors (log: {log.path})"):
+        make("all")
+    with log.step("keeping what boots and what modules need"):
+        shutil.copy(tree / "arch/x86/boot/bzImage", to)
+        shutil.copy(tree / "vmlinux", to)
+        shutil.copy(tree / "include/config/kernel.release", to / "release")
+        script = f"$(srctree)/scripts/package/install-extmod-build {to / 'build'}"
+        make("run-command", f"KBUILD_RUN_COMMAND={script}")
+        # For the module's BTF, which builds upon the kernel's.
+        (to / "build/vmlinux").symlink_to("../vmlinux")
+
+
+def _prepare(source: Path, patches: _Files, log: Log) -> None:
+    """Bring the work directory to this source with these patches.
+
+    `ready` names the source and is there only while the tree is known to hold exactly that
+    source with the patches in `applied`. A build that ended in between starts from nothing.
+    """
+    work = _work()
+    tree, applied, ready = work / "linux", work / "applied", work / "ready"
+    if not ready.exists() or ready.read_text() != source.name:
+        with log.step("unpacking the source"):
+            clean()
+            tree.mkdir(parents=True)
+            applied.mkdir()
+            log.run(["tar", "-xf", source / "linux.tar", "-C", tree, "--strip-components=1"])
+            if not (tree / "Kconfig").exists():
+                raise BuildError(f"{source / 'linux.tar'} is not the archive of a kernel tree.")
+            log.run(["make", "mrproper"], cwd=tree)
+            ready.write_text(source.name)
+    there = sorted(applied.iterdir())
+    wanted = {f"{i:03}-{name}": patch for i, (name, patch) in enumerate(patches.items())}
+    same = 0
+    while same < len(there) and wanted.get(there[same].name) == there[same].read_bytes():
+        same += 1
+    if len(there) == len(wanted) == same:
+        return
+    with log.step(f"applying the {len(wanted)} patches"):
+        ready.unlink()
+        patch = ["patch", "-p1", "--batch", "--no-backup-if-mismatch"]
+        for file in reversed(there[same:]):
+            log.run([*patch, "--reverse", "-i", file], cwd=tree)
+            file.unlink()
+        for name, content in list(wanted.items())[same:]:
+            file = applied / name
+            file.write_bytes(content)
+            log.run([*patch, "--forward", "-i", file], cwd=tree)
+        ready.write_text(source.name)
+
+
+def unmet(wanted: str, config: str) -> list[str]:
+    """The lines of `wanted` that `config` does not fulfil; an option set to n may be absent."""
+    have = set(config.splitlines())
+    named = {line.partition("=")[0] for line in have}
+    return [
+        line
+        for line in wanted.splitlines()
+        if re.match("CONFIG_", line)
+        and (line.removesuffix("=n") in named if line.endswith("=n") else line not in have)
+    ]
+
+
+def _compile_module(kernel: Path, module: _Files, to: Path, log: Log) -> None:
+    """Fill a share entry: the kernel's files and the exercise module made for it."""
+    for name in ("bzImage", "vmlinux", "release"):
+        os.link(kernel / name, to / name)
+    build = to / "kmod"
+    build.mkdir()
+    for name, content in module.items():
+        (build / name).write_bytes(content)
+    with log.step("compiling the exercise module"):
+        log.run(["make", "-C", kernel / "build", f"M={build}", "modules"])
+    (build / "kho_exercise.ko").rename(to / "kho_exercise.ko")
+    cache.remove(build)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The guest's root: a small Debian with drgn, bcc and kexec-tools, as one ext4 image."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from vm import cache, debian
+from vm.cache import Log
+
+SUITE = "testing"
+
+# mmdebstrap's essential variant has dpkg, bash, coreutils, mount; these come on top.
+PACKAGES = [
+    *("kexec-tools", "kmod", "makedumpfile", "procps", "qemu-guest-agent", "tar", "util-linux"),
+    *("python3", "python3-bpfcc", "python3-drgn", "python3-libfdt", "python3-numpy"),
+    *("python3-tabulate", "xz-utils"),
+]
+
+# Nobody reads documentation in there.
+_EXCLUDED = ["/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*"]
+
+_FREE_MIB = 300
+
+# Part of the key: count up when the recipe below makes something else.
+_RECIPE = "1"
+
+_GUEST = Path(__file__).with_name("guest")
+_COMMANDS = ("apt-config", "mmdebstrap", "mke2fs", "debugfs", "tar", "unshare", "sh")
+
+# Runs where it may make files of any owner. /dev stays empty: the kernel fills it.
+_PACK = """
+set -eu
+mkdir root
+tar -xf root.tar --exclude=./dev/* -C root
+mkdir root/kernel root/khoscope
+size=$(($(du -sm root | cut -f1) * 11 / 10 + $1))
+mke2fs -q -t ext4 -L khoscope -d root root.ext4 "${size}M"
+rm -rf root root.tar apt.conf
+"""
+
+
+def find() -> Path | None:
+    """The image as its recipe is now, or None if that is not built."""
+    image = _root_entry(_guest_files()) / "root.ext4"
+    return image if image.exists() else None
+
+
+def build() -> Path:
+    """The image, built now if it is not there. Call it inside `cache.locked()`."""
+    guest = _guest_files()
+    entry = _root_entry(guest)
+    if not entry.exists():
+        debian.require(*_COMMANDS)
+        with Log("root") as log:
+            cache.make(_debian_entry(), lambda to: _install(to, log))
+            cache.make(entry, lambda to: _add_guest(guest, to, log))
+    return entry / "root.ext4"
+
+
+# Entries: debian-KEY is the root without our own files, root-KEY the whole. So a change to
+# a file of vm/guest/ costs seconds and no mirror.
+
+
+def _debian_entry() -> Path:
+    recipe = [_RECIPE, SUITE, *PACKAGES, *_EXCLUDED, str(_FREE_MIB), _PACK]
+    return cache.entry("debian", cache.digest(*recipe))
+
+
+def _root_entry(guest: dict[str, bytes]) -> Path:
+    return cache.entry("root", cache.digest(_RECIPE, _debian_entry().name, guest))
+
+
+def _guest_files() -> dict[str, bytes]:
+    """The files of vm/guest/ by the path that they get in the guest."""
+    return {
+        "/usr/sbin/khoscope-init"
+        if file.name == "init"
+        else f"/usr/local/bin/{file.name}": file.read_bytes()
+        for file in sorted(_GUEST.iterdir())
+    }
+
+
+def _install(to: Path, log: Log) -> None:
+    # An ordinary user gets a range of user ids of their own from unshare (package uidmap).
+    root = os.geteuid() == 0
+    transport = to / "apt.conf"
+    transport.write_text(debian.transport())
+    with log.step(f"installing Debian {SUITE} (log: {log.path})"):
+        log.run(
+            [
+                "mmdebstrap",
+                f"--mode={'root' if root else 'unshare'}",
+                "--variant=essential",
+                f"--include={','.join(PACKAGES)}",
+                f"--keyring={debian.KEYRING}",
+                f"--aptopt={transport}",
+                *(f"--dpkgopt=path-exclude={pattern}" for pattern in _EXCLUDED),
+                SUITE,
+                to / "root.tar",
+                debian.mirror(),
+            ]
+        )
+    with log.step("making the image"):
+        prefix = [] if root else ["unshare", "--map-root-user", "--map-auto"]
+        log.run([*prefix, "sh", "-c", _PACK, "sh", str(_FREE_MIB)], cwd=to)
+
+
+def _add_guest(guest: dict[str, bytes], to: Path, log: Log) -> None:
+    image = to / "root.ext4"
+    with log.step("adding the guest's own files"):
+        log.run(["cp", "--sparse=always", _debian_entry() / "root.ext4", image])
+        for path, content in guest.items():
+            file = to / "file"
+            file.write_bytes(content)
+            # debugfs needs no mount. It says what failed, but not by its exit status.
+            request = f"write {file} {path}\nsif {path} mode 0100755\nsif {path} uid 0\n"
+            (to / "request").write_text(f"{request}sif {path} gid 0\ndump {path} {to / 'check'}\n")
+            log.run(["debugfs", "-w", "-f", to / "request", image])
+            if (to / "check").read_bytes() != content:
+                raise log.error(f"debugfs has not written {path}")
+        for name in ("file", "request", "check"):
+            (to / name).unlink()
+        image.chmod(0o444)
