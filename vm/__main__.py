@@ -4,22 +4,59 @@
 from __future__ import annotations
 
 import argparse
+import math
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from vm import build, kernel
 from vm.cache import BuildError
+from vm.exercise import SCENARIOS, ExerciseError
+from vm.machine import Machine, MachineError
+from vm.record import record
+from vm.scenario import scenario
+from vm.shell import shell
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and do what it says; the exit status."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    arguments = _parser().parse_args(argv)
+    try:
+        match arguments.command:
+            case "kernels":
+                return build.kernels()
+            case "build":
+                return build.build(arguments.kernel, arguments.source)
+            case "shell":
+                shell(arguments.kernel, arguments.accel)
+                return 0
+            case "run":
+                return _run(arguments.kernel, arguments.words, arguments.accel)
+            case "scenario":
+                return scenario(arguments.kernel, arguments.name, arguments.accel)
+            case _:
+                return record(arguments.accel)
+    except (BuildError, MachineError, ExerciseError) as error:
+        print(f"python -m vm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m vm", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("kernels", help="list the kernels and whether each is built")
     builder = commands.add_parser("build", help="build kernels and the guest's root")
     builder.add_argument(
-        "kernel", nargs="*", choices=[*kernel.KERNELS, []], help="which kernels (all)"
+        "kernel",
+        nargs="*",
+        choices=[*kernel.KERNELS, []],
+        metavar="KERNEL",
+        help=f"which of {', '.join(kernel.KERNELS)} (all)",
     )
     builder.add_argument(
         "--source",
@@ -27,16 +64,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a kernel tree, a tarball or Debian's package of one; remembered for later builds "
         f"(at first: the newest {kernel.PACKAGE} of {kernel.SUITE})",
     )
-    arguments = parser.parse_args(argv)
-    try:
-        if arguments.command == "kernels":
-            return build.kernels()
-        return build.build(arguments.kernel, arguments.source)
-    except BuildError as error:
-        print(f"python -m vm: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+
+    boots = argparse.ArgumentParser(add_help=False)
+    boots.add_argument(
+        "--accel", choices=["kvm", "tcg"], help="kvm where a guest can run on it, else tcg"
+    )
+    one = argparse.ArgumentParser(add_help=False, parents=[boots])
+    one.add_argument(
+        "kernel",
+        choices=list(kernel.KERNELS),
+        metavar="KERNEL",
+        help=f"one of {', '.join(kernel.KERNELS)}",
+    )
+    commands.add_parser("shell", parents=[one], help="boot to a root shell; Ctrl-D ends the VM")
+    runner = commands.add_parser(
+        "run",
+        parents=[one],
+        usage="%(prog)s [--accel {kvm,tcg}] KERNEL -- COMMAND [ARGUMENT ...]",
+        help="boot, run one command, pass its output and exit status on",
+    )
+    runner.add_argument("words", nargs="+", metavar="COMMAND")
+    scenarios = commands.add_parser(
+        "scenario", parents=[one], help="take each kind of memory across a kexec: the table"
+    )
+    scenarios.add_argument(
+        "name",
+        nargs="*",
+        choices=[*SCENARIOS, []],
+        metavar="NAME",
+        help=f"which of {', '.join(SCENARIOS)} (all)",
+    )
+    commands.add_parser("record", parents=[boots], help="make the snapshots of khoscope demo")
+    return parser
+
+
+def _run(name: str, words: Sequence[str], accel: str | None) -> int:
+    with Machine(name, accel=accel) as machine:
+        print(
+            f"{name} booted in {machine.boot_seconds:.1f} s with {machine.accel}", file=sys.stderr
+        )
+        result = machine.run(words, timeout=math.inf)
+    for stream, text in ((sys.stdout, result.stdout), (sys.stderr, result.stderr)):
+        stream.buffer.write(text.encode(errors="surrogateescape"))
+    # As a shell has it.
+    return 128 - result.returncode if result.returncode < 0 else result.returncode
 
 
 if __name__ == "__main__":

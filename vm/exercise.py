@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The host's side of the exercise module (vm/kmod): makes scenarios in a guest and reads its report."""
+"""The host's side of the exercise module, vm/kmod: makes scenarios, reads the report."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class KernelLog:
 
     def since(self) -> str:
         text = self.machine.run(("dmesg", "--raw"), check=True).stdout
-        before, mark, after = text.rpartition(self._mark)
+        _, mark, after = text.rpartition(self._mark)
         if not mark:
             raise ExerciseError("the kernel's log has overrun the mark")
         return after

@@ -20,7 +20,7 @@ from vm.exercise import (
     Unsupported,
     by_scenario,
 )
-from vm.machine import GuestDied, GuestHung, Machine, MachineError
+from vm.machine import Machine, MachineError
 
 #: Pages of the scenario ``many``.
 MANY = 1000
