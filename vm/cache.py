@@ -66,19 +66,29 @@ def make(final: Path, fill: Callable[[Path], None]) -> Path:
     """The entry, made by `fill(directory)` if it is not there. Call it inside `locked()`."""
     if final.exists():
         return final
-    partial = final.with_name(PARTIAL + final.name)
-    partial.mkdir()
-    try:
+    with scratch(final.name) as partial:
         fill(partial)
-    except BaseException:
-        remove(partial)
-        raise
-    partial.rename(final)
+        partial.rename(final)
     return final
 
 
+@contextlib.contextmanager
+def scratch(name: str) -> Iterator[Path]:
+    """A directory in the cache that is gone afterwards, unless it was renamed."""
+    path = directory() / f"{PARTIAL}{name}"
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        if path.exists():
+            remove(path)
+
+
 def remove(path: Path) -> None:
-    """Delete a directory tree that may hold read-only directories."""
+    """Delete a link, or a directory tree that may hold read-only directories."""
+    if path.is_symlink():
+        path.unlink()
+        return
     for parent, directories, _ in os.walk(path):
         for name in directories:
             child = Path(parent, name)
@@ -172,17 +182,28 @@ class Log:
         self._file.flush()
         with contextlib.ExitStack() as stack:
             out = stack.enter_context(stdout.open("wb")) if stdout else self._file
-            process = subprocess.Popen(
-                list(map(str, command)),
-                cwd=cwd,
-                env={**_environment(), **(env or {})},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=self._file,
-                process_group=0,
-                pass_fds=[_lock_fd] if _lock_fd >= 0 else [],
-            )
+            # An interrupt inside Popen would leave a command that nobody knows of.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
             try:
+                process = subprocess.Popen(
+                    list(map(str, command)),
+                    cwd=cwd,
+                    env={**_environment(), **(env or {})},
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=self._file,
+                    process_group=0,
+                    pass_fds=[_lock_fd] if _lock_fd >= 0 else [],
+                    # Safe: nothing here has threads.
+                    preexec_fn=lambda: signal.pthread_sigmask(  # noqa: PLW1509
+                        signal.SIG_SETMASK, mask
+                    ),
+                )
+            except BaseException:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+                raise
+            try:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                 status = process.wait()
             except BaseException:
                 with contextlib.suppress(ProcessLookupError):

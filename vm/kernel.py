@@ -154,8 +154,7 @@ def _source() -> Path | None:
 def _fetch(log: Log) -> Path:
     """Debian's newest package, through an apt of our own: the machine's stays as it is."""
     debian.require("apt-get", "dpkg-deb")
-
-    def fill(to: Path) -> None:
+    with cache.scratch("fetched") as to:
         (to / "state/lists/partial").mkdir(parents=True)
         (to / "cache/archives/partial").mkdir(parents=True)
         listing = to / "sources.list"
@@ -175,13 +174,8 @@ def _fetch(log: Log) -> Path:
             log.run([*apt, "update"])
         with log.step(f"fetching {PACKAGE}"):
             log.run([*apt, "download", PACKAGE], cwd=to)
-
-    fetched = cache.make(cache.entry("fetched", cache.digest(str(os.getpid()))), fill)
-    try:
-        (package,) = fetched.glob("*.deb")
+        (package,) = to.glob("*.deb")
         return _take(package, log)
-    finally:
-        cache.remove(fetched)
 
 
 def _take(source: Path, log: Log) -> Path:
