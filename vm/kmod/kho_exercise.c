@@ -1,0 +1,1139 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * kho_exercise - make KHO hand over each kind of memory, on request
+ *
+ * In /sys/kernel/debug/kho_exercise:
+ *
+ *   preserve  write "NAME", or "many N": allocates the memory of a scenario and
+ *             has KHO preserve it. May be done again: the pieces add up.
+ *   restore   write "NAME", after the kexec: restores what was handed over. Each
+ *             piece is tried; what KHO made of it is in the report.
+ *   free      write "NAME": frees the memory as its owner would, after having it
+ *             unpreserved if it was preserved in this kernel. On a kernel that
+ *             restores wrongly this trips the checks of CONFIG_DEBUG_VM.
+ *   report    read: one JSON object per piece and line. A piece is the memory of
+ *             one preserve call, or one vmalloc area, or the pages of one "many".
+ *
+ * What was made is recorded in preserved pages, which the module finds again
+ * after the kexec as the KHO subtree "kho_exercise". The same code builds
+ * against kernels with and without types of preserved pages.
+ *
+ * The module cannot be unloaded: what it has preserved has to stay allocated
+ * until the kexec.
+ */
+
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/debugfs.h>
+#include <linux/dma-mapping.h>
+#include <linux/gfp.h>
+#include <linux/kexec_handover.h>
+#include <linux/kho/abi/kexec_handover.h>
+#include <linux/list.h>
+#include <linux/log2.h>
+#include <linux/mm.h>
+#include <linux/module.h>
+#include <linux/mutex.h>
+#include <linux/platform_device.h>
+#include <linux/seq_file.h>
+#include <linux/sizes.h>
+#include <linux/string.h>
+#include <linux/uaccess.h>
+#include <linux/vmalloc.h>
+
+#define SUBTREE "kho_exercise"
+
+/* Changes with the layout of struct record or struct piece. */
+#define RECORD_VERSION 1
+
+/* Longer lists of page addresses are left out of the report. */
+#define REPORTED_ADDRESSES 64
+
+#define DMA_ORDER (const_ilog2(SZ_64K) - PAGE_SHIFT)
+#define HUGE_ORDER (PMD_SHIFT - PAGE_SHIFT)
+#define VMALLOC_PAGES 64
+
+/* Of a block of 8. */
+#define PART_PAGES 5
+
+enum state {
+	PRESERVED,
+	UNPRESERVED,
+	FREED,
+	HANDED_OVER,
+	RESTORED,
+	RESTORE_FAILED,
+};
+
+static const char * const state_names[] = {
+	[PRESERVED] = "preserved",
+	[UNPRESERVED] = "unpreserved",
+	[FREED] = "freed",
+	[HANDED_OVER] = "handed-over",
+	[RESTORED] = "restored",
+	[RESTORE_FAILED] = "restore-failed",
+};
+
+struct piece {
+	char scenario[16];
+	char call[32];			/* the last call of KHO, and */
+	s32 ret;			/* what it returned */
+	u32 number;			/* within the scenario */
+	u32 state;			/* enum state */
+	u32 order;			/* of the allocation or allocations */
+	phys_addr_t phys;		/* of the first page */
+	u64 pages;
+	bool recorded;			/* is in the tree of this kernel */
+	bool handed_over;		/* was made by the previous kernel */
+	bool split;			/* into order-0 pages */
+	struct kho_vmalloc area_handover;
+	struct kho_vmalloc list_handover;
+	/* Only good in the kernel that has set them: */
+	void *area;			/* of vmalloc() */
+	phys_addr_t *list;		/* of each page, if not contiguous */
+};
+
+/* One page, preserved; the first one is the subtree. */
+struct record {
+	u32 version;
+	u32 piece_size;
+	phys_addr_t next;		/* 0 in the last one */
+	u64 nr_pieces;
+	struct list_head node;		/* only good in this kernel */
+	struct piece pieces[];
+};
+
+#define RECORD_PIECES \
+	((PAGE_SIZE - sizeof(struct record)) / sizeof(struct piece))
+
+/* How a kind of memory is told to KHO. Each sets @call and returns its result. */
+struct kind {
+	int (*preserve)(struct piece *p);
+	void (*unpreserve)(struct piece *p);
+	int (*restore)(struct piece *p);
+};
+
+struct scenario {
+	const char *name;
+	const struct kind *kind;
+	int (*make)(const struct scenario *s, unsigned long n);
+	/* What make_block() does before preserving it, and after that. */
+	void (*before)(const struct scenario *s, struct piece *p);
+	void (*after)(const struct scenario *s, struct piece *p);
+	void (*free)(struct piece *p);
+	unsigned int first_order;		/* of the pieces, or the only one */
+	unsigned int last_order;
+	bool counted;				/* takes a number of pages */
+	bool never_restored;
+};
+
+/*
+ * Protects the records and the state of the pieces. Not held while memory is
+ * freed: that may be an oops, and the report has to be readable after it.
+ */
+static DEFINE_MUTEX(lock);
+
+/* Of the previous kernel, if it has handed over any, then those of this one. */
+static LIST_HEAD(records);
+
+/* The last record of this kernel, NULL as long as there is none. */
+static struct record *last_record;
+
+/* A device without a driver, for dma_alloc_coherent(). */
+static struct platform_device *device;
+
+/* NULL where the kernel does not have it, which includes its prototype. */
+int kho_split_preserved_pages(struct page *page, unsigned int order);
+static typeof(&kho_split_preserved_pages) split_preserved_pages;
+
+#define for_each_piece(r, p)					\
+	list_for_each_entry(r, &records, node)			\
+		for (p = r->pieces; p < r->pieces + r->nr_pieces; p++)
+
+static bool is_of(const struct piece *p, const struct scenario *s)
+{
+	return !strcmp(p->scenario, s->name);
+}
+
+static phys_addr_t phys_of(const struct piece *p, unsigned long i)
+{
+	return p->list ? p->list[i] : p->phys + PFN_PHYS(i);
+}
+
+static struct page *page_of(const struct piece *p, unsigned long i)
+{
+	return phys_to_page(phys_of(p, i));
+}
+
+static int called(struct piece *p, const char *call, int ret)
+{
+	strscpy(p->call, call);
+	p->ret = ret;
+	return ret;
+}
+
+/* The calls that restore return a pointer; -ENOENT stands for NULL. */
+static int restored(struct piece *p, const char *call, const void *returned)
+{
+	return called(p, call, returned ? 0 : -ENOENT);
+}
+
+/* Contiguous pages, in one call */
+
+static int preserve_pages(struct piece *p)
+{
+	return called(p, "kho_preserve_pages",
+		      kho_preserve_pages(page_of(p, 0), p->pages));
+}
+
+static void unpreserve_pages(struct piece *p)
+{
+	kho_unpreserve_pages(page_of(p, 0), p->pages);
+	called(p, "kho_unpreserve_pages", 0);
+}
+
+static int restore_pages(struct piece *p)
+{
+	return restored(p, "kho_restore_pages",
+			kho_restore_pages(p->phys, p->pages));
+}
+
+static const struct kind contiguous = {
+	.preserve = preserve_pages,
+	.unpreserve = unpreserve_pages,
+	.restore = restore_pages,
+};
+
+/* Pages that are claimed as something that they are not */
+
+static int restore_mistaken(struct piece *p)
+{
+	if (p->split)
+		return restored(p, "kho_restore_folio",
+				kho_restore_folio(p->phys));
+	return restored(p, "kho_restore_pages", kho_restore_pages(p->phys, 1));
+}
+
+static const struct kind mistaken = {
+	.preserve = preserve_pages,
+	.unpreserve = unpreserve_pages,
+	.restore = restore_mistaken,
+};
+
+/* Folios */
+
+static int preserve_folio(struct piece *p)
+{
+	return called(p, "kho_preserve_folio",
+		      kho_preserve_folio(page_folio(page_of(p, 0))));
+}
+
+static void unpreserve_folio(struct piece *p)
+{
+	kho_unpreserve_folio(page_folio(page_of(p, 0)));
+	called(p, "kho_unpreserve_folio", 0);
+}
+
+static int restore_folio(struct piece *p)
+{
+	return restored(p, "kho_restore_folio", kho_restore_folio(p->phys));
+}
+
+static const struct kind folios = {
+	.preserve = preserve_folio,
+	.unpreserve = unpreserve_folio,
+	.restore = restore_folio,
+};
+
+/* Areas of vmalloc() */
+
+static int preserve_area(struct piece *p)
+{
+	return called(p, "kho_preserve_vmalloc",
+		      kho_preserve_vmalloc(p->area, &p->area_handover));
+}
+
+static void unpreserve_area(struct piece *p)
+{
+	kho_unpreserve_vmalloc(&p->area_handover);
+	called(p, "kho_unpreserve_vmalloc", 0);
+}
+
+static int restore_area(struct piece *p)
+{
+	p->area = kho_restore_vmalloc(&p->area_handover);
+	return restored(p, "kho_restore_vmalloc", p->area);
+}
+
+static const struct kind areas = {
+	.preserve = preserve_area,
+	.unpreserve = unpreserve_area,
+	.restore = restore_area,
+};
+
+/* Single pages, with a call for each */
+
+static void unpreserve_first(struct piece *p, unsigned long n)
+{
+	for (unsigned long i = 0; i < n; i++) {
+		kho_unpreserve_pages(page_of(p, i), 1);
+		cond_resched();
+	}
+}
+
+static int preserve_each(struct piece *p)
+{
+	int err;
+
+	for (unsigned long i = 0; i < p->pages; i++) {
+		err = kho_preserve_pages(page_of(p, i), 1);
+		if (err) {
+			unpreserve_first(p, i);
+			return called(p, "kho_preserve_pages", err);
+		}
+		cond_resched();
+	}
+
+	return called(p, "kho_preserve_pages", 0);
+}
+
+static void unpreserve_each(struct piece *p)
+{
+	unpreserve_first(p, p->pages);
+	called(p, "kho_unpreserve_pages", 0);
+}
+
+static int restore_each(struct piece *p)
+{
+	for (unsigned long i = 0; i < p->pages; i++) {
+		if (!kho_restore_pages(phys_of(p, i), 1))
+			return restored(p, "kho_restore_pages", NULL);
+		cond_resched();
+	}
+
+	return called(p, "kho_restore_pages", 0);
+}
+
+static const struct kind single = {
+	.preserve = preserve_each,
+	.unpreserve = unpreserve_each,
+	.restore = restore_each,
+};
+
+/* The record */
+
+static struct record *add_record(void)
+{
+	struct record *r = kho_alloc_preserve(PAGE_SIZE);
+	int err;
+
+	if (IS_ERR(r))
+		return r;
+
+	r->version = RECORD_VERSION;
+	r->piece_size = sizeof(struct piece);
+
+	if (last_record) {
+		last_record->next = virt_to_phys(r);
+	} else {
+		err = kho_add_subtree(SUBTREE, r, PAGE_SIZE);
+		if (err) {
+			kho_unpreserve_free(r);
+			return ERR_PTR(err);
+		}
+	}
+
+	list_add_tail(&r->node, &records);
+	last_record = r;
+
+	return r;
+}
+
+/* A place in the record, which preserve() takes. */
+static struct piece *new_piece(const struct scenario *s)
+{
+	struct record *r = last_record;
+	struct piece *p, *other;
+	u32 number = 0;
+
+	if (!r || r->nr_pieces == RECORD_PIECES) {
+		r = add_record();
+		if (IS_ERR(r))
+			return ERR_CAST(r);
+	}
+	p = &r->pieces[r->nr_pieces];
+
+	for_each_piece(r, other)
+		if (!other->handed_over && is_of(other, s))
+			number++;
+
+	memset(p, 0, sizeof(*p));
+	strscpy(p->scenario, s->name);
+	p->number = number;
+	p->state = UNPRESERVED;
+
+	return p;
+}
+
+/* That KHO refuses the memory is for the report, and no error. */
+static int preserve(const struct scenario *s, struct piece *p)
+{
+	int err;
+
+	last_record->nr_pieces++;
+
+	if (p->list) {
+		err = kho_preserve_vmalloc(p->list, &p->list_handover);
+		if (err)
+			return err;
+	}
+
+	if (s->kind->preserve(p)) {
+		if (p->list)
+			kho_unpreserve_vmalloc(&p->list_handover);
+		return 0;
+	}
+
+	p->recorded = true;
+	p->state = PRESERVED;
+
+	return 0;
+}
+
+static void unpreserve(const struct scenario *s, struct piece *p)
+{
+	s->kind->unpreserve(p);
+	if (p->list)
+		kho_unpreserve_vmalloc(&p->list_handover);
+	p->recorded = false;
+	p->state = UNPRESERVED;
+}
+
+/* Freeing memory as what its owner takes it to be */
+
+static void free_blocks(struct piece *p)
+{
+	const unsigned int order = p->split ? 0 : p->order;
+
+	for (unsigned long i = 0; i < p->pages; i += 1UL << order) {
+		__free_pages(page_of(p, i), order);
+		cond_resched();
+	}
+}
+
+/* After the kexec the part is all there is: it is freed as the blocks that came. */
+static void free_part(struct piece *p)
+{
+	if (p->handed_over) {
+		__free_pages(page_of(p, 0), ilog2(PART_PAGES));
+		__free_page(page_of(p, PART_PAGES - 1));
+	} else {
+		__free_pages(page_of(p, 0), p->order);
+	}
+}
+
+static void free_folio(struct piece *p)
+{
+	folio_put(page_folio(page_of(p, 0)));
+}
+
+/* make_dma() has seen to it that the device has the same address for it. */
+static void free_dma(struct piece *p)
+{
+	dma_free_coherent(&device->dev, PAGE_SIZE << p->order,
+			  phys_to_virt(p->phys), p->phys);
+}
+
+static void free_area(struct piece *p)
+{
+	vfree(p->area);
+}
+
+/* As what restore_mistaken() has asked for. */
+static void free_mistaken(struct piece *p)
+{
+	if (!p->handed_over)
+		free_blocks(p);
+	else if (p->split)
+		free_folio(p);
+	else
+		__free_page(page_of(p, 0));
+}
+
+/* Making the scenarios. What was made before memory ran out can be freed. */
+
+static void split(const struct scenario *s, struct piece *p)
+{
+	split_page(page_of(p, 0), p->order);
+	p->split = true;
+}
+
+static void split_with_helper(const struct scenario *s, struct piece *p)
+{
+	int err = split_preserved_pages(page_of(p, 0), p->order);
+
+	p->split = true;
+	if (called(p, "kho_split_preserved_pages", err)) {
+		p->recorded = false;
+		p->state = UNPRESERVED;
+	}
+}
+
+static void free_while_preserved(const struct scenario *s, struct piece *p)
+{
+	p->state = FREED;
+	__free_pages(page_of(p, 0), p->order);
+}
+
+static struct page *alloc_block(const struct scenario *s, unsigned int order)
+{
+	struct folio *folio;
+
+	if (s->kind != &folios)
+		return alloc_pages(GFP_KERNEL, order);
+
+	folio = folio_alloc(GFP_KERNEL, order);
+
+	return folio ? folio_page(folio, 0) : NULL;
+}
+
+static int make_block(const struct scenario *s, unsigned int order,
+		      unsigned long pages)
+{
+	struct piece *p = new_piece(s);
+	struct page *page;
+	int err;
+
+	if (IS_ERR(p))
+		return PTR_ERR(p);
+
+	page = alloc_block(s, order);
+	if (!page)
+		return -ENOMEM;
+
+	p->phys = page_to_phys(page);
+	p->pages = pages;
+	p->order = order;
+
+	if (s->before)
+		s->before(s, p);
+	err = preserve(s, p);
+	if (p->recorded && s->after)
+		s->after(s, p);
+
+	return err;
+}
+
+static int make_blocks(const struct scenario *s, unsigned long n)
+{
+	int err = 0;
+
+	for (unsigned int i = s->first_order; i <= s->last_order && !err; i++)
+		err = make_block(s, i, 1UL << i);
+
+	return err;
+}
+
+static int make_part(const struct scenario *s, unsigned long n)
+{
+	return make_block(s, s->first_order, PART_PAGES);
+}
+
+static int make_helper(const struct scenario *s, unsigned long n)
+{
+	return split_preserved_pages ? make_blocks(s, n) : -EOPNOTSUPP;
+}
+
+static int make_wrong_call(const struct scenario *s, unsigned long n)
+{
+	struct scenario of_split_pages = *s;
+
+	of_split_pages.before = split;
+
+	return make_blocks(&of_split_pages, n) ?: make_blocks(s, n);
+}
+
+/* The block, if it is there, that makes one of twice the size with @page. */
+static struct page *find_buddy(struct list_head *blocks, struct page *page,
+			       unsigned int order)
+{
+	struct page *other;
+
+	list_for_each_entry(other, blocks, lru)
+		if (page_to_pfn(other) == (page_to_pfn(page) ^ (1UL << order)))
+			return other;
+
+	return NULL;
+}
+
+static int make_neighbours(const struct scenario *s, unsigned long n)
+{
+	const unsigned int order = s->first_order;
+	struct page *page, *next, *buddy = NULL;
+	struct piece *p = new_piece(s);
+	LIST_HEAD(blocks);
+
+	if (IS_ERR(p))
+		return PTR_ERR(p);
+
+	for (int tries = 0; tries < 1024 && !buddy; tries++) {
+		page = alloc_pages(GFP_KERNEL, order);
+		if (!page)
+			break;
+		buddy = find_buddy(&blocks, page, order);
+		if (buddy) {
+			list_del(&buddy->lru);
+			p->phys = page_to_phys(min(page, buddy));
+		} else {
+			list_add(&page->lru, &blocks);
+		}
+	}
+
+	list_for_each_entry_safe(page, next, &blocks, lru)
+		__free_pages(page, order);
+
+	if (!buddy)
+		return -ENOMEM;
+
+	p->pages = 2UL << order;
+	p->order = order;
+
+	return preserve(s, p);
+}
+
+static int make_dma(const struct scenario *s, unsigned long n)
+{
+	const size_t size = PAGE_SIZE << s->first_order;
+	struct piece *p = new_piece(s);
+	dma_addr_t handle;
+	void *memory;
+
+	if (IS_ERR(p))
+		return PTR_ERR(p);
+
+	memory = dma_alloc_coherent(&device->dev, size, &handle, GFP_KERNEL);
+	if (!memory)
+		return -ENOMEM;
+
+	/* Behind an IOMMU, or remapped: then this does not say where it is. */
+	if (!virt_addr_valid(memory) || virt_to_phys(memory) != handle) {
+		dma_free_coherent(&device->dev, size, memory, handle);
+		return -EOPNOTSUPP;
+	}
+
+	p->phys = handle;
+	p->pages = 1UL << s->first_order;
+	p->order = s->first_order;
+
+	return preserve(s, p);
+}
+
+static int make_vmalloc(const struct scenario *s, unsigned long n)
+{
+	struct piece *p = new_piece(s);
+
+	if (IS_ERR(p))
+		return PTR_ERR(p);
+
+	p->area = vmalloc(VMALLOC_PAGES * PAGE_SIZE);
+	p->list = vmalloc_array(VMALLOC_PAGES, sizeof(*p->list));
+	if (!p->area || !p->list) {
+		vfree(p->area);
+		vfree(p->list);
+		return -ENOMEM;
+	}
+
+	for (int i = 0; i < VMALLOC_PAGES; i++) {
+		struct page *page = vmalloc_to_page(p->area + i * PAGE_SIZE);
+
+		p->list[i] = page_to_phys(page);
+	}
+	p->phys = p->list[0];
+	p->pages = VMALLOC_PAGES;
+
+	return preserve(s, p);
+}
+
+static int make_vmalloc_huge(const struct scenario *s, unsigned long n)
+{
+	const unsigned int order = s->first_order;
+	struct piece *p = new_piece(s);
+	int err;
+
+	if (IS_ERR(p))
+		return PTR_ERR(p);
+
+	p->area = vmalloc_huge(PAGE_SIZE << order, GFP_KERNEL);
+	if (!p->area)
+		return -ENOMEM;
+
+	/* One huge page, so the area is contiguous. */
+	p->phys = page_to_phys(vmalloc_to_page(p->area));
+	p->pages = 1UL << order;
+	p->order = order;
+
+	err = preserve(s, p);
+	if (!p->recorded || p->area_handover.order == order)
+		return err;
+
+	/* There was no huge page, and vmalloc_huge() has taken small ones. */
+	unpreserve(s, p);
+	vfree(p->area);
+	last_record->nr_pieces--;
+
+	return -ENOMEM;
+}
+
+static int make_many(const struct scenario *s, unsigned long n)
+{
+	struct piece *p = new_piece(s);
+
+	if (IS_ERR(p))
+		return PTR_ERR(p);
+
+	p->list = vmalloc_array(n, sizeof(*p->list));
+	if (!p->list)
+		return -ENOMEM;
+
+	for (p->pages = 0; p->pages < n; p->pages++) {
+		/* Rather fail than have the OOM killer make room. */
+		struct page *page = alloc_page(GFP_KERNEL | __GFP_NOWARN |
+					       __GFP_RETRY_MAYFAIL);
+
+		if (!page) {
+			free_blocks(p);
+			vfree(p->list);
+			return -ENOMEM;
+		}
+		p->list[p->pages] = page_to_phys(page);
+		cond_resched();
+	}
+	p->phys = p->list[0];
+
+	return preserve(s, p);
+}
+
+static const struct scenario scenarios[] = {
+	{
+		.name = "contig",
+		.kind = &contiguous,
+		.make = make_blocks,
+		.free = free_blocks,
+		.first_order = 1,
+		.last_order = 4,
+	}, {
+		.name = "split",
+		.kind = &contiguous,
+		.make = make_blocks,
+		.before = split,
+		.free = free_blocks,
+		.first_order = 1,
+		.last_order = 4,
+	}, {
+		.name = "folio",
+		.kind = &folios,
+		.make = make_blocks,
+		.free = free_folio,
+		.first_order = 0,
+		.last_order = 3,
+	}, {
+		.name = "dma",
+		.kind = &contiguous,
+		.make = make_dma,
+		.free = free_dma,
+		.first_order = DMA_ORDER,
+	}, {
+		.name = "vmalloc",
+		.kind = &areas,
+		.make = make_vmalloc,
+		.free = free_area,
+	}, {
+		.name = "vmalloc-huge",
+		.kind = &areas,
+		.make = make_vmalloc_huge,
+		.free = free_area,
+		.first_order = HUGE_ORDER,
+	}, {
+		.name = "helper",
+		.kind = &contiguous,
+		.make = make_helper,
+		.after = split_with_helper,
+		.free = free_blocks,
+		.first_order = 1,
+		.last_order = 3,
+	}, {
+		/* Two blocks, in one call. */
+		.name = "neighbours",
+		.kind = &contiguous,
+		.make = make_neighbours,
+		.free = free_blocks,
+		.first_order = 2,
+	}, {
+		.name = "part",
+		.kind = &contiguous,
+		.make = make_part,
+		.free = free_part,
+		.first_order = 3,
+	}, {
+		/* Behind the back of KHO. */
+		.name = "late-split",
+		.kind = &contiguous,
+		.make = make_blocks,
+		.after = split,
+		.free = free_blocks,
+		.first_order = 3,
+		.last_order = 3,
+	}, {
+		.name = "unpreserve",
+		.kind = &contiguous,
+		.make = make_blocks,
+		.after = unpreserve,
+		.free = free_blocks,
+		.first_order = 2,
+		.last_order = 2,
+	}, {
+		/* Of an order that the allocator does not keep in per-cpu lists. */
+		.name = "freed",
+		.kind = &contiguous,
+		.make = make_blocks,
+		.after = free_while_preserved,
+		.free = free_blocks,
+		.first_order = 5,
+		.last_order = 5,
+	}, {
+		.name = "leak",
+		.kind = &contiguous,
+		.make = make_blocks,
+		.free = free_blocks,
+		.first_order = 2,
+		.last_order = 2,
+		.never_restored = true,
+	}, {
+		/* Split pages claimed as a folio, and a block as a single page. */
+		.name = "wrong-call",
+		.kind = &mistaken,
+		.make = make_wrong_call,
+		.free = free_mistaken,
+		.first_order = 2,
+		.last_order = 2,
+	}, {
+		.name = "many",
+		.kind = &single,
+		.make = make_many,
+		.free = free_blocks,
+		.counted = true,
+	},
+};
+
+static const struct scenario *find_scenario(const char *name)
+{
+	for (int i = 0; i < ARRAY_SIZE(scenarios); i++)
+		if (!strcmp(scenarios[i].name, name))
+			return &scenarios[i];
+
+	return NULL;
+}
+
+/* The commands */
+
+static int preserve_scenario(const struct scenario *s, unsigned long n)
+{
+	guard(mutex)(&lock);
+
+	return s->make(s, n);
+}
+
+static int restore_scenario(const struct scenario *s, unsigned long n)
+{
+	bool found = false;
+	struct record *r;
+	struct piece *p;
+
+	if (s->never_restored)
+		return -EPERM;
+
+	guard(mutex)(&lock);
+
+	for_each_piece(r, p) {
+		if (!p->handed_over || !is_of(p, s))
+			continue;
+		found = true;
+		if (p->state == HANDED_OVER)
+			p->state = s->kind->restore(p) ? RESTORE_FAILED :
+							 RESTORED;
+	}
+
+	return found ? 0 : -ENOENT;
+}
+
+/* A piece that it is on us to free, or to take out of the tree. */
+static struct piece *find_ours(const struct scenario *s)
+{
+	struct record *r;
+	struct piece *p;
+
+	for_each_piece(r, p) {
+		if (!is_of(p, s))
+			continue;
+		if (p->recorded || p->state == RESTORED ||
+		    (p->state == UNPRESERVED && !p->handed_over))
+			return p;
+	}
+
+	return NULL;
+}
+
+static int free_scenario(const struct scenario *s, unsigned long n)
+{
+	bool found = false;
+
+	for (;;) {
+		struct piece *p;
+		bool freed;
+
+		scoped_guard(mutex, &lock) {
+			p = find_ours(s);
+			if (!p)
+				return found ? 0 : -ENOENT;
+
+			/* "freed" only has to be taken out of the tree. */
+			freed = p->state == FREED;
+			if (p->recorded)
+				unpreserve(s, p);
+			p->state = FREED;
+		}
+
+		if (!freed)
+			s->free(p);
+		found = true;
+	}
+}
+
+static const struct command {
+	const char *name;
+	int (*run)(const struct scenario *s, unsigned long n);
+	bool counts;
+} commands[] = {
+	{ "preserve", preserve_scenario, true },
+	{ "restore", restore_scenario },
+	{ "free", free_scenario },
+};
+
+static ssize_t command_write(struct file *file, const char __user *from,
+			     size_t size, loff_t *pos)
+{
+	const struct command *command = file->private_data;
+	const struct scenario *s;
+	char buffer[64], *number;
+	unsigned long n = 0;
+	int err;
+
+	if (size >= sizeof(buffer))
+		return -EINVAL;
+	if (copy_from_user(buffer, from, size))
+		return -EFAULT;
+	buffer[size] = '\0';
+
+	number = strim(buffer);
+	s = find_scenario(strsep(&number, " "));
+	if (!s)
+		return -EINVAL;
+
+	/* A number goes with "preserve many", and with nothing else. */
+	if (!!number != (s->counted && command->counts))
+		return -EINVAL;
+	if (number) {
+		err = kstrtoul(number, 0, &n);
+		if (err)
+			return err;
+		if (!n)
+			return -EINVAL;
+	}
+
+	err = command->run(s, n);
+
+	return err ?: size;
+}
+
+static const struct file_operations command_fops = {
+	.owner = THIS_MODULE,
+	.open = simple_open,
+	.write = command_write,
+};
+
+/* The report */
+
+static bool is_contiguous(const struct piece *p)
+{
+	for (unsigned long i = 0; i < p->pages; i++)
+		if (phys_of(p, i) != p->phys + PFN_PHYS(i))
+			return false;
+
+	return true;
+}
+
+static void show_addresses(struct seq_file *m, const struct piece *p)
+{
+	const char *separator = "";
+
+	seq_puts(m, ",\"physes\":[");
+	for (unsigned long i = 0; i < p->pages; i++) {
+		seq_printf(m, "%s\"%#llx\"", separator, (u64)phys_of(p, i));
+		separator = ",";
+	}
+	seq_puts(m, "]");
+}
+
+/* The reference counts, page after page: each, and how many pages have it. */
+static void show_refs(struct seq_file *m, const struct piece *p)
+{
+	const char *separator = "";
+	unsigned long i = 0;
+
+	while (i < p->pages) {
+		const int refs = page_ref_count(page_of(p, i));
+		const unsigned long first = i;
+
+		do
+			i++;
+		while (i < p->pages && page_ref_count(page_of(p, i)) == refs);
+
+		seq_printf(m, "%s[%d,%lu]", separator, refs, i - first);
+		separator = ",";
+		cond_resched();
+	}
+}
+
+static void show_piece(struct seq_file *m, const struct piece *p)
+{
+	/* It was left behind, and is the memory of somebody else by now. */
+	const bool gone = p->handed_over && p->state == UNPRESERVED;
+
+	seq_printf(m, "{\"scenario\":\"%s\",\"piece\":%u,\"state\":\"%s\"",
+		   p->scenario, p->number, state_names[p->state]);
+	seq_printf(m, ",\"call\":\"%s\",\"phys\":\"%#llx\",\"pages\":%llu",
+		   p->call, (u64)p->phys, p->pages);
+	if (!gone && p->pages <= REPORTED_ADDRESSES && !is_contiguous(p))
+		show_addresses(m, p);
+	seq_printf(m, ",\"order\":%u,\"ret\":%d,\"compound\":%s,\"refs\":[",
+		   p->order, p->ret,
+		   !gone && PageCompound(page_of(p, 0)) ? "true" : "false");
+	if (!gone)
+		show_refs(m, p);
+	seq_puts(m, "]}\n");
+}
+
+static int report_show(struct seq_file *m, void *unused)
+{
+	struct record *r;
+	struct piece *p;
+
+	guard(mutex)(&lock);
+
+	for_each_piece(r, p)
+		show_piece(m, p);
+
+	return 0;
+}
+DEFINE_SHOW_ATTRIBUTE(report);
+
+/* What the previous kernel has handed over */
+
+static int __init take_piece(struct piece *p)
+{
+	p->handed_over = true;
+	p->area = NULL;
+
+	if (!p->recorded) {
+		p->state = UNPRESERVED;
+		p->list = NULL;
+		return 0;
+	}
+	p->recorded = false;
+	p->state = HANDED_OVER;
+
+	if (p->list) {
+		p->list = kho_restore_vmalloc(&p->list_handover);
+		if (!p->list)
+			return -EIO;
+	}
+
+	return 0;
+}
+
+static int __init take_records(void)
+{
+	phys_addr_t phys;
+	int err;
+
+	err = kho_retrieve_subtree(SUBTREE, &phys, NULL);
+	if (err)
+		return err == -ENOENT ? 0 : err;
+
+	while (phys) {
+		struct folio *folio = kho_restore_folio(phys);
+		struct record *r;
+
+		if (!folio)
+			return -EIO;
+
+		r = folio_address(folio);
+		if (r->version != RECORD_VERSION ||
+		    r->piece_size != sizeof(struct piece) ||
+		    r->nr_pieces > RECORD_PIECES)
+			return -EPROTO;
+
+		for (u64 i = 0; i < r->nr_pieces; i++) {
+			err = take_piece(&r->pieces[i]);
+			if (err)
+				return err;
+		}
+		list_add_tail(&r->node, &records);
+		phys = r->next;
+	}
+
+	return 0;
+}
+
+static int __init kho_exercise_init(void)
+{
+	struct dentry *dir;
+	int err;
+
+	if (!kho_is_enabled()) {
+		pr_err("KHO is off; the kernel needs kho=on\n");
+		return -EOPNOTSUPP;
+	}
+
+	device = platform_device_register_simple(KBUILD_MODNAME,
+						 PLATFORM_DEVID_NONE, NULL, 0);
+	if (IS_ERR(device))
+		return PTR_ERR(device);
+	err = dma_coerce_mask_and_coherent(&device->dev, DMA_BIT_MASK(64));
+	if (err)
+		goto err_device;
+
+	err = take_records();
+	if (err) {
+		pr_err("cannot read what was handed over: %pe\n", ERR_PTR(err));
+		goto err_device;
+	}
+
+	split_preserved_pages = symbol_get(kho_split_preserved_pages);
+
+	dir = debugfs_create_dir(KBUILD_MODNAME, NULL);
+	for (int i = 0; i < ARRAY_SIZE(commands); i++)
+		debugfs_create_file(commands[i].name, 0200, dir,
+				    (void *)&commands[i], &command_fops);
+	debugfs_create_file("report", 0400, dir, NULL, &report_fops);
+
+	return 0;
+
+err_device:
+	platform_device_unregister(device);
+	return err;
+}
+module_init(kho_exercise_init);
+
+MODULE_DESCRIPTION("Kexec HandOver of each kind of memory, on request");
+MODULE_LICENSE("GPL");
