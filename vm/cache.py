@@ -24,6 +24,8 @@ from typing import Self
 
 PARTIAL = ".partial-"
 
+_ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class BuildError(Exception):
     """A step failed; the text says which, why, and what to do."""
@@ -183,7 +185,7 @@ class Log:
         with contextlib.ExitStack() as stack:
             out = stack.enter_context(stdout.open("wb")) if stdout else self._file
             # An interrupt inside Popen would leave a command that nobody knows of.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDINGS)
             try:
                 process = subprocess.Popen(
                     list(map(str, command)),

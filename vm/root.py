@@ -11,11 +11,11 @@ from vm.cache import Log
 
 SUITE = "testing"
 
-# mmdebstrap's essential variant has dpkg, bash, coreutils, mount; these come on top.
+# mmdebstrap's essential variant has dpkg, bash and coreutils; these come on top.
 PACKAGES = [
-    *("kexec-tools", "kmod", "makedumpfile", "procps", "qemu-guest-agent", "tar", "util-linux"),
+    *("hostname", "kexec-tools", "kmod", "makedumpfile", "mount", "procps", "qemu-guest-agent"),
     *("python3", "python3-bpfcc", "python3-drgn", "python3-libfdt", "python3-numpy"),
-    *("python3-tabulate", "xz-utils"),
+    *("python3-tabulate", "tar", "util-linux", "xz-utils"),
 ]
 
 # Nobody reads documentation in there.
