@@ -228,5 +228,5 @@ def test_mirror_from_both_formats_of_apt(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_missing_tools_are_named_with_the_packages() -> None:
-    with pytest.raises(cache.BuildError, match=r"no-such-tool\n.*apt-get install bc bison"):
-        debian.require("sh", "no-such-tool")
+    with pytest.raises(cache.BuildError, match=r": no-such-tool no/such.h\n.*install bc bison"):
+        debian.require(["sh", "no-such-tool"], ["stdio.h", "no/such.h"])

@@ -23,13 +23,15 @@ def kernels() -> int:
 def build(names: Sequence[str], source: Path | None) -> int:
     """Build the named kernels, or all, and the guest's root."""
     wanted = names or list(kernel.KERNELS)
-    if source is None and root.find() and all(map(kernel.find, wanted)):
+    if source is not None:
+        with cache.locked():
+            kernel.select(source)
+    if root.find() and all(map(kernel.find, wanted)):
         print(f"nothing to build: {', '.join(wanted)} and the guest's root are there")
     else:
         with cache.locked():
             for name in wanted:
-                kernel.build(name, source)
-                source = None  # remembered from here on
+                kernel.build(name)
             root.build()
             if all(map(kernel.find, kernel.KERNELS)):
                 kernel.clean()

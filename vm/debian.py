@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from vm.cache import BuildError
@@ -64,14 +65,22 @@ def _fields(block: str) -> dict[str, str]:
     return {name.strip().lower(): value.strip() for name, _, value in pairs}
 
 
-def require(*commands: str) -> None:
-    """Stop with the packages to install when a command is missing."""
+def require(commands: Sequence[str], headers: Sequence[str] = ()) -> None:
+    """Stop with the packages to install when a command or a C header is missing."""
     missing = [command for command in commands if shutil.which(command) is None]
+    if "gcc" not in missing:
+        missing += [header for header in headers if not _compiles(f"#include <{header}>\n")]
     if missing:
         raise BuildError(
             f"Not installed: {' '.join(missing)}\n"
             f"Install what building needs: apt-get install {' '.join(packages())}"
         )
+
+
+def _compiles(text: str) -> bool:
+    command = ["gcc", "-fsyntax-only", "-x", "c", "-"]
+    result = subprocess.run(command, input=text.encode(), capture_output=True, check=False)
+    return result.returncode == 0
 
 
 def packages() -> list[str]:

@@ -36,6 +36,7 @@ _COMMANDS = [
     *("bc", "bison", "flex", "gcc", "make", "patch", "cpio", "ccache", "pahole", "perl"),
     *("rsync", "tar", "xz", "zstd", "kmod"),
 ]
+_HEADERS = ["gelf.h", "dwarf.h", "openssl/opensslv.h", "zlib.h"]
 
 
 @dataclass(frozen=True)
@@ -56,25 +57,39 @@ def find(name: str) -> Kernel | None:
     return _kernel(name, share) if share.exists() else None
 
 
-def build(name: str, source: Path | None = None) -> Kernel:
-    """The kernel, built now if it is not there. Call it inside `cache.locked()`.
-
-    `source` is a kernel tree, a tarball of one, or Debian's package of one. It is remembered:
-    later calls, and `find()`, mean the same source until another is given.
-    """
-    archive = _select(source)
+def build(name: str) -> Kernel:
+    """The kernel, built now if it is not there. Call it inside `cache.locked()`."""
+    archive = _source() or select(None)
     patches = _patches(name)
     module = _module_files()
     if "Makefile" not in module:
         raise BuildError(f"The exercise module is missing: no Makefile in {_MODULE}.")
     entry = _kernel_entry(name, archive, patches)
     share = _share_entry(entry, module)
-    if not share.exists():
-        debian.require(*_COMMANDS)
+    if not entry.exists():
+        debian.require(_COMMANDS, _HEADERS)
         with Log(name) as log:
             cache.make(entry, lambda to: _compile(name, archive, patches, to, log))
+    if not share.exists():
+        debian.require(_COMMANDS, _HEADERS)
+        with Log(f"{name}-module") as log:
             cache.make(share, lambda to: _compile_module(entry, module, to, log))
     return _kernel(name, share)
+
+
+def select(source: Path | None) -> Path:
+    """Choose what to build from: a kernel tree, a tarball of one, or Debian's package of one.
+
+    None is Debian's newest package. The choice stays until the next: `find()` and `build()`
+    mean it. Call it inside `cache.locked()`.
+    """
+    link = cache.directory() / "source"
+    with Log("source") as log:
+        entry = _fetch(log) if source is None else _take(source, log)
+    pending = link.with_name(cache.PARTIAL + link.name)
+    pending.symlink_to(entry.name)
+    pending.rename(link)
+    return entry
 
 
 def _kernel(name: str, share: Path) -> Kernel:
@@ -133,19 +148,6 @@ def _compiler() -> str:
 # The source
 
 
-def _select(source: Path | None) -> Path:
-    """What to build from: `source`, or the last choice, or else Debian's newest package."""
-    link = cache.directory() / "source"
-    if source is None and link.exists():
-        return link.resolve()
-    with Log("source") as log:
-        entry = _fetch(log) if source is None else _take(source, log)
-    pending = link.with_name(cache.PARTIAL + link.name)
-    pending.symlink_to(entry.name)
-    pending.rename(link)
-    return entry
-
-
 def _source() -> Path | None:
     link = cache.directory() / "source"
     return link.resolve() if link.exists() else None
@@ -153,7 +155,7 @@ def _source() -> Path | None:
 
 def _fetch(log: Log) -> Path:
     """Debian's newest package, through an apt of our own: the machine's stays as it is."""
-    debian.require("apt-get", "dpkg-deb")
+    debian.require(["apt-get", "dpkg-deb"])
     with cache.scratch("fetched") as to:
         (to / "state/lists/partial").mkdir(parents=True)
         (to / "cache/archives/partial").mkdir(parents=True)
@@ -250,7 +252,9 @@ def _compile(name: str, source: Path, patches: _Files, to: Path, log: Log) -> No
         # Given, if only as nothing: else the state of a git around the cache goes in.
         "LOCALVERSION=",
     ]
+    # Depend mode: a first compilation does not preprocess everything twice.
     env = {"CCACHE_DIR": str(cache.directory() / "ccache"), "CCACHE_MAXSIZE": "2G"}
+    env["CCACHE_DEPEND"] = "1"
 
     def make(*targets: str) -> None:
         log.run(["make", f"-j{os.cpu_count()}", *flags, *targets], cwd=tree, env=env)

@@ -27,7 +27,7 @@ _FREE_MIB = 300
 _RECIPE = "1"
 
 _GUEST = Path(__file__).with_name("guest")
-_COMMANDS = ("apt-config", "mmdebstrap", "mke2fs", "debugfs", "tar", "unshare", "sh")
+_COMMANDS = ["apt-config", "mmdebstrap", "mke2fs", "debugfs", "tar", "unshare", "sh"]
 
 # Runs where it may make files of any owner. /dev stays empty: the kernel fills it.
 _PACK = """
@@ -52,7 +52,7 @@ def build() -> Path:
     guest = _guest_files()
     entry = _root_entry(guest)
     if not entry.exists():
-        debian.require(*_COMMANDS)
+        debian.require(_COMMANDS)
         with Log("root") as log:
             cache.make(_debian_entry(), lambda to: _install(to, log))
             cache.make(entry, lambda to: _add_guest(guest, to, log))
