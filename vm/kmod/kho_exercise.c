@@ -6,13 +6,31 @@
  *
  *   preserve  write "NAME", or "many N": allocates the memory of a scenario and
  *             has KHO preserve it. May be done again: the pieces add up.
- *   restore   write "NAME", after the kexec: restores what was handed over. Each
- *             piece is tried; what KHO made of it is in the report.
+ *   restore   write "NAME", after the kexec: restores what was handed over.
  *   free      write "NAME": frees the memory as its owner would, after having it
  *             unpreserved if it was preserved in this kernel. On a kernel that
  *             restores wrongly this trips the checks of CONFIG_DEBUG_VM.
- *   report    read: one JSON object per piece and line. A piece is the memory of
- *             one preserve call, or one vmalloc area, or the pages of one "many".
+ *   report    read: one JSON object per piece and line.
+ *
+ * A piece is the memory of one preserve call, or one vmalloc area, or all pages
+ * of one "many N". A write fails if there is no such scenario (EINVAL), this
+ * kernel cannot have it (EOPNOTSUPP), there is no memory for it (ENOMEM), or
+ * there is nothing of it to restore or to free (ENOENT). What KHO returned is no
+ * failure of the write. The report has it:
+ *
+ *   scenario, piece  which one it is
+ *   state    preserved, unpreserved or freed; after the kexec, handed-over until
+ *            it is restored, restore-failed or restored. "unpreserved" then is
+ *            what was left behind, whose memory is somebody else's by now.
+ *   call     the last call of KHO, and
+ *   ret      what it returned; 0 for a pointer and -ENOENT for NULL
+ *   phys     of the first page
+ *   pages    how many there are
+ *   physes   of each page, if they are not contiguous and not too many
+ *   order    of the allocation, or of each if there are several
+ *   compound is the first page part of a compound page now?
+ *   refs     the reference counts now, page after page, as run lengths:
+ *            [[1,1],[0,3]] are a page with 1 and three with 0
  *
  * What was made is recorded in preserved pages, which the module finds again
  * after the kexec as the KHO subtree "kho_exercise". The same code builds
