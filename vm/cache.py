@@ -208,9 +208,7 @@ class Log:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                 status = process.wait()
             except BaseException:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                _end(process)
                 raise
         if status:
             raise self.error(f"{command[0]} failed with status {status}")
@@ -221,6 +219,19 @@ class Log:
         tail = self.path.read_text(errors="replace").splitlines()[-20:]
         lines = [f"{self._name}: {message}", *(f"  {line}" for line in tail)]
         return BuildError("\n".join([*lines, f"The whole log: {self.path}"]))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process group: politely at first, since mmdebstrap has mounts to undo."""
+    try:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(10)
+    except (ProcessLookupError, subprocess.TimeoutExpired):
+        pass  # gone already, or deaf
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _environment() -> dict[str, str]:

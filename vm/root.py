@@ -29,14 +29,18 @@ _RECIPE = "1"
 _GUEST = Path(__file__).with_name("guest")
 _COMMANDS = ["apt-config", "mmdebstrap", "mke2fs", "debugfs", "tar", "unshare", "sh"]
 
-# Runs where it may make files of any owner. /dev stays empty: the kernel fills it.
+# Runs where it may make files of any owner. For an ordinary user that is a user namespace,
+# and what is made there goes on a tmpfs, since afterwards the user could not delete it.
+# /dev stays empty: the kernel fills it.
 _PACK = """
 set -eu
 mkdir root
+if [ "$2" = namespace ]; then mount -t tmpfs tmpfs root; fi
 tar -xf root.tar --exclude=./dev/* -C root
 mkdir root/kernel root/khoscope
 size=$(($(du -sm root | cut -f1) * 11 / 10 + $1))
 mke2fs -q -t ext4 -L khoscope -d root root.ext4 "${size}M"
+if [ "$2" = namespace ]; then umount root; fi
 rm -rf root root.tar apt.conf
 """
 
@@ -103,8 +107,10 @@ def _install(to: Path, log: Log) -> None:
             ]
         )
     with log.step("making the image"):
-        prefix = [] if root else ["unshare", "--map-root-user", "--map-auto"]
-        log.run([*prefix, "sh", "-c", _PACK, "sh", str(_FREE_MIB)], cwd=to)
+        unshare = ["unshare", "--map-root-user", "--map-auto", "--mount"]
+        place = "here" if root else "namespace"
+        pack = ["sh", "-c", _PACK, "sh", str(_FREE_MIB), place]
+        log.run(pack if root else [*unshare, *pack], cwd=to)
 
 
 def _add_guest(guest: dict[str, bytes], to: Path, log: Log) -> None:
