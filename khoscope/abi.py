@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+The KHO ABI: tree geometry, radix keys, page stamps.
+
+Pure arithmetic on ints and numpy arrays.  It knows nothing of drgn and imports nothing of ours.
+Kernel sources: ``include/linux/kho/abi/kexec_handover.h`` and
+``kernel/liveupdate/kexec_handover.c``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+U64 = NDArray[np.uint64]
+
+#: ``KHO_PAGE_MAGIC``, "KHOP": the high half of a stamp (kexec_handover.c).
+KHO_PAGE_MAGIC: Final = 0x4B484F50
+
+#: ``enum kho_page_type`` of the patch series.
+KHO_PAGE_CONTIG: Final = 0
+KHO_PAGE_SPLIT: Final = 1
+#: In a type column: the kernel records no types.
+NO_TYPE: Final = -1
+
+#: In an order column: the key or the stamp has no order that a block could have.
+BAD_ORDER: Final = 255
+
+#: Where the series as posted puts the type (a #define, which debug info does not carry).
+POSTED_TYPE_SHIFT: Final = 63
+
+#: Root FDT ``compatible`` strings that kernels without page types accept.
+COMPATIBLES_WITHOUT_TYPES: Final = frozenset({"kho-v1", "kho-v2", "kho-v3", "kho-v4"})
+
+TYPE_NAMES: Final = {NO_TYPE: None, KHO_PAGE_CONTIG: "contig", KHO_PAGE_SPLIT: "split"}
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """
+    Layout of ``union kho_page_info``, the stamp in ``page->private`` of a block's first page.
+
+    Bit offsets and widths within the u64.  ``type_shift`` is None where stamps have no type.
+    """
+
+    order_bits: int = 32
+    type_shift: int | None = None
+    magic_shift: int = 32
+
+    def encode(self, order: int, page_type: int = KHO_PAGE_CONTIG) -> int:
+        """The ``page->private`` word of a stamp."""
+        word = KHO_PAGE_MAGIC << self.magic_shift | order
+        if self.type_shift is not None:
+            word |= page_type << self.type_shift
+        return word
+
+    def is_stamp(self, private: U64) -> NDArray[np.bool_]:
+        """Which ``page->private`` words carry the magic."""
+        return (private >> np.uint64(self.magic_shift)) == np.uint64(KHO_PAGE_MAGIC)
+
+    def order(self, private: U64) -> U64:
+        """The order of each stamp, whatever nonsense it may be."""
+        return private & np.uint64((1 << self.order_bits) - 1)
+
+    def type(self, private: U64) -> NDArray[np.int8]:
+        """The type of each stamp, ``NO_TYPE`` where stamps have none."""
+        if self.type_shift is None:
+            return np.full(private.shape, NO_TYPE, np.int8)
+        return ((private >> np.uint64(self.type_shift)) & np.uint64(1)).astype(np.int8)
+
+
+@dataclass(frozen=True)
+class Abi:
+    """
+    What one kernel does: sizes in bits (log2), depth in levels.
+
+    :param page_shift: ``PAGE_SHIFT``.
+    :param order_0_log2: ``KHO_ORDER_0_LOG2``, the order bit of an order-0 block.
+    :param table_size_log2: ``KHO_TABLE_SIZE_LOG2``, entries in a ``struct kho_radix_node``.
+    :param bitmap_size_log2: ``KHO_BITMAP_SIZE_LOG2``, bits in a ``struct kho_radix_leaf``.
+    :param tree_max_depth: ``KHO_TREE_MAX_DEPTH``, table levels and the leaf.
+    :param max_page_order: ``MAX_PAGE_ORDER`` of the buddy allocator.
+    :param type_shift: key bit of ``enum kho_page_type``; None: no types.
+    :param compatible: ``compatible`` of the kernel's own root FDT; None: not readable.
+    :param decided: how each of these was decided, for people.
+    """
+
+    page_shift: int
+    order_0_log2: int
+    table_size_log2: int
+    bitmap_size_log2: int
+    tree_max_depth: int
+    max_page_order: int = 10
+    type_shift: int | None = None
+    stamp: Stamp = Stamp()
+    compatible: str | None = None
+    decided: dict[str, str] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def for_page_shift(cls, page_shift: int, **known: Any) -> Abi:
+        """The geometry that ``enum kho_radix_consts`` gives for a page size."""
+        order_0 = 64 - page_shift
+        table = page_shift - 3
+        bitmap = page_shift + 3
+        depth = -(-(order_0 - bitmap + 1) // table) + 1
+        return cls(page_shift, order_0, table, bitmap, depth, **known)
+
+    @property
+    def page_size(self) -> int:
+        """``PAGE_SIZE``, bytes; also the size of every node."""
+        return 1 << self.page_shift
+
+    @property
+    def table_entries(self) -> int:
+        return 1 << self.table_size_log2
+
+    @property
+    def leaf_bits(self) -> int:
+        return 1 << self.bitmap_size_log2
+
+    @property
+    def stored_bits(self) -> int:
+        """How many low key bits the tree stores; an add drops the others silently."""
+        return self.bitmap_size_log2 + (self.tree_max_depth - 1) * self.table_size_log2
+
+    @property
+    def has_types(self) -> bool:
+        return self.type_shift is not None
+
+    @property
+    def type_is_stored(self) -> bool:
+        """Whether the type bit lies inside the key bits that the tree stores."""
+        return self.type_shift is not None and self.type_shift < self.stored_bits
+
+    @property
+    def type_bit(self) -> int:
+        """The type's bit in a stored key; 0 where none survives."""
+        return 1 << self.type_shift if self.type_shift is not None and self.type_is_stored else 0
+
+    def table_shift(self, level: int) -> int:
+        """The key bit at which the index into a table of ``level`` (1 and up) begins."""
+        return (level - 1) * self.table_size_log2 + self.bitmap_size_log2
+
+    def kho_radix_encode_key(self, phys: int, order: int, page_type: int = KHO_PAGE_CONTIG) -> int:
+        """
+        The key under which the tree holds a block, as far as the tree stores it.
+
+        :param phys: ``phys_addr_t`` of the block's first page.
+        """
+        key = 1 << (self.order_0_log2 - order) | phys >> (self.page_shift + order)
+        return key | (self.type_bit if page_type == KHO_PAGE_SPLIT else 0)
+
+    def kho_radix_encode_keys(self, phys: U64, order: int, page_type: int) -> U64:
+        """:meth:`kho_radix_encode_key` for many addresses of one order and type."""
+        high = self.kho_radix_encode_key(0, order, page_type)
+        return (phys >> np.uint64(self.page_shift + order)) | np.uint64(high)
+
+    def kho_radix_decode_keys(
+        self, keys: U64
+    ) -> tuple[U64, NDArray[np.uint8], NDArray[np.int8]]:
+        """
+        Physical addresses, orders and types of stored keys.
+
+        A key without an order bit, or with bits above those that order and type use, has
+        ``BAD_ORDER`` and address 0.
+        """
+        plain = keys & np.uint64(~self.type_bit & (1 << 64) - 1)
+        bit = _highest_bit(plain)
+        good = (bit >= 0) & (bit <= self.order_0_log2)
+        order = np.where(good, self.order_0_log2 - bit, 0)
+        # At order 52 the shift would be 64, which C and numpy leave undefined; the order bit is
+        # then bit 0, and nothing of the address is left.
+        shift = np.minimum(order + self.page_shift, 63).astype(np.uint64)
+        phys = np.where(good & (bit > 0), plain << shift, 0).astype(np.uint64)
+        if self.type_bit:
+            types = ((keys & np.uint64(self.type_bit)) != 0).astype(np.int8)
+        else:
+            # As the kernel's own walk sees it: a type that is not stored reads as contig.
+            types = np.full(keys.shape, KHO_PAGE_CONTIG if self.has_types else NO_TYPE, np.int8)
+        return phys, np.where(good, order, BAD_ORDER).astype(np.uint8), types
+
+    def order_limit(self, span: int) -> int:
+        """The highest order of which a block fits into ``span`` bytes of address space."""
+        return max((span >> self.page_shift).bit_length() - 1, 0)
+
+
+def _highest_bit(values: U64) -> NDArray[np.int64]:
+    """``fls64() - 1`` for each value; -1 for 0."""
+    # A float64 holds 53 bits, so that a large value might round up to the next power of two:
+    # the halves are exact.
+    high = (values >> np.uint64(32)).astype(np.float64)
+    low = (values & np.uint64(0xFFFFFFFF)).astype(np.float64)
+    bit = np.where(high > 0, np.frexp(high)[1] + 31, np.frexp(low)[1] - 1)
+    return np.where(values == 0, -1, bit).astype(np.int64)

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Checks: pure functions from facts to findings.  Nothing else decides what is wrong.
+
+A rule about the kernel as a whole takes the snapshot and yields messages; a rule about blocks
+takes a chunk of blocks and marks rows.  The name, the severity, the sentence and the explanation
+stand with the function, so that a new check is one function.
+"""
+
+from __future__ import annotations
+
+from .run import Report, check, compare
+from .rule import RULES, Finding, Rule, Severity
+
+__all__ = ["RULES", "Finding", "Report", "Rule", "Severity", "check", "compare"]

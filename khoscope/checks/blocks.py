@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Rules about preserved blocks in one kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..abi import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT
+from ..columns import Blocks, Leaves, Pages
+from ..snapshot import KeySet, Snapshot, decode_leaves
+from .pattern import (
+    describe,
+    is_contig,
+    is_split,
+    readable,
+    restores_split,
+    tails,
+    type_name,
+    typed,
+)
+from .rule import Marked, Message, Severity, also, rule
+
+
+@rule(
+    "type-mismatch",
+    Severity.ERROR,
+    "blocks",
+    """
+    The next kernel restores refcounts by the recorded type, whatever the pages were. Recorded
+    contig but split: the tails come back at 0 and freeing one hits VM_BUG_ON_PAGE. Recorded split
+    but contig: the tails come back at 1, freeing the block trips "Bad page state" and leaks it.
+    Either the kernel cannot store the type, or the block was split after it was preserved:
+    unpreserve it, and preserve it again as it is now (kho_split_preserved_pages() does both).
+    """,
+)
+def type_mismatch(facts: Snapshot, blocks: Blocks) -> Marked:
+    """The recorded type says one refcount pattern and the struct pages show the other."""
+    pages = blocks.facts
+    many = tails(pages) > 0
+    wrong = (blocks.type == KHO_PAGE_CONTIG) & is_split(pages)
+    wrong |= (blocks.type == KHO_PAGE_SPLIT) & is_contig(pages)
+    return Marked(
+        wrong & many & typed(blocks),
+        lambda row: f"recorded {type_name(int(blocks.type[row]))}, "
+        f"the pages are {describe(pages, row)}",
+    )
+
+
+@rule(
+    "mixed-refcounts",
+    Severity.ERROR,
+    "blocks",
+    """
+    Restore knows two patterns: 1 on the first page and 0 on the others, or 1 on every page. What
+    was two unsplit blocks, or a part of one, when it was preserved with one call comes back
+    wrong under either type, in every kernel. Preserve each block by itself and whole.
+    """,
+)
+def mixed_refcounts(facts: Snapshot, blocks: Blocks) -> Marked:
+    """No type describes the block: neither 1/0 nor 1/1, heads at 0 included."""
+    pages = blocks.facts
+    judged = readable(pages) & (pages.free == 0) & (blocks.order != BAD_ORDER)
+    return Marked(
+        judged & ~is_contig(pages) & ~is_split(pages),
+        lambda row: f"no type fits: the pages are {describe(pages, row)}",
+    )
+
+
+@rule(
+    "wrong-after-restore",
+    Severity.ERROR,
+    "blocks",
+    """
+    Forecast: kho_restore_pages() or kho_restore_folio() in a next kernel like this one will give
+    these pages other refcounts than they have. Tails that come back at 1 instead of 0 trip "Bad
+    page state" when the block is freed, and leak; tails that come back at 0 instead of 1 hit
+    VM_BUG_ON_PAGE. Do not kexec with this memory preserved, or restore and never free it.
+    """,
+)
+def wrong_after_restore(facts: Snapshot, blocks: Blocks) -> Marked:
+    """What the next kernel's restore will set differs from what is there now; it is assumed to
+    be the same kernel."""
+    pages = blocks.facts
+    split = restores_split(facts.abi, blocks)
+    right = np.where(split, is_split(pages), is_contig(pages))
+    judged = readable(pages) & (pages.free == 0) & (blocks.order != BAD_ORDER)
+
+    def say(row: int) -> str:
+        if int(tails(pages)[row]) == 0:
+            will = "1"
+        else:
+            will = "1/1" if split[row] else "1/0"
+        return (
+            f"will come back as {will}, is {describe(pages, row)} "
+            f"(assuming the next kernel is {facts.kernel.release})"
+        )
+
+    return Marked(judged & ~right, say)
+
+
+@rule(
+    "stale-entry",
+    Severity.ERROR,
+    "blocks",
+    """
+    The owner has let go of the memory, or changed it, and forgot to unpreserve it. The next kernel
+    reserves the block all the same: nobody restores it and it leaks, or the wrong owner restores
+    what somebody else is using now. Unpreserve before freeing, splitting or resizing.
+    """,
+)
+def stale_entry(facts: Snapshot, blocks: Blocks) -> Marked:
+    """The block's pages are free or no longer what was preserved; a folio whose order changed."""
+    pages = blocks.facts
+    inside = pages.compound == Pages.COMPOUND_TAIL
+    resized = (pages.compound > 0) & (pages.compound != blocks.order)
+
+    def say(row: int) -> str:
+        if pages.free[row]:
+            return "its pages are free"
+        if inside[row]:
+            return "it now lies inside a compound page that begins before it"
+        return f"is now a folio of order {pages.compound[row]}"
+
+    return Marked(readable(pages) & ((pages.free > 0) | inside | resized), say)
+
+
+@rule(
+    "in-scratch",
+    Severity.ERROR,
+    "blocks",
+    """
+    The next kernel boots in the scratch areas and reuses them before anything is restored: this
+    memory will be overwritten. Without CONFIG_KEXEC_HANDOVER_DEBUG the kernel does not refuse it.
+    Preserve memory that was not allocated from scratch (CMA, movable).
+    """,
+)
+def in_scratch(facts: Snapshot, blocks: Blocks) -> Marked:
+    """A preserved block or a subtree blob lies in a scratch area."""
+    start, end = blocks.phys, blocks.end(facts.abi.page_shift)
+    hit = np.zeros(len(blocks), np.bool_)
+    for address, size in facts.scratch.tolist():
+        last = min(address + size, 2**64 - 1)
+        hit |= (start < np.uint64(last)) & (end > np.uint64(address)) & (end > start)
+
+    def say(row: int) -> str:
+        for address, size in facts.scratch.tolist():
+            if int(start[row]) < address + size and int(end[row]) > address:
+                return f"lies in the scratch area {address:#x}..{address + size:#x}"
+        raise AssertionError("a marked block lies in an area")
+
+    return Marked(hit, say)
+
+
+@also("in-scratch", "kernel")
+def subtree_in_scratch(facts: Snapshot) -> Iterator[Message]:
+    """A subtree blob lies in a scratch area."""
+    for subtree in facts.outgoing.fdt.subtrees:
+        if subtree.phys is None or not subtree.size:
+            continue
+        for address, size in facts.scratch.tolist():
+            if subtree.phys < address + size and subtree.phys + subtree.size > address:
+                yield Message(
+                    f"the blob of subtree {subtree.name!r} ({subtree.size} bytes) lies in the "
+                    f"scratch area {address:#x}..{address + size:#x}",
+                    subtree.phys,
+                )
+
+
+@rule(
+    "outside-ram",
+    Severity.ERROR,
+    "blocks",
+    """
+    No memory, or not all of it, is there. kho_preserved_memory_reserve() in the next kernel would
+    reserve it and write a stamp into a struct page that may not exist: expect a crash early in
+    the boot. The tree was written over, or a device's memory was preserved as if it were RAM.
+    """,
+)
+def outside_ram(facts: Snapshot, blocks: Blocks) -> Marked:
+    """The address is beyond or between RAM, or in a hole."""
+    good_key = blocks.order != BAD_ORDER
+    start, end = blocks.phys, blocks.end(facts.abi.page_shift)
+    at = np.searchsorted(facts.ram[:, 0], start, "right").astype(np.int64) - 1
+    inside = np.zeros(len(blocks), np.bool_)
+    if len(facts.ram):
+        inside = (at >= 0) & (end <= facts.ram[np.maximum(at, 0), 1])
+    return Marked(
+        good_key & ~inside,
+        lambda row: f"{start[row]:#x}..{end[row]:#x} is not all RAM",
+    )
+
+
+@rule(
+    "bad-key",
+    Severity.ERROR,
+    "blocks",
+    """
+    kho_radix_decode_key() in the next kernel takes the highest bit for the order without a check;
+    for such a key order and address are nonsense, and that is what it will reserve. A page of the
+    tree was written over, or another kernel's keys are in it.
+    """,
+)
+def bad_key(facts: Snapshot, blocks: Blocks) -> Marked:
+    """No order bit, two meanings, or an order out of range."""
+    span = int(facts.ram[-1, 1]) if len(facts.ram) else 0
+    limit = facts.abi.order_limit(span)
+
+    def say(row: int) -> str:
+        if blocks.order[row] == BAD_ORDER:
+            return f"key {blocks.key[row]:#x} has no order bit that this kernel knows"
+        return f"key {blocks.key[row]:#x}: order {blocks.order[row]} is more than all RAM"
+
+    return Marked(blocks.order > limit, say)
+
+
+@rule(
+    "both-types",
+    Severity.ERROR,
+    "tree",
+    """
+    The next kernel walks both entries and the later one, split, overwrites the stamp of the
+    other. Whoever preserved the block last may not be the one whose pattern wins. A block that
+    was split and preserved again without kho_split_preserved_pages() ends like this: unpreserve
+    it as what it was.
+    """,
+)
+def both_types(facts: Snapshot) -> Iterator[tuple[Blocks, Marked]]:
+    """The same block is recorded as contig and as split."""
+    bit = np.uint64(facts.abi.type_bit)
+    if not bit:
+        return
+    every = KeySet(facts.abi, facts.outgoing.tree)
+    for i in np.flatnonzero((every.leaves.key & bit) == 0):
+        leaf = every.leaves[i : i + 1]
+        twin = int(every.leaf(leaf.key | bit)[0])
+        if twin < 0:
+            continue
+        both = leaf.bitmap & every.leaves.bitmap[twin]
+        if both.any():
+            blocks = decode_leaves(facts.abi, Leaves(leaf.key, both))
+            yield (
+                blocks,
+                Marked(np.ones(len(blocks), np.bool_), lambda row: "recorded contig and split"),
+            )
+
+
+@rule(
+    "overlap",
+    Severity.ERROR,
+    "tree",
+    """
+    The next kernel stamps the first page of each block. Restoring the larger one sets the
+    refcounts of all its pages, the smaller one's among them, and the other way round: who comes
+    second destroys what the first restored, and both think they own the memory. Two clients
+    preserve the same pages, or one preserved a part and the whole.
+    """,
+)
+def overlap(facts: Snapshot) -> Iterator[tuple[Blocks, Marked]]:
+    """Two recorded blocks share pages."""
+    abi = facts.abi
+    every = KeySet(abi, facts.outgoing.tree)
+    if not len(every.leaves):
+        return
+    _, orders, _ = abi.kho_radix_decode_keys(every.leaves.key)
+    # The one leaf whose bits include order bits holds blocks of 2^38 pages and more at 4 KiB:
+    # outside-ram and bad-key speak of those.
+    regular = (every.leaves.key & ~np.uint64(abi.type_bit)) != 0
+    regular &= orders != BAD_ORDER
+    present = sorted(set(orders[regular].tolist()))
+    for i in np.flatnonzero(regular).tolist():
+        leaf = every.leaves[i : i + 1]
+        larger = [order for order in present if order > orders[i]]
+        covered = _covered(facts, every, int(leaf.key[0]), int(orders[i]), larger)
+        hit = leaf.bitmap & np.packbits(covered, bitorder="little")
+        if hit.any():
+            blocks = decode_leaves(abi, Leaves(leaf.key, hit))
+            yield (
+                blocks,
+                Marked(
+                    np.ones(len(blocks), np.bool_),
+                    lambda row: "lies inside a larger block that is preserved too",
+                ),
+            )
+
+
+def _covered(
+    facts: Snapshot, every: KeySet, key: int, order: int, larger: list[int]
+) -> NDArray[np.bool_]:
+    """
+    Which blocks of one leaf, present or not, lie inside a larger block of the tree.
+
+    All blocks of a leaf have one order; the larger blocks around them are a run of bits of one
+    leaf of the larger order, each to be repeated for the blocks inside.
+    """
+    abi = facts.abi
+    covered = np.zeros(abi.leaf_bits, np.bool_)
+    index = key & ~abi.type_bit & ~(1 << (abi.order_0_log2 - order))
+    for above in larger:
+        step = above - order
+        first = index >> step
+        length = max(abi.leaf_bits >> step, 1)
+        for page_type in (KHO_PAGE_CONTIG, KHO_PAGE_SPLIT) if abi.type_bit else (KHO_PAGE_CONTIG,):
+            wanted = abi.kho_radix_encode_key(0, above, page_type) | first
+            row = int(every.leaf(np.array([wanted], np.uint64))[0])
+            if row < 0:
+                continue
+            bits = np.unpackbits(every.leaves.bitmap[row], bitorder="little").view(np.bool_)
+            at = wanted & (abi.leaf_bits - 1)
+            covered |= np.repeat(bits[at : at + length], abi.leaf_bits // length)
+    return covered
+
+
+def unjudged(facts: Snapshot, blocks: Blocks) -> int:
+    """Blocks whose struct pages could not be read although they lie in RAM."""
+    lost = ~readable(blocks.facts) & ~outside_ram(facts, blocks).rows
+    return int((lost & (blocks.order != BAD_ORDER)).sum())
+
+

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Rules across a kexec: what the old kernel recorded against what the new one has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..abi import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
+from ..columns import Blocks, Pages
+from ..snapshot import KeySet, Snapshot
+from .pattern import describe, is_contig, is_split, readable, tails, type_name, typed
+from .rule import Marked, Message, Severity, rule
+
+
+class Fate(IntEnum):
+    """What became of a block."""
+
+    UNREAD = 0
+    NOT_RESTORED = 1
+    RESTORED = 2
+    RELEASED = 3
+    LOST = 4
+
+
+#: In words, for totals.
+FATE_NAMES = {
+    Fate.RESTORED: "restored",
+    Fate.NOT_RESTORED: "not-restored",
+    Fate.RELEASED: "released",
+    Fate.LOST: "lost",
+    Fate.UNREAD: "unread",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """
+    A chunk of blocks, before and after.
+
+    :param before: what was recorded, with the old kernel's page facts.
+    :param after: the new kernel's facts of the same pages.
+    :param fate: what became of each, :class:`Fate`.
+    :param abi: the new kernel's.
+    """
+
+    before: Blocks
+    after: Pages
+    fate: NDArray[np.int8]
+    abi: Abi
+
+
+class Evidence:
+    """
+    What the incoming tree still says.
+
+    Its pages went back to the page allocator when the new kernel had walked it.  A leaf is
+    believed only if it still holds at least half of what the old kernel had in it.
+    """
+
+    def __init__(self, before: Snapshot, after: Snapshot) -> None:
+        self._incoming = None
+        if after.incoming is None:
+            return
+        incoming = KeySet(after.abi, after.incoming.tree)
+        recorded = KeySet(before.abi, before.outgoing.tree)
+        if not len(incoming.leaves) or not len(recorded.leaves):
+            return
+        row = recorded.leaf(incoming.leaves.key)
+        known = row >= 0
+        shared = incoming.leaves.bitmap[known] & recorded.leaves.bitmap[row[known]]
+        left = np.bitwise_count(shared.view(np.uint64)).sum(axis=1)
+        known[known] = 2 * left >= recorded.leaves.counts()[row[known]]
+        self._believed = known
+        self._incoming = incoming
+
+    def says_absent(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Blocks of which a believable leaf says that they were not handed over."""
+        if self._incoming is None:
+            return np.zeros(len(keys), np.bool_)
+        leaf = self._incoming.leaf(keys)
+        believed = (leaf >= 0) & self._believed[np.maximum(leaf, 0)]
+        return believed & ~self._incoming.contains(keys)
+
+
+def pair(before: Blocks, after: Blocks, now: Snapshot, evidence: Evidence) -> Pairs:
+    """Decide the fate of each block of a chunk."""
+    pages = after.facts
+    stamped = now.abi.stamp.is_stamp(pages.private)
+    gone = ~stamped & (evidence.says_absent(before.key) | ~np.bool_(now.handover.is_kho_boot))
+    untyped_page = (pages.page_type >> np.uint32(24)) == 0xFF
+    mapped = (pages.page_type >> np.uint32(24)) < 0x80
+    other_folio = (pages.compound == Pages.COMPOUND_TAIL) | (
+        (pages.compound > 0) & (pages.compound != before.order)
+    )
+    reused = (pages.head <= 0) | (pages.free > 0) | other_folio | ~(untyped_page | mapped)
+    fate = np.select(
+        [~readable(pages) | (before.order == BAD_ORDER), stamped, gone, reused],
+        [Fate.UNREAD, Fate.NOT_RESTORED, Fate.LOST, Fate.RELEASED],
+        Fate.RESTORED,
+    )
+    return Pairs(before, pages, fate.astype(np.int8), now.abi)
+
+
+@rule(
+    "not-a-handover",
+    Severity.ERROR,
+    "handover",
+    """
+    Nothing that the snapshot recorded was given to this kernel, or something else was: it was
+    booted by firmware, kexec'ed without KHO, refused the handover (dmesg | grep KHO), or another
+    kexec came in between. The other findings across the kexec mean little then.
+    """,
+)
+def not_a_handover(before: Snapshot, after: Snapshot) -> Iterator[Message]:
+    """This kernel did not come from a handover, or not from the snapshot's kernel."""
+    was, now = before.kernel, after.kernel
+    if was.boot_id is not None and was.boot_id == now.boot_id:
+        yield Message("the snapshot is of this boot: no kexec has happened since")
+        return
+    if not after.handover.is_kho_boot:
+        yield Message("this kernel was not handed anything (kho_in.fdt_phys is 0)")
+        return
+    if after.handover.previous_release != was.release:
+        yield Message(
+            f"handed over by {after.handover.previous_release or 'an unnamed kernel'}, "
+            f"the snapshot is of {was.release}"
+        )
+    expected = before.handover.kexec_count + 1
+    if after.handover.kexec_count != expected:
+        yield Message(
+            f"kexec_count is {after.handover.kexec_count}, expected {expected} after the "
+            "snapshot's kernel"
+        )
+
+
+@rule(
+    "lost",
+    Severity.ERROR,
+    "pairs",
+    """
+    The new kernel never got this block: it was unpreserved after the snapshot, or the tree was
+    damaged on the way. Its memory has gone to the page allocator and holds other data by now.
+    """,
+)
+def lost(pairs: Pairs) -> Marked:
+    """A block of the snapshot has neither a stamp nor a sign of having been restored."""
+    return Marked(
+        pairs.fate == Fate.LOST,
+        lambda row: f"recorded {type_name(int(pairs.before.type[row]))}, not handed over; "
+        f"its pages are {describe(pairs.after, row)}",
+    )
+
+
+@rule(
+    "order-changed",
+    Severity.ERROR,
+    "pairs",
+    """
+    kho_restore_page() goes by the stamp's order alone: it will set refcounts of more or fewer
+    pages than were preserved. The two kernels do not agree on the key layout, or the stamp was
+    written over.
+    """,
+)
+def order_changed(pairs: Pairs) -> Marked:
+    """The stamp's order differs from the recorded order."""
+    order = pairs.abi.stamp.order(pairs.after.private)
+    stamped = pairs.fate == Fate.NOT_RESTORED
+    return Marked(
+        stamped & (order != pairs.before.order),
+        lambda row: f"recorded order {pairs.before.order[row]}, stamped order {order[row]}",
+    )
+
+
+@rule(
+    "type-changed",
+    Severity.ERROR,
+    "pairs",
+    """
+    The block is stamped with another type than it had, and will be restored with the refcounts of
+    that type: stamped contig, the tails get 0 and freeing one of them hits VM_BUG_ON_PAGE; stamped
+    split, they get 1 and freeing the block trips "Bad page state". Do not let its owner restore
+    it; if it is restored already, do not free it.
+    """,
+)
+def type_changed(pairs: Pairs) -> Marked:
+    """The stamp's type differs from the recorded type, or from the pattern the pages had."""
+    stamp = pairs.abi.stamp.type(pairs.after.private)
+    recorded = pairs.before.type
+    was = pairs.before.facts
+    many = tails(was) > 0
+    other = typed(pairs.before) & (stamp != recorded)
+    other |= many & (stamp == KHO_PAGE_CONTIG) & is_split(was)
+    other |= many & (stamp == KHO_PAGE_SPLIT) & is_contig(was)
+    has_types = pairs.abi.stamp.type_shift is not None
+    return Marked(
+        (pairs.fate == Fate.NOT_RESTORED) & other & np.bool_(has_types),
+        lambda row: f"stamped {type_name(int(stamp[row]))}, was recorded "
+        f"{type_name(int(recorded[row]))} with pages {describe(was, row)}",
+    )
+
+
+@rule(
+    "wrong-refcounts",
+    Severity.ERROR,
+    "pairs",
+    """
+    The block was restored with refcounts that it never had. Tails at 1 instead of 0: freeing the
+    block trips "Bad page state", taints the kernel and leaks it. Tails at 0 instead of 1: freeing
+    a tail hits VM_BUG_ON_PAGE, or frees memory that somebody still uses. Keep the owner from
+    freeing it until the next cold boot.
+    """,
+)
+def wrong_refcounts(pairs: Pairs) -> Marked:
+    """Restored, and the refcounts are not what they were before."""
+    was, now = pairs.before.facts, pairs.after
+    same = (is_contig(was) & is_contig(now)) | (is_split(was) & is_split(now))
+    same |= (was.zeros == now.zeros) & (was.ones == now.ones) & (was.head == now.head)
+    judged = (pairs.fate == Fate.RESTORED) & readable(was) & (was.free == 0)
+    return Marked(
+        judged & ~same,
+        lambda row: f"restored as {describe(now, row)}, was {describe(was, row)}",
+    )
+
+
+@rule(
+    "not-restored",
+    Severity.WARNING,
+    "pairs",
+    """
+    The stamp is still there: no client has asked for the block. Once all clients are done, what is
+    left is a leak until the next reboot.
+    """,
+)
+def not_restored(pairs: Pairs) -> Marked:
+    """The stamp is still there: nobody has claimed the block."""
+    return Marked(
+        pairs.fate == Fate.NOT_RESTORED,
+        lambda row: f"not claimed by anybody; the pages are {describe(pairs.after, row)}",
+    )
+
+
+@rule(
+    "unexpected",
+    Severity.WARNING,
+    "stamps",
+    """
+    It was preserved after the snapshot was taken, or the tree was damaged between the snapshot
+    and the kexec. Take the snapshot as late as possible before the kexec.
+    """,
+)
+def unexpected(before: Snapshot, recorded: KeySet, stamps: Blocks) -> Marked:
+    """A stamped page that no snapshot block accounts for."""
+    known = np.zeros(len(stamps), np.bool_)
+    abi = before.abi
+    types = (KHO_PAGE_CONTIG, KHO_PAGE_SPLIT) if abi.type_bit else (KHO_PAGE_CONTIG,)
+    for order in recorded_orders(before, recorded):
+        size = np.uint64(abi.page_size << order)
+        aligned = stamps.phys % size == 0
+        for page_type in types:
+            keys = abi.kho_radix_encode_keys(stamps.phys, order, page_type)
+            known |= aligned & recorded.contains(keys)
+    return Marked(~known, lambda row: "stamped, but not in the snapshot")
+
+
+def recorded_orders(before: Snapshot, recorded: KeySet) -> list[int]:
+    """The orders that the leaves of a tree hold."""
+    _, orders, _ = before.abi.kho_radix_decode_keys(recorded.leaves.key)
+    return sorted({o for o in orders.tolist() if o < 64 - before.abi.page_shift})

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Run rules over facts and collect what they find, in bounded memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..abi import BAD_ORDER
+from ..columns import Blocks, aligned
+from ..errors import KhoscopeError
+from ..snapshot import KeySet, Snapshot
+from . import blocks as blocks_rules
+from . import handover as handover_rules
+from . import kernel as _kernel_rules  # noqa: F401 - registers its rules
+from .rule import RULES, Finding, Marked, Message, Rule, Severity, of_scope
+
+#: Findings that are kept of each rule; all are counted.
+KEPT = 1000
+
+
+@dataclass
+class Report:
+    """
+    What the rules found.
+
+    :param findings: the first KEPT of each rule, in the order of the rules.
+    :param counts: how many each rule has, all of them.
+    :param blocks: outgoing blocks that were looked at.
+    :param fates: across a kexec, how many of the recorded blocks were restored and so on.
+    :param incomplete: why this is not the whole truth; a report with any is never a pass.
+    """
+
+    kept: dict[str, list[Finding]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    blocks: int = 0
+    fates: Counter[str] | None = None
+    incomplete: list[str] = field(default_factory=list)
+
+    @property
+    def findings(self) -> list[Finding]:
+        return [f for name in RULES for f in self.kept.get(name, ())]
+
+    @property
+    def errors(self) -> int:
+        return sum(n for name, n in self.counts.items() if RULES[name].severity == Severity.ERROR)
+
+    @property
+    def warnings(self) -> int:
+        return sum(
+            n for name, n in self.counts.items() if RULES[name].severity == Severity.WARNING
+        )
+
+    @property
+    def passed(self) -> bool:
+        return not self.errors and not self.incomplete
+
+    def add(self, rule: Rule, message: str, phys: int | None, order: int | None) -> None:
+        self.counts[rule.name] += 1
+        kept = self.kept.setdefault(rule.name, [])
+        if len(kept) < KEPT:
+            kept.append(Finding(rule.name, rule.severity, message, rule.explain, phys, order))
+
+    def add_messages(self, rule: Rule, messages: Iterable[Message]) -> None:
+        for message in messages:
+            self.add(rule, message.text, message.phys, None)
+
+    def add_marked(self, rule: Rule, blocks: Blocks, marked: Marked) -> None:
+        rows = np.flatnonzero(marked.rows)
+        if not len(rows):
+            return
+        room = max(KEPT - len(self.kept.get(rule.name, ())), 0)
+        for row in rows[:room].tolist():
+            order = int(blocks.order[row])
+            known = order != BAD_ORDER
+            phys = int(blocks.phys[row]) if known else None
+            self.add(rule, marked.say(row), phys, order if known else None)
+        self.counts[rule.name] += len(rows) - min(len(rows), room)
+
+
+def check(facts: Snapshot) -> Report:
+    """Run the rules about one kernel."""
+    report = Report()
+    for rule, find in of_scope("kernel"):
+        report.add_messages(rule, find(facts))
+    for rule, find in of_scope("tree"):
+        for blocks, marked in find(facts):
+            report.add_marked(rule, blocks, marked)
+    unjudged = 0
+    for blocks in facts.outgoing.blocks:
+        report.blocks += len(blocks)
+        for rule, find in of_scope("blocks"):
+            report.add_marked(rule, blocks, find(facts, blocks))
+        unjudged += blocks_rules.unjudged(facts, blocks)
+    if unjudged:
+        report.incomplete.append(f"the struct pages of {unjudged} blocks could not be read")
+    moved = facts.outgoing.tree.state.moved
+    if moved:
+        report.incomplete.append(f"{moved} blocks came or went while the tree was read")
+    return report
+
+
+def compare(before: Snapshot, after: Snapshot) -> Report:
+    """
+    Run the rules about one kernel on the new one, and those across the kexec on both.
+
+    :raises KhoscopeError: if ``after`` was not taken with an eye on ``before``'s blocks.
+    """
+    watching = after.watching
+    if watching is None or (watching.time, watching.boot_id) != (
+        before.taken.time,
+        before.kernel.boot_id,
+    ):
+        raise KhoscopeError(
+            "the later snapshot does not hold the pages that the earlier one recorded",
+            "take it with `khoscope snapshot --before EARLIER LATER`, in the new kernel",
+        )
+    report = check(after)
+    for rule, find in of_scope("handover"):
+        report.add_messages(rule, find(before, after))
+    report.fates = Counter()
+    evidence = handover_rules.Evidence(before, after)
+    for was, now in aligned(before.outgoing.blocks, after.watched):
+        if len(was) != len(now) or (was.key != now.key).any():
+            raise KhoscopeError(
+                "the two snapshots do not list the same recorded blocks",
+                "one of them is damaged: take the later one again",
+            )
+        pairs = handover_rules.pair(was, now, after, evidence)
+        for fate, count in zip(*np.unique(pairs.fate, return_counts=True), strict=True):
+            report.fates[handover_rules.FATE_NAMES[handover_rules.Fate(fate)]] += int(count)
+        for rule, find in of_scope("pairs"):
+            report.add_marked(rule, was, find(pairs))
+    recorded = KeySet(before.abi, before.outgoing.tree)
+    for stamps in after.stamps:
+        for rule, find in of_scope("stamps"):
+            report.add_marked(rule, stamps, find(before, recorded, stamps))
+    if report.fates["unread"]:
+        report.incomplete.append(
+            f"the pages of {report.fates['unread']} recorded blocks could not be read"
+        )
+    if after.scan is None or after.scan.unread:
+        unread = after.scan.unread if after.scan else "all"
+        report.incomplete.append(f"{unread} struct pages could not be searched for stamps")
+    return report

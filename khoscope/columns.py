@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Facts as numpy columns: what a host preserves may be 10^8 blocks, and no block is an object.
+
+A column set is a frozen dataclass whose fields are arrays of one length.  Streams of column sets
+("chunks") are plain iterables, so that memory stays bounded whatever a tree holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .abi import U64
+
+#: Blocks per chunk, at least, unless the stream ends: the size of one leaf's bitmap at 4 KiB
+#: pages.  A chunk never holds more than this and one leaf together.
+CHUNK_BLOCKS = 1 << 15
+
+
+class Columns:
+    """Base of column sets.  ``DTYPES`` names the columns in the order in which they are kept."""
+
+    DTYPES: ClassVar[dict[str, str]]
+
+    def __len__(self) -> int:
+        return len(getattr(self, next(iter(self.DTYPES))))
+
+    def __getitem__(self, rows: slice | NDArray[Any]) -> Self:
+        """The same columns for some rows (a slice, a mask or indices)."""
+        return dataclasses.replace(
+            self,  # type: ignore[type-var]
+            **{
+                f.name: value[rows]
+                for f in dataclasses.fields(self)  # type: ignore[arg-type]
+                if (value := getattr(self, f.name)) is not None
+            },
+        )
+
+    @classmethod
+    def empty(cls) -> Self:
+        return cls(**{name: np.zeros(0, dtype) for name, dtype in cls.DTYPES.items()})
+
+    @classmethod
+    def concatenate(cls, parts: Iterable[Self]) -> Self:
+        kept = list(parts)
+        if not kept:
+            return cls.empty()
+        if len(kept) == 1:
+            return kept[0]
+        columns: dict[str, Any] = {}
+        for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+            values = [getattr(part, f.name) for part in kept]
+            if isinstance(values[0], Columns):
+                columns[f.name] = type(values[0]).concatenate(values)
+            elif values[0] is not None:
+                columns[f.name] = np.concatenate(values)
+        return cls(**columns)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pages(Columns):
+    """
+    What the struct pages of each block say (``include/linux/mm_types.h``).
+
+    :param private: u64, ``page->private`` of the first page; a stamp or anything else.
+    :param head: i32, refcount of the first page.
+    :param zeros: u32, how many of the other pages have refcount 0.
+    :param ones: u32, how many have 1.
+    :param others: u32, how many have any other.
+    :param odd: u32, index of the first page whose refcount differs from the second page's (the
+        one that decides the type when the series preserves); 0: they all agree.
+    :param free: u32, how many pages of the block are free: in the buddy allocator, or on a
+        per-cpu free list.
+    :param flags: u64, ``page->flags`` of the first page.
+    :param page_type: u32, ``page->page_type`` of the first page.
+    :param compound: i8, order of the compound page that starts here; ``NOT_COMPOUND``, or
+        ``COMPOUND_TAIL`` for a page in the middle of one.
+    :param unread: u32, how many struct pages could not be read.
+    """
+
+    private: U64
+    head: NDArray[np.int32]
+    zeros: NDArray[np.uint32]
+    ones: NDArray[np.uint32]
+    others: NDArray[np.uint32]
+    odd: NDArray[np.uint32]
+    free: NDArray[np.uint32]
+    flags: U64
+    page_type: NDArray[np.uint32]
+    compound: NDArray[np.int8]
+    unread: NDArray[np.uint32]
+
+    NOT_COMPOUND: ClassVar[int] = -1
+    COMPOUND_TAIL: ClassVar[int] = -2
+
+    DTYPES: ClassVar[dict[str, str]] = {
+        "private": "<u8",
+        "head": "<i4",
+        "zeros": "<u4",
+        "ones": "<u4",
+        "others": "<u4",
+        "odd": "<u4",
+        "free": "<u4",
+        "flags": "<u8",
+        "page_type": "<u4",
+        "compound": "|i1",
+        "unread": "<u4",
+    }
+
+    @classmethod
+    def blank(cls, rows: int) -> Pages:
+        """Writable columns of zeros."""
+        return cls(**{name: np.zeros(rows, dtype) for name, dtype in cls.DTYPES.items()})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Blocks(Columns):
+    """
+    Preserved blocks, sorted by key where they come from a tree.
+
+    :param key: u64, radix key; 0 where a block is known by its stamp only.
+    :param phys: u64, ``phys_addr_t`` of the first page.
+    :param order: u8, log2 of its pages; ``abi.BAD_ORDER`` where the key (or stamp) is nonsense.
+    :param type: i8, ``KHO_PAGE_CONTIG``, ``KHO_PAGE_SPLIT`` or ``abi.NO_TYPE``.
+    :param pages: facts of the block's struct pages; None where they were not read.
+    """
+
+    key: U64
+    phys: U64
+    order: NDArray[np.uint8]
+    type: NDArray[np.int8]
+    pages: Pages | None = None
+
+    DTYPES: ClassVar[dict[str, str]] = {
+        "key": "<u8",
+        "phys": "<u8",
+        "order": "|u1",
+        "type": "|i1",
+    }
+
+    @property
+    def facts(self) -> Pages:
+        """The page facts of blocks that have them."""
+        if self.pages is None:
+            raise ValueError("the struct pages of these blocks were not read")
+        return self.pages
+
+    @property
+    def page_count(self) -> U64:
+        """u64, pages of each block; 0 for a bad order."""
+        order = np.minimum(self.order, 63).astype(np.uint64)
+        return np.where(self.order > 63, np.uint64(0), np.uint64(1) << order)
+
+    def end(self, page_shift: int) -> U64:
+        """u64, the first physical address behind each block, saturating at 2^64 - 1."""
+        end = self.phys + (self.page_count << np.uint64(page_shift))
+        return np.where(end < self.phys, np.uint64(2**64 - 1), end)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Leaves(Columns):
+    """
+    Leaves of a tree that hold blocks, sorted by key.
+
+    :param key: u64, the key of the leaf's bit 0.
+    :param bitmap: u8, shape (n, PAGE_SIZE): ``struct kho_radix_leaf`` as it is in memory.
+    """
+
+    key: U64
+    bitmap: NDArray[np.uint8]
+
+    DTYPES: ClassVar[dict[str, str]] = {"key": "<u8", "bitmap": "|u1"}
+
+    def counts(self) -> NDArray[np.int64]:
+        """Blocks in each leaf."""
+        words = self.bitmap.view(np.uint64)
+        return np.bitwise_count(words).sum(axis=1, dtype=np.int64)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Nodes(Columns):
+    """
+    Nodes of a tree, top down.
+
+    :param level: u8, ``KHO_TREE_MAX_DEPTH - 1`` for the root, 0 for leaves.
+    :param phys: u64, ``phys_addr_t`` of the node's page.
+    :param key: u64, the first key below it.
+    :param used: u32, entries (of a table) or bits (of a leaf) in use.
+    """
+
+    level: NDArray[np.uint8]
+    phys: U64
+    key: U64
+    used: NDArray[np.uint32]
+
+    DTYPES: ClassVar[dict[str, str]] = {
+        "level": "|u1",
+        "phys": "<u8",
+        "key": "<u8",
+        "used": "<u4",
+    }
+
+
+def aligned(a: Iterable[Blocks], b: Iterable[Blocks]) -> Iterator[tuple[Blocks, Blocks]]:
+    """
+    Cut two streams of blocks, each sorted by key, at the same keys.
+
+    :return: pairs of which no key of one pair appears in another.
+    """
+    streams = (iter(a), iter(b))
+    left, right = (next(s, None) for s in streams)
+    while left is not None or right is not None:
+        cut = min(int(part.key[-1]) for part in (left, right) if part is not None)
+        pair = []
+        rest = []
+        for part, stream in zip((left, right), streams, strict=True):
+            if part is None:
+                pair.append(Blocks.empty())
+                rest.append(None)
+                continue
+            at = int(np.searchsorted(part.key, np.uint64(cut), "right"))
+            pair.append(part[:at])
+            rest.append(part[at:] if at < len(part) else next(stream, None))
+        left, right = rest
+        yield pair[0], pair[1]

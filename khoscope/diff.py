@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What changed between two snapshots: facts, no opinion."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .columns import Blocks, Pages, aligned
+from .errors import KhoscopeError
+from .snapshot import Side, Snapshot
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A single fact that differs."""
+
+    what: str
+    a: str
+    b: str
+
+
+@dataclass(frozen=True, eq=False)
+class BlockChanges:
+    """
+    Blocks of one stretch of keys that differ.
+
+    :param how: "removed" (in A only), "added" (in B only) or "pages" (in both, and the facts of
+        their struct pages differ).
+    :param a: the blocks with A's facts; B's where ``how`` is "added".
+    :param b: B's facts of the same blocks, where ``how`` is "pages".
+    """
+
+    how: str
+    a: Blocks
+    b: Pages | None = None
+
+
+def facts(a: Snapshot, b: Snapshot) -> list[Changed]:
+    """The single facts that differ."""
+    left, right = _single_facts(a), _single_facts(b)
+    return [
+        Changed(what, left.get(what, "absent"), right.get(what, "absent"))
+        for what in dict.fromkeys([*left, *right])
+        if left.get(what) != right.get(what)
+    ]
+
+
+def _single_facts(s: Snapshot) -> dict[str, str]:
+    found = {
+        "kernel release": s.kernel.release,
+        "kernel version": s.kernel.version,
+        "boot id": s.kernel.boot_id or "not made yet",
+        "tainted": f"{s.kernel.tainted:#x}",
+        "log lines about trouble": str(len(s.kernel.log)),
+        "KHO enabled": str(s.kho_enable),
+        "KHO boot": str(s.handover.is_kho_boot),
+        "previous release": s.handover.previous_release or "none",
+        "kexec count": str(s.handover.kexec_count),
+        "page size": str(s.abi.page_size),
+        "type bit": str(s.abi.type_shift),
+        "stored key bits": str(s.abi.stored_bits),
+        "stamp type bit": str(s.abi.stamp.type_shift),
+        "RAM": ", ".join(f"{x:#x}..{y:#x}" for x, y in s.ram.tolist()),
+        "scratch": ", ".join(f"{x:#x}+{y:#x}" for x, y in s.scratch.tolist()),
+    }
+    found |= _side_facts("outgoing", s.outgoing)
+    if s.incoming is not None:
+        found |= _side_facts("incoming", s.incoming)
+    return found
+
+
+def _side_facts(which: str, side: Side) -> dict[str, str]:
+    found = {
+        f"{which} FDT": f"{side.fdt.phys:#x}",
+        f"{which} compatible": str(side.fdt.compatible),
+        f"{which} tree root": f"{side.tree.state.root:#x}",
+        f"{which} bad tree entries": str(side.tree.state.problem_count),
+    }
+    for subtree in side.fdt.subtrees:
+        where = "nowhere" if subtree.phys is None else f"{subtree.phys:#x}"
+        found[f"{which} subtree {subtree.name}"] = f"{where}, {subtree.size} bytes"
+    return found
+
+
+def blocks(a: Snapshot, b: Snapshot) -> Iterator[BlockChanges]:
+    """
+    The outgoing blocks that differ, stretch by stretch.
+
+    :raises KhoscopeError: if keys of the two kernels do not mean the same.
+    """
+    if (a.abi.page_shift, a.abi.order_0_log2) != (b.abi.page_shift, b.abi.order_0_log2):
+        raise KhoscopeError(
+            f"the snapshots have pages of {a.abi.page_size} and {b.abi.page_size} bytes",
+            "compare snapshots of kernels with the same page size",
+        )
+    for left, right in aligned(a.outgoing.blocks, b.outgoing.blocks):
+        _, i, j = np.intersect1d(left.key, right.key, assume_unique=True, return_indices=True)
+        for how, part, common in (("removed", left, i), ("added", right, j)):
+            alone = np.ones(len(part), np.bool_)
+            alone[common] = False
+            if alone.any():
+                yield BlockChanges(how, part[alone])
+        if len(i):
+            was, now = left[i], right[j]
+            differ = _pages_differ(was.facts, now.facts)
+            if differ.any():
+                yield BlockChanges("pages", was[differ], now.facts[differ])
+
+
+def _pages_differ(a: Pages, b: Pages) -> NDArray[np.bool_]:
+    differ = np.zeros(len(a), np.bool_)
+    for column in Pages.DTYPES:
+        differ |= getattr(a, column) != getattr(b, column)
+    return differ
+
+
+def count(changes: Iterator[BlockChanges]) -> Counter[str]:
+    """How many blocks changed in which way."""
+    counted: Counter[str] = Counter()
+    for change in changes:
+        counted[change.how] += len(change.a)
+    return counted

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The one exception that means: could not do it (exit status 2)."""
+
+from __future__ import annotations
+
+
+class KhoscopeError(Exception):
+    """
+    Something that khoscope cannot do, said in two lines.
+
+    :param what: what is wrong.
+    :param hint: what to do about it.
+    """
+
+    def __init__(self, what: str, hint: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.hint = hint

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+A Snapshot: facts about KHO in one kernel at one time, and no opinion.
+
+Small facts are plain values.  Whatever a kernel decides the size of is a stream of column chunks
+(:mod:`khoscope.columns`): iterate it as often as needed, it is never whole in memory unless it
+is small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .abi import U64, Abi
+from .columns import CHUNK_BLOCKS, Blocks, Columns, Leaves, Nodes
+
+
+@dataclass(frozen=True)
+class Taken:
+    """When and how the facts were read."""
+
+    khoscope: str
+    time: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """
+    The kernel that was read.
+
+    :param release: ``init_uts_ns.name.release``.
+    :param version: ``init_uts_ns.name.version``.
+    :param boot_id: ``/proc/sys/kernel/random/boot_id``; None when the kernel has not made it yet.
+    :param tainted: ``tainted_mask``.
+    :param log: lines of the kernel log about KHO gone wrong and bad pages (kernel/printk).
+    :param page_flags: names of the ``enum pageflags`` bits, by bit.
+    """
+
+    release: str
+    version: str
+    boot_id: str | None
+    tainted: int
+    log: list[str]
+    page_flags: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class NodeProblem:
+    """
+    An entry that no tree of the kernel's would have.
+
+    :param table: ``phys_addr_t`` of the node it stands in.
+    :param index: its index there.
+    :param entry: its value, u64.
+    :param why: what is wrong with it.
+    """
+
+    level: int
+    table: int
+    index: int
+    entry: int
+    why: str
+
+
+@dataclass(frozen=True)
+class TreeState:
+    """
+    How the walk of a tree went.
+
+    :param root: ``phys_addr_t`` of the root node; 0: there is no tree.
+    :param reads: how often it was read until two reads agreed, or we gave up.
+    :param moved: blocks that came or went between the last two reads; they are left out.
+    :param problems: entries that were not followed, the first of them.
+    :param problem_count: all of them.
+    """
+
+    root: int
+    reads: int = 1
+    moved: int = 0
+    problems: list[NodeProblem] = field(default_factory=list)
+    problem_count: int = 0
+
+
+@dataclass(frozen=True)
+class Tree:
+    """
+    A radix tree, read.
+
+    :param nodes: stream of all nodes.
+    :param leaves: stream of the leaves that hold blocks, sorted by key.
+    """
+
+    state: TreeState
+    nodes: Iterable[Nodes] = ()
+    leaves: Iterable[Leaves] = ()
+
+    def blocks(self, abi: Abi) -> Iterator[Blocks]:
+        """The blocks, decoded, chunk by chunk, sorted by key."""
+        waiting: list[Leaves] = []
+        blocks = 0
+        for group in self.leaves:
+            counts = group.counts()
+            for i in range(len(group)):
+                waiting.append(group[i : i + 1])
+                blocks += int(counts[i])
+                if blocks >= CHUNK_BLOCKS:
+                    yield decode_leaves(abi, Leaves.concatenate(waiting))
+                    waiting, blocks = [], 0
+        if blocks:
+            yield decode_leaves(abi, Leaves.concatenate(waiting))
+
+    def totals(self, abi: Abi) -> dict[tuple[int, int], int]:
+        """Blocks by (order, type), counted without decoding a key."""
+        counted: dict[tuple[int, int], int] = {}
+        for group in self.leaves:
+            counts = group.counts()
+            _, order, types = abi.kho_radix_decode_keys(group.key)
+            # Order and type sit above a leaf's bits, except in the leaf that holds the orders
+            # whose order bit is one of its own.
+            low = (group.key & ~np.uint64(abi.type_bit)) == 0
+            for i in np.flatnonzero(low):
+                blocks = decode_leaves(abi, group[i : i + 1])
+                _add(counted, blocks.order, blocks.type, np.ones(len(blocks), np.int64))
+            _add(counted, order[~low], types[~low], counts[~low])
+        return counted
+
+
+def _add(
+    counted: dict[tuple[int, int], int],
+    order: NDArray[np.uint8],
+    types: NDArray[np.int8],
+    counts: NDArray[np.int64],
+) -> None:
+    kind = (order.astype(np.int64) << 8) | (types.astype(np.int64) + 1)
+    kinds, where = np.unique(kind, return_inverse=True)
+    sums = np.zeros(len(kinds), np.int64)
+    np.add.at(sums, where, counts)
+    for k, n in zip(kinds.tolist(), sums.tolist(), strict=True):
+        counted[k >> 8, (k & 255) - 1] = counted.get((k >> 8, (k & 255) - 1), 0) + n
+
+
+def decode_leaves(abi: Abi, leaves: Leaves) -> Blocks:
+    """The blocks of some leaves, as :c:func:`kho_radix_walk_leaf` sees them."""
+    bits = np.unpackbits(leaves.bitmap.reshape(-1), bitorder="little").view(np.bool_)
+    set_bits = np.flatnonzero(bits)
+    if len(leaves) == 1 and (int(leaves.key[0]) & ~abi.type_bit) != 0:
+        # The common case at scale, a leaf of one order and type: one shift does it all.
+        key = set_bits.view(np.uint64) | leaves.key[0]
+        phys, order, types = abi.kho_radix_decode_keys(leaves.key)
+        if order[0] <= abi.order_0_log2:
+            shift = np.uint64(abi.page_shift + int(order[0]))
+            phys = (key & ~np.uint64(abi.type_bit)) << shift
+        else:
+            phys = np.zeros(len(key), np.uint64)
+        return Blocks(
+            key,
+            phys,
+            np.full(len(key), order[0], np.uint8),
+            np.full(len(key), types[0], np.int8),
+        )
+    leaf = set_bits >> abi.bitmap_size_log2
+    key = leaves.key[leaf] | (set_bits & (abi.leaf_bits - 1)).view(np.uint64)
+    return Blocks(key, *abi.kho_radix_decode_keys(key))
+
+
+@dataclass(frozen=True)
+class Subtree:
+    """
+    A child of the root FDT.
+
+    :param phys: ``preserved-data``, ``phys_addr_t``; None: property missing or malformed.
+    :param size: ``blob-size``, bytes; None likewise.
+    """
+
+    name: str
+    phys: int | None
+    size: int | None
+
+
+@dataclass(frozen=True)
+class Fdt:
+    """
+    A root FDT and what it says.
+
+    :param phys: ``phys_addr_t``; 0: there is none.
+    :param compatible: its ``compatible``.
+    :param memory_map: ``preserved-memory-map``, ``phys_addr_t`` of the tree's root.
+    :param problems: what is missing or malformed, in words.
+    """
+
+    phys: int
+    compatible: str | None = None
+    memory_map: int | None = None
+    subtrees: list[Subtree] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Side:
+    """
+    What one direction holds: outgoing (``struct kho_out``) or incoming (``struct kho_in``).
+
+    :param blobs: the FDT ("fdt") and the subtrees (by name) as they were, where readable.
+    :param blocks: the tree's blocks with the facts of their struct pages; empty where these were
+        not read.
+    """
+
+    fdt: Fdt
+    tree: Tree
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    blocks: Iterable[Blocks] = ()
+
+
+@dataclass(frozen=True)
+class Handover:
+    """
+    How this kernel came to be (``struct kho_in``).
+
+    :param is_kho_boot: as the kernel's function of that name.
+    :param previous_release: release of the kernel that handed over.
+    :param kexec_count: kexecs since the last cold boot.
+    """
+
+    is_kho_boot: bool
+    previous_release: str
+    kexec_count: int
+
+
+@dataclass(frozen=True)
+class Scan:
+    """How the search for stamps went, in pages."""
+
+    scanned: int = 0
+    unread: int = 0
+
+
+@dataclass(frozen=True)
+class Watched:
+    """
+    Pages of the blocks that another kernel had recorded, as they are now.
+
+    :param time: when the snapshot that recorded them was taken.
+    :param boot_id: the boot it was taken from.
+    """
+
+    time: str
+    boot_id: str | None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """
+    Everything that was read from one kernel.
+
+    :param ram: u64, shape (n, 2): first and last-plus-one physical address of each range of
+        System RAM (``iomem_resource``).
+    :param scratch: u64, shape (n, 2): address and size of each area (``kho_scratch``).
+    :param outgoing: what this kernel is about to hand over.
+    :param incoming: what it was handed; its tree is evidence, never proof.  None: not a KHO boot.
+    :param stamps: stream of the stamped pages, found by scanning all struct pages; sorted by
+        address.
+    :param watched: stream of the blocks of another snapshot, in its order, with the page facts
+        of this kernel.
+    """
+
+    taken: Taken
+    kernel: Kernel
+    abi: Abi
+    kho_enable: bool
+    handover: Handover
+    ram: U64
+    scratch: U64
+    outgoing: Side
+    incoming: Side | None = None
+    scan: Scan | None = None
+    stamps: Iterable[Blocks] = ()
+    watching: Watched | None = None
+    watched: Iterable[Blocks] = ()
+
+
+class KeySet:
+    """
+    Which keys a tree holds, for look-ups: its bitmaps, whole in memory.
+
+    That is one bit per page of the range that the tree covers, 32 MiB for 1 TiB.
+    """
+
+    def __init__(self, abi: Abi, tree: Tree) -> None:
+        self._abi = abi
+        self.leaves = Leaves.concatenate(tree.leaves)
+        if not len(self.leaves):
+            self.leaves = Leaves(np.zeros(0, np.uint64), np.zeros((0, abi.page_size), np.uint8))
+
+    def leaf(self, keys: U64) -> NDArray[np.int64]:
+        """The row of the leaf that would hold each key; -1: the tree has none."""
+        base = keys & ~np.uint64(self._abi.leaf_bits - 1)
+        at = np.searchsorted(self.leaves.key, base)
+        there = at < len(self.leaves)
+        there[there] = self.leaves.key[at[there]] == base[there]
+        return np.where(there, at, -1)
+
+    def __contains__(self, key: int) -> bool:
+        return bool(self.contains(np.array([key], np.uint64))[0])
+
+    def contains(self, keys: U64) -> NDArray[np.bool_]:
+        """Which of the keys are set."""
+        leaf = self.leaf(keys)
+        found = leaf >= 0
+        bit = (keys[found] & np.uint64(self._abi.leaf_bits - 1)).astype(np.int64)
+        byte = self.leaves.bitmap[leaf[found], bit >> 3]
+        found[found] = (byte >> (bit & 7).astype(np.uint8)) & 1 != 0
+        return found
+
+
+def rows(stream: Iterable[Columns]) -> int:
+    """How many rows a stream has."""
+    return sum(len(chunk) for chunk in stream)

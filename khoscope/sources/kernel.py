@@ -1,0 +1,461 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Read the facts of a kernel through drgn: the live one, a vmcore, or a QEMU guest over QMP.
+
+Nothing here decides what is right or wrong, and nothing depends on a kernel's version: types,
+members and symbols are asked for.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+from drgn import FaultError, Object, Program, Type, cast, offsetof, sizeof
+from drgn.helpers.linux.ioport import for_each_resource
+from drgn.helpers.linux.mm import virt_to_phys
+from drgn.helpers.linux.printk import get_printk_records
+
+from .. import __version__
+from ..abi import COMPATIBLES_WITHOUT_TYPES, POSTED_TYPE_SHIFT, U64, Abi, Stamp
+from ..columns import Blocks
+from ..errors import KhoscopeError
+from ..fdt import parse_root_fdt
+from ..snapshot import (
+    Fdt,
+    Handover,
+    Kernel,
+    KeySet,
+    Scan,
+    Side,
+    Snapshot,
+    Taken,
+    Tree,
+    Watched,
+)
+from ..store import BLOB_LIMIT, spool
+from .pages import PageLayout, PageReader
+from .walk import in_ranges, settle, walk
+
+#: ``IORESOURCE_SYSTEM_RAM`` (include/linux/ioport.h, a #define).
+IORESOURCE_SYSTEM_RAM: Final = 0x01000000
+#: More scratch areas than nodes any kernel supports (MAX_NUMNODES is 1024): a corrupt count.
+SCRATCH_LIMIT: Final = 1 << 12
+
+#: What a kernel says when KHO or the page allocator finds something broken.
+TROUBLE = re.compile(
+    r"KHO: .*(fail|disabl|incompatib|invalid|broken|too small|not supported)"
+    r"|Bad page state|page dumped because"
+    r"|(WARNING|kernel BUG).*(kexec_handover|kho_)",
+    re.IGNORECASE,
+)
+#: Lines of it that are kept.
+TROUBLE_KEPT: Final = 64
+
+#: Told what is being read, how far it is, and of how much.
+Progress = Callable[[str, int, int], None]
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Says nothing."""
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """
+    What the user knows better than the kernel's debug info.
+
+    :param type_shift: key bit of the page type; -1: the kernel has no types.
+    """
+
+    type_shift: int | None = None
+
+
+class KernelSource:
+    """
+    A kernel with KHO.
+
+    :param prog: with the kernel's debug info loaded.
+    :param label: how it is read, for people.
+    :param moves: the kernel runs while it is read.
+    :raises KhoscopeError: if the kernel has no KHO that khoscope understands.
+    """
+
+    def __init__(
+        self,
+        prog: Program,
+        label: str,
+        moves: bool,
+        overrides: Overrides | None = None,
+        progress: Progress = no_progress,
+    ) -> None:
+        self.prog = prog
+        self._label = label
+        self._moves = moves
+        self._progress = progress
+        try:
+            self._kho_out = prog["kho_out"]
+            self._kho_in = prog["kho_in"]
+        except KeyError:
+            raise KhoscopeError(
+                "this kernel has no kexec handover (no kho_out in its debug info)",
+                "boot a kernel that was built with CONFIG_KEXEC_HANDOVER=y",
+            ) from None
+        try:
+            self._tree = self._kho_out.radix_tree
+        except AttributeError:
+            raise KhoscopeError(
+                "this kernel's KHO is older than the radix tree (no kho_out.radix_tree)",
+                "use a kernel that keeps preserved memory in a struct kho_radix_tree",
+            ) from None
+        self.enabled = bool(prog["kho_enable"].value_())
+        self.ram = self._read_ram()
+        outgoing = self._phys(self._kho_out.fdt)
+        self._out_fdt = self._read_fdt(outgoing)
+        self.abi = probe_abi(prog, self._out_fdt[0].compatible, overrides or Overrides())
+        ram_end = int(self.ram[-1, 1]) >> self.abi.page_shift
+        self._pages = PageReader(self.abi, page_layout(prog), self._read_virt, ram_end)
+
+    def tree(self) -> Snapshot:
+        """
+        The outgoing and incoming tree without a look at any struct page.
+
+        :raises KhoscopeError: if KHO is off.
+        """
+        self._require_kho()
+        if self._moves:
+            _, tree = settle(self._walk_outgoing, lambda _: None)
+        else:
+            tree = self._walk_outgoing()
+        return self._snapshot(tree, self._kernel())
+
+    def snapshot(self, before: Snapshot | None = None) -> Snapshot:
+        """
+        All facts, read once and kept.
+
+        :param before: also look at the pages of the blocks that this snapshot recorded.
+        :raises KhoscopeError: if KHO is off.
+        """
+        self._require_kho()
+        if before is not None and before.abi.page_shift != self.abi.page_shift:
+            raise KhoscopeError(
+                f"the earlier snapshot has {before.abi.page_size} byte pages, "
+                f"this kernel has {self.abi.page_size}",
+                "compare with a snapshot of the kernel that handed over",
+            )
+        kernel = self._kernel()
+        scan = _Scan(self, "scanning struct pages for stamps")
+
+        def read(tree: Tree) -> Snapshot:
+            facts = self._snapshot(tree, kernel)
+            blocks = _Lazy(lambda: map(self._pages.with_pages, tree.blocks(self.abi)))
+            facts = replace(
+                facts,
+                outgoing=replace(facts.outgoing, blocks=blocks),
+                stamps=_Lazy(scan.stamps),
+            )
+            if before is not None:
+                recorded = before.outgoing.tree
+                watched = _Lazy(lambda: map(self._pages.with_pages, recorded.blocks(before.abi)))
+                facts = replace(
+                    facts,
+                    watching=Watched(before.taken.time, before.kernel.boot_id),
+                    watched=watched,
+                )
+            return replace(spool(facts), scan=scan.result())
+
+        if not self._moves:
+            return read(self._walk_outgoing())
+        facts, tree = settle(self._walk_outgoing, read)
+        outgoing = replace(facts.outgoing, tree=tree)
+        if tree.state.moved:
+            # Blocks that came or went meanwhile are not judged: their pages were in motion.
+            stood = KeySet(self.abi, tree)
+            every = facts.outgoing.blocks
+            outgoing = replace(
+                outgoing,
+                blocks=_Lazy(
+                    lambda: filter(len, (part[stood.contains(part.key)] for part in every))
+                ),
+            )
+        return replace(facts, outgoing=outgoing)
+
+    def scratch(self) -> U64:
+        """``kho_scratch``: u64, shape (n, 2), address and size of each area."""
+        count = self.prog["kho_scratch_cnt"].value_()
+        areas = self.prog["kho_scratch"]
+        if not areas or count > SCRATCH_LIMIT:
+            return np.zeros((0, 2), np.uint64)
+        found = [(areas[i].addr.value_(), areas[i].size.value_()) for i in range(count)]
+        return np.array(found, np.uint64).reshape(-1, 2)
+
+    def _require_kho(self) -> None:
+        if not self.enabled or not self._tree.root:
+            raise KhoscopeError(
+                "KHO is off in this kernel (kho_enable is false or kho_out has no tree)",
+                "boot it with kho=on",
+            )
+
+    def _snapshot(self, tree: Tree, kernel: Kernel) -> Snapshot:
+        fdt, blobs = self._out_fdt
+        kho_in = self._kho_in
+        came_from = Handover(
+            bool(kho_in.fdt_phys),
+            kho_in.previous_release.string_().decode("ascii", "backslashreplace"),
+            kho_in.kexec_count.value_(),
+        )
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        return Snapshot(
+            Taken(__version__, now.replace("+00:00", "Z"), self._label),
+            kernel,
+            self.abi,
+            self.enabled,
+            came_from,
+            self.ram,
+            self.scratch(),
+            Side(fdt, tree, blobs),
+            self._incoming(),
+        )
+
+    def _incoming(self) -> Side | None:
+        phys = self._kho_in.fdt_phys.value_()
+        if not phys:
+            return None
+        fdt, blobs = self._read_fdt(phys)
+        # Its pages went back to the page allocator after the boot: no second look can agree.
+        tree = walk(self.abi, fdt.memory_map or 0, self.ram, self._read_phys)
+        return Side(fdt, tree, blobs)
+
+    def _walk_outgoing(self) -> Tree:
+        return walk(self.abi, self._phys(self._tree.root), self.ram, self._read_phys)
+
+    def _kernel(self) -> Kernel:
+        uts = self.prog["init_uts_ns"].name
+        boot_id = uuid.UUID(bytes=bytes(self.prog["sysctl_bootid"].value_()))
+        log = []
+        for record in get_printk_records(self.prog):
+            text = record.text.decode("utf-8", "backslashreplace")
+            if TROUBLE.search(text) and len(log) < TROUBLE_KEPT:
+                log.append(text)
+        flags = self.prog.type("enum pageflags").enumerators or ()
+        names: dict[int, str] = {}
+        for flag in flags:
+            names.setdefault(flag.value, flag.name.removeprefix("PG_"))
+        last = self.prog["__NR_PAGEFLAGS"].value_()
+        return Kernel(
+            uts.release.string_().decode(),
+            uts.version.string_().decode(),
+            str(boot_id) if boot_id.int else None,
+            self.prog["tainted_mask"].value_(),
+            log,
+            [names.get(bit, "") for bit in range(last)],
+        )
+
+    def _read_ram(self) -> U64:
+        """System RAM from ``iomem_resource``, adjacent ranges joined."""
+        ranges = sorted(
+            (resource.start.value_(), resource.end.value_() + 1)
+            for resource in for_each_resource(self.prog["iomem_resource"].address_of_())
+            if resource.flags.value_() & IORESOURCE_SYSTEM_RAM
+        )
+        joined: list[tuple[int, int]] = []
+        for start, end in ranges:
+            if joined and start <= joined[-1][1]:
+                joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+            else:
+                joined.append((start, end))
+        if not joined:
+            raise KhoscopeError(
+                "this kernel lists no System RAM in iomem_resource",
+                "check that the debug info belongs to this kernel",
+            )
+        return np.array(joined, np.uint64)
+
+    def _read_fdt(self, phys: int) -> tuple[Fdt, dict[str, bytes]]:
+        """A root FDT and the blobs: itself as "fdt", subtrees by name as far as readable."""
+        if not phys:
+            return Fdt(0), {}
+        size = self.prog["PAGE_SIZE"].value_()
+        blob = self._read_phys(phys, size)
+        fdt = parse_root_fdt(phys, blob)
+        blobs = {} if blob is None else {"fdt": blob}
+        for subtree in fdt.subtrees:
+            if subtree.phys is None or not subtree.size:
+                continue
+            span = np.array([subtree.phys], np.uint64), np.array(
+                [min(subtree.phys + subtree.size, 2**64 - 1)], np.uint64
+            )
+            if in_ranges(self.ram, *span)[0]:
+                data = self._read_phys(subtree.phys, min(subtree.size, BLOB_LIMIT))
+                if data is not None:
+                    blobs[f"subtree {subtree.name}"] = data
+        return fdt, blobs
+
+    def _phys(self, pointer: Object) -> int:
+        return int(virt_to_phys(pointer).value_()) if pointer else 0
+
+    def _read_phys(self, address: int, size: int) -> bytes | None:
+        try:
+            return self.prog.read(address, size, physical=True)
+        except FaultError:
+            return None
+
+    def _read_virt(self, address: int, size: int) -> bytes | None:
+        try:
+            return self.prog.read(address, size)
+        except FaultError:
+            return None
+
+
+@dataclass
+class _Lazy:
+    """A stream that asks the kernel anew at each iteration."""
+
+    make: Callable[[], Iterator[Blocks]]
+
+    def __iter__(self) -> Iterator[Blocks]:
+        return self.make()
+
+
+class _Scan:
+    """The stamp scan of a source, and what it could not see."""
+
+    def __init__(self, source: KernelSource, what: str) -> None:
+        self._source = source
+        self._what = what
+        self._scanned = self._unread = 0
+
+    def stamps(self) -> Iterator[Blocks]:
+        self._scanned = self._unread = 0
+        return self._source._pages.stamps(self._source.ram, self._count)
+
+    def _count(self, pages: int) -> None:
+        if pages > 0:
+            self._scanned += pages
+        else:
+            self._unread -= pages
+        total = int((self._source.ram[:, 1] - self._source.ram[:, 0]).sum())
+        self._source._progress(
+            self._what, self._scanned + self._unread, total >> self._source.abi.page_shift
+        )
+
+    def result(self) -> Scan:
+        return Scan(self._scanned, self._unread)
+
+
+def probe_abi(prog: Program, compatible: str | None, overrides: Overrides) -> Abi:
+    """
+    What this kernel does, from its types.
+
+    :param compatible: of its own root FDT.
+    """
+    decided: dict[str, str] = {}
+    constants = _enumerators(prog, "enum kho_radix_consts")
+    page_shift = prog["PAGE_SHIFT"].value_()
+    computed = Abi.for_page_shift(page_shift)
+
+    def constant(name: str, otherwise: int) -> int:
+        if name in constants:
+            decided[name] = "enum kho_radix_consts"
+            return constants[name]
+        decided[name] = "computed from PAGE_SHIFT: not in the debug info"
+        return otherwise
+
+    stamp = _probe_stamp(prog)
+    return Abi(
+        page_shift,
+        constant("KHO_ORDER_0_LOG2", computed.order_0_log2),
+        constant("KHO_TABLE_SIZE_LOG2", computed.table_size_log2),
+        constant("KHO_BITMAP_SIZE_LOG2", computed.bitmap_size_log2),
+        constant("KHO_TREE_MAX_DEPTH", computed.tree_max_depth),
+        prog.type("struct zone").member("free_area").type.length - 1,
+        _probe_type_shift(prog, constants, compatible, overrides, stamp, decided),
+        stamp,
+        compatible,
+        decided,
+    )
+
+
+def _probe_type_shift(
+    prog: Program,
+    constants: dict[str, int],
+    compatible: str | None,
+    overrides: Overrides,
+    stamp: Stamp,
+    decided: dict[str, str],
+) -> int | None:
+    name = "KHO_KEY_TYPE_SHIFT"
+    if overrides.type_shift is not None:
+        decided[name] = "--type-shift"
+        return None if overrides.type_shift < 0 else overrides.type_shift
+    if name in constants:
+        decided[name] = "enum kho_radix_consts"
+        return constants[name]
+    if not _enumerators(prog, "enum kho_page_type") and stamp.type_shift is None:
+        decided[name] = "no enum kho_page_type, no type in union kho_page_info: no types"
+        return None
+    posted = compatible in COMPATIBLES_WITHOUT_TYPES
+    decided[name] = (
+        "there are page types, but the bit is a #define that debug info does not carry; "
+        + (f"{compatible}: taken for the series as posted" if posted else "guessed as posted")
+    )
+    return POSTED_TYPE_SHIFT
+
+
+def _probe_stamp(prog: Program) -> Stamp:
+    """The layout of ``union kho_page_info``."""
+    bits: dict[str, tuple[int, int]] = {}
+
+    def collect(type_: Type, offset: int) -> None:
+        for member in type_.members or ():
+            at = offset + member.bit_offset
+            if member.name is None:
+                collect(member.type, at)
+            else:
+                bits[member.name] = at, member.bit_field_size or 8 * sizeof(member.type)
+
+    collect(prog.type("union kho_page_info"), 0)
+    return Stamp(bits["order"][1], bits["type"][0] if "type" in bits else None, bits["magic"][0])
+
+
+def page_layout(prog: Program) -> PageLayout:
+    """Where this kernel's ``struct page`` keeps things."""
+    page = prog.type("struct page")
+    pagetype = _enumerators(prog, "enum pagetype")
+    try:
+        vmemmap = prog["vmemmap"]
+    except KeyError:
+        raise KhoscopeError(
+            "this kernel's struct pages are not one array (no vmemmap)",
+            "use a kernel that was built with CONFIG_SPARSEMEM_VMEMMAP=y",
+        ) from None
+    compound = "compound_info" if page.has_member("compound_info") else "compound_head"
+    return PageLayout(
+        vmemmap=cast("unsigned long", vmemmap).value_(),
+        size=sizeof(page),
+        flags=offsetof(page, "flags"),
+        private=offsetof(page, "private"),
+        refcount=offsetof(page, "_refcount"),
+        page_type=offsetof(page, "page_type"),
+        compound=offsetof(page, compound),
+        lru=offsetof(page, "lru"),
+        head_bit=_enumerators(prog, "enum pageflags")["PG_head"],
+        buddy_type=pagetype["PGTY_buddy"],
+        untyped=pagetype["PGTY_mapcount_underflow"],
+    )
+
+
+def _enumerators(prog: Program, name: str) -> dict[str, int]:
+    """The constants of an enum; none where the kernel has no such enum."""
+    try:
+        enumerators = prog.type(name).enumerators
+    except LookupError:
+        return {}
+    return {e.name: e.value for e in enumerators or ()}
+
+

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Open a kernel with drgn and find its debug info, or say in two lines why not."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+from drgn import MissingDebugInfoError, Program
+
+from ..errors import KhoscopeError
+
+LOCKDOWN = Path("/sys/kernel/security/lockdown")
+
+
+def open_live(vmlinux: Path | None = None) -> Program:
+    """
+    The running kernel, through ``/proc/kcore``.
+
+    :raises KhoscopeError: without the permission, ``/proc/kcore`` or debug info.
+    """
+    prog = Program()
+    try:
+        prog.set_kernel()
+    except PermissionError as error:
+        if os.geteuid() != 0:
+            raise KhoscopeError(
+                "/proc/kcore: permission denied", "run khoscope as root (sudo khoscope …)"
+            ) from error
+        raise KhoscopeError(
+            f"/proc/kcore cannot be opened even by root{_lockdown()}",
+            "boot without lockdown (and without a seccomp or container policy that hides kernel"
+            " memory), or look at a vmcore or from the host with --qemu",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise KhoscopeError(
+            f"/proc/kcore: {error}", "use a kernel with CONFIG_PROC_KCORE=y, outside a container"
+        ) from error
+    _load_debug_info(prog, vmlinux, f"the running kernel {platform.release()}")
+    return prog
+
+
+def open_qemu(address: str, vmlinux: Path | None = None) -> Program:
+    """
+    A QEMU guest, from the host, over QMP.
+
+    :param address: path of QEMU's QMP socket, or HOST:PORT.
+    :raises KhoscopeError: if nothing answers there, or without debug info.
+    """
+    prog = Program()
+    try:
+        prog.set_qemu_qmp(address)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise KhoscopeError(
+            f"{address}: no QEMU guest to look at ({error})",
+            "start QEMU with -qmp unix:PATH,server=on,wait=off -device vmcoreinfo, a guest kernel"
+            " with CONFIG_FW_CFG_SYSFS=y, and attach one tool at a time",
+        ) from error
+    _load_debug_info(prog, vmlinux, f"the guest at {address}")
+    return prog
+
+
+def open_core(path: Path, vmlinux: Path | None = None) -> Program:
+    """
+    A vmcore: ELF or kdump-compressed, or QEMU's dump-guest-memory.
+
+    :raises KhoscopeError: if it is no whole vmcore, or without debug info.
+    """
+    prog = Program()
+    try:
+        prog.set_core_dump(path)
+    except OSError as error:
+        raise KhoscopeError(
+            f"{path}: {error.strerror or error}", "name a vmcore that you can read"
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        raise KhoscopeError(
+            f"{path}: not a vmcore that drgn can read ({error})",
+            "give an ELF or kdump-compressed vmcore, whole; a flattened one needs makedumpfile -R"
+            " first",
+        ) from error
+    _load_debug_info(prog, vmlinux, f"the kernel of {path}")
+    return prog
+
+
+def _load_debug_info(prog: Program, vmlinux: Path | None, whose: str) -> None:
+    if vmlinux is not None and not os.access(vmlinux, os.R_OK):
+        raise KhoscopeError(f"{vmlinux}: cannot be read", "name the vmlinux with --vmlinux")
+    try:
+        prog.load_debug_info([] if vmlinux is None else [vmlinux], main=True)
+    except MissingDebugInfoError as error:
+        raise KhoscopeError(
+            f"no debug info for {whose}: {_missing(prog, vmlinux)}",
+            "name its vmlinux with --vmlinux, or install the kernel's debug symbols package",
+        ) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise KhoscopeError(
+            f"the debug info of {whose} cannot be used ({error})",
+            "name the right vmlinux with --vmlinux",
+        ) from error
+
+
+def _missing(prog: Program, vmlinux: Path | None) -> str:
+    """Which file is needed, and where drgn looked for it."""
+    try:
+        module = prog.main_module()
+        build_id = module.build_id.hex() if module.build_id else "unknown"
+    except LookupError:
+        return "this is not a Linux kernel, or its vmcoreinfo is missing"
+    needed = f"needs the vmlinux with build id {build_id}"
+    if vmlinux is not None:
+        return f"{vmlinux} is not it; {needed}"
+    options = prog.debug_info_options
+    places = [*(options.directories or ()), *(options.kernel_directories or ())]
+    looked = ", ".join(place or "the standard places" for place in places)
+    release = prog["UTS_RELEASE"].string_().decode()
+    return f"{needed}, looked in {looked} for {release}"
+
+
+def _lockdown() -> str:
+    """The kernel's lockdown mode, if it can be read and is not none."""
+    if not os.access(LOCKDOWN, os.R_OK):
+        return ""
+    mode = LOCKDOWN.read_text().split("[")[-1].split("]")[0]
+    return "" if mode == "none" else f": the kernel is locked down ({mode})"

@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Read runs of ``struct page`` in bulk and boil them down to a row of facts per block.
+
+Kernel sources: ``include/linux/mm_types.h``, ``page-flags.h``; free pages as in
+``mm/page_alloc.c``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..abi import BAD_ORDER, NO_TYPE, U64, Abi
+from ..columns import CHUNK_BLOCKS, Blocks, Pages
+
+#: Reads ``size`` bytes at a kernel virtual address; None: that memory cannot be read.
+ReadVirt = Callable[[int, int], bytes | None]
+
+#: struct pages read at once.
+WINDOW: Final = 1 << 15
+#: Blocks closer than this many pages are read in one go.
+GAP: Final = 1 << 10
+#: Single pages of which the free list is asked for, per chunk of blocks: each costs a read or two,
+#: and only a page without references in front of which no free block begins gets there.
+LIST_LOOKS: Final = 1024
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """
+    Where ``struct page`` keeps things; byte offsets and sizes from the kernel's types.
+
+    :param vmemmap: virtual address of the struct page of pfn 0.
+    :param size: ``sizeof(struct page)``, bytes.
+    :param buddy_type: ``PGTY_buddy``, the top byte of ``page_type`` of a free block's first page.
+    :param untyped: the lowest top byte of ``page_type`` that means "no type".
+    :param head_bit: ``PG_head``.
+    :param compound: offset of the word whose bit 0 says "tail of a compound page"
+        (``compound_info``, before ``compound_head``).
+    :param lru: offset of ``lru``, where a page on a free list hangs.
+    """
+
+    vmemmap: int
+    size: int
+    flags: int
+    private: int
+    refcount: int
+    page_type: int
+    compound: int
+    lru: int
+    head_bit: int
+    buddy_type: int
+    untyped: int = 0xFF
+
+
+class StructPages:
+    """A run of struct pages, as columns."""
+
+    def __init__(self, layout: PageLayout, raw: bytes) -> None:
+        self._layout = layout
+        self._raw = np.frombuffer(raw, np.uint8)
+
+    def _column(self, offset: int, dtype: type[np.generic]) -> NDArray[Any]:
+        width = np.dtype(dtype).itemsize
+        if offset % width or self._layout.size % width:
+            raise ValueError(f"struct page member at odd offset {offset}")
+        return self._raw.view(dtype)[offset // width :: self._layout.size // width]
+
+    @property
+    def refcount(self) -> NDArray[np.int32]:
+        return self._column(self._layout.refcount, np.int32)
+
+    @property
+    def private(self) -> U64:
+        return self._column(self._layout.private, np.uint64)
+
+    @property
+    def flags(self) -> U64:
+        return self._column(self._layout.flags, np.uint64)
+
+    @property
+    def page_type(self) -> NDArray[np.uint32]:
+        return self._column(self._layout.page_type, np.uint32)
+
+    @property
+    def is_tail(self) -> NDArray[np.bool_]:
+        return (self._column(self._layout.compound, np.uint64) & np.uint64(1)) != 0
+
+    @property
+    def is_head(self) -> NDArray[np.bool_]:
+        return (self.flags >> np.uint64(self._layout.head_bit)) & np.uint64(1) != 0
+
+    @property
+    def is_buddy(self) -> NDArray[np.bool_]:
+        return (self.page_type >> np.uint32(24)) == self._layout.buddy_type
+
+    def compound_order(self) -> NDArray[np.int8]:
+        """i8 for each page but the last: order of the compound page that starts there."""
+        order = (self.flags[1:] & np.uint64(0xFF)).astype(np.int8)
+        head = np.where(self.is_head[:-1] & self.is_tail[1:], order, Pages.NOT_COMPOUND)
+        return np.where(self.is_tail[:-1], Pages.COMPOUND_TAIL, head).astype(np.int8)
+
+
+class PageReader:
+    """
+    Reads struct pages of one kernel.
+
+    :param ram_end: the first pfn behind RAM; nothing above is asked for.
+    """
+
+    def __init__(self, abi: Abi, layout: PageLayout, read: ReadVirt, ram_end: int) -> None:
+        self._abi = abi
+        self._layout = layout
+        self._read = read
+        self._ram_end = ram_end
+
+    def with_pages(self, blocks: Blocks) -> Blocks:
+        """The same blocks with the facts of their struct pages."""
+        return Blocks(
+            blocks.key, blocks.phys, blocks.order, blocks.type, self._facts(blocks)
+        )
+
+    def stamps(self, ram: U64, progress: Callable[[int], None]) -> Iterator[Blocks]:
+        """
+        Every page that carries a stamp, by looking at all struct pages.
+
+        :param ram: u64, shape (n, 2), physical.
+        :param progress: called with the number of pages that were looked at, and after it the
+            number that could not be read, as a negative number.
+        """
+        waiting: list[Blocks] = []
+        rows = 0
+        shift = self._abi.page_shift
+        for first, end in ram.tolist():
+            last = end >> shift
+            for pfn in range(-(-first >> shift), last, WINDOW):
+                for start, raw in self._readable(pfn, min(pfn + WINDOW, last), progress):
+                    found = self._stamped(start, StructPages(self._layout, raw))
+                    if len(found):
+                        waiting.append(self.with_pages(found))
+                        rows += len(found)
+                    if rows >= CHUNK_BLOCKS:
+                        yield Blocks.concatenate(waiting)
+                        waiting, rows = [], 0
+        if rows:
+            yield Blocks.concatenate(waiting)
+
+    def _stamped(self, start: int, pages: StructPages) -> Blocks:
+        abi = self._abi
+        private = pages.private
+        at = np.flatnonzero(abi.stamp.is_stamp(private))
+        private = private[at]
+        order = abi.stamp.order(private)
+        sane = order <= abi.order_limit(self._ram_end << abi.page_shift)
+        types = abi.stamp.type(private) if abi.has_types else np.full(len(at), NO_TYPE, np.int8)
+        return Blocks(
+            np.zeros(len(at), np.uint64),
+            (at + start).astype(np.uint64) << np.uint64(abi.page_shift),
+            np.where(sane, order, BAD_ORDER).astype(np.uint8),
+            types,
+        )
+
+    def _readable(
+        self, start: int, end: int, progress: Callable[[int], None]
+    ) -> Iterator[tuple[int, bytes]]:
+        """The struct pages of [start, end), around those that cannot be read."""
+        if start >= end:
+            return
+        raw = self._read_pages(start, end)
+        if raw is not None:
+            progress(end - start)
+            yield start, raw
+        elif end - start <= self._abi.page_size // self._layout.size:
+            progress(start - end)
+        else:
+            middle = (start + end) // 2
+            yield from self._readable(start, middle, progress)
+            yield from self._readable(middle, end, progress)
+
+    def _read_pages(self, start: int, end: int) -> bytes | None:
+        size = self._layout.size
+        return self._read(self._layout.vmemmap + start * size, (end - start) * size)
+
+    def _facts(self, blocks: Blocks) -> Pages:
+        facts = Pages.blank(len(blocks))
+        facts.compound[:] = Pages.NOT_COMPOUND
+        shift = np.uint64(self._abi.page_shift)
+        start = (blocks.phys >> shift).astype(np.int64)
+        # What lies beyond RAM has no struct page.  A bad order has no pages.
+        length = np.minimum(blocks.page_count, np.uint64(1) << np.uint64(40)).astype(np.int64)
+        end = np.minimum(start + length, self._ram_end)
+        facts.unread[:] = np.minimum(start + length - np.maximum(end, start), 2**32 - 1)
+        rows = np.flatnonzero(end > start)
+        if len(rows):
+            rows = rows[np.argsort(start[rows], kind="stable")]
+            _Gather(self, facts, rows, start[rows], end[rows]).run()
+            self._find_free(facts, start, rows)
+        return facts
+
+    def _find_free(self, facts: Pages, start: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
+        """
+        Mark blocks that lie in the middle of a free buddy block, or hang on a per-cpu free list.
+
+        Neither shows at the page itself: the buddy allocator marks the first page of its block
+        only, the per-cpu lists mark nothing.
+        """
+        typed = (facts.page_type >> np.uint32(24)) < self._layout.untyped
+        suspect = rows[
+            (facts.head[rows] == 0)
+            & (facts.free[rows] == 0)
+            & (facts.unread[rows] == 0)
+            & ~typed[rows]
+            & (facts.compound[rows] == Pages.NOT_COMPOUND)
+        ]
+        order = self._abi.max_page_order
+        region = start[suspect] >> order
+        for part in np.split(suspect, np.flatnonzero(np.diff(region)) + 1):
+            if len(part):
+                pfn = start[part]
+                first = int(pfn[0]) >> order << order
+                facts.free[part] = self._free_pages(first, first + (1 << order))[pfn - first]
+        for row in suspect[facts.free[suspect] == 0][:LIST_LOOKS].tolist():
+            facts.free[row] = self._on_a_list(int(start[row]))
+
+    def _free_pages(self, start: int, end: int) -> NDArray[np.bool_]:
+        """Which pages of an aligned region of MAX_PAGE_ORDER the buddy allocator holds."""
+        free = np.zeros(end - start, np.bool_)
+        for at, raw in self._readable(start, min(end, self._ram_end), lambda _: None):
+            pages = StructPages(self._layout, raw)
+            for i in np.flatnonzero(pages.is_buddy).tolist():
+                order = min(int(pages.private[i]), self._abi.max_page_order)
+                free[at - start + i : at - start + i + (1 << order)] = True
+        return free
+
+    def _on_a_list(self, pfn: int) -> bool:
+        """
+        Whether a page without references hangs on a list, as pages on per-cpu free lists do.
+
+        Its neighbours must point back at it; in any other page these words are something else.
+        """
+        node = self._layout.vmemmap + pfn * self._layout.size + self._layout.lru
+        raw = self._read(node, 16)
+        if raw is None:
+            return False
+        for at, back in ((0, 8), (8, 0)):
+            neighbour = int.from_bytes(raw[at : at + 8], "little")
+            if neighbour == node:
+                return False
+            pointer = self._read(neighbour + back, 8) if neighbour else None
+            if pointer is None or int.from_bytes(pointer, "little") != node:
+                return False
+        return True
+
+
+class _Gather:
+    """
+    One pass over the struct pages of blocks that are sorted by their first pfn.
+
+    :param rows: where in ``facts`` each block's row is.
+    """
+
+    def __init__(
+        self,
+        reader: PageReader,
+        facts: Pages,
+        rows: NDArray[np.int64],
+        start: NDArray[np.int64],
+        end: NDArray[np.int64],
+    ) -> None:
+        self._reader = reader
+        self._facts = facts
+        self._rows = rows
+        self._start = start
+        self._end = end
+        # Blocks of a corrupt tree may overlap: all that reach into a window stand between the
+        # first whose predecessors' furthest end is beyond its start, and the last that begins
+        # before its end.
+        self._reach = np.maximum.accumulate(end)
+
+    def run(self) -> None:
+        begins = np.flatnonzero(self._start[1:] > self._reach[:-1] + GAP) + 1
+        bounds = [0, *begins.tolist(), len(self._start)]
+        for low, high in zip(bounds, bounds[1:], strict=False):
+            first, last = int(self._start[low]), int(self._reach[high - 1])
+            carry: np.int32 | None = None
+            for pfn in range(first, last, WINDOW):
+                carry = self._window(pfn, min(pfn + WINDOW, last), carry)
+
+    def _window(self, low: int, high: int, carry: np.int32 | None) -> np.int32 | None:
+        """
+        Add what the pages [low, high) say.
+
+        :param carry: the refcount of page ``low - 1``, if it is in the same run.
+        :return: the refcount of page ``high - 1``.
+        """
+        i = int(np.searchsorted(self._reach, low, "right"))
+        j = int(np.searchsorted(self._start, high, "left"))
+        hit = np.arange(i, j)[self._end[i:j] > low]
+        reader = self._reader
+        # One more than asked for: a compound page's order stands in its second page.
+        raw = reader._read_pages(low, high + 1) or reader._read_pages(low, high)
+        if raw is None and high - low > 1:
+            middle = (low + high) // 2
+            return self._window(middle, high, self._window(low, middle, carry))
+        rows, start, end = self._rows[hit], self._start[hit], self._end[hit]
+        first = np.maximum(start + 1, low) - low
+        last = np.maximum(np.minimum(end, high) - low, first)
+        facts = self._facts
+        if raw is None:
+            facts.unread[rows] += (np.minimum(end, high) - np.maximum(start, low)).astype(np.uint32)
+            return None
+        pages = StructPages(reader._layout, raw)
+        refcount = pages.refcount[: high - low]
+
+        def tails(which: NDArray[np.bool_]) -> NDArray[np.uint32]:
+            total = np.concatenate([[0], np.cumsum(which)])
+            return (total[last] - total[first]).astype(np.uint32)
+
+        zeros, ones = tails(refcount == 0), tails(refcount == 1)
+        facts.zeros[rows] += zeros
+        facts.ones[rows] += ones
+        facts.others[rows] += (last - first).astype(np.uint32) - zeros - ones
+
+        buddy = np.concatenate([[0], np.cumsum(pages.is_buddy[: high - low])])
+        begin = np.maximum(start, low) - low
+        facts.free[rows] += (buddy[last] - buddy[begin]).astype(np.uint32)
+
+        # The first tail that differs from the one before it differs from the second page, too.
+        before = np.concatenate([[refcount[0] if carry is None else carry], refcount[:-1]])
+        changes = np.flatnonzero(refcount != before)
+        at = np.searchsorted(changes, np.maximum(start + 2, low) - low)
+        change = np.append(changes, high - low)[at]
+        odd = (change < last) & (facts.odd[rows] == 0)
+        facts.odd[rows[odd]] = (change[odd] + low - start[odd]).astype(np.uint32)
+
+        here = start >= low
+        head, to = start[here] - low, rows[here]
+        facts.head[to] = refcount[head]
+        facts.private[to] = pages.private[head]
+        facts.flags[to] = pages.flags[head]
+        facts.page_type[to] = pages.page_type[head]
+        compound = pages.compound_order()
+        with_next = head < len(compound)
+        facts.compound[to[with_next]] = compound[head[with_next]]
+        return refcount[-1]

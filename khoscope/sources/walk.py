@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Walk a ``struct kho_radix_tree`` in memory that may be moving, stale or hostile.
+
+The walk goes level by level over all nodes at once.  It takes no lock and trusts no pointer: an
+entry is followed only if it is aligned, in RAM and not reached before, and the number of nodes is
+bounded by what RAM could need, so that it always ends.
+Mirrors ``__kho_radix_walk_tree`` in kexec_handover.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Final, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..abi import U64, Abi
+from ..columns import Leaves, Nodes
+from ..snapshot import NodeProblem, Tree, TreeState
+
+#: Reads ``size`` bytes at a physical address; None: that memory cannot be read.
+ReadPhys = Callable[[int, int], bytes | None]
+
+#: Problems that are kept with their address; all are counted.
+PROBLEMS_KEPT: Final = 256
+#: Bytes read at once, at most.
+READ_SIZE: Final = 1 << 20
+#: How often a tree that moves is read again before we give up.
+READS: Final = 3
+
+T = TypeVar("T")
+
+
+def in_ranges(ranges: U64, first: U64, end: U64) -> NDArray[np.bool_]:
+    """
+    Which of the spans [first, end) lie wholly in one range.
+
+    :param ranges: u64, shape (n, 2), sorted and disjoint.
+    """
+    if not len(ranges):
+        return np.zeros(len(first), np.bool_)
+    at = np.searchsorted(ranges[:, 0], first, "right").astype(np.int64) - 1
+    inside = ranges[np.maximum(at, 0)]
+    return (at >= 0) & (end <= inside[:, 1]) & (first < end)
+
+
+def walk(abi: Abi, root: int, ram: U64, read: ReadPhys) -> Tree:
+    """
+    Read a whole tree once.
+
+    :param root: ``phys_addr_t`` of the root node; 0: no tree.
+    :param ram: u64, shape (n, 2): where nodes may be.
+    """
+    if root == 0:
+        return Tree(TreeState(0))
+    return _Walk(abi, root, ram, read).run()
+
+
+@dataclass
+class _Problems:
+    kept: list[NodeProblem]
+    count: int = 0
+
+    def add(self, level: int, tables: U64, index: NDArray[np.int64], entry: U64, why: str) -> None:
+        self.count += len(entry)
+        for i in range(min(len(entry), PROBLEMS_KEPT - len(self.kept))):
+            self.kept.append(NodeProblem(level, int(tables[i]), int(index[i]), int(entry[i]), why))
+
+
+class _Walk:
+    def __init__(self, abi: Abi, root: int, ram: U64, read: ReadPhys) -> None:
+        self._abi = abi
+        self._ram = ram
+        self._read = read
+        self._root = root
+        self._problems = _Problems([])
+        self._nodes: list[Nodes] = []
+        self._leaves: list[Leaves] = []
+        self._seen: U64 = np.zeros(0, np.uint64)
+
+    def run(self) -> Tree:
+        abi = self._abi
+        phys = np.array([self._root], np.uint64)
+        key = np.zeros(1, np.uint64)
+        index = np.zeros(1, np.int64)
+        table = np.zeros(1, np.uint64)
+        for level in range(abi.tree_max_depth - 1, 0, -1):
+            follow = self._sound(level, table, index, phys)
+            phys, key = phys[follow], key[follow]
+            table, index, entry, key = self._children(level, phys, key)
+            phys = entry
+        follow = self._sound(0, table, index, phys)
+        self._read_leaves(phys[follow], key[follow])
+        state = TreeState(
+            self._root, problems=self._problems.kept, problem_count=self._problems.count
+        )
+        return Tree(state, self._nodes, self._leaves)
+
+    def _sound(
+        self, level: int, table: U64, index: NDArray[np.int64], entry: U64
+    ) -> NDArray[np.bool_]:
+        """Which entries lead to nodes that may be read; the others become problems."""
+        size = np.uint64(self._abi.page_size)
+        good = np.ones(len(entry), np.bool_)
+
+        def refuse(bad: NDArray[np.bool_], why: str) -> None:
+            bad &= good
+            if bad.any():
+                self._problems.add(level + 1, table[bad], index[bad], entry[bad], why)
+                good[bad] = False
+
+        refuse((entry & (size - np.uint64(1))) != 0, "not aligned to a page")
+        refuse(~in_ranges(self._ram, entry, entry + size), "not in RAM")
+        _, first = np.unique(entry, return_index=True)
+        again = np.ones(len(entry), np.bool_)
+        again[first] = False
+        refuse(again | np.isin(entry, self._seen), "leads to a node reached before")
+        budget = self._budget() - len(self._seen)
+        over = np.zeros(len(entry), np.bool_)
+        over[np.flatnonzero(good)[max(budget, 0) :]] = True
+        refuse(over, "more nodes than this RAM could need")
+        self._seen = np.concatenate([self._seen, entry[good]])
+        return good
+
+    def _budget(self) -> int:
+        """
+        More nodes than a tree over this RAM can have.
+
+        Leaves of order n cover ``leaf_bits << n`` pages each and all orders (and types) may have
+        their own; each leaf has at most one table of its own on each level above.
+        """
+        pages = int(self._ram[-1, 1]) >> self._abi.page_shift if len(self._ram) else 0
+        leaves = 2 * (2 * (pages >> self._abi.bitmap_size_log2) + self._abi.order_0_log2 + 1)
+        return leaves * self._abi.tree_max_depth
+
+    def _children(
+        self, level: int, phys: U64, key: U64
+    ) -> tuple[U64, NDArray[np.int64], U64, U64]:
+        """The used entries of all tables of a level: table, index, entry, first key below."""
+        found = []
+        for at, raw in self._read_nodes(level, phys):
+            entries = raw.view(np.uint64)
+            row, index = np.nonzero(entries)
+            below = key[at][row] | (index.astype(np.uint64) << np.uint64(self._abi.table_shift(level)))
+            found.append((phys[at][row], index, entries[row, index], below))
+            self._keep(level, phys[at], key[at], np.count_nonzero(entries, axis=1))
+        if not found:
+            none = np.zeros(0, np.uint64)
+            return none, np.zeros(0, np.int64), none, none
+        table, index, entry, below = (np.concatenate(part) for part in zip(*found, strict=True))
+        return table, index, entry, below
+
+    def _read_leaves(self, phys: U64, key: U64) -> None:
+        for at, raw in self._read_nodes(0, phys):
+            leaves = Leaves(key[at], raw)
+            used = leaves.counts()
+            self._keep(0, phys[at], key[at], used)
+            # Deleting clears bits and frees nothing: empty leaves are normal.
+            self._leaves.append(leaves if used.all() else leaves[used > 0])
+
+    def _keep(self, level: int, phys: U64, key: U64, used: NDArray[np.int64]) -> None:
+        levels = np.full(len(phys), level, np.uint8)
+        self._nodes.append(Nodes(levels, phys, key, used.astype(np.uint32)))
+
+    def _read_nodes(
+        self, level: int, phys: U64
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+        """
+        The bytes of nodes, in groups of READ_SIZE, neighbours in memory with one read.
+
+        :return: pairs of rows of ``phys`` and their bytes, shape (n, PAGE_SIZE).  A node that
+            cannot be read is a problem and is left out.
+        """
+        size = self._abi.page_size
+        group = READ_SIZE // size
+        for start in range(0, len(phys), group):
+            part = phys[start : start + group]
+            breaks = np.flatnonzero(np.diff(part) != np.uint64(size)) + 1
+            bounds = [0, *breaks.tolist(), len(part)]
+            rows: list[int] = []
+            pieces: list[bytes] = []
+            for low, high in zip(bounds, bounds[1:], strict=False):
+                data = self._read(int(part[low]), (high - low) * size)
+                if data is not None:
+                    rows += range(start + low, start + high)
+                    pieces.append(data)
+                    continue
+                for i in range(low, high):
+                    data = self._read(int(part[i]), size)
+                    if data is not None:
+                        rows.append(start + i)
+                        pieces.append(data)
+                    else:
+                        self._unreadable(level, part[i : i + 1])
+            if rows:
+                joined = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+                raw = np.frombuffer(joined, np.uint8).reshape(-1, size)
+                yield np.array(rows, np.int64), raw
+
+    def _unreadable(self, level: int, phys: U64) -> None:
+        self._problems.add(level, phys, np.zeros(1, np.int64), phys, "node cannot be read")
+
+
+def settle(walk_once: Callable[[], Tree], use: Callable[[Tree], T]) -> tuple[T, Tree]:
+    """
+    Read a tree that may move, until it is the same before and after its use, READS times at most.
+
+    :param walk_once: reads the tree.
+    :param use: what is read on the strength of the tree.
+    :return: what ``use`` gave, and the tree.  Where the tree never held still, the tree holds only
+        what stood there before and after, and says how many blocks moved.
+    """
+    tree = walk_once()
+    reads = 1
+    while True:
+        used = use(tree)
+        again = walk_once()
+        reads += 1
+        moved, stable = _compare(tree, again)
+        same = moved == 0 and tree.state.problem_count == again.state.problem_count
+        if same or reads > READS:
+            state = replace(tree.state, reads=reads, moved=moved)
+            return used, replace(tree, leaves=stable if moved else tree.leaves, state=state)
+        tree = again
+
+
+def _compare(a: Tree, b: Tree) -> tuple[int, list[Leaves]]:
+    """How many blocks are in one tree only, and the leaves of those in both."""
+    left, right = Leaves.concatenate(a.leaves), Leaves.concatenate(b.leaves)
+    if len(left) == len(right) and (left.key == right.key).all():
+        moved = int(np.bitwise_count(left.bitmap ^ right.bitmap).sum())
+        return moved, [Leaves(left.key, left.bitmap & right.bitmap)] if len(left) else []
+    key, i, j = np.intersect1d(left.key, right.key, assume_unique=True, return_indices=True)
+    stable = Leaves(key, left.bitmap[i] & right.bitmap[j])
+    in_both = int(stable.counts().sum()) if len(stable) else 0
+    either = sum(int(group.counts().sum()) for tree in (a, b) for group in tree.leaves)
+    return either - 2 * in_both, [stable] if len(stable) else []

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+JSON views: one document with a schema, or one line per block.
+
+Addresses and keys are "0x…" strings, counts are numbers.  Lists of blocks are written as they
+are read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from .. import diff
+from ..abi import BAD_ORDER, TYPE_NAMES, Abi
+from ..checks import Finding, Report
+from ..columns import Blocks, Nodes
+from ..snapshot import Snapshot, Tree
+from .select import Filter
+
+
+def block_rows(blocks: Blocks) -> Iterator[dict[str, Any]]:
+    """One dict per block, for rows that somebody asked to see."""
+    pages = blocks.page_count
+    for key, phys, order, kind, count in zip(
+        blocks.key.tolist(),
+        blocks.phys.tolist(),
+        blocks.order.tolist(),
+        blocks.type.tolist(),
+        pages.tolist(),
+        strict=True,
+    ):
+        good = order != BAD_ORDER
+        yield {
+            "phys": f"{phys:#x}" if good else None,
+            "order": order if good else None,
+            "pages": count if good else None,
+            "type": TYPE_NAMES[kind],
+            "key": f"{key:#x}",
+        }
+
+
+def about(facts: Snapshot) -> dict[str, Any]:
+    """What was read, when and how."""
+    abi = facts.abi
+    return {
+        "taken": {
+            "khoscope": facts.taken.khoscope,
+            "time": facts.taken.time,
+            "source": facts.taken.source,
+        },
+        "kernel": {
+            "release": facts.kernel.release,
+            "boot_id": facts.kernel.boot_id,
+            "tainted": f"{facts.kernel.tainted:#x}",
+        },
+        "abi": {
+            "compatible": abi.compatible,
+            "page_size": abi.page_size,
+            "depth": abi.tree_max_depth,
+            "stored_bits": abi.stored_bits,
+            "type_bit": abi.type_shift,
+            "type_is_stored": abi.type_is_stored if abi.has_types else None,
+            "decided": abi.decided,
+        },
+        "handover": {
+            "is_kho_boot": facts.handover.is_kho_boot,
+            "previous_release": facts.handover.previous_release or None,
+            "kexec_count": facts.handover.kexec_count,
+        },
+    }
+
+
+def totals(tree: Tree, abi: Abi) -> list[dict[str, Any]]:
+    """Blocks, pages and bytes by order and type."""
+    return [
+        {
+            "order": order if order != BAD_ORDER else None,
+            "type": TYPE_NAMES[kind],
+            "blocks": blocks,
+            "pages": blocks << order if order != BAD_ORDER else None,
+            "bytes": blocks << order + abi.page_shift if order != BAD_ORDER else None,
+        }
+        for (order, kind), blocks in sorted(tree.totals(abi).items())
+    ]
+
+
+def write_tree(
+    facts: Snapshot, tree: Tree, which: str, wanted: Filter, nodes: bool, out: IO[str]
+) -> None:
+    """``tree --json``, schema khoscope.tree/1."""
+    state = tree.state
+    head = {
+        "schema": "khoscope.tree/1",
+        **about(facts),
+        "tree": which,
+        "evidence_only": which == "incoming",
+        "root": f"{state.root:#x}",
+        "moved": state.moved,
+        "bad_entries": state.problem_count,
+        "problems": [
+            {
+                "table": f"{p.table:#x}",
+                "level": p.level,
+                "index": p.index,
+                "entry": f"{p.entry:#x}",
+                "why": p.why,
+            }
+            for p in state.problems
+        ],
+        "totals": totals(tree, facts.abi),
+    }
+    lists: dict[str, Iterable[dict[str, Any]]] = {
+        "blocks": (
+            row
+            for chunk in wanted.apply(tree.blocks(facts.abi), facts.abi.page_shift)
+            for row in block_rows(chunk)
+        )
+    }
+    if nodes:
+        lists["nodes"] = (row for chunk in tree.nodes for row in node_rows(chunk))
+    _write_document(head, lists, out)
+
+
+def node_rows(nodes: Nodes) -> Iterator[dict[str, Any]]:
+    """One dict per node of the tree."""
+    for level, phys, key, used in zip(
+        nodes.level.tolist(),
+        nodes.phys.tolist(),
+        nodes.key.tolist(),
+        nodes.used.tolist(),
+        strict=True,
+    ):
+        yield {"level": level, "phys": f"{phys:#x}", "key": f"{key:#x}", "used": used}
+
+
+def write_block_lines(facts: Snapshot, tree: Tree, wanted: Filter, out: IO[str]) -> None:
+    """``tree --jsonl``: one block a line."""
+    for chunk in wanted.apply(tree.blocks(facts.abi), facts.abi.page_shift):
+        for row in block_rows(chunk):
+            out.write(json.dumps(row) + "\n")
+
+
+def finding(f: Finding) -> dict[str, Any]:
+    """A finding; address and order only where they apply."""
+    row: dict[str, Any] = {"rule": f.rule, "severity": str(f.severity)}
+    if f.phys is not None:
+        row["phys"] = f"{f.phys:#x}"
+    if f.order is not None:
+        row["order"] = f.order
+    return {**row, "message": f.message, "explain": f.explain}
+
+
+def verdict(report: Report) -> dict[str, Any]:
+    """The part of ``verify --json`` that says how it went."""
+    return {
+        "verdict": "pass" if report.passed else "fail",
+        "incomplete": report.incomplete,
+        "blocks": report.blocks,
+        "fates": None if report.fates is None else dict(report.fates),
+        "counts": dict(report.counts),
+        "findings": [finding(f) for f in report.findings],
+    }
+
+
+def write_verify(facts: Snapshot, report: Report, out: IO[str]) -> None:
+    """``verify --json``, schema khoscope.verify/1."""
+    write({"schema": "khoscope.verify/1", **about(facts), **verdict(report)}, out)
+
+
+def write_snapshot(facts: Snapshot, path: Path, out: IO[str]) -> None:
+    """``snapshot --json``, schema khoscope.snapshot/1: what was written."""
+    size = path.stat().st_size
+    document = {"schema": "khoscope.snapshot/1", "file": str(path), "bytes": size}
+    write({**document, **about(facts), "totals": totals(facts.outgoing.tree, facts.abi)}, out)
+
+
+def _change_rows(change: diff.BlockChanges) -> Iterator[dict[str, Any]]:
+    for i, row in enumerate(block_rows(change.a)):
+        row["change"] = change.how
+        if change.b is not None:
+            was, now = change.a.facts, change.b
+            row["facts"] = {
+                name: [int(getattr(was, name)[i]), int(getattr(now, name)[i])]
+                for name in was.DTYPES
+                if getattr(was, name)[i] != getattr(now, name)[i]
+            }
+        yield row
+
+
+def write_diff(a: Snapshot, b: Snapshot, out: IO[str]) -> None:
+    """``diff --json``, schema khoscope.diff/1."""
+    head = {
+        "schema": "khoscope.diff/1",
+        "a": about(a),
+        "b": about(b),
+        "facts": [{"what": c.what, "a": c.a, "b": c.b} for c in diff.facts(a, b)],
+        "counts": dict(diff.count(diff.blocks(a, b))),
+    }
+    rows = (row for change in diff.blocks(a, b) for row in _change_rows(change))
+    _write_document(head, {"blocks": rows}, out)
+
+
+def write_diff_lines(a: Snapshot, b: Snapshot, out: IO[str]) -> None:
+    """``diff --jsonl``: one changed block a line."""
+    for change in diff.blocks(a, b):
+        for row in _change_rows(change):
+            out.write(json.dumps(row) + "\n")
+
+
+def write(document: dict[str, Any], out: IO[str]) -> None:
+    json.dump(document, out, indent=1)
+    out.write("\n")
+
+
+def _write_document(
+    head: dict[str, Any], lists: dict[str, Iterable[dict[str, Any]]], out: IO[str]
+) -> None:
+    """A document whose lists are written as they come, a thousand rows at a time."""
+    out.write(json.dumps(head, indent=1)[:-2])
+    for name, rows in lists.items():
+        out.write(f',\n "{name}": [')
+        rows = iter(rows)
+        separator = "\n  "
+        while batch := list(islice(rows, 1000)):
+            out.write(separator + ",\n  ".join(map(json.dumps, batch)))
+            separator = ",\n  "
+        out.write("]")
+    out.write("\n}\n")

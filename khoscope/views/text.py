@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Text views: 80 columns, tables by tabulate, colour only on a terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from tabulate import tabulate
+
+from .. import diff
+from ..abi import BAD_ORDER, Abi
+from ..checks import RULES, Finding, Report, Severity
+from ..checks.pattern import describe, type_name
+from ..columns import Blocks
+from ..snapshot import Snapshot, Tree
+from .select import Filter
+
+WIDTH = 80
+#: Rows of a list that are shown unless --limit says otherwise.
+LIMIT = 20
+
+_COLOURS = {"red": "31", "yellow": "33", "green": "32", "bold": "1", "dim": "2"}
+_SEVERITY_COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.INFO: "dim"}
+
+
+class Text:
+    """Writes text views to a stream."""
+
+    def __init__(self, out: IO[str], limit: int | None = LIMIT) -> None:
+        self._out = out
+        self._limit = limit
+        self._colour = out.isatty()
+
+    def paint(self, colour: str, text: str) -> str:
+        return f"\033[{_COLOURS[colour]}m{text}\033[m" if self._colour else text
+
+    def line(self, text: str = "") -> None:
+        self._out.write(text + "\n")
+
+    def wrapped(self, text: str, indent: str = "", first: str | None = None) -> None:
+        """A paragraph."""
+        start = indent if first is None else first
+        self.line(
+            textwrap.fill(
+                text,
+                WIDTH,
+                initial_indent=start,
+                subsequent_indent=indent,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        )
+
+    def table(self, rows: Iterable[Iterable[Any]], headers: list[str], align: list[str]) -> None:
+        self.line(
+            tabulate(
+                rows, headers, tablefmt="simple", colalign=align, disable_numparse=True
+            )
+        )
+
+    def header(self, facts: Snapshot) -> None:
+        """Which kernel, read when and how, and how it came to be."""
+        self.line(self.paint("bold", f"{facts.kernel.release}, {facts.taken.source}"))
+        boot = facts.kernel.boot_id or "no boot id yet"
+        self.line(f"read {facts.taken.time} by khoscope {facts.taken.khoscope}, boot {boot}")
+        came = facts.handover
+        if came.is_kho_boot:
+            count = f"kexec {came.kexec_count} since the cold boot"
+            self.line(f"handed over by {came.previous_release or 'an unnamed kernel'}, {count}")
+        else:
+            self.line("not a KHO boot")
+        self.line(f"{facts.abi.compatible or 'no compatible'}, {types_in_words(facts.abi)}")
+
+    def tree(
+        self, facts: Snapshot, tree: Tree, which: str, wanted: Filter, nodes: bool
+    ) -> None:
+        """``khoscope tree``."""
+        abi = facts.abi
+        self.header(facts)
+        self.line()
+        state = tree.state
+        if which == "incoming":
+            self.wrapped(
+                "Incoming tree: evidence only. Its pages went back to the page allocator when "
+                "this kernel had walked it, and may hold anything by now."
+            )
+        self.line(f"{which} tree, root {state.root:#x}")
+        if state.problem_count:
+            self.line(self.paint("red", f"{state.problem_count} bad entries were not followed:"))
+            for p in islice(state.problems, self._limit):
+                self.line(f"  node {p.table:#x} entry {p.index} = {p.entry:#x}: {p.why}")
+            self._more(state.problem_count, "bad entries")
+        if state.moved:
+            self.wrapped(f"The tree moved while it was read: {state.moved} blocks left out.")
+        self.line()
+        self.totals(tree, abi)
+        if nodes:
+            self.line()
+            self.nodes(tree)
+        self.line()
+        self.blocks(wanted.apply(tree.blocks(abi), abi.page_shift))
+
+    def totals(self, tree: Tree, abi: Abi) -> None:
+        """Blocks by order and type."""
+        rows = []
+        blocks = pages = 0
+        for (order, kind), count in sorted(tree.totals(abi).items()):
+            blocks += count
+            if order == BAD_ORDER:
+                rows.append(["bad key", "", f"{count:,}", "", ""])
+                continue
+            pages += count << order
+            size = human(count << order + abi.page_shift)
+            rows.append([order, type_name(kind), f"{count:,}", f"{count << order:,}", size])
+        rows.append(["total", "", f"{blocks:,}", f"{pages:,}", human(pages << abi.page_shift)])
+        self.table(
+            rows,
+            ["order", "type", "blocks", "pages", "bytes"],
+            ["right", "left", "right", "right", "right"],
+        )
+
+    def nodes(self, tree: Tree) -> None:
+        """The structure of the tree itself."""
+        rows = (
+            [level, f"{phys:#014x}", f"{key:#018x}", used]
+            for chunk in tree.nodes
+            for level, phys, key, used in zip(
+                chunk.level.tolist(),
+                chunk.phys.tolist(),
+                chunk.key.tolist(),
+                chunk.used.tolist(),
+                strict=True,
+            )
+        )
+        self.table(
+            islice(rows, self._limit),
+            ["level", "node", "first key", "used"],
+            ["right", "left", "left", "right"],
+        )
+        self._more(sum(len(chunk) for chunk in tree.nodes), "nodes")
+
+    def blocks(self, stream: Iterable[Blocks]) -> None:
+        """Blocks, one a row."""
+        rows: list[list[Any]] = []
+        total = 0
+        for chunk in stream:
+            total += len(chunk)
+            room = None if self._limit is None else max(self._limit - len(rows), 0)
+            rows += _block_rows(chunk[:room])
+        self.table(
+            rows,
+            ["phys", "order", "pages", "type", "key"],
+            ["left", "right", "right", "left", "left"],
+        )
+        self._more(total, "blocks")
+
+    def verify(self, facts: Snapshot, report: Report) -> None:
+        """``khoscope verify``."""
+        self.header(facts)
+        self.line(f"{report.blocks:,} outgoing blocks checked")
+        if report.fates is not None:
+            fates = ", ".join(f"{n:,} {name}" for name, n in report.fates.items())
+            self.line(f"of the blocks handed over: {fates or 'none recorded'}")
+        self.findings(report)
+        self.line()
+        for reason in report.incomplete:
+            self.wrapped(self.paint("red", "incomplete: ") + reason, "  ", "")
+        self.verdict(report)
+
+    def findings(self, report: Report) -> None:
+        """Findings by rule, with the rule's explanation once."""
+        by_rule: dict[str, list[Finding]] = {}
+        for found in report.findings:
+            by_rule.setdefault(found.rule, []).append(found)
+        for name, found_list in by_rule.items():
+            rule = RULES[name]
+            severity = self.paint(_SEVERITY_COLOURS[rule.severity], str(rule.severity))
+            self.line()
+            self.line(f"{severity}: {self.paint('bold', name)} ({report.counts[name]:,})")
+            for each in islice(found_list, self._limit):
+                self.wrapped(each.message, "      ", f"  {_where(each)}")
+            self._more(report.counts[name], "")
+            self.wrapped(rule.explain, "    ", "  → ")
+
+    def verdict(self, report: Report) -> None:
+        """The last line."""
+        said = f"{report.errors:,} errors, {report.warnings:,} warnings"
+        if report.passed:
+            self.line(self.paint("green", "PASS") + f": {said}")
+        elif report.errors:
+            first = next(f for f in report.findings if f.severity == Severity.ERROR)
+            self.line(self.paint("red", "FAIL") + f": {said}, first {first.rule}")
+        else:
+            self.line(self.paint("red", "INCOMPLETE") + f": {said}, not everything was seen")
+
+    def snapshot(self, facts: Snapshot, path: Path) -> None:
+        """``khoscope snapshot``."""
+        self.header(facts)
+        self.totals(facts.outgoing.tree, facts.abi)
+        self.line(f"wrote {path}, {path.stat().st_size:,} bytes")
+
+    def diff(self, a: Snapshot, b: Snapshot) -> None:
+        """``khoscope diff``."""
+        for name, side in (("A", a), ("B", b)):
+            self.line(f"{name}: {side.kernel.release}, {side.taken.time}, {side.taken.source}")
+        self.line()
+        changed = diff.facts(a, b)
+        for fact in changed:
+            self.wrapped(f"{fact.what}: {fact.a} → {fact.b}", "  ", "")
+        if not changed:
+            self.line("no single fact differs")
+        counts = diff.count(diff.blocks(a, b))
+        self.line()
+        self.line(
+            f"outgoing blocks: {counts['removed']:,} removed, {counts['added']:,} added, "
+            f"{counts['pages']:,} with other struct pages"
+        )
+        shown = islice(_change_rows(a, b), self._limit)
+        for row in shown:
+            self.wrapped(row, "      ", "  ")
+        self._more(counts.total(), "blocks")
+
+    def _more(self, total: int, what: str) -> None:
+        if self._limit is not None and total > self._limit:
+            hidden = f"{total - self._limit:,} more {what}".rstrip()
+            self.line(self.paint("dim", f"  … {hidden} (--limit 0 shows all)"))
+
+
+def types_in_words(abi: Abi) -> str:
+    """What the kernel does about page types."""
+    if not abi.has_types:
+        return "no page types"
+    if abi.type_is_stored:
+        return f"page type at key bit {abi.type_shift}"
+    return f"page type at key bit {abi.type_shift}, not stored (tree keeps {abi.stored_bits - 1}:0)"
+
+
+def human(size: int) -> str:
+    """Bytes with a binary unit."""
+    units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
+    unit = min(max(size.bit_length() - 1, 0) // 10, len(units) - 1)
+    value = size / (1 << 10 * unit)
+    return f"{value:.0f} {units[unit]}" if value == int(value) else f"{value:.1f} {units[unit]}"
+
+
+def _block_rows(blocks: Blocks) -> list[list[Any]]:
+    rows: list[list[Any]] = []
+    counts = blocks.page_count.tolist()
+    for i, count in enumerate(counts):
+        key = f"{blocks.key[i]:#018x}"
+        if blocks.order[i] == BAD_ORDER:
+            rows.append(["bad key", "", "", "", key])
+            continue
+        kind = type_name(int(blocks.type[i]))
+        rows.append([f"{blocks.phys[i]:#014x}", blocks.order[i], f"{count:,}", kind, key])
+    return rows
+
+
+def _where(finding: Finding) -> str:
+    if finding.phys is None:
+        return ""
+    where = f"{finding.phys:#014x} "
+    return where if finding.order is None else f"{where}order {finding.order}: "
+
+
+def _change_rows(a: Snapshot, b: Snapshot) -> Iterator[str]:
+    signs = {"removed": "-", "added": "+", "pages": "~"}
+    for change in diff.blocks(a, b):
+        for i in range(len(change.a)):
+            kind = type_name(int(change.a.type[i]))
+            pattern = describe(change.a.facts, i)
+            if change.b is not None:
+                pattern += f" → {describe(change.b, i)}"
+            yield (
+                f"{signs[change.how]} {change.a.phys[i]:#014x} order {change.a.order[i]} "
+                f"{kind} {pattern}"
+            )
