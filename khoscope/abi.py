@@ -158,9 +158,7 @@ class Abi:
         high = self.kho_radix_encode_key(0, order, page_type)
         return (phys >> np.uint64(self.page_shift + order)) | np.uint64(high)
 
-    def kho_radix_decode_keys(
-        self, keys: U64
-    ) -> tuple[U64, NDArray[np.uint8], NDArray[np.int8]]:
+    def kho_radix_decode_keys(self, keys: U64) -> tuple[U64, NDArray[np.uint8], NDArray[np.int8]]:
         """
         Physical addresses, orders and types of stored keys.
 

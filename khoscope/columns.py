@@ -217,7 +217,7 @@ def aligned(a: Iterable[Blocks], b: Iterable[Blocks]) -> Iterator[tuple[Blocks, 
     while left is not None or right is not None:
         cut = min(int(part.key[-1]) for part in (left, right) if part is not None)
         pair = []
-        rest = []
+        rest: list[Blocks | None] = []
         for part, stream in zip((left, right), streams, strict=True):
             if part is None:
                 pair.append(Blocks.empty())

@@ -161,8 +161,8 @@ def spool(snapshot: Snapshot) -> Snapshot:
     The same facts, read once and kept: what a source reads lazily becomes a fixed snapshot.
     """
     file = tempfile.SpooledTemporaryFile(max_size=SPOOL_MEMORY)  # noqa: SIM115 - lives on in it
-    save(snapshot, file)  # type: ignore[arg-type]
-    return _load(file, "spooled snapshot")  # type: ignore[arg-type]
+    save(snapshot, file)
+    return _load(file, "spooled snapshot")
 
 
 def load_file(path: Path) -> Snapshot:
@@ -207,10 +207,7 @@ def _load(file: IO[bytes], name: str) -> Snapshot:
                 archive.stream(f"{name}/nodes", Nodes),
                 archive.stream(f"{name}/leaves", Leaves),
             ),
-            {
-                blob: archive.member(f"{name}/blobs/{i:06d}.bin")
-                for i, blob in enumerate(of.blobs)
-            },
+            {blob: archive.member(f"{name}/blobs/{i:06d}.bin") for i, blob in enumerate(of.blobs)},
             archive.stream(f"{name}/blocks", Blocks, sorted_by="key"),
         )
 
@@ -332,9 +329,7 @@ class _Archive:
                 raise ValueError(f"{name}: {len(values)} bytes, not {size}")
             return np.frombuffer(values, kind).reshape(found)
 
-    def stream(
-        self, name: str, kind: type[C], sorted_by: str | None = None
-    ) -> Iterable[C]:
+    def stream(self, name: str, kind: type[C], sorted_by: str | None = None) -> Iterable[C]:
         if kind is Leaves:
             sorted_by = "key"
         return _Stream(lambda: self._chunks(name, kind, sorted_by))
@@ -346,12 +341,16 @@ class _Archive:
             with self.damage():
                 if order is not None:
                     column = getattr(chunk, order)
-                    if not len(column) or int(column[0]) <= last or (column[1:] <= column[:-1]).any():
+                    if (
+                        not len(column)
+                        or int(column[0]) <= last
+                        or (column[1:] <= column[:-1]).any()
+                    ):
                         raise ValueError(f"{name}: not in order of {order}")
                     last = int(column[-1])
-                    if isinstance(chunk, Leaves) and self.abi is not None:
-                        if (column & np.uint64(self.abi.leaf_bits - 1)).any():
-                            raise ValueError(f"{name}: no leaf begins at such a key")
+                    mask = np.uint64(self.abi.leaf_bits - 1 if self.abi else 0)
+                    if isinstance(chunk, Leaves) and (column & mask).any():
+                        raise ValueError(f"{name}: no leaf begins at such a key")
             yield chunk
 
     def _columns(self, prefix: str, kind: type[C]) -> C:

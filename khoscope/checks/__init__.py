@@ -9,7 +9,7 @@ stand with the function, so that a new check is one function.
 
 from __future__ import annotations
 
-from .run import Report, check, compare
 from .rule import RULES, Finding, Rule, Severity
+from .run import Report, check, compare
 
 __all__ = ["RULES", "Finding", "Report", "Rule", "Severity", "check", "compare"]

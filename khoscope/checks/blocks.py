@@ -44,8 +44,9 @@ def type_mismatch(facts: Snapshot, blocks: Blocks) -> Marked:
     wrong |= (blocks.type == KHO_PAGE_SPLIT) & is_contig(pages)
     return Marked(
         wrong & many & typed(blocks),
-        lambda row: f"recorded {type_name(int(blocks.type[row]))}, "
-        f"the pages are {describe(pages, row)}",
+        lambda row: (
+            f"recorded {type_name(int(blocks.type[row]))}, the pages are {describe(pages, row)}"
+        ),
     )
 
 
@@ -89,10 +90,7 @@ def wrong_after_restore(facts: Snapshot, blocks: Blocks) -> Marked:
     judged = readable(pages) & (pages.free == 0) & (blocks.order != BAD_ORDER)
 
     def say(row: int) -> str:
-        if int(tails(pages)[row]) == 0:
-            will = "1"
-        else:
-            will = "1/1" if split[row] else "1/0"
+        will = "1" if blocks.order[row] == 0 else "1/1" if split[row] else "1/0"
         return (
             f"will come back as {will}, is {describe(pages, row)} "
             f"(assuming the next kernel is {facts.kernel.release})"
@@ -317,5 +315,3 @@ def unjudged(facts: Snapshot, blocks: Blocks) -> int:
     """Blocks whose struct pages could not be read although they lie in RAM."""
     lost = ~readable(blocks.facts) & ~outside_ram(facts, blocks).rows
     return int((lost & (blocks.order != BAD_ORDER)).sum())
-
-

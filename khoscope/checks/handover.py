@@ -151,8 +151,10 @@ def lost(pairs: Pairs) -> Marked:
     """A block of the snapshot has neither a stamp nor a sign of having been restored."""
     return Marked(
         pairs.fate == Fate.LOST,
-        lambda row: f"recorded {type_name(int(pairs.before.type[row]))}, not handed over; "
-        f"its pages are {describe(pairs.after, row)}",
+        lambda row: (
+            f"recorded {type_name(int(pairs.before.type[row]))}, not handed over; "
+            f"its pages are {describe(pairs.after, row)}"
+        ),
     )
 
 
@@ -199,8 +201,10 @@ def type_changed(pairs: Pairs) -> Marked:
     has_types = pairs.abi.stamp.type_shift is not None
     return Marked(
         (pairs.fate == Fate.NOT_RESTORED) & other & np.bool_(has_types),
-        lambda row: f"stamped {type_name(int(stamp[row]))}, was recorded "
-        f"{type_name(int(recorded[row]))} with pages {describe(was, row)}",
+        lambda row: (
+            f"stamped {type_name(int(stamp[row]))}, was recorded "
+            f"{type_name(int(recorded[row]))} with pages {describe(was, row)}"
+        ),
     )
 
 

@@ -99,9 +99,7 @@ def bad_node(facts: Snapshot) -> Iterator[Message]:
     """A table entry that is unaligned, outside RAM, or reaches a node already visited."""
     state = facts.outgoing.tree.state
     for p in state.problems:
-        yield Message(
-            f"level {p.level} node, entry {p.index} = {p.entry:#x}: {p.why}", p.table
-        )
+        yield Message(f"level {p.level} node, entry {p.index} = {p.entry:#x}: {p.why}", p.table)
     if state.problem_count > len(state.problems):
         yield Message(f"and {state.problem_count - len(state.problems)} more bad entries")
 

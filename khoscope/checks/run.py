@@ -50,9 +50,7 @@ class Report:
 
     @property
     def warnings(self) -> int:
-        return sum(
-            n for name, n in self.counts.items() if RULES[name].severity == Severity.WARNING
-        )
+        return sum(n for name, n in self.counts.items() if RULES[name].severity == Severity.WARNING)
 
     @property
     def passed(self) -> bool:

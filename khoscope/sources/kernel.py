@@ -115,7 +115,7 @@ class KernelSource:
             ) from None
         self.enabled = bool(prog["kho_enable"].value_())
         self.ram = self._read_ram()
-        outgoing = self._phys(self._kho_out.fdt)
+        outgoing = self.phys(self._kho_out.fdt)
         self._out_fdt = self._read_fdt(outgoing)
         self.abi = probe_abi(prog, self._out_fdt[0].compatible, overrides or Overrides())
         ram_end = int(self.ram[-1, 1]) >> self.abi.page_shift
@@ -149,7 +149,7 @@ class KernelSource:
                 "compare with a snapshot of the kernel that handed over",
             )
         kernel = self._kernel()
-        scan = _Scan(self, "scanning struct pages for stamps")
+        scan = _Scan(self)
 
         def read(tree: Tree) -> Snapshot:
             facts = self._snapshot(tree, kernel)
@@ -184,6 +184,10 @@ class KernelSource:
                 ),
             )
         return replace(facts, outgoing=outgoing)
+
+    def stamps(self) -> Iterator[Blocks]:
+        """Every stamped page; a scan of all struct pages."""
+        return _Scan(self).stamps()
 
     def scratch(self) -> U64:
         """``kho_scratch``: u64, shape (n, 2), address and size of each area."""
@@ -228,16 +232,16 @@ class KernelSource:
             return None
         fdt, blobs = self._read_fdt(phys)
         # Its pages went back to the page allocator after the boot: no second look can agree.
-        tree = walk(self.abi, fdt.memory_map or 0, self.ram, self._read_phys)
+        tree = walk(self.abi, fdt.memory_map or 0, self.ram, self.read_phys)
         return Side(fdt, tree, blobs)
 
     def _walk_outgoing(self) -> Tree:
-        return walk(self.abi, self._phys(self._tree.root), self.ram, self._read_phys)
+        return walk(self.abi, self.phys(self._tree.root), self.ram, self.read_phys)
 
     def _kernel(self) -> Kernel:
         uts = self.prog["init_uts_ns"].name
         boot_id = uuid.UUID(bytes=bytes(self.prog["sysctl_bootid"].value_()))
-        log = []
+        log: list[str] = []
         for record in get_printk_records(self.prog):
             text = record.text.decode("utf-8", "backslashreplace")
             if TROUBLE.search(text) and len(log) < TROUBLE_KEPT:
@@ -281,25 +285,26 @@ class KernelSource:
         if not phys:
             return Fdt(0), {}
         size = self.prog["PAGE_SIZE"].value_()
-        blob = self._read_phys(phys, size)
+        blob = self.read_phys(phys, size)
         fdt = parse_root_fdt(phys, blob)
         blobs = {} if blob is None else {"fdt": blob}
         for subtree in fdt.subtrees:
             if subtree.phys is None or not subtree.size:
                 continue
-            span = np.array([subtree.phys], np.uint64), np.array(
-                [min(subtree.phys + subtree.size, 2**64 - 1)], np.uint64
+            span = (
+                np.array([subtree.phys], np.uint64),
+                np.array([min(subtree.phys + subtree.size, 2**64 - 1)], np.uint64),
             )
             if in_ranges(self.ram, *span)[0]:
-                data = self._read_phys(subtree.phys, min(subtree.size, BLOB_LIMIT))
+                data = self.read_phys(subtree.phys, min(subtree.size, BLOB_LIMIT))
                 if data is not None:
                     blobs[f"subtree {subtree.name}"] = data
         return fdt, blobs
 
-    def _phys(self, pointer: Object) -> int:
+    def phys(self, pointer: Object) -> int:
         return int(virt_to_phys(pointer).value_()) if pointer else 0
 
-    def _read_phys(self, address: int, size: int) -> bytes | None:
+    def read_phys(self, address: int, size: int) -> bytes | None:
         try:
             return self.prog.read(address, size, physical=True)
         except FaultError:
@@ -325,9 +330,8 @@ class _Lazy:
 class _Scan:
     """The stamp scan of a source, and what it could not see."""
 
-    def __init__(self, source: KernelSource, what: str) -> None:
+    def __init__(self, source: KernelSource) -> None:
         self._source = source
-        self._what = what
         self._scanned = self._unread = 0
 
     def stamps(self) -> Iterator[Blocks]:
@@ -341,7 +345,9 @@ class _Scan:
             self._unread -= pages
         total = int((self._source.ram[:, 1] - self._source.ram[:, 0]).sum())
         self._source._progress(
-            self._what, self._scanned + self._unread, total >> self._source.abi.page_shift
+            "scanning struct pages for stamps",
+            self._scanned + self._unread,
+            total >> self._source.abi.page_shift,
         )
 
     def result(self) -> Scan:
@@ -366,7 +372,7 @@ def probe_abi(prog: Program, compatible: str | None, overrides: Overrides) -> Ab
         decided[name] = "computed from PAGE_SHIFT: not in the debug info"
         return otherwise
 
-    stamp = _probe_stamp(prog)
+    stamp = probe_stamp(prog)
     return Abi(
         page_shift,
         constant("KHO_ORDER_0_LOG2", computed.order_0_log2),
@@ -407,7 +413,7 @@ def _probe_type_shift(
     return POSTED_TYPE_SHIFT
 
 
-def _probe_stamp(prog: Program) -> Stamp:
+def probe_stamp(prog: Program) -> Stamp:
     """The layout of ``union kho_page_info``."""
     bits: dict[str, tuple[int, int]] = {}
 
@@ -457,5 +463,3 @@ def _enumerators(prog: Program, name: str) -> dict[str, int]:
     except LookupError:
         return {}
     return {e.name: e.value for e in enumerators or ()}
-
-

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -121,9 +122,7 @@ class PageReader:
 
     def with_pages(self, blocks: Blocks) -> Blocks:
         """The same blocks with the facts of their struct pages."""
-        return Blocks(
-            blocks.key, blocks.phys, blocks.order, blocks.type, self._facts(blocks)
-        )
+        return Blocks(blocks.key, blocks.phys, blocks.order, blocks.type, self._facts(blocks))
 
     def stamps(self, ram: U64, progress: Callable[[int], None]) -> Iterator[Blocks]:
         """
@@ -285,7 +284,7 @@ class _Gather:
     def run(self) -> None:
         begins = np.flatnonzero(self._start[1:] > self._reach[:-1] + GAP) + 1
         bounds = [0, *begins.tolist(), len(self._start)]
-        for low, high in zip(bounds, bounds[1:], strict=False):
+        for low, high in pairwise(bounds):
             first, last = int(self._start[low]), int(self._reach[high - 1])
             carry: np.int32 | None = None
             for pfn in range(first, last, WINDOW):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Final, TypeVar
 
 import numpy as np
@@ -136,15 +137,15 @@ class _Walk:
         leaves = 2 * (2 * (pages >> self._abi.bitmap_size_log2) + self._abi.order_0_log2 + 1)
         return leaves * self._abi.tree_max_depth
 
-    def _children(
-        self, level: int, phys: U64, key: U64
-    ) -> tuple[U64, NDArray[np.int64], U64, U64]:
+    def _children(self, level: int, phys: U64, key: U64) -> tuple[U64, NDArray[np.int64], U64, U64]:
         """The used entries of all tables of a level: table, index, entry, first key below."""
         found = []
         for at, raw in self._read_nodes(level, phys):
             entries = raw.view(np.uint64)
             row, index = np.nonzero(entries)
-            below = key[at][row] | (index.astype(np.uint64) << np.uint64(self._abi.table_shift(level)))
+            below = key[at][row] | (
+                index.astype(np.uint64) << np.uint64(self._abi.table_shift(level))
+            )
             found.append((phys[at][row], index, entries[row, index], below))
             self._keep(level, phys[at], key[at], np.count_nonzero(entries, axis=1))
         if not found:
@@ -182,7 +183,7 @@ class _Walk:
             bounds = [0, *breaks.tolist(), len(part)]
             rows: list[int] = []
             pieces: list[bytes] = []
-            for low, high in zip(bounds, bounds[1:], strict=False):
+            for low, high in pairwise(bounds):
                 data = self._read(int(part[low]), (high - low) * size)
                 if data is not None:
                     rows += range(start + low, start + high)

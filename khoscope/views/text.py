@@ -56,11 +56,7 @@ class Text:
         )
 
     def table(self, rows: Iterable[Iterable[Any]], headers: list[str], align: list[str]) -> None:
-        self.line(
-            tabulate(
-                rows, headers, tablefmt="simple", colalign=align, disable_numparse=True
-            )
-        )
+        self.line(tabulate(rows, headers, tablefmt="simple", colalign=align, disable_numparse=True))
 
     def header(self, facts: Snapshot) -> None:
         """Which kernel, read when and how, and how it came to be."""
@@ -75,9 +71,7 @@ class Text:
             self.line("not a KHO boot")
         self.line(f"{facts.abi.compatible or 'no compatible'}, {types_in_words(facts.abi)}")
 
-    def tree(
-        self, facts: Snapshot, tree: Tree, which: str, wanted: Filter, nodes: bool
-    ) -> None:
+    def tree(self, facts: Snapshot, tree: Tree, which: str, wanted: Filter, nodes: bool) -> None:
         """``khoscope tree``."""
         abi = facts.abi
         self.header(facts)
@@ -106,7 +100,7 @@ class Text:
 
     def totals(self, tree: Tree, abi: Abi) -> None:
         """Blocks by order and type."""
-        rows = []
+        rows: list[list[Any]] = []
         blocks = pages = 0
         for (order, kind), count in sorted(tree.totals(abi).items()):
             blocks += count
@@ -163,12 +157,33 @@ class Text:
         self.header(facts)
         self.line(f"{report.blocks:,} outgoing blocks checked")
         if report.fates is not None:
-            fates = ", ".join(f"{n:,} {name}" for name, n in report.fates.items())
-            self.line(f"of the blocks handed over: {fates or 'none recorded'}")
+            self.line(_fates(report))
         self.findings(report)
         self.line()
         for reason in report.incomplete:
             self.wrapped(self.paint("red", "incomplete: ") + reason, "  ", "")
+        self.verdict(report)
+
+    def scene(self, name: str, story: str, facts: Snapshot, report: Report) -> None:
+        """One scene of the demo: the tree's totals, and what the rules say, without addresses."""
+        self.line()
+        self.line(self.paint("bold", f"{name} {'─' * (WIDTH - len(name) - 1)}"))
+        self.wrapped(story)
+        self.line()
+        self.header(facts)
+        self.line()
+        self.totals(facts.outgoing.tree, facts.abi)
+        self.line()
+        if report.fates is not None:
+            self.line(_fates(report))
+        seen: set[str] = set()
+        for found in report.findings:
+            if found.rule in seen:
+                continue
+            seen.add(found.rule)
+            severity = self.paint(_SEVERITY_COLOURS[found.severity], str(found.severity))
+            count = f"{report.counts[found.rule]} × "
+            self.wrapped(f"{count}{found.rule}: {found.message}", "    ", f"{severity}: ")
         self.verdict(report)
 
     def findings(self, report: Report) -> None:
@@ -228,6 +243,11 @@ class Text:
         if self._limit is not None and total > self._limit:
             hidden = f"{total - self._limit:,} more {what}".rstrip()
             self.line(self.paint("dim", f"  … {hidden} (--limit 0 shows all)"))
+
+
+def _fates(report: Report) -> str:
+    fates = ", ".join(f"{n:,} {name}" for name, n in (report.fates or {}).items())
+    return f"of the recorded blocks: {fates or 'there are none'}"
 
 
 def types_in_words(abi: Abi) -> str:

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The command line: parse, pick a source, a check set and a view."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import __version__, checks, store
+from .errors import KhoscopeError
+from .snapshot import Snapshot
+from .views import json as json_view
+from .views.progress import Progress
+from .views.select import Filter
+from .views.text import LIMIT, Text
+
+if TYPE_CHECKING:
+    from drgn import Program
+
+    from .sources.kernel import KernelSource
+
+#: Exit statuses (design: 0 fine, 1 found an error, 2 could not do it).
+FINE, FOUND, UNABLE = 0, 1, 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        args = parser().parse_args(argv)
+        command: Callable[[argparse.Namespace], int] = args.command
+        status = command(args)
+        sys.stdout.flush()
+        return status
+    except KhoscopeError as error:
+        print(f"khoscope: {error.what}\nkhoscope: {error.hint}", file=sys.stderr)
+        return UNABLE
+    except BrokenPipeError:
+        return _die_of(signal.SIGPIPE)
+    except KeyboardInterrupt:
+        print("khoscope: interrupted", file=sys.stderr)
+        return _die_of(signal.SIGINT)
+
+
+def _die_of(number: signal.Signals) -> int:
+    """End as the signal would have ended us, so that a shell sees what happened."""
+    # What is still buffered has nobody to go to.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    return UNABLE
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options and commands."""
+    top = argparse.ArgumentParser(
+        prog="khoscope",
+        description="See what Kexec HandOver carries across a kexec, and check that it arrived.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""\
+examples:
+  sudo khoscope tree                          what this kernel would hand over
+  sudo khoscope verify                        is it safe to kexec with that?
+  sudo khoscope snapshot before.khosnap       keep the facts, then kexec, then
+  sudo khoscope verify --before before.khosnap
+  khoscope --qemu guest.qmp --vmlinux vmlinux tree
+  khoscope --core vmcore --vmlinux vmlinux verify
+
+exit status: 0 fine, 1 verify found an error, 2 could not do it""",
+    )
+    top.add_argument("--version", action="version", version=f"khoscope {__version__}")
+    source = top.add_mutually_exclusive_group()
+    source.add_argument(
+        "--live", action="store_true", help="the running kernel, /proc/kcore (default)"
+    )
+    source.add_argument("--qemu", metavar="SOCKET", help="a QEMU guest, by its QMP socket")
+    source.add_argument("--core", metavar="FILE", type=Path, help="a vmcore")
+    source.add_argument("--snapshot", metavar="FILE", type=Path, help="a .khosnap file")
+    top.add_argument("--vmlinux", metavar="FILE", type=Path, help="debug info of the kernel")
+    top.add_argument(
+        "--type-shift",
+        metavar="BIT",
+        type=_type_shift,
+        help="key bit of the page type, or 'none': overrides what debug info says",
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    tree = commands.add_parser("tree", help="what the radix tree holds")
+    tree.set_defaults(command=_tree)
+    _output(tree, lines=True)
+    tree.add_argument("--order", type=int, help="only blocks of this order")
+    tree.add_argument("--type", choices=["contig", "split"], help="only blocks of this type")
+    tree.add_argument(
+        "--phys", type=_range, metavar="ADDR[..END]", help="only blocks that share this memory"
+    )
+    tree.add_argument("--nodes", action="store_true", help="show the tree's own nodes, too")
+    tree.add_argument(
+        "--incoming",
+        action="store_true",
+        help="the tree that this kernel was handed, as far as it is still there",
+    )
+
+    verify = commands.add_parser("verify", help="run the checks")
+    verify.set_defaults(command=_verify)
+    _output(verify)
+    verify.add_argument(
+        "--before", metavar="FILE", type=Path, help="snapshot of the kernel that handed over"
+    )
+
+    snapshot = commands.add_parser("snapshot", help="write all facts to a file")
+    snapshot.set_defaults(command=_snapshot)
+    _output(snapshot)
+    snapshot.add_argument("file", metavar="FILE", type=Path)
+    snapshot.add_argument(
+        "--before", metavar="FILE", type=Path, help="also look at the pages that FILE recorded"
+    )
+
+    diff = commands.add_parser("diff", help="what changed between two snapshots")
+    diff.set_defaults(command=_diff)
+    _output(diff, lines=True)
+    diff.add_argument("a", metavar="A", type=Path)
+    diff.add_argument("b", metavar="B", type=Path)
+
+    shell = commands.add_parser("shell", help="drgn session with prog and the kho_* helpers")
+    shell.set_defaults(command=_shell)
+
+    demo = commands.add_parser("demo", help="what khoscope shows; needs no root and no KHO")
+    demo.set_defaults(command=_demo)
+    _output(demo)
+    return top
+
+
+def _output(command: argparse.ArgumentParser, lines: bool = False) -> None:
+    kind = command.add_mutually_exclusive_group()
+    kind.add_argument("--json", action="store_true", help="one JSON document")
+    if lines:
+        kind.add_argument("--jsonl", action="store_true", help="one JSON object per block")
+    command.add_argument(
+        "--limit",
+        type=_limit,
+        default=LIMIT,
+        metavar="N",
+        help=f"rows of each list as text, 0 for all (default {LIMIT})",
+    )
+
+
+def _limit(text: str) -> int | None:
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number or None
+
+
+def _type_shift(text: str) -> int:
+    number = -1 if text == "none" else int(text)
+    if text != "none" and not 0 <= number < 64:
+        raise ValueError(text)
+    return number
+
+
+def _range(text: str) -> tuple[int, int]:
+    first, dots, end = text.partition("..")
+    start = int(first, 0)
+    stop = int(end, 0) if dots else start + 1
+    if not 0 <= start < stop <= 1 << 64:
+        raise ValueError(text)
+    return start, stop
+
+
+def _program(args: argparse.Namespace) -> tuple[Program, str, bool]:
+    """The kernel that was asked for, how it is read, and whether it runs meanwhile."""
+    from .sources.open import open_core, open_live, open_qemu
+
+    if args.qemu:
+        return open_qemu(args.qemu, args.vmlinux), f"QEMU guest at {args.qemu}", True
+    if args.core:
+        return open_core(args.core, args.vmlinux), f"vmcore {args.core}", False
+    return open_live(args.vmlinux), "live kernel, /proc/kcore", True
+
+
+def _kernel(args: argparse.Namespace, progress: Progress) -> KernelSource:
+    from .sources.kernel import KernelSource, Overrides
+
+    return KernelSource(*_program(args), Overrides(args.type_shift), progress)
+
+
+def _facts(args: argparse.Namespace, before: Snapshot | None = None) -> Snapshot:
+    """All facts from the source that was asked for."""
+    if args.snapshot:
+        return store.load_file(args.snapshot)
+    with Progress(sys.stderr) as progress:
+        return _kernel(args, progress).snapshot(before)
+
+
+def _tree(args: argparse.Namespace) -> int:
+    if args.snapshot:
+        facts = store.load_file(args.snapshot)
+    else:
+        with Progress(sys.stderr) as progress:
+            facts = _kernel(args, progress).tree()
+    which = "incoming" if args.incoming else "outgoing"
+    side = facts.incoming if args.incoming else facts.outgoing
+    if side is None:
+        raise KhoscopeError(
+            "this kernel was not handed anything: there is no incoming tree",
+            "ask in a kernel that was kexec'ed with KHO on, or leave --incoming out",
+        )
+    wanted = Filter(args.order, args.type, args.phys)
+    if args.json:
+        json_view.write_tree(facts, side.tree, which, wanted, args.nodes, sys.stdout)
+    elif args.jsonl:
+        json_view.write_block_lines(facts, side.tree, wanted, sys.stdout)
+    else:
+        Text(sys.stdout, args.limit).tree(facts, side.tree, which, wanted, args.nodes)
+    return FINE
+
+
+def _verify(args: argparse.Namespace) -> int:
+    before = store.load_file(args.before) if args.before else None
+    facts = _facts(args, before)
+    report = checks.check(facts) if before is None else checks.compare(before, facts)
+    if args.json:
+        json_view.write_verify(facts, report, sys.stdout)
+    else:
+        Text(sys.stdout, args.limit).verify(facts, report)
+    if report.errors:
+        return FOUND
+    if report.incomplete:
+        raise KhoscopeError(
+            f"no verdict: {'; '.join(report.incomplete)}",
+            "let the clients of KHO come to rest, or give a source that has all struct pages, and "
+            "run it again",
+        )
+    return FINE
+
+
+def _snapshot(args: argparse.Namespace) -> int:
+    before = store.load_file(args.before) if args.before else None
+    facts = _facts(args, before)
+    store.save_file(facts, args.file)
+    if args.json:
+        json_view.write_snapshot(facts, args.file, sys.stdout)
+    else:
+        Text(sys.stdout, args.limit).snapshot(facts, args.file)
+    return FINE
+
+
+def _diff(args: argparse.Namespace) -> int:
+    a, b = store.load_file(args.a), store.load_file(args.b)
+    if args.json:
+        json_view.write_diff(a, b, sys.stdout)
+    elif args.jsonl:
+        json_view.write_diff_lines(a, b, sys.stdout)
+    else:
+        Text(sys.stdout, args.limit).diff(a, b)
+    return FINE
+
+
+def _shell(args: argparse.Namespace) -> int:
+    if args.snapshot:
+        raise KhoscopeError(
+            "a snapshot holds facts, not memory: drgn has nothing to look at",
+            "give --live, --qemu or --core",
+        )
+    from .shell import run
+
+    run(_program(args)[0])
+    return FINE
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .demo import show
+
+    show(sys.stdout, args.json, args.limit)
+    return FINE
