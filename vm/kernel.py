@@ -33,10 +33,10 @@ _PATCHES = _HERE.parent / "kernel-patches"
 _CONFIG = _HERE / "kernel.config"
 _MODULE = _HERE / "kmod"
 _COMMANDS = [
-    *("bc", "bison", "flex", "gcc", "make", "patch", "cpio", "ccache", "pahole", "perl"),
-    *("rsync", "tar", "xz", "zstd", "kmod"),
+    *("bc", "bison", "ccache", "flex", "gcc", "make", "pahole", "patch", "perl", "tar", "xz"),
+    "zstd",
 ]
-_HEADERS = ["gelf.h", "dwarf.h", "openssl/opensslv.h", "zlib.h"]
+_HEADERS = ["gelf.h", "zlib.h"]
 
 
 @dataclass(frozen=True)
