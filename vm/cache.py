@@ -148,6 +148,8 @@ class Log:
         self.path.write_text("")
         self._name = name
         self._file = self.path.open("ab")
+        self._what = ""  # while a step runs: its line
+        self._start = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -157,16 +159,36 @@ class Log:
 
     @contextlib.contextmanager
     def step(self, what: str) -> Iterator[None]:
-        """Print what is being done, then for how long it was."""
-        start = time.monotonic()
-        print(f"{self._name}: {what} … ", end="", file=sys.stderr, flush=True)
+        """Print what is being done and for how long it was; on a terminal, for how long so far."""
+        if not self._start:
+            print(f"{self._name}: the log is {self.path}", file=sys.stderr)
+        self._what, self._start = f"{self._name}: {what} … ", time.monotonic()
+        print(self._what, end="", file=sys.stderr, flush=True)
         try:
             yield
         except BaseException as error:
             stopped = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            print(f"{stopped} after {_duration(start)}", file=sys.stderr)
+            print(f"{stopped} after {self._elapsed()}", file=sys.stderr)
             raise
-        print(_duration(start), file=sys.stderr)
+        else:
+            print(self._elapsed(), file=sys.stderr)
+        finally:
+            self._what = ""
+
+    def _elapsed(self) -> str:
+        seconds = time.monotonic() - self._start
+        if seconds < 60:
+            return f"{seconds:.1f} s"
+        return f"{int(seconds) // 60} min {int(seconds) % 60:02} s"
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        while self._what and sys.stderr.isatty():
+            try:
+                return process.wait(1)
+            except subprocess.TimeoutExpired:
+                line = f"\r{self._what}{self._elapsed()}\r{self._what}"
+                print(line, end="", file=sys.stderr, flush=True)
+        return process.wait()
 
     def run(
         self,
@@ -197,16 +219,14 @@ class Log:
                     process_group=0,
                     pass_fds=[_lock_fd] if _lock_fd >= 0 else [],
                     # Safe: nothing here has threads.
-                    preexec_fn=lambda: signal.pthread_sigmask(  # noqa: PLW1509
-                        signal.SIG_SETMASK, mask
-                    ),
+                    preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),
                 )
             except BaseException:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                 raise
             try:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-                status = process.wait()
+                status = self._wait(process)
             except BaseException:
                 _end(process)
                 raise
@@ -239,10 +259,3 @@ def _environment() -> dict[str, str]:
     dropped = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return {**kept, "LC_ALL": "C.UTF-8"}
-
-
-def _duration(start: float) -> str:
-    seconds = time.monotonic() - start
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    return f"{int(seconds) // 60} min {int(seconds) % 60:02} s"

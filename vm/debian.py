@@ -34,7 +34,7 @@ def mirror() -> str:
 
 
 def transport() -> str:
-    """What this machine's apt says on reaching mirrors (proxies, dated archives), for another apt."""
+    """What this machine's apt is told about reaching mirrors (proxies, dated archives)."""
     command = ["apt-config", "dump", "--no-empty", "--format", '%F "%v";%n']
     dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return "".join(re.findall(r"(?mi)^Acquire::(?:Check-|https?::).*\n", dump))

@@ -272,7 +272,7 @@ def _compile(name: str, source: Path, patches: _Files, to: Path, log: Log) -> No
                 f"{name}: this source does not give what vm/kernel.config asks for:\n  "
                 + "\n  ".join(missing)
             )
-    with log.step(f"compiling on {os.cpu_count()} processors (log: {log.path})"):
+    with log.step(f"compiling on {os.cpu_count()} processors"):
         make("all")
     with log.step("keeping what boots and what modules need"):
         shutil.copy(tree / "arch/x86/boot/bzImage", to)

@@ -91,7 +91,7 @@ def _install(to: Path, log: Log) -> None:
     root = os.geteuid() == 0
     transport = to / "apt.conf"
     transport.write_text(debian.transport())
-    with log.step(f"installing Debian {SUITE} (log: {log.path})"):
+    with log.step(f"installing Debian {SUITE}"):
         log.run(
             [
                 "mmdebstrap",
