@@ -141,6 +141,7 @@ struct scenario {
 	void (*free)(struct piece *p);
 	unsigned int first_order;		/* of the pieces, or the only one */
 	unsigned int last_order;
+	gfp_t gfp;				/* more flags for alloc_pages() */
 	bool counted;				/* takes a number of pages */
 	bool never_restored;
 };
@@ -508,7 +509,7 @@ static struct page *alloc_block(const struct scenario *s, unsigned int order)
 	struct folio *folio;
 
 	if (s->kind != &folios)
-		return alloc_pages(GFP_KERNEL, order);
+		return alloc_pages(GFP_KERNEL | s->gfp, order);
 
 	folio = folio_alloc(GFP_KERNEL, order);
 
@@ -810,7 +811,11 @@ static const struct scenario scenarios[] = {
 		.first_order = 2,
 		.last_order = 2,
 	}, {
-		/* Of an order that the allocator does not keep in per-cpu lists. */
+		/*
+		 * Of an order that the allocator does not keep in per-cpu lists,
+		 * and of a kind that little else is allocated from: the block is
+		 * to be seen free for a while.
+		 */
 		.name = "freed",
 		.kind = &contiguous,
 		.make = make_blocks,
@@ -818,6 +823,7 @@ static const struct scenario scenarios[] = {
 		.free = free_blocks,
 		.first_order = 5,
 		.last_order = 5,
+		.gfp = __GFP_RECLAIMABLE,
 	}, {
 		.name = "leak",
 		.kind = &contiguous,
