@@ -180,6 +180,15 @@ class Abi:
             types = np.full(keys.shape, KHO_PAGE_CONTIG if self.has_types else NO_TYPE, np.int8)
         return phys, np.where(good, order, BAD_ORDER).astype(np.uint8), types
 
+    def kho_radix_decode_key(self, key: int) -> tuple[int, int, int]:
+        """:meth:`kho_radix_decode_keys` for a single key, without numpy's cost for small arrays."""
+        plain = key & ~self.type_bit
+        page_type = KHO_PAGE_SPLIT if key & self.type_bit else KHO_PAGE_CONTIG
+        order = self.order_0_log2 - (plain.bit_length() - 1)
+        good = 0 <= order <= self.order_0_log2
+        phys = (plain << self.page_shift + order) & (1 << 64) - 1 if good else 0
+        return phys, order if good else BAD_ORDER, page_type if self.has_types else NO_TYPE
+
     def order_limit(self, span: int) -> int:
         """The highest order of which a block fits into ``span`` bytes of address space."""
         return max((span >> self.page_shift).bit_length() - 1, 0)

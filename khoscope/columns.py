@@ -32,13 +32,8 @@ class Columns:
 
     def __getitem__(self, rows: slice | NDArray[Any]) -> Self:
         """The same columns for some rows (a slice, a mask or indices)."""
-        return dataclasses.replace(
-            self,  # type: ignore[type-var]
-            **{
-                f.name: value[rows]
-                for f in dataclasses.fields(self)  # type: ignore[arg-type]
-                if (value := getattr(self, f.name)) is not None
-            },
+        return type(self)(
+            **{name: value[rows] for name, value in vars(self).items() if value is not None}
         )
 
     @classmethod

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .abi import U64, Abi
+from .abi import BAD_ORDER, U64, Abi
 from .columns import CHUNK_BLOCKS, Blocks, Columns, Leaves, Nodes
 
 
@@ -104,13 +104,15 @@ class Tree:
         waiting: list[Leaves] = []
         blocks = 0
         for group in self.leaves:
-            counts = group.counts()
-            for i in range(len(group)):
-                waiting.append(group[i : i + 1])
-                blocks += int(counts[i])
+            start = 0
+            for i, count in enumerate(group.counts().tolist()):
+                blocks += count
                 if blocks >= CHUNK_BLOCKS:
+                    waiting.append(group[start : i + 1])
                     yield decode_leaves(abi, Leaves.concatenate(waiting))
-                    waiting, blocks = [], 0
+                    waiting, blocks, start = [], 0, i + 1
+            if start < len(group):
+                waiting.append(group[start:])
         if blocks:
             yield decode_leaves(abi, Leaves.concatenate(waiting))
 
@@ -146,26 +148,31 @@ def _add(
 
 def decode_leaves(abi: Abi, leaves: Leaves) -> Blocks:
     """The blocks of some leaves, as :c:func:`kho_radix_walk_leaf` sees them."""
-    bits = np.unpackbits(leaves.bitmap.reshape(-1), bitorder="little").view(np.bool_)
-    set_bits = np.flatnonzero(bits)
-    if len(leaves) == 1 and (int(leaves.key[0]) & ~abi.type_bit) != 0:
-        # The common case at scale, a leaf of one order and type: one shift does it all.
-        key = set_bits.view(np.uint64) | leaves.key[0]
-        phys, order, types = abi.kho_radix_decode_keys(leaves.key)
-        if order[0] <= abi.order_0_log2:
-            shift = np.uint64(abi.page_shift + int(order[0]))
-            phys = (key & ~np.uint64(abi.type_bit)) << shift
-        else:
-            phys = np.zeros(len(key), np.uint64)
-        return Blocks(
-            key,
-            phys,
-            np.full(len(key), order[0], np.uint8),
-            np.full(len(key), types[0], np.int8),
-        )
-    leaf = set_bits >> abi.bitmap_size_log2
-    key = leaves.key[leaf] | (set_bits & (abi.leaf_bits - 1)).view(np.uint64)
+    if len(leaves) == 1:
+        # The common case at scale: all blocks of a leaf have one order and type, so that key and
+        # address are the index of the bit, scaled and shifted by constants.
+        base = int(leaves.key[0])
+        phys, order, kind = abi.kho_radix_decode_key(base)
+        if base & ~abi.type_bit and order != BAD_ORDER:
+            keys = _set_bits(leaves.bitmap[0])
+            physes = keys << np.uint64(abi.page_shift + order)
+            # In place: fresh memory costs more than the arithmetic.
+            physes += np.uint64(phys)
+            keys += np.uint64(base)
+            orders = np.full(len(keys), order, np.uint8)
+            return Blocks(keys, physes, orders, np.full(len(keys), kind, np.int8))
+    bits = _set_bits(leaves.bitmap.reshape(-1))
+    leaf = bits >> np.uint64(abi.bitmap_size_log2)
+    key = leaves.key[leaf.view(np.int64)] | (bits & np.uint64(abi.leaf_bits - 1))
     return Blocks(key, *abi.kho_radix_decode_keys(key))
+
+
+def _set_bits(bitmap: NDArray[np.uint8]) -> U64:
+    """Indices of the bits that are set."""
+    if (bitmap.view(np.uint64) == np.uint64(2**64 - 1)).all():
+        return np.arange(8 * len(bitmap), dtype=np.uint64)
+    bits = np.unpackbits(bitmap, bitorder="little").view(np.bool_)
+    return np.flatnonzero(bits).view(np.uint64)
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,8 @@ def wrong_after_restore(facts: Snapshot, blocks: Blocks) -> Marked:
     def say(row: int) -> str:
         will = "1" if blocks.order[row] == 0 else "1/1" if split[row] else "1/0"
         return (
-            f"will come back as {will}, is {describe(pages, row)} "
-            f"(assuming the next kernel is {facts.kernel.release})"
+            f"{describe(pages, row)} now, {facts.kernel.release} as the next kernel "
+            f"will restore it as {will}"
         )
 
     return Marked(judged & ~right, say)

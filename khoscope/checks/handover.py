@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..abi import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
 from ..columns import Blocks, Pages
 from ..snapshot import KeySet, Snapshot
-from .pattern import describe, is_contig, is_split, readable, tails, type_name, typed
+from .pattern import describe, has_page_type, is_contig, is_split, readable, tails, type_name, typed
 from .rule import Marked, Message, Severity, rule
 
 
@@ -92,18 +92,44 @@ def pair(before: Blocks, after: Blocks, now: Snapshot, evidence: Evidence) -> Pa
     pages = after.facts
     stamped = now.abi.stamp.is_stamp(pages.private)
     gone = ~stamped & (evidence.says_absent(before.key) | ~np.bool_(now.handover.is_kho_boot))
-    untyped_page = (pages.page_type >> np.uint32(24)) == 0xFF
-    mapped = (pages.page_type >> np.uint32(24)) < 0x80
-    other_folio = (pages.compound == Pages.COMPOUND_TAIL) | (
-        (pages.compound > 0) & (pages.compound != before.order)
-    )
-    reused = (pages.head <= 0) | (pages.free > 0) | other_folio | ~(untyped_page | mapped)
     fate = np.select(
-        [~readable(pages) | (before.order == BAD_ORDER), stamped, gone, reused],
+        [
+            ~readable(pages) | (before.order == BAD_ORDER),
+            stamped,
+            gone,
+            _reused(before, after, now),
+        ],
         [Fate.UNREAD, Fate.NOT_RESTORED, Fate.LOST, Fate.RELEASED],
         Fate.RESTORED,
     )
     return Pairs(before, pages, fate.astype(np.int8), now.abi)
+
+
+def _reused(before: Blocks, after: Blocks, now: Snapshot) -> NDArray[np.bool_]:
+    """
+    Blocks that are free or somebody else's now, so that their owner must have let them go.
+
+    ``kho_restore_page`` leaves either a folio of the block's order, or pages with the same
+    refcount on all but the first, none of which is on an LRU list or has a page type.  What was a
+    folio and is none any more was freed: its owner restored it, or could not have found it.
+    """
+    pages = after.facts
+    folio = pages.compound > 0
+    other_folio = (pages.compound == Pages.COMPOUND_TAIL) | (
+        folio & (pages.compound != before.order)
+    )
+    was_folio = before.facts.compound > 0
+    flags = now.kernel.page_flags
+    lru = np.uint64(1 << flags.index("lru") if "lru" in flags else 0)
+    return (
+        (pages.head <= 0)
+        | (pages.free > 0)
+        | other_folio
+        | (was_folio & ~folio)
+        | (~folio & ((pages.flags & lru) != 0))
+        | has_page_type(pages)
+        | ~(is_contig(pages) | is_split(pages))
+    )
 
 
 @rule(

@@ -55,6 +55,17 @@ def restores_split(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
     return ~folio & (blocks.type == KHO_PAGE_SPLIT)
 
 
+def has_page_type(pages: Pages) -> NDArray[np.bool_]:
+    """
+    First pages with a page type: slab, page table and so on, not what KHO restores.
+
+    ``page_type`` shares its word with ``_mapcount``: a count has its top bit clear, -1 means
+    neither (``page_type_has_type`` in page-flags.h).
+    """
+    top = pages.page_type >> np.uint32(24)
+    return (top >= 0x80) & (top < 0xFF)
+
+
 def describe(pages: Pages, row: int) -> str:
     """
     The pattern of one block in words, like ``1/0`` (head/tails) or ``1/0 but 1 at page 4``.

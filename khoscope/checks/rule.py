@@ -63,11 +63,7 @@ class Rule:
 
     :param sentence: when it fires; the docstring of its function.
     :param explain: what will happen, in which kernel, and what to do.
-    :param finders: its functions by scope: "kernel" (snapshot → messages), "blocks" (snapshot,
-        blocks → marked rows), "tree" (snapshot → blocks with marked rows; for what no single
-        chunk shows), "handover" (before, after → messages), "pairs"
-        (:class:`~khoscope.checks.handover.Pairs` → marked rows), "stamps" (before, a chunk of
-        stamps → marked rows).
+    :param finders: its functions by scope, one of SCOPES.
     """
 
     name: str
@@ -77,8 +73,18 @@ class Rule:
     finders: dict[str, Callable[..., Any]]
 
 
-#: All rules by name, in the order in which reports list them.
+#: All rules by name.
 RULES: dict[str, Rule] = {}
+
+#: What a rule's function is given and gives back, by scope.
+SCOPES = {
+    "handover": "(before, after) → messages",
+    "kernel": "(snapshot) → messages",
+    "tree": "(snapshot) → blocks with marked rows, for what no single chunk shows",
+    "blocks": "(snapshot, a chunk of blocks) → marked rows",
+    "pairs": "(handover.Pairs) → marked rows",
+    "stamps": "(before, its keys, a chunk of stamps) → marked rows",
+}
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -16,7 +16,7 @@ from ..snapshot import KeySet, Snapshot
 from . import blocks as blocks_rules
 from . import handover as handover_rules
 from . import kernel as _kernel_rules  # noqa: F401 - registers its rules
-from .rule import RULES, Finding, Marked, Message, Rule, Severity, of_scope
+from .rule import RULES, SCOPES, Finding, Marked, Message, Rule, Severity, of_scope
 
 #: Findings that are kept of each rule; all are counted.
 KEPT = 1000
@@ -42,7 +42,15 @@ class Report:
 
     @property
     def findings(self) -> list[Finding]:
-        return [f for name in RULES for f in self.kept.get(name, ())]
+        return [f for rule in self._ordered() for f in self.kept.get(rule.name, ())]
+
+    def _ordered(self) -> list[Rule]:
+        """Errors first; what concerns the whole kernel before single blocks."""
+        scopes, severities = list(SCOPES), list(Severity)
+        return sorted(
+            RULES.values(),
+            key=lambda r: (severities.index(r.severity), scopes.index(next(iter(r.finders)))),
+        )
 
     @property
     def errors(self) -> int:

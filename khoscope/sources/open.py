@@ -11,6 +11,7 @@ from drgn import MissingDebugInfoError, Program
 
 from ..errors import KhoscopeError
 
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
 
 
@@ -21,6 +22,9 @@ def open_live(vmlinux: Path | None = None) -> Program:
     :raises KhoscopeError: without the permission, ``/proc/kcore`` or debug info.
     """
     prog = Program()
+    # The kernel makes its boot id when it is first asked for it.
+    if BOOT_ID.exists():
+        BOOT_ID.read_text()
     try:
         prog.set_kernel()
     except PermissionError as error:

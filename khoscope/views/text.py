@@ -83,7 +83,9 @@ class Text:
                 "this kernel had walked it, and may hold anything by now."
             )
         self.line(f"{which} tree, root {state.root:#x}")
-        if state.problem_count:
+        if state.problem_count and which == "incoming":
+            self.line(f"{state.problem_count} entries make no sense any more, not followed")
+        elif state.problem_count:
             self.line(self.paint("red", f"{state.problem_count} bad entries were not followed:"))
             for p in islice(state.problems, self._limit):
                 self.line(f"  node {p.table:#x} entry {p.index} = {p.entry:#x}: {p.why}")

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Synthetic memory: trees as a kernel would build them, and as no kernel would.
+
+Real kernels are what khoscope is shown on (tests/vm).  This is for what no kernel would do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from khoscope.abi import NO_TYPE, U64, Abi
+from khoscope.columns import Blocks, Leaves, Pages
+from khoscope.snapshot import (
+    Fdt,
+    Handover,
+    Kernel,
+    Scan,
+    Side,
+    Snapshot,
+    Taken,
+    Tree,
+    TreeState,
+    Watched,
+)
+from khoscope.sources.walk import walk
+
+PLAIN = Abi.for_page_shift(12, compatible="kho-v4")
+POSTED = Abi.for_page_shift(12, type_shift=63, compatible="kho-v4")
+FIXED = Abi.for_page_shift(12, type_shift=53, compatible="kho-v5")
+
+
+@dataclass
+class Memory:
+    """
+    Physical memory with a radix tree in it, built page by page as ``kho_radix_add_page`` does.
+
+    Nodes are allocated from ``nodes_at`` upwards.
+    """
+
+    abi: Abi
+    size: int = 1 << 32
+    nodes_at: int = 1 << 28
+    pages: dict[int, bytearray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._next = self.nodes_at
+        self.root = self.new_node()
+        self.reads = 0
+
+    @property
+    def ram(self) -> U64:
+        return np.array([[0, self.size]], np.uint64)
+
+    def new_node(self) -> int:
+        at = self._next
+        self._next += self.abi.page_size
+        self.pages[at] = bytearray(self.abi.page_size)
+        return at
+
+    def entry(self, table: int, index: int) -> int:
+        return int.from_bytes(self.pages[table][8 * index : 8 * index + 8], "little")
+
+    def set_entry(self, table: int, index: int, value: int) -> None:
+        self.pages[table][8 * index : 8 * index + 8] = value.to_bytes(8, "little")
+
+    def leaf_of(self, key: int) -> int:
+        """The leaf that holds a key, made if it is not there."""
+        abi = self.abi
+        node = self.root
+        for level in range(abi.tree_max_depth - 1, 0, -1):
+            index = key >> abi.table_shift(level) & (abi.table_entries - 1)
+            below = self.entry(node, index)
+            if not below:
+                below = self.new_node()
+                self.set_entry(node, index, below)
+            node = below
+        return node
+
+    def add_key(self, key: int) -> None:
+        bit = key & (self.abi.leaf_bits - 1)
+        self.pages[self.leaf_of(key)][bit >> 3] |= 1 << (bit & 7)
+
+    def del_key(self, key: int) -> None:
+        bit = key & (self.abi.leaf_bits - 1)
+        self.pages[self.leaf_of(key)][bit >> 3] &= ~(1 << (bit & 7))
+
+    def add_page(self, phys: int, order: int, page_type: int = 0) -> None:
+        self.add_key(self.abi.kho_radix_encode_key(phys, order, page_type))
+
+    def read(self, address: int, size: int) -> bytes | None:
+        """As a source reads it: None where there is no memory."""
+        self.reads += 1
+        if address + size > self.size:
+            return None
+        page = self.abi.page_size
+        return b"".join(
+            bytes(self.pages.get(at, bytes(page))) for at in range(address, address + size, page)
+        )
+
+    def walk(self) -> Tree:
+        return walk(self.abi, self.root, self.ram, self.read)
+
+
+def blocks_of(abi: Abi, tree: Tree) -> set[tuple[int, int, int]]:
+    """All blocks of a tree as (phys, order, type), for comparing with a model."""
+    return {
+        block
+        for chunk in tree.blocks(abi)
+        for block in zip(
+            chunk.phys.tolist(), chunk.order.tolist(), chunk.type.tolist(), strict=True
+        )
+    }
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block and what its struct pages say, for snapshots that are built by hand."""
+
+    phys: int
+    order: int = 0
+    type: int = 0
+    head: int = 1
+    ones: int = 0
+    others: int = 0
+    odd: int = 0
+    free: int = 0
+    private: int = 0
+    compound: int = Pages.NOT_COMPOUND
+    page_type: int = 0xFFFFFFFF
+    unread: int = 0
+    key: int | None = None
+
+    @classmethod
+    def split(cls, phys: int, order: int, **more: int) -> Block:
+        return cls(phys, order, ones=(1 << order) - 1, **more)
+
+
+def columns(abi: Abi, blocks: Iterable[Block]) -> Blocks:
+    """Blocks as columns, sorted by key."""
+    rows = []
+    for b in blocks:
+        key = abi.kho_radix_encode_key(b.phys, b.order, b.type) if b.key is None else b.key
+        rows.append((key, b))
+    rows.sort(key=lambda row: row[0])
+    keys = np.array([key for key, _ in rows], np.uint64)
+    facts = Pages.blank(len(rows))
+    for i, (_, b) in enumerate(rows):
+        for name in ("private", "head", "ones", "others", "odd", "free", "page_type", "compound"):
+            getattr(facts, name)[i] = getattr(b, name)
+        facts.unread[i] = b.unread
+        facts.zeros[i] = (1 << b.order) - 1 - b.ones - b.others
+    return Blocks(keys, *abi.kho_radix_decode_keys(keys), facts)
+
+
+def tree_of(abi: Abi, blocks: Blocks) -> Tree:
+    """The tree that holds the keys of some blocks."""
+    base = blocks.key & ~np.uint64(abi.leaf_bits - 1)
+    leaves = []
+    for key in np.unique(base):
+        bits = np.zeros(abi.leaf_bits, np.uint8)
+        bits[(blocks.key[base == key] & np.uint64(abi.leaf_bits - 1)).astype(np.int64)] = 1
+        bitmap = np.packbits(bits, bitorder="little").reshape(1, -1)
+        leaves.append(Leaves(np.array([key], np.uint64), bitmap))
+    return Tree(TreeState(0x1000), [], [Leaves.concatenate(leaves)] if leaves else [])
+
+
+def snapshot(
+    abi: Abi,
+    blocks: Iterable[Block],
+    *,
+    boot_id: str = "00000000-0000-0000-0000-000000000001",
+    release: str = "7.2.0-test",
+    handover: Handover | None = None,
+    incoming: Iterable[Block] | None = None,
+    stamps: Iterable[Block] = (),
+    watched: tuple[Snapshot, Iterable[Block]] | None = None,
+    scratch: Iterable[tuple[int, int]] = (),
+    log: Iterable[str] = (),
+    tainted: int = 0,
+    fdt: Fdt | None = None,
+    state: TreeState | None = None,
+    ram: Iterable[tuple[int, int]] = ((0, 1 << 32),),
+) -> Snapshot:
+    """A snapshot built by hand."""
+    out = columns(abi, blocks)
+    tree = tree_of(abi, out)
+    if state is not None:
+        tree = Tree(state, tree.nodes, tree.leaves)
+    found = Fdt(0x2000, abi.compatible, tree.state.root) if fdt is None else fdt
+    incoming_side = None
+    if incoming is not None:
+        handed = tree_of(abi, columns(abi, incoming))
+        incoming_side = Side(Fdt(0x3000, abi.compatible, handed.state.root), handed)
+    stamped = sorted(stamps, key=lambda b: b.phys)
+    stamp_chunks = [columns(abi, [b]) for b in stamped]
+    return Snapshot(
+        Taken("test", f"2026-01-01T00:00:0{boot_id[-1]}Z", "by hand"),
+        Kernel(release, "#1", boot_id, tainted, list(log)),
+        abi,
+        True,
+        handover or Handover(False, "", 0),
+        np.array(list(ram), np.uint64).reshape(-1, 2),
+        np.array(list(scratch), np.uint64).reshape(-1, 2),
+        Side(found, tree, {}, [out] if len(out) else []),
+        incoming_side,
+        Scan(1, 0),
+        stamp_chunks,
+        Watched(watched[0].taken.time, watched[0].kernel.boot_id) if watched else None,
+        [columns(watched[0].abi, watched[1])] if watched else [],
+    )
+
+
+__all__ = ["FIXED", "NO_TYPE", "PLAIN", "POSTED", "Block", "Memory", "blocks_of", "snapshot"]
