@@ -42,6 +42,10 @@ class Unsupported(ExerciseError):
     """The running kernel has not what the scenario needs."""
 
 
+class WriterDied(ExerciseError):
+    """The kernel killed the writer: an oops."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """The memory of one preserve call, or one vmalloc area, as the module sees it now."""
@@ -55,7 +59,8 @@ class Piece:
     compound: bool
     #: Run lengths of the pages' reference counts: (value, count).
     refs: tuple[tuple[int, int], ...]
-    #: Physical ranges, as (first byte, first byte after).
+    #: Physical ranges, as (first byte, first byte after); none where the pages are scattered and
+    #: too many for the report.
     ranges: tuple[tuple[int, int], ...]
 
     @classmethod
@@ -65,6 +70,8 @@ class Piece:
         if "physes" in fields:
             starts = [int(phys, 16) for phys in fields["physes"]]
             ranges = tuple((start, start + _PAGE) for start in starts)
+        elif fields["scenario"] == "many" and fields["pages"] > 1:
+            ranges = ()
         else:
             start = int(fields["phys"], 16)
             ranges = ((start, start + fields["pages"] * _PAGE),)
@@ -124,10 +131,11 @@ class Exercise:
     def _write(self, file: str, words: str) -> None:
         write = ("sh", "-c", 'echo "$1" >"$2"', "sh", words, f"{_DEBUGFS}/{file}")
         result = self.machine.run(write, env={"LC_ALL": "C"})
+        if result.returncode < 0:
+            raise WriterDied(f"{file} {words}: the writer died of signal {-result.returncode}")
         if result.returncode:
-            reason = result.stderr.strip() or f"the writer ended with {result.returncode}"
-            kind = Unsupported if "not supported" in reason else ExerciseError
-            raise kind(f"{file} {words}: {reason}")
+            kind = Unsupported if "not supported" in result.stderr else ExerciseError
+            raise kind(f"{file} {words}: {result.stderr.strip()}")
 
 
 class KernelLog:

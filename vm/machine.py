@@ -202,9 +202,9 @@ class Machine:
         self.terminal, terminal_qemu = socket.socketpair()
         self._cleanup.enter_context(self.terminal)
         with control_qemu, terminal_qemu, open(self.directory / "qemu.log", "wb") as log:
+            arguments = self._arguments(control_qemu.fileno(), terminal_qemu.fileno())
             self._qemu = subprocess.Popen(
-                [setpriv, "--pdeathsig", "KILL", "--", qemu]
-                + self._arguments(control_qemu.fileno(), terminal_qemu.fileno()),
+                [setpriv, "--pdeathsig", "KILL", "--", qemu, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

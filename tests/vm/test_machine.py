@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Machine: what it does with guests that behave, with guests that do not, and that nothing stays."""
+"""Machine, with guests that behave and with guests that do not; and that nothing stays."""
 
 from __future__ import annotations
 
