@@ -63,9 +63,8 @@ def type_mismatch(facts: Snapshot, blocks: Blocks) -> Marked:
 def mixed_refcounts(facts: Snapshot, blocks: Blocks) -> Marked:
     """No type describes the block: neither 1/0 nor 1/1, heads at 0 included."""
     pages = blocks.facts
-    judged = readable(pages) & (pages.free == 0) & (blocks.order != BAD_ORDER)
     return Marked(
-        judged & ~is_contig(pages) & ~is_split(pages),
+        _judged(blocks) & ~is_contig(pages) & ~is_split(pages),
         lambda row: f"no type fits: the pages are {describe(pages, row)}",
     )
 
@@ -87,7 +86,6 @@ def wrong_after_restore(facts: Snapshot, blocks: Blocks) -> Marked:
     pages = blocks.facts
     split = restores_split(facts.abi, blocks)
     right = np.where(split, is_split(pages), is_contig(pages))
-    judged = readable(pages) & (pages.free == 0) & (blocks.order != BAD_ORDER)
 
     def say(row: int) -> str:
         will = "1" if blocks.order[row] == 0 else "1/1" if split[row] else "1/0"
@@ -96,7 +94,7 @@ def wrong_after_restore(facts: Snapshot, blocks: Blocks) -> Marked:
             f"will restore it as {will}"
         )
 
-    return Marked(judged & ~right, say)
+    return Marked(_judged(blocks) & ~right, say)
 
 
 @rule(
@@ -112,17 +110,27 @@ def wrong_after_restore(facts: Snapshot, blocks: Blocks) -> Marked:
 def stale_entry(facts: Snapshot, blocks: Blocks) -> Marked:
     """The block's pages are free or no longer what was preserved; a folio whose order changed."""
     pages = blocks.facts
-    inside = pages.compound == Pages.COMPOUND_TAIL
-    resized = (pages.compound > 0) & (pages.compound != blocks.order)
 
     def say(row: int) -> str:
         if pages.free[row]:
             return "its pages are free"
-        if inside[row]:
+        if pages.compound[row] == Pages.COMPOUND_TAIL:
             return "it now lies inside a compound page that begins before it"
         return f"is now a folio of order {pages.compound[row]}"
 
-    return Marked(readable(pages) & ((pages.free > 0) | inside | resized), say)
+    return Marked(_stale(blocks), say)
+
+
+def _stale(blocks: Blocks) -> NDArray[np.bool_]:
+    pages = blocks.facts
+    inside = pages.compound == Pages.COMPOUND_TAIL
+    resized = (pages.compound > 0) & (pages.compound != blocks.order)
+    return readable(pages) & ((pages.free > 0) | inside | resized)
+
+
+def _judged(blocks: Blocks) -> NDArray[np.bool_]:
+    """Blocks of which the refcounts mean something: they still are what was preserved."""
+    return readable(blocks.facts) & ~_stale(blocks) & (blocks.order != BAD_ORDER)
 
 
 @rule(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 from drgn import MissingDebugInfoError, Program
 
 from ..errors import KhoscopeError
+
+# What drgn logs about missing debug info is in the error that it raises, too.
+logging.getLogger("drgn").setLevel(logging.CRITICAL)
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
