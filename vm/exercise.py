@@ -129,7 +129,8 @@ class Exercise:
         return [Piece.parse(line) for line in text.splitlines()]
 
     def _write(self, file: str, words: str) -> None:
-        write = ("sh", "-c", 'echo "$1" >"$2"', "sh", words, f"{_DEBUGFS}/{file}")
+        # Not sh: dash's echo does not say which error it was.
+        write = ("bash", "-c", 'echo "$1" >"$2"', "bash", words, f"{_DEBUGFS}/{file}")
         result = self.machine.run(write, env={"LC_ALL": "C"})
         if result.returncode < 0:
             raise WriterDied(f"{file} {words}: the writer died of signal {-result.returncode}")

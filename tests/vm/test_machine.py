@@ -316,13 +316,13 @@ def test_shell_on_a_terminal(scratch: Path) -> None:
             screen.wait_for(r"drgn --qemu \S+ -s \S+")
             screen.wait_for(r"root@[^#]*# ")
             os.write(ours, b"stty size; echo $TERM $((6*7))\n")
-            screen.wait_for(r"\n33 111\r?\n\w+ 42\r?\n")
+            screen.wait_for(r"33 111\r?\n\w+ 42\r?\n")
             # Job control: Ctrl-C ends the command, not the shell, nor us.
             os.write(ours, b"sleep 600\n")
             time.sleep(1)
             os.write(ours, b"\x03")
             os.write(ours, b"echo st${x}ill here\n")
-            screen.wait_for(r"\nstill here\r?\n")
+            screen.wait_for(r"still here\r?\n")
             os.write(ours, b"\x04")
             assert process.wait(timeout=30) == 0
         finally:
