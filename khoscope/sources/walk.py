@@ -160,7 +160,8 @@ class _Walk:
             used = leaves.counts()
             self._keep(0, phys[at], key[at], used)
             # Deleting clears bits and frees nothing: empty leaves are normal.
-            self._leaves.append(leaves if used.all() else leaves[used > 0])
+            if used.any():
+                self._leaves.append(leaves if used.all() else leaves[used > 0])
 
     def _keep(self, level: int, phys: U64, key: U64, used: NDArray[np.int64]) -> None:
         levels = np.full(len(phys), level, np.uint8)
@@ -223,7 +224,8 @@ def settle(walk_once: Callable[[], Tree], use: Callable[[Tree], T]) -> tuple[T, 
         moved, stable = _compare(tree, again)
         same = moved == 0 and tree.state.problem_count == again.state.problem_count
         if same or reads > READS:
-            state = replace(tree.state, reads=reads, moved=moved)
+            worse = max(tree.state, again.state, key=lambda state: state.problem_count)
+            state = replace(worse, reads=reads, moved=moved)
             return used, replace(tree, leaves=stable if moved else tree.leaves, state=state)
         tree = again
 
@@ -231,9 +233,11 @@ def settle(walk_once: Callable[[], Tree], use: Callable[[Tree], T]) -> tuple[T, 
 def _compare(a: Tree, b: Tree) -> tuple[int, list[Leaves]]:
     """How many blocks are in one tree only, and the leaves of those in both."""
     left, right = Leaves.concatenate(a.leaves), Leaves.concatenate(b.leaves)
+    if not len(left) or not len(right):
+        return sum(int(part.counts().sum()) for part in (left, right) if len(part)), []
     if len(left) == len(right) and (left.key == right.key).all():
         moved = int(np.bitwise_count(left.bitmap ^ right.bitmap).sum())
-        return moved, [Leaves(left.key, left.bitmap & right.bitmap)] if len(left) else []
+        return moved, [Leaves(left.key, left.bitmap & right.bitmap)]
     key, i, j = np.intersect1d(left.key, right.key, assume_unique=True, return_indices=True)
     stable = Leaves(key, left.bitmap[i] & right.bitmap[j])
     in_both = int(stable.counts().sum()) if len(stable) else 0
