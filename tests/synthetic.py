@@ -45,6 +45,8 @@ class Memory:
     size: int = 1 << 32
     nodes_at: int = 1 << 28
     pages: dict[int, bytearray] = field(default_factory=dict)
+    #: Pages that cannot be read.
+    unreadable: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._next = self.nodes_at
@@ -97,9 +99,10 @@ class Memory:
         if address + size > self.size:
             return None
         page = self.abi.page_size
-        return b"".join(
-            bytes(self.pages.get(at, bytes(page))) for at in range(address, address + size, page)
-        )
+        asked = range(address, address + size, page)
+        if not self.unreadable.isdisjoint(asked):
+            return None
+        return b"".join(bytes(self.pages.get(at, bytes(page))) for at in asked)
 
     def walk(self) -> Tree:
         return walk(self.abi, self.root, self.ram, self.read)
