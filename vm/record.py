@@ -13,7 +13,7 @@ from typing import Any
 
 from vm.exercise import SCENARIOS, Exercise
 from vm.machine import REPOSITORY, Machine
-from vm.scenario import KHOSCOPE_TIMEOUT, preserve, restore
+from vm.scenario import khoscope, preserve, restore
 
 DEMO = REPOSITORY / "khoscope" / "demo"
 
@@ -47,20 +47,15 @@ def _snapshots(kernel: str, prefix: str, directory: Path, accel: str | None) -> 
     before, after = (f"{prefix}-{stage}.khosnap" for stage in ("before", "after"))
     with Machine(kernel, accel=accel) as machine:
         exercise = Exercise(machine)
-        exercise.load()
         names = preserve(exercise, SCENARIOS)
-        _snapshot(machine, f"/root/{before}")
+        khoscope(machine, "snapshot", f"/root/{before}")
         machine.load_kexec()
         machine.execute_kexec()
         exercise.load()
         restore(exercise, names)
-        _snapshot(machine, "--before", f"/root/{before}", f"/root/{after}")
+        khoscope(machine, "snapshot", "--before", f"/root/{before}", f"/root/{after}")
         for name in (before, after):
             machine.copy_out(f"/root/{name}", directory / name)
-
-
-def _snapshot(machine: Machine, *words: str) -> None:
-    machine.run(("khoscope", "snapshot", *words), timeout=KHOSCOPE_TIMEOUT, check=True)
 
 
 def _findings(directory: Path, prefix: str, stage: str) -> dict[str, Any]:

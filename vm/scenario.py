@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
@@ -25,6 +26,9 @@ from vm.machine import Machine, MachineError
 #: Pages of the scenario ``many``: of no more does the module report each address, and without
 #: them nobody knows which finding is on them.
 MANY = 64
+
+#: What each kernel is known to do.
+EXPECTED = Path(__file__).with_name("expected.md")
 
 #: What loads a kernel's debug information under TCG takes its time.
 KHOSCOPE_TIMEOUT = 300.0
@@ -63,34 +67,48 @@ _HEADERS = {
 
 def scenario(kernel: str, names: Sequence[str], accel: str | None = None) -> int:
     """Run the scenarios, all by default, and print the table; 1 where it is not as expected."""
+    names = [name for name in SCENARIOS if name in (names or SCENARIOS)]
     with Machine(kernel, accel=accel) as machine:
         _say(f"{kernel} booted in {machine.boot_seconds:.1f} s with {machine.accel}")
-        rows, elsewhere = _Run(machine, names or SCENARIOS).rows()
+        run = Run(machine, names)
+        rows = run.rows()
     table = [[_cell(value) for value in astuple(row)] for row in rows]
     print(tabulate(table, [_HEADERS[field.name] for field in fields(Row)], tablefmt="simple"))
-    for stage, lines in elsewhere.items():
-        print(f"\n{stage}, on no scenario's memory:")
+    for stage, lines in run.elsewhere.items():
+        print(f"\nkhoscope {stage}, on no scenario's memory:")
         for line in lines or ["nothing"]:
             print(f"  {line}")
-    differences = _differences(kernel, rows)
+    differences = _differences(kernel, rows, names)
+    print(f"\n{kernel}: {'differs from' if differences else 'as in'} {EXPECTED.name}")
     for line in differences:
-        print(line)
+        print(f"  {line}")
     return 1 if differences else 0
 
 
-def _differences(kernel: str, rows: Iterable[Row]) -> list[str]:
+def expected(kernel: str) -> dict[str, Row]:
+    """The rows that the kernel is known to have, by scenario."""
+    _, _, section = EXPECTED.read_text().partition(f"\n## {kernel}\n")
+    lines = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    return {row[0]: Row(*("" if cell == "–" else cell for cell in row)) for row in cells}
+
+
+def _differences(kernel: str, rows: Iterable[Row], names: Sequence[str]) -> list[str]:
+    known = expected(kernel)
+    seen = {row.scenario: row for row in rows}
     found = []
-    for row in rows:
-        expected = EXPECTED[kernel].get(row.scenario)
-        if expected is None:
-            found.append(f"{row.scenario}: nothing is known of it on {kernel}")
-        elif expected != row:
-            for field in fields(Row):
-                want, have = getattr(expected, field.name), getattr(row, field.name)
-                if want != have:
-                    found.append(
-                        f"{row.scenario}: {field.name}: expected {want or '-'}, seen {have or '-'}"
-                    )
+    for name in names:
+        want, have = known.get(name), seen.get(name)
+        if want is None or have is None:
+            if want != have:
+                found.append(f"{name}: {'not expected' if have else 'missing'} on {kernel}")
+            continue
+        for field in fields(Row):
+            wanted, had = getattr(want, field.name), getattr(have, field.name)
+            if wanted != had:
+                found.append(
+                    f"{name}: {field.name}: expected {wanted or 'nothing'}, seen {had or 'nothing'}"
+                )
     return found
 
 
@@ -102,7 +120,7 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-class _Run:
+class Run:
     """One run: two kernels, and what is known of each scenario so far."""
 
     def __init__(self, machine: Machine, names: Sequence[str]) -> None:
@@ -110,16 +128,17 @@ class _Run:
         self.exercise = Exercise(machine)
         self.log = KernelLog(machine)
         self.names = list(names)
-        #: Findings on no scenario's memory, by stage.
+        #: Findings on no scenario's memory, by the stage.
         self.elsewhere: dict[str, list[str]] = {}
 
-    def rows(self) -> tuple[list[Row], dict[str, list[str]]]:
-        self.exercise.load()
-        self.names = preserve(self.exercise, self.names)
+    def rows(self) -> list[Row]:
+        """Runs it all."""
+        made = preserve(self.exercise, self.names)
+        self.names = [name for name in self.names if name in made]
         memory = by_scenario(self.exercise.report())
         recorded = self._recorded(memory)
         rules = self._verify("before the kexec", memory)
-        self._khoscope("snapshot", "/root/before.khosnap")
+        khoscope(self.machine, "snapshot", "/root/before.khosnap")
 
         _say("kexec")
         self.machine.load_kexec()
@@ -134,7 +153,7 @@ class _Run:
             name: self._free(name) if any(p.state == "restored" for p in states[name]) else ""
             for name in self.names
         }
-        rows = [
+        return [
             Row(
                 name,
                 _shapes(memory[name]),
@@ -147,7 +166,6 @@ class _Run:
             )
             for name in self.names
         ]
-        return rows, self.elsewhere
 
     def _restore(self) -> dict[str, str]:
         said = restore(self.exercise, self.names)
@@ -167,18 +185,10 @@ class _Run:
 
     # -- khoscope in the guest --------------------------------------------------------------------
 
-    def _khoscope(self, *words: str) -> str:
-        _say(f"khoscope {' '.join(words)}")
-        command = ("khoscope", *words)
-        result = self.machine.run(command, timeout=KHOSCOPE_TIMEOUT)
-        if result.returncode not in (0, 1):
-            raise MachineError(f"khoscope {' '.join(words)} failed:\n{result.stderr}")
-        return result.stdout
-
     def _recorded(self, memory: dict[str, list[Piece]]) -> dict[str, str]:
         """The types that the tree has for the blocks of each scenario."""
         found: dict[str, set[str]] = {name: set() for name in memory}
-        for line in self._khoscope("tree", "--jsonl").splitlines():
+        for line in khoscope(self.machine, "tree", "--jsonl").splitlines():
             block: dict[str, Any] = json.loads(line)
             for name in _owners(memory, int(block["phys"], 16)):
                 found[name].add(block["type"] or "no type")
@@ -188,7 +198,8 @@ class _Run:
         """The rules that fire on the memory of each scenario."""
         found: dict[str, set[str]] = {name: set() for name in memory}
         elsewhere: dict[str, list[str]] = {}
-        for finding in json.loads(self._khoscope("verify", "--json", *options))["findings"]:
+        document = json.loads(khoscope(self.machine, "verify", "--json", *options))
+        for finding in document["findings"]:
             phys = finding.get("phys")
             owners = [] if phys is None else _owners(memory, int(phys, 16))
             for name in owners:
@@ -196,16 +207,31 @@ class _Run:
             if not owners:
                 rule = f"{finding['severity']}: {finding['rule']}"
                 elsewhere.setdefault(rule, []).append(finding["message"])
-        self.elsewhere[f"khoscope {stage}"] = [
+        self.elsewhere[stage] = [
             f"{rule}: {len(messages)}, first: {messages[0]}" for rule, messages in elsewhere.items()
         ]
         return {name: ", ".join(sorted(rules)) for name, rules in found.items()}
 
 
+def khoscope(machine: Machine, *words: str) -> str:
+    """What khoscope prints in the guest; 1 is the exit status of a verify that found something."""
+    _say(f"khoscope {' '.join(words)}")
+    result = machine.run(("khoscope", *words), timeout=KHOSCOPE_TIMEOUT)
+    if result.returncode not in (0, 1):
+        raise MachineError(f"khoscope {' '.join(words)} failed:\n{result.stderr}")
+    return result.stdout
+
+
 def preserve(exercise: Exercise, names: Iterable[str]) -> list[str]:
-    """Preserves the scenarios; returns those that this kernel has."""
+    """Loads the module and preserves the scenarios; returns those that this kernel has.
+
+    What is free must not be allocated again before khoscope has seen it: it has run once before,
+    with all its files in memory, and nothing is made after ``freed``.
+    """
+    exercise.load()
+    khoscope(exercise.machine, "verify", "--json")
     made = []
-    for name in names:
+    for name in sorted(names, key="freed".__eq__):
         _say(f"preserve {name}")
         try:
             exercise.preserve(name, MANY if name == "many" else None)
@@ -247,7 +273,3 @@ def _outcome(pieces: Sequence[Piece]) -> str:
     """The reference counts of what was restored, or the state of what was not."""
     outcomes = (p.shape if p.state == "restored" else p.state for p in pieces)
     return ", ".join(dict.fromkeys(outcomes))
-
-
-#: What each kernel is known to do: its rows, by scenario.
-EXPECTED: dict[str, dict[str, Row]] = {"7.2-base": {}, "7.2-rfc": {}, "7.2-fixed": {}}
