@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import socket
 from pathlib import Path
 
 from drgn import MissingDebugInfoError, Program
@@ -14,6 +15,8 @@ from ..errors import KhoscopeError
 
 # What drgn logs about missing debug info is in the error that it raises, too.
 logging.getLogger("drgn").setLevel(logging.CRITICAL)
+
+GREETING_SECONDS = 5.0
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
@@ -58,6 +61,7 @@ def open_qemu(address: str, vmlinux: Path | None = None) -> Program:
     """
     prog = Program()
     try:
+        _greeted(address)
         prog.set_qemu_qmp(address)
     except (OSError, ValueError, RuntimeError) as error:
         raise KhoscopeError(
@@ -67,6 +71,27 @@ def open_qemu(address: str, vmlinux: Path | None = None) -> Program:
         ) from error
     _load_debug_info(prog, vmlinux, f"the guest at {address}")
     return prog
+
+
+def _greeted(address: str) -> None:
+    """
+    See that a QMP server greets us: drgn would wait for that for ever.
+
+    QEMU serves one client at a time and leaves the next one waiting.
+
+    :raises OSError: if nobody does.
+    """
+    host, colon, port = address.rpartition(":")
+    tcp = colon and not address.startswith(("/", ".")) and port.isdecimal()
+    with socket.socket(socket.AF_INET if tcp else socket.AF_UNIX) as client:
+        client.settimeout(GREETING_SECONDS)
+        try:
+            client.connect((host or "localhost", int(port)) if tcp else address)
+            greeting = client.recv(1)
+        except TimeoutError as error:
+            raise OSError("no greeting: is another tool attached to it?") from error
+        if greeting != b"{":
+            raise OSError("what answers there is not QMP")
 
 
 def open_core(path: Path, vmlinux: Path | None = None) -> Program:
