@@ -273,6 +273,8 @@ class Snapshot:
         address.
     :param watched: stream of the blocks of another snapshot, in its order, with the page facts
         of this kernel.
+    :param evidence: what stands now where the other snapshot's leaves stood, sorted by key: those
+        leaves, or anything else.
     """
 
     taken: Taken
@@ -288,6 +290,7 @@ class Snapshot:
     stamps: Iterable[Blocks] = ()
     watching: Watched | None = None
     watched: Iterable[Blocks] = ()
+    evidence: Iterable[Leaves] = ()
 
 
 class KeySet:
@@ -297,9 +300,9 @@ class KeySet:
     That is one bit per page of the range that the tree covers, 32 MiB for 1 TiB.
     """
 
-    def __init__(self, abi: Abi, tree: Tree) -> None:
+    def __init__(self, abi: Abi, leaves: Iterable[Leaves]) -> None:
         self._abi = abi
-        self.leaves = Leaves.concatenate(tree.leaves)
+        self.leaves = Leaves.concatenate(leaves)
         if not len(self.leaves):
             self.leaves = Leaves(np.zeros(0, np.uint64), np.zeros((0, abi.page_size), np.uint8))
 

@@ -116,6 +116,7 @@ def save(snapshot: Snapshot, file: IO[bytes]) -> None:
         incoming = put_side("in", snapshot.incoming) if snapshot.incoming else None
         put_stream("stamps", snapshot.stamps)
         put_stream("watched", snapshot.watched)
+        put_stream("evidence", snapshot.evidence)
         meta = _Meta(
             SCHEMA,
             snapshot.taken,
@@ -225,6 +226,7 @@ def _load(file: IO[bytes], name: str) -> Snapshot:
         archive.stream("stamps", Blocks, sorted_by="phys"),
         meta.watching,
         archive.stream("watched", Blocks, sorted_by="key"),
+        archive.stream("evidence", Leaves),
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from synthetic import FIXED, PLAIN, POSTED
+from tests.synthetic import FIXED, PLAIN, POSTED
 
 from khoscope.abi import (
     BAD_ORDER,

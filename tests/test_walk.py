@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import FIXED, PLAIN, POSTED, Memory, blocks_of
+from tests.synthetic import FIXED, PLAIN, POSTED, Memory, blocks_of
 
 import khoscope.snapshot
 from khoscope.abi import KHO_PAGE_CONTIG, NO_TYPE, Abi
@@ -107,7 +107,7 @@ def test_walk_gives_what_was_preserved(made: tuple[Abi, list[tuple[bool, Block]]
 def test_key_set_holds_the_keys_of_the_tree(made: tuple[Abi, list[tuple[bool, Block]]]) -> None:
     abi, steps = made
     memory, model = built(abi, steps)
-    keys = KeySet(abi, memory.walk())
+    keys = KeySet(abi, memory.walk().leaves)
     for _, block in steps:
         assert (abi.kho_radix_encode_key(*block) in keys) == (seen_as(abi, block) in model)
     assert abi.stored_bits - 1 not in keys or (0, abi.order_0_log2 - 5, 0) in model

@@ -238,7 +238,7 @@ def both_types(facts: Snapshot) -> Iterator[tuple[Blocks, Marked]]:
     bit = np.uint64(facts.abi.type_bit)
     if not bit:
         return
-    every = KeySet(facts.abi, facts.outgoing.tree)
+    every = KeySet(facts.abi, facts.outgoing.tree.leaves)
     for i in np.flatnonzero((every.leaves.key & bit) == 0):
         leaf = every.leaves[i : i + 1]
         twin = int(every.leaf(leaf.key | bit)[0])
@@ -267,7 +267,7 @@ def both_types(facts: Snapshot) -> Iterator[tuple[Blocks, Marked]]:
 def overlap(facts: Snapshot) -> Iterator[tuple[Blocks, Marked]]:
     """Two recorded blocks share pages."""
     abi = facts.abi
-    every = KeySet(abi, facts.outgoing.tree)
+    every = KeySet(abi, facts.outgoing.tree.leaves)
     if not len(every.leaves):
         return
     _, orders, _ = abi.kho_radix_decode_keys(every.leaves.key)

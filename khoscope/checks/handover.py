@@ -56,35 +56,29 @@ class Pairs:
 
 class Evidence:
     """
-    What the incoming tree still says.
+    What is left of the tree that was handed over.
 
-    Its pages went back to the page allocator when the new kernel had walked it.  A leaf is
-    believed only if it still holds at least half of what the old kernel had in it.
+    Its pages went back to the page allocator when the new kernel had walked it, and may hold
+    anything.  A leaf is believed only while it still has at least half of the bits that the old
+    kernel had set in it.
     """
 
     def __init__(self, before: Snapshot, after: Snapshot) -> None:
-        self._incoming = None
-        if after.incoming is None:
-            return
-        incoming = KeySet(after.abi, after.incoming.tree)
-        recorded = KeySet(before.abi, before.outgoing.tree)
-        if not len(incoming.leaves) or not len(recorded.leaves):
-            return
-        row = recorded.leaf(incoming.leaves.key)
+        self._left = KeySet(after.abi, after.evidence)
+        recorded = KeySet(before.abi, before.outgoing.tree.leaves)
+        row = recorded.leaf(self._left.leaves.key)
         known = row >= 0
-        shared = incoming.leaves.bitmap[known] & recorded.leaves.bitmap[row[known]]
+        shared = self._left.leaves.bitmap[known] & recorded.leaves.bitmap[row[known]]
         left = np.bitwise_count(shared.view(np.uint64)).sum(axis=1)
         known[known] = 2 * left >= recorded.leaves.counts()[row[known]]
         self._believed = known
-        self._incoming = incoming
 
     def says_absent(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Blocks of which a believable leaf says that they were not handed over."""
-        if self._incoming is None:
-            return np.zeros(len(keys), np.bool_)
-        leaf = self._incoming.leaf(keys)
-        believed = (leaf >= 0) & self._believed[np.maximum(leaf, 0)]
-        return believed & ~self._incoming.contains(keys)
+        """Blocks of which a leaf that is believed says that they were not handed over."""
+        leaf = self._left.leaf(keys)
+        absent = leaf >= 0
+        absent[absent] = self._believed[leaf[absent]]
+        return absent & ~self._left.contains(keys)
 
 
 def pair(before: Blocks, after: Blocks, now: Snapshot, evidence: Evidence) -> Pairs:

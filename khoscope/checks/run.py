@@ -140,7 +140,7 @@ def compare(before: Snapshot, after: Snapshot) -> Report:
             report.fates[handover_rules.FATE_NAMES[handover_rules.Fate(fate)]] += int(count)
         for rule, find in of_scope("pairs"):
             report.add_marked(rule, was, find(pairs))
-    recorded = KeySet(before.abi, before.outgoing.tree)
+    recorded = KeySet(before.abi, before.outgoing.tree.leaves)
     for stamps in after.stamps:
         for rule, find in of_scope("stamps"):
             report.add_marked(rule, stamps, find(before, recorded, stamps))

@@ -13,7 +13,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 import numpy as np
 from drgn import FaultError, Object, Program, Type, cast, offsetof, sizeof
@@ -23,7 +23,7 @@ from drgn.helpers.linux.printk import get_printk_records
 
 from .. import __version__
 from ..abi import COMPATIBLES_WITHOUT_TYPES, POSTED_TYPE_SHIFT, U64, Abi, Stamp
-from ..columns import Blocks
+from ..columns import Blocks, Columns, Leaves
 from ..errors import KhoscopeError
 from ..fdt import parse_root_fdt
 from ..snapshot import (
@@ -56,6 +56,8 @@ TROUBLE = re.compile(
 )
 #: Lines of it that are kept.
 TROUBLE_KEPT: Final = 64
+
+C = TypeVar("C", bound=Columns)
 
 #: Told what is being read, how far it is, and of how much.
 Progress = Callable[[str, int, int], None]
@@ -166,6 +168,7 @@ class KernelSource:
                     facts,
                     watching=Watched(before.taken.time, before.kernel.boot_id),
                     watched=watched,
+                    evidence=_Lazy(lambda: self._leaves_now(recorded)),
                 )
             return replace(spool(facts), scan=scan.result())
 
@@ -175,7 +178,7 @@ class KernelSource:
         outgoing = replace(facts.outgoing, tree=tree)
         if tree.state.moved:
             # Blocks that came or went meanwhile are not judged: their pages were in motion.
-            stood = KeySet(self.abi, tree)
+            stood = KeySet(self.abi, tree.leaves)
             every = facts.outgoing.blocks
             outgoing = replace(
                 outgoing,
@@ -237,6 +240,17 @@ class KernelSource:
 
     def _walk_outgoing(self) -> Tree:
         return walk(self.abi, self.phys(self._tree.root), self.ram, self.read_phys)
+
+    def _leaves_now(self, recorded: Tree) -> Iterator[Leaves]:
+        """What stands where the leaves of another kernel's tree stood."""
+        for nodes in recorded.nodes:
+            leaves = nodes[(nodes.level == 0) & (nodes.used > 0)]
+            pages = [self.read_phys(phys, self.abi.page_size) for phys in leaves.phys.tolist()]
+            keys = [key for key, page in zip(leaves.key, pages, strict=True) if page is not None]
+            if keys:
+                raw = b"".join(page for page in pages if page is not None)
+                bitmap = np.frombuffer(raw, np.uint8).reshape(len(keys), -1)
+                yield Leaves(np.array(keys, np.uint64), bitmap)
 
     def _kernel(self) -> Kernel:
         uts = self.prog["init_uts_ns"].name
@@ -318,12 +332,12 @@ class KernelSource:
 
 
 @dataclass
-class _Lazy:
+class _Lazy(Generic[C]):
     """A stream that asks the kernel anew at each iteration."""
 
-    make: Callable[[], Iterator[Blocks]]
+    make: Callable[[], Iterator[C]]
 
-    def __iter__(self) -> Iterator[Blocks]:
+    def __iter__(self) -> Iterator[C]:
         return self.make()
 
 

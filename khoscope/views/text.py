@@ -61,14 +61,14 @@ class Text:
     def header(self, facts: Snapshot) -> None:
         """Which kernel, read when and how, and how it came to be."""
         self.line(self.paint("bold", f"{facts.kernel.release}, {facts.taken.source}"))
-        boot = facts.kernel.boot_id or "no boot id yet"
-        self.line(f"read {facts.taken.time} by khoscope {facts.taken.khoscope}, boot {boot}")
+        self.line(f"read {facts.taken.time} by khoscope {facts.taken.khoscope}")
+        boot = f"boot {facts.kernel.boot_id}" if facts.kernel.boot_id else "boot without an id yet"
         came = facts.handover
         if came.is_kho_boot:
-            count = f"kexec {came.kexec_count} since the cold boot"
-            self.line(f"handed over by {came.previous_release or 'an unnamed kernel'}, {count}")
+            self.line(f"{boot}, kexec {came.kexec_count} since the cold boot")
+            self.line(f"handed over by {came.previous_release or 'an unnamed kernel'}")
         else:
-            self.line("not a KHO boot")
+            self.line(f"{boot}, not a KHO boot")
         self.line(f"{facts.abi.compatible or 'no compatible'}, {types_in_words(facts.abi)}")
 
     def tree(self, facts: Snapshot, tree: Tree, which: str, wanted: Filter, nodes: bool) -> None:
