@@ -171,13 +171,16 @@ class PageReader:
         if start >= end:
             return
         raw = self._read_pages(start, end)
+        # Struct pages are there, or not, by the page that holds them.
+        together = self._abi.page_size // self._layout.size
         if raw is not None:
             progress(end - start)
             yield start, raw
-        elif end - start <= self._abi.page_size // self._layout.size:
+        elif start // together == (end - 1) // together:
             progress(start - end)
         else:
-            middle = (start + end) // 2
+            middle = (start + end) // 2 // together * together
+            middle = max(middle, (start // together + 1) * together)
             yield from self._readable(start, middle, progress)
             yield from self._readable(middle, end, progress)
 
@@ -193,7 +196,8 @@ class PageReader:
         # What lies beyond RAM has no struct page.  A bad order has no pages.
         length = np.minimum(blocks.page_count, np.uint64(1) << np.uint64(40)).astype(np.int64)
         end = np.minimum(start + length, self._ram_end)
-        facts.unread[:] = np.minimum(start + length - np.maximum(end, start), 2**32 - 1)
+        # Room is left for pages of RAM that cannot be read.
+        facts.unread[:] = np.minimum(start + length - np.maximum(end, start), 2**31)
         rows = np.flatnonzero(end > start)
         if len(rows):
             rows = rows[np.argsort(start[rows], kind="stable")]
