@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tests.synthetic import FIXED, PLAIN, POSTED
 
 from khoscope.abi import (
     BAD_ORDER,
@@ -20,6 +19,7 @@ from khoscope.abi import (
     Abi,
     Stamp,
 )
+from tests.synthetic import FIXED, PLAIN, POSTED
 
 U64_MAX = 2**64 - 1
 PAGE_SHIFTS = [12, 14, 16]

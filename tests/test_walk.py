@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.synthetic import FIXED, PLAIN, POSTED, Memory, blocks_of
 
 import khoscope.snapshot
 from khoscope.abi import KHO_PAGE_CONTIG, NO_TYPE, Abi
@@ -20,6 +19,7 @@ from khoscope.snapshot import KeySet, NodeProblem, Tree
 from khoscope.sources import walk as walk_module
 from khoscope.sources.walk import PROBLEMS_KEPT, READS, in_ranges, settle, walk
 from khoscope.views.select import Filter
+from tests.synthetic import FIXED, PLAIN, POSTED, Memory, blocks_of
 
 ABIS = [
     abi

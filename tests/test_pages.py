@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is read of struct pages, against a slow plain model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from khoscope.abi import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE, Abi, Stamp
+from khoscope.columns import Blocks, Pages
+from khoscope.sources import pages as pages_module
+from khoscope.sources.pages import PageLayout, PageReader
+from tests.synthetic import FIXED, PLAIN
+
+#: As on x86-64, linux 7.2.
+LAYOUT = PageLayout(
+    vmemmap=0xFFFFEA0000000000,
+    size=64,
+    flags=0,
+    private=40,
+    refcount=52,
+    page_type=48,
+    compound=8,
+    lru=8,
+    head_bit=6,
+    buddy_type=0xF0,
+)
+STRUCT_PAGE = np.dtype(
+    {
+        "names": ["flags", "info", "prev", "private", "page_type", "refcount"],
+        "formats": ["<u8", "<u8", "<u8", "<u8", "<u4", "<i4"],
+        "offsets": [0, 8, 16, 40, 48, 52],
+        "itemsize": 64,
+    }
+)
+HEAD = 1 << 6
+BUDDY = 0xF0000000
+NO_PAGE_TYPE = 0xFFFFFFFF
+#: struct pages in a page.
+TOGETHER = 64
+
+
+@dataclass
+class Vmemmap:
+    """The struct pages of a small machine."""
+
+    abi: Abi = FIXED
+    count: int = 2048
+    #: pfns whose struct pages cannot be read.
+    unreadable: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.pages = np.zeros(self.count, STRUCT_PAGE)
+        self.pages["page_type"] = NO_PAGE_TYPE
+        self.reads = 0
+
+    def read(self, address: int, size: int) -> bytes | None:
+        self.reads += 1
+        offset = address - LAYOUT.vmemmap
+        if offset < 0 or offset + size > self.count * 64:
+            return None
+        asked = range(offset // 64, (offset + size - 1) // 64 + 1)
+        if not self.unreadable.isdisjoint(asked):
+            return None
+        return self.pages.tobytes()[offset : offset + size]
+
+    def reader(self) -> PageReader:
+        return PageReader(self.abi, LAYOUT, self.read, self.count)
+
+    def facts(self, *blocks: tuple[int, int]) -> Pages:
+        """The facts of some blocks, given as (pfn, order)."""
+        return self.reader().with_pages(columns(blocks)).facts
+
+    def is_free(self, pfn: int) -> bool:
+        """Whether the buddy allocator holds a page: in any free block around it."""
+        region = pfn >> self.abi.max_page_order << self.abi.max_page_order
+        return any(
+            at not in self.unreadable
+            and int(self.pages["page_type"][at]) >> 24 == 0xF0
+            and pfn < at + (1 << min(int(self.pages["private"][at]), self.abi.max_page_order))
+            for at in range(region, pfn + 1)
+        )
+
+
+def columns(blocks: tuple[tuple[int, int], ...] | list[tuple[int, int]]) -> Blocks:
+    pfns = np.array([pfn for pfn, _ in blocks], np.uint64)
+    orders = np.array([order for _, order in blocks], np.uint8)
+    nothing = np.zeros(len(blocks), np.uint64)
+    return Blocks(nothing, pfns << np.uint64(12), orders, nothing.astype(np.int8))
+
+
+def plain_facts(memory: Vmemmap, pfn: int, order: int) -> dict[str, int]:
+    """A row of facts, page by page.  What the model does not know is left out."""
+    names = ["zeros", "ones", "others", "odd", "free", "head", "private", "flags", "page_type"]
+    row = {"unread": 0, "compound": Pages.NOT_COMPOUND, **dict.fromkeys(names, 0)}
+    if order == BAD_ORDER:
+        return row
+    there = range(pfn, max(pfn, min(pfn + (1 << order), memory.count)))
+    readable = [at for at in there if at not in memory.unreadable]
+    row["unread"] = min((1 << order) - len(there), 1 << 31) + len(there) - len(readable)
+    refcounts = memory.pages["refcount"].tolist()
+    for at in readable:
+        if at > pfn:
+            count = refcounts[at]
+            row["zeros" if count == 0 else "ones" if count == 1 else "others"] += 1
+        row["free"] += int(memory.pages["page_type"][at]) >> 24 == 0xF0
+    if len(readable) == len(there):
+        odd = [at - pfn for at in there[2:] if refcounts[at] != refcounts[pfn + 1]]
+        row["odd"] = odd[0] if odd else 0
+    else:
+        del row["odd"]
+    if pfn in readable:
+        page = memory.pages[pfn]
+        for name, column in (("head", "refcount"), ("private", "private"), ("flags", "flags")):
+            row[name] = int(page[column])
+        row["page_type"] = int(page["page_type"])
+        if pfn + 1 < memory.count and pfn + 1 not in memory.unreadable:
+            if page["info"] & 1:
+                row["compound"] = Pages.COMPOUND_TAIL
+            elif page["flags"] & HEAD and memory.pages["info"][pfn + 1] & 1:
+                row["compound"] = int(memory.pages["flags"][pfn + 1]) & 0xFF
+        suspect = row["head"] == 0 and row["free"] == 0 and row["unread"] == 0
+        if suspect and row["compound"] == Pages.NOT_COMPOUND and row["page_type"] >> 24 == 0xFF:
+            row["free"] = int(memory.is_free(pfn))
+    return row
+
+
+@st.composite
+def machines(draw: st.DrawFn) -> Vmemmap:
+    """Struct pages with long and short runs of refcounts, and everything else now and then."""
+    memory = Vmemmap(draw(st.sampled_from([PLAIN, FIXED])), draw(st.sampled_from([1024, 1500])))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    n = memory.count
+    lengths = rng.choice([1, 2, 7, 60, 300], n)
+    counts = rng.choice(np.array([0, 0, 1, 1, 2, -1, 4096], np.int32), n)
+    memory.pages["refcount"] = np.repeat(counts, lengths)[:n]
+    odd = draw(st.sampled_from([0.0, 0.05, 0.5]))
+
+    def sometimes(column: str, values: list[int]) -> None:
+        pick = rng.random(n) < odd
+        memory.pages[column][pick] = rng.choice(np.array(values, np.uint64), int(pick.sum()))
+
+    sometimes("flags", [HEAD, HEAD | 3, 3, 9, 0xFFFF])
+    sometimes("info", [1, 1, 2, 64])
+    sometimes("private", [0, 1, 3, 10, 11, 1 << 40])
+    sometimes("page_type", [BUDDY, BUDDY | 5, 0xF5000000, 7, 0])
+    for _ in range(draw(st.integers(0, 2))):
+        first = draw(st.integers(0, n))
+        memory.unreadable |= set(range(first, first + draw(st.integers(1, 200))))
+    return memory
+
+
+@settings(max_examples=100)
+@given(
+    machines(),
+    st.lists(
+        st.tuples(
+            st.integers(0, 1600),
+            st.integers(0, 6) | st.sampled_from([9, 11, 32, 40, BAD_ORDER]),
+        ),
+        max_size=12,
+    ),
+    st.sampled_from([1, 2, 3, 16, 64, 1 << 15]),
+    st.sampled_from([0, 1, 10, 1 << 10]),
+)
+def test_facts_against_a_model(
+    memory: Vmemmap, blocks: list[tuple[int, int]], window: int, gap: int
+) -> None:
+    """Blocks of all sizes, which may overlap and leave RAM, in any order."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages_module, "WINDOW", window)
+        patch.setattr(pages_module, "GAP", gap)
+        facts = memory.facts(*blocks)
+    assert len(facts) == len(blocks)
+    for i, (pfn, order) in enumerate(blocks):
+        wanted = plain_facts(memory, pfn, order)
+        assert {name: int(getattr(facts, name)[i]) for name in wanted} == wanted
+
+
+def test_what_is_known_of_blocks_stays() -> None:
+    memory = Vmemmap()
+    key = np.array([7, 8], np.uint64)
+    blocks = Blocks(
+        key, key << np.uint64(12), np.array([0, 0], np.uint8), np.array([0, 1], np.int8)
+    )
+    with_pages = memory.reader().with_pages(blocks)
+    for name in Blocks.DTYPES:
+        assert getattr(with_pages, name) is getattr(blocks, name)
+    assert len(memory.facts()) == 0
+
+
+def test_compound_pages() -> None:
+    memory = Vmemmap()
+    memory.pages["flags"][8] = HEAD
+    memory.pages["flags"][9] = 3
+    memory.pages["info"][9:16] = LAYOUT.vmemmap + 8 * 64 + 1
+    facts = memory.facts((8, 3), (9, 0), (12, 2), (16, 0))
+    tail = Pages.COMPOUND_TAIL
+    assert facts.compound.tolist() == [3, tail, tail, Pages.NOT_COMPOUND]
+
+
+def test_inside_a_free_block() -> None:
+    """The allocator marks the first page of its block only."""
+    memory = Vmemmap()
+    memory.pages["page_type"][1024] = BUDDY
+    memory.pages["private"][1024] = 9
+    held = 1024 + 40
+    memory.pages["refcount"][held] = 1
+    blocks = [(1023, 0), (1024, 0), (1025, 0), (1024 + 256, 4), (1024 + 512, 0), (1024, 5)]
+    assert memory.facts(*blocks).free.tolist() == [0, 1, 1, 1, 0, 1]
+    # Who holds a page is believed.
+    assert memory.facts((held, 0)).free.tolist() == [0]
+    # The head of a free block may stand in the middle of what was preserved.
+    assert memory.facts((1020, 3)).free.tolist() == [1]
+
+
+def test_on_a_free_list() -> None:
+    memory = Vmemmap()
+    node = {pfn: LAYOUT.vmemmap + pfn * 64 + LAYOUT.lru for pfn in (10, 11, 12, 13)}
+    # 10 and 11 hang on each other; 12 points at 11, which does not point back; 13 at itself.
+    for pfn, neighbour in ((10, 11), (11, 10), (12, 11), (13, 13)):
+        memory.pages["info"][pfn] = memory.pages["prev"][pfn] = node[neighbour]
+    blocks = [(10, 0), (11, 0), (12, 0), (13, 0), (14, 0)]
+    assert memory.facts(*blocks).free.tolist() == [1, 1, 0, 0, 0]
+    memory.pages["refcount"][10] = 1
+    assert memory.facts((10, 0)).free.tolist() == [0]
+
+
+def test_looking_at_lists_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages_module, "LIST_LOOKS", 5)
+    memory = Vmemmap()
+    memory.facts(*((pfn, 0) for pfn in range(1024)))
+    # The struct pages and their region once, and the list words of five of them.
+    assert memory.reads <= 2 + 2 + 5
+
+
+def test_large_blocks_are_read_in_few_reads() -> None:
+    memory = Vmemmap()
+    memory.pages["refcount"] = 1
+    memory.facts((0, 10), (1024, 9), (1536, 8))
+    assert memory.reads == 1
+
+
+# Stamps
+
+
+def stamped(memory: Vmemmap, ram: list[tuple[int, int]]) -> tuple[list[Blocks], int, int]:
+    """Chunks of stamps, and how many pages were and were not looked at."""
+    seen: list[int] = []
+    chunks = list(memory.reader().stamps(np.array(ram, np.uint64).reshape(-1, 2), seen.append))
+    return chunks, sum(n for n in seen if n > 0), -sum(n for n in seen if n < 0)
+
+
+@given(
+    st.dictionaries(st.integers(0, 2047), st.integers(0, 70), max_size=40),
+    st.lists(st.integers(0, 2048 * 4096), max_size=6).map(sorted),
+    st.sets(st.integers(0, 2048 // TOGETHER - 1), max_size=4),
+    st.sampled_from([1, 7, 64, 100, 1 << 15]),
+    st.sampled_from([1, 5, 1 << 15]),
+)
+def test_stamps_are_found_exactly(
+    stamps: dict[int, int], bounds: list[int], holes: set[int], window: int, chunk: int
+) -> None:
+    memory = Vmemmap(Abi.for_page_shift(12, type_shift=53, stamp=Stamp(31, 31)))
+    stamp = memory.abi.stamp
+    rng = np.random.default_rng(len(stamps))
+    memory.pages["private"] = rng.integers(0, 2**62, memory.count)
+    for pfn, order in stamps.items():
+        memory.pages["private"][pfn] = stamp.encode(order, pfn & 1)
+    ram = list(zip(bounds[::2], bounds[1::2], strict=False))
+    memory.unreadable = {hole * TOGETHER + i for hole in holes for i in range(TOGETHER)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages_module, "WINDOW", window)
+        patch.setattr(pages_module, "CHUNK_BLOCKS", chunk)
+        chunks, scanned, unread = stamped(memory, ram)
+
+    pfns = [pfn for first, end in ram for pfn in range(-(-first // 4096), end // 4096)]
+    readable = [pfn for pfn in pfns if pfn not in memory.unreadable]
+    assert (scanned, unread) == (len(readable), len(pfns) - len(readable))
+    found = Blocks.concatenate(chunks)
+    wanted = [pfn for pfn in readable if pfn in stamps]
+    assert (found.phys >> np.uint64(12)).tolist() == wanted
+    limit = memory.abi.order_limit(memory.count * 4096)
+    orders = [stamps[pfn] if stamps[pfn] <= limit else BAD_ORDER for pfn in wanted]
+    assert found.order.tolist() == orders
+    assert found.type.tolist() == [pfn & 1 for pfn in wanted]
+    assert found.key.tolist() == [0] * len(wanted)
+    assert all(len(part) for part in chunks)
+    # An order that makes no sense says nothing about which pages belong to it.
+    private = [
+        stamp.encode(order, pfn & 1) if order != BAD_ORDER else 0
+        for pfn, order in zip(wanted, orders, strict=True)
+    ]
+    assert not wanted or found.facts.private.tolist() == private
+
+
+def test_stamps_of_a_kernel_without_types() -> None:
+    memory = Vmemmap(PLAIN)
+    memory.pages["private"][5] = PLAIN.stamp.encode(2)
+    memory.pages["refcount"][5] = 1
+    [blocks], scanned, unread = stamped(memory, [(0, 2048 * 4096)])
+    assert (scanned, unread) == (2048, 0)
+    assert (blocks.phys.tolist(), blocks.order.tolist()) == ([0x5000], [2])
+    assert blocks.type.tolist() == [NO_TYPE] != [KHO_PAGE_SPLIT]
+    assert (blocks.facts.head.tolist(), blocks.facts.zeros.tolist()) == ([1], [3])
+
+
+def test_no_stamps() -> None:
+    assert stamped(Vmemmap(), [(0, 2048 * 4096)]) == ([], 2048, 0)
+    assert stamped(Vmemmap(), []) == ([], 0, 0)
+    everything = Vmemmap(unreadable=set(range(2048)))
+    assert stamped(everything, [(0, 2048 * 4096)]) == ([], 0, 2048)
+
+
+def test_odd_layouts_are_refused() -> None:
+    page = pages_module.StructPages(
+        PageLayout(0, 64, 0, 40, 51, 48, 8, 8, head_bit=6, buddy_type=0xF0), bytes(64)
+    )
+    with pytest.raises(ValueError, match="odd offset 51"):
+        _ = page.refcount
