@@ -52,7 +52,7 @@ MAX_OUTPUT = 16 << 20
 _CHUNK = 1 << 20
 _AGENT_NAME = "org.qemu.guest_agent.0"
 _TEMPORARY = "khoscope-vm-"
-_CONSOLE_TAIL = 25
+_CONSOLE_TAIL = 40
 
 # The library logs what it raises, and the late answers that are dropped here on purpose.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)

@@ -309,12 +309,17 @@ def test_shell_on_a_terminal(scratch: Path) -> None:
     before = termios.tcgetattr(theirs)
     command = [sys.executable, "-m", "vm", "shell", KERNEL]
     with subprocess.Popen(
-        command, cwd=REPOSITORY, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+        # For a change of its size to be heard, the terminal is the process's own.
+        ["setsid", "--ctty", *command],
+        cwd=REPOSITORY,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
     ) as process:
         try:
             screen = _Screen(ours)
             screen.wait_for(r"drgn --qemu \S+ -s \S+")
-            screen.wait_for(r"root@[^#]*# ")
+            screen.wait_for(_PROMPT)
             os.write(ours, b"stty size; echo $TERM $((6*7))\n")
             screen.wait_for(r"33 111\r?\n\w+ 42\r?\n")
             # Job control: Ctrl-C ends the command, not the shell, nor us.
@@ -323,6 +328,19 @@ def test_shell_on_a_terminal(scratch: Path) -> None:
             os.write(ours, b"\x03")
             os.write(ours, b"echo st${x}ill here\n")
             screen.wait_for(r"still here\r?\n")
+            # The window's size follows, and a kexec leads to a shell in the next kernel.
+            screen.wait_for(_PROMPT)
+            termios.tcsetwinsize(theirs, (40, 99))
+            time.sleep(1)
+            os.write(ours, b"stty size\n")
+            screen.wait_for(r"40 99\r?\n")
+            screen.wait_for(_PROMPT)
+            os.write(ours, b"kexec -s -l /kernel/bzImage --reuse-cmdline && kexec -e\n")
+            screen.wait_for(r"kexec -e\r?\n")
+            screen.wait_for(_PROMPT)
+            os.write(ours, b"ls -d /sys/kernel/debug/kho/in\n")
+            screen.wait_for(r"[^ ]/sys/kernel/debug/kho/in\r?\n")
+            screen.wait_for(_PROMPT)
             os.write(ours, b"\x04")
             assert process.wait(timeout=30) == 0
         finally:
@@ -331,6 +349,9 @@ def test_shell_on_a_terminal(scratch: Path) -> None:
     assert list(scratch.iterdir()) == []
     os.close(ours)
     os.close(theirs)
+
+
+_PROMPT = r"root@[^#]*# "
 
 
 class _Screen:
