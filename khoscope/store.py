@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import os
+import re
 import tempfile
 import zipfile
 import zlib
@@ -26,7 +28,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from .abi import Abi
+from .abi import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE, Abi
 from .columns import Blocks, Columns, Leaves, Nodes, Pages
 from .errors import KhoscopeError
 from .snapshot import (
@@ -45,6 +47,13 @@ from .snapshot import (
 SCHEMA_NAME = "khosnap"
 SCHEMA_VERSION = 1
 SCHEMA = f"{SCHEMA_NAME}/{SCHEMA_VERSION}"
+
+#: An array as numpy writes it.  numpy's own reader would evaluate the header as Python.
+NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '([^']*)', 'fortran_order': False, "
+    rb"'shape': \(([0-9, ]*)\), \} *\n",
+    re.DOTALL,
+)
 
 #: No member is larger when unpacked: chunks are a few MiB, blobs are cut at BLOB_LIMIT.
 MEMBER_LIMIT = 64 << 20
@@ -313,23 +322,21 @@ class _Archive:
     def array(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> NDArray[Any]:
         data = self.member(f"{name}.npy")
         with self.damage():
-            file = io.BytesIO(data)
-            if npy.read_magic(file) != (1, 0):
-                raise ValueError(f"{name}: unknown array format")
-            found, by_column, kind = npy.read_array_header_1_0(file)
+            header = NPY_HEADER.match(data)
+            if header is None or int.from_bytes(data[8:10], "little") != header.end() - 10:
+                raise ValueError(f"{name}: not a column")
+            found = tuple(int(length) for length in header[2].split(b",") if length.strip())
             wanted = len(found) == len(shape) and all(
                 want in (None, have) for want, have in zip(shape, found, strict=True)
             )
-            if kind != np.dtype(dtype) or by_column or not wanted:
-                raise ValueError(f"{name}: {kind} {found} is not a column of it")
-            values = data[file.tell() :]
+            if header[1] != dtype.encode() or not wanted:
+                raise ValueError(f"{name}: {header[1].decode()} {found} is not a column of it")
+            values = data[header.end() :]
             # Python's integers: a shape that overflows 64 bits is no match either.
-            size = kind.itemsize
-            for length in found:
-                size *= length
+            size = np.dtype(dtype).itemsize * math.prod(found)
             if size != len(values):
                 raise ValueError(f"{name}: {len(values)} bytes, not {size}")
-            return np.frombuffer(values, kind).reshape(found)
+            return np.frombuffer(values, dtype).reshape(found)
 
     def stream(self, name: str, kind: type[C], sorted_by: str | None = None) -> Iterable[C]:
         if kind is Leaves:
@@ -369,4 +376,9 @@ class _Archive:
             with self.damage():
                 if len(columns["pages"]) != length:
                     raise ValueError(f"{prefix}: columns differ in length")
+                order, types = columns["order"], columns["type"]
+                highest = self.abi.order_0_log2 if self.abi else 0
+                known = (order <= highest) | (order == BAD_ORDER)
+                if not (known & (NO_TYPE <= types) & (types <= KHO_PAGE_SPLIT)).all():
+                    raise ValueError(f"{prefix}: no block has such an order or type")
         return kind(**columns)
