@@ -8,7 +8,7 @@ Real kernels are what khoscope is shown on (tests/vm).  This is for what no kern
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from khoscope.snapshot import (
     Scan,
     Side,
     Snapshot,
+    Subtree,
     Taken,
     Tree,
     TreeState,
@@ -30,6 +31,8 @@ from khoscope.sources.walk import walk
 
 PLAIN = Abi.for_page_shift(12, compatible="kho-v4")
 POSTED = Abi.for_page_shift(12, type_shift=63, compatible="kho-v4")
+#: Names of page->flags bits, as far as they matter.
+PAGE_FLAGS = ["locked", "referenced", "uptodate", "dirty", "lru"]
 FIXED = Abi.for_page_shift(12, type_shift=53, compatible="kho-v5")
 
 
@@ -181,6 +184,7 @@ def snapshot(
     incoming: Iterable[Block] | None = None,
     stamps: Iterable[Block] = (),
     watched: tuple[Snapshot, Iterable[Block]] | None = None,
+    evidence: Iterable[Block] = (),
     scratch: Iterable[tuple[int, int]] = (),
     log: Iterable[str] = (),
     tainted: int = 0,
@@ -188,7 +192,12 @@ def snapshot(
     state: TreeState | None = None,
     ram: Iterable[tuple[int, int]] = ((0, 1 << 32),),
 ) -> Snapshot:
-    """A snapshot built by hand."""
+    """
+    A snapshot built by hand.
+
+    :param watched: the earlier snapshot and what became of its blocks.
+    :param evidence: the blocks of the earlier tree's leaves as they are now.
+    """
     out = columns(abi, blocks)
     tree = tree_of(abi, out)
     if state is not None:
@@ -202,7 +211,7 @@ def snapshot(
     stamp_chunks = [columns(abi, [b]) for b in stamped]
     return Snapshot(
         Taken("test", f"2026-01-01T00:00:0{boot_id[-1]}Z", "by hand"),
-        Kernel(release, "#1", boot_id, tainted, list(log)),
+        Kernel(release, "#1", boot_id, tainted, list(log), PAGE_FLAGS),
         abi,
         True,
         handover or Handover(False, "", 0),
@@ -214,7 +223,45 @@ def snapshot(
         stamp_chunks,
         Watched(watched[0].taken.time, watched[0].kernel.boot_id) if watched else None,
         [columns(watched[0].abi, watched[1])] if watched else [],
+        tree_of(abi, columns(abi, evidence)).leaves,
     )
 
 
-__all__ = ["FIXED", "NO_TYPE", "PLAIN", "POSTED", "Block", "Memory", "blocks_of", "snapshot"]
+def some_blocks() -> list[Block]:
+    blocks = [Block(n << 20, n % 3, n % 2) for n in range(1, 40)]
+    return [*blocks, Block.split(1 << 30, 9, type=1), Block(1 << 31, 4, others=3, odd=7, unread=2)]
+
+
+def rich_before(abi: Abi = FIXED) -> Snapshot:
+    """The snapshot that :func:`rich` was taken with an eye on."""
+    return snapshot(abi, some_blocks()[:20], handover=Handover(True, "7.2.0-test", 2))
+
+
+def rich(abi: Abi = FIXED) -> Snapshot:
+    """A snapshot with something of everything: both trees, problems, stamps, another's blocks."""
+    memory = Memory(abi)
+    blocks = some_blocks()
+    for block in blocks:
+        memory.add_page(block.phys, block.order, block.type)
+    memory.set_entry(memory.root, 511, 12)
+    out = columns(abi, blocks)
+    tree = memory.walk()
+    facts = snapshot(
+        abi,
+        blocks,
+        boot_id="00000000-0000-0000-0000-000000000002",
+        handover=Handover(True, "7.2.0-test", 3),
+        incoming=blocks[5:30],
+        stamps=[replace(b, private=abi.stamp.encode(b.order)) for b in blocks[:3]],
+        watched=(rich_before(abi), blocks[:20]),
+        evidence=blocks[:20],
+        scratch=[(1 << 29, 1 << 24), (3 << 30, 1 << 24)],
+        log=["BUG: Bad page state in process init  pfn:00001"],
+        tainted=1 << 5,
+    )
+    subtrees = [Subtree("LUO", 0x5000, 4096), Subtree("memblock", None, 7)]
+    fdt = Fdt(0x2000, abi.compatible, memory.root, subtrees, ["subtree 'memblock': a problem"])
+    blobs = {"fdt": b"\xd0\x0d\xfe\xed", "subtree LUO": bytes(range(256)) * 16}
+    # Two chunks, so that what stands between them is seen, too.
+    side = Side(fdt, tree, blobs, [out[:7], out[7:]])
+    return replace(facts, outgoing=side)

@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The snapshot file: keeps everything, and is not believed when it is read."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import pickle
+import stat
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from khoscope import checks, store
+from khoscope.abi import Abi
+from khoscope.columns import Blocks, Columns
+from khoscope.errors import KhoscopeError
+from khoscope.snapshot import Snapshot
+from khoscope.views import json as json_view
+from khoscope.views.select import Filter
+from khoscope.views.text import Text
+from tests.synthetic import FIXED, PLAIN, POSTED, rich, rich_before, snapshot
+
+
+def bytes_of(facts: Snapshot) -> bytes:
+    file = io.BytesIO()
+    store.save(facts, file)
+    return file.getvalue()
+
+
+WHOLE = bytes_of(rich())
+
+
+def load(data: bytes) -> Snapshot:
+    return store._load(io.BytesIO(data), "test.khosnap")
+
+
+def use(facts: Snapshot) -> None:
+    """Whatever khoscope does with a snapshot."""
+    for stream in streams(facts).values():
+        for _ in stream:
+            pass
+    report = checks.check(facts)
+    out = io.StringIO()
+    for side in filter(None, (facts.outgoing, facts.incoming)):
+        Text(out).tree(facts, side.tree, "outgoing", Filter(), True)
+        json_view.write_tree(facts, side.tree, "outgoing", Filter(phys=(0, 1)), True, out)
+    Text(out).verify(facts, report)
+    json_view.write_verify(facts, report, out)
+    for a, b in ((facts, rich()), (rich(), facts)):
+        Text(out).diff(a, b)
+        json_view.write_diff(a, b, out)
+    report = checks.compare(rich_before(), facts)
+    Text(out).verify(facts, report)
+    json_view.write_verify(facts, report, out)
+
+
+def told_or_used(data: bytes) -> None:
+    """A file that may be whole: whatever is wrong with it is told, in no other way than one."""
+    with contextlib.suppress(KhoscopeError):
+        use(load(data))
+
+
+def streams(facts: Snapshot) -> dict[str, Any]:
+    found = {
+        "out/nodes": facts.outgoing.tree.nodes,
+        "out/leaves": facts.outgoing.tree.leaves,
+        "out/blocks": facts.outgoing.blocks,
+        "stamps": facts.stamps,
+        "watched": facts.watched,
+        "evidence": facts.evidence,
+    }
+    if facts.incoming is not None:
+        found["in/nodes"] = facts.incoming.tree.nodes
+        found["in/leaves"] = facts.incoming.tree.leaves
+        found["in/blocks"] = facts.incoming.blocks
+    return found
+
+
+def refused(data: bytes, match: str = "not a whole snapshot file") -> str:
+    """What is said of a file that must be refused, when it is opened or when it is used."""
+    with pytest.raises(KhoscopeError, match=match) as caught:
+        use(load(data))
+    assert "\n" not in caught.value.what
+    assert caught.value.hint
+    return caught.value.what
+
+
+def rewritten(changes: dict[str, bytes | None], data: bytes = WHOLE) -> bytes:
+    """The file with some members replaced (None: left out), its checksums right."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
+        assert changes.keys() <= {*old.namelist()}
+        for name in old.namelist():
+            content = changes.get(name, old.read(name))
+            if content is not None:
+                new.writestr(name, content)
+    return file.getvalue()
+
+
+def member(name: str) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(WHOLE)) as archive:
+        return archive.read(name)
+
+
+def members() -> list[str]:
+    with zipfile.ZipFile(io.BytesIO(WHOLE)) as archive:
+        return archive.namelist()
+
+
+def npy(values: Any, **more: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, values, **more)
+    return file.getvalue()
+
+
+def column(name: str) -> Any:
+    return np.load(io.BytesIO(member(name)), allow_pickle=False)
+
+
+def with_meta(change: Callable[[dict[str, Any]], None]) -> bytes:
+    meta = json.loads(member("meta.json"))
+    change(meta)
+    return rewritten({"meta.json": json.dumps(meta).encode()})
+
+
+# A whole file
+
+
+def same_columns(a: Columns | None, b: Columns | None) -> None:
+    if a is None or b is None:
+        assert a is b
+        return
+    assert type(a) is type(b)
+    for f in fields(a):  # type: ignore[arg-type]
+        left, right = getattr(a, f.name), getattr(b, f.name)
+        if isinstance(left, Columns):
+            same_columns(left, right)
+        else:
+            assert left.dtype == right.dtype
+            assert np.array_equal(left, right)
+
+
+def same(a: Snapshot, b: Snapshot) -> None:
+    for name in ("taken", "kernel", "abi", "kho_enable", "handover", "scan", "watching"):
+        assert getattr(a, name) == getattr(b, name)
+    assert a.abi.decided == b.abi.decided
+    for name in ("ram", "scratch"):
+        assert np.array_equal(getattr(a, name), getattr(b, name))
+    sides = [(a.outgoing, b.outgoing)]
+    if a.incoming is not None and b.incoming is not None:
+        sides.append((a.incoming, b.incoming))
+    else:
+        assert a.incoming is b.incoming
+    for left, right in sides:
+        assert (left.fdt, left.tree.state, left.blobs) == (right.fdt, right.tree.state, right.blobs)
+    mine, others = streams(a), streams(b)
+    assert mine.keys() == others.keys()
+    for name in mine:
+        for x, y in zip(mine[name], others[name], strict=True):
+            same_columns(x, y)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        rich,
+        lambda: rich(PLAIN),
+        lambda: rich(POSTED),
+        lambda: snapshot(FIXED, []),
+        lambda: replace(snapshot(PLAIN, []), scan=None),
+        lambda: rich(Abi.for_page_shift(14, decided={"KHO_ORDER_0_LOG2": "computed"})),
+        lambda: rich(Abi.for_page_shift(16, type_shift=49)),
+    ],
+)
+def test_round_trip_keeps_everything(make: Callable[[], Snapshot], tmp_path: Path) -> None:
+    facts = make()
+    store.save_file(facts, tmp_path / "a.khosnap")
+    loaded = store.load_file(tmp_path / "a.khosnap")
+    same(facts, loaded)
+    # A stream may be read as often as one likes, and what was loaded may be saved.
+    same(facts, loaded)
+    assert bytes_of(loaded) == bytes_of(store.spool(facts))
+
+
+def test_whole_file_is_used() -> None:
+    use(load(WHOLE))
+
+
+def test_large_blob_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "BLOB_LIMIT", 10)
+    assert load(bytes_of(rich())).outgoing.blobs["subtree LUO"] == bytes(range(10))
+
+
+def test_file_is_private(tmp_path: Path) -> None:
+    path = tmp_path / "a.khosnap"
+    path.write_bytes(b"was here")
+    path.chmod(0o666)
+    store.save_file(rich(), path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_failed_save_leaves_the_old_file(error: BaseException, tmp_path: Path) -> None:
+    class Failing:
+        def __iter__(self) -> Iterator[Blocks]:
+            yield from rich().outgoing.blocks
+            raise error
+
+    path = tmp_path / "a.khosnap"
+    path.write_bytes(b"was here")
+    facts = replace(rich(), stamps=Failing())
+    expected = KhoscopeError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected):
+        store.save_file(facts, path)
+    assert path.read_bytes() == b"was here"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nowhere_to_save(tmp_path: Path) -> None:
+    with pytest.raises(KhoscopeError, match="No such file or directory"):
+        store.save_file(rich(), tmp_path / "missing" / "a.khosnap")
+
+
+def test_no_file(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(KhoscopeError):
+            store.load_file(path)
+
+
+# Damage
+
+
+@pytest.mark.parametrize("data", [b"", b"PK", b"x" * 5000, pickle.dumps({"a": 1}), bytes(100_000)])
+def test_not_a_snapshot(data: bytes) -> None:
+    refused(data)
+
+
+def test_truncated_anywhere() -> None:
+    for length in range(0, len(WHOLE), max(len(WHOLE) // 200, 1)):
+        refused(WHOLE[:length])
+
+
+@given(st.integers(0, len(WHOLE) - 1), st.integers(1, 255))
+def test_flipped_bits(at: int, bits: int) -> None:
+    data = bytearray(WHOLE)
+    data[at] ^= bits
+    told_or_used(bytes(data))  # some bytes mean nothing, such as a time stamp
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_members_that_were_changed_by_somebody_who_fixed_the_checksums(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(members()))
+    content = bytearray(member(name))
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content)))]
+    told_or_used(rewritten({name: bytes(content)}))
+
+
+@pytest.mark.parametrize("name", members())
+def test_missing_member(name: str) -> None:
+    refused(rewritten({name: None}))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("out/blocks/000000.phys.npy", npy(np.zeros(3, "<u8"))),
+        ("out/blocks/000000.phys.npy", npy(np.zeros(7, "<u4"))),
+        ("out/blocks/000000.phys.npy", npy(np.zeros(7, ">u8"))),
+        ("out/blocks/000000.phys.npy", npy(np.zeros(7, "<f8"))),
+        ("out/blocks/000000.phys.npy", npy(np.zeros((7, 1), "<u8"))),
+        ("out/blocks/000000.phys.npy", npy(np.zeros((), "<u8"))),
+        ("out/blocks/000000.phys.npy", b""),
+        ("out/blocks/000000.phys.npy", b"\x93NUMPY\x01\x00"),
+        ("out/blocks/000000.phys.npy", npy(np.zeros(7, "<u8"))[:-1]),
+        ("out/blocks/000000.phys.npy", npy(np.zeros(7, "<u8")) + b"\0"),
+        ("out/blocks/000000.pages.zeros.npy", npy(np.zeros(6, "<u4"))),
+        ("out/blocks/000000.type.npy", npy(np.full(7, 2, "|i1"))),
+        ("out/blocks/000000.type.npy", npy(np.full(7, -2, "|i1"))),
+        ("out/leaves/000000.bitmap.npy", npy(np.zeros((1, 4096), "|u1"))),
+        ("ram.npy", b"\x93NUMPY\x01\x00v\x00{'descr': '<u8', 'fortran_order': (\n"),
+        ("out/leaves/000000.bitmap.npy", npy(np.asfortranarray(np.ones((9, 4096), "|u1")))),
+        ("out/leaves/000000.bitmap.npy", npy(np.zeros((9, 8), "|u1"))),
+        ("ram.npy", npy(np.zeros(2, "<u8"))),
+        ("ram.npy", npy(np.zeros((1, 3), "<u8"))),
+        ("ram.npy", npy(np.array([[print, print]], object), allow_pickle=True)),
+        ("meta.json", b""),
+        ("meta.json", b"{}"),
+        ("meta.json", b"[" * 100_000),
+        ("meta.json", b'{"schema": "khosnap/1"}'),
+        ("meta.json", b'{"schema": "somethingelse/1"}'),
+        ("meta.json", b'{"schema": "khosnap/-1"}'),
+        ("meta.json", b'{"schema": "khosnap"}'),
+        ("meta.json", b"\xff\xfe"),
+    ],
+)
+def test_content_that_is_not_ours(name: str, content: bytes) -> None:
+    refused(rewritten({name: content}))
+
+
+@pytest.mark.parametrize("shape", ["(1152921504606846976,)", "(4294967296, 4294967296)", "(-7,)"])
+def test_absurd_shape(shape: str) -> None:
+    name = "out/blocks/000000.phys.npy"
+    header = f"{{'descr': '<u8', 'fortran_order': False, 'shape': {shape}, }}"
+    raw = b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + header.ljust(117).encode() + b"\n"
+    refused(rewritten({name: raw + bytes(56)}))
+
+
+def test_pickle_in_an_array_is_not_run() -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return pytest.fail, ("the file was unpickled",)
+
+    refused(rewritten({"scratch.npy": npy(np.array([[Trap(), 1]], object), allow_pickle=True)}))
+
+
+@pytest.mark.parametrize(
+    ("stream", "order"),
+    [("out/blocks", "key"), ("out/leaves", "key"), ("stamps", "phys"), ("watched", "key")],
+)
+def test_order_of_rows(stream: str, order: str) -> None:
+    name = f"{stream}/000000.{order}.npy"
+    values = column(name)
+    for wrong in (values[::-1], np.full_like(values, values[0])):
+        if len(values) > 1:
+            assert "not in order" in refused(rewritten({name: npy(wrong)}))
+
+
+def test_order_of_chunks() -> None:
+    last = column("out/blocks/000000.key.npy")[-1]
+    values = column("out/blocks/000001.key.npy")
+    values[0] = last
+    refused(rewritten({"out/blocks/000001.key.npy": npy(values)}), "not in order of key")
+
+
+def test_leaf_that_begins_between_leaves() -> None:
+    values = column("out/leaves/000000.key.npy") + np.uint64(1)
+    what = refused(rewritten({"out/leaves/000000.key.npy": npy(values)}))
+    assert "no leaf begins at such a key" in what
+
+
+def test_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "MEMBER_LIMIT", 1 << 20)
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("meta.json", bytes(1 << 26))
+    assert len(file.getvalue()) < 1 << 18
+    assert "larger than any chunk" in refused(file.getvalue())
+
+
+def test_newer_schema() -> None:
+    data = with_meta(lambda meta: meta.update(schema="khosnap/2", unheard_of={}))
+    with pytest.raises(KhoscopeError, match=r"schema is khosnap/2, this .* reads up to khosnap/1"):
+        load(data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"page_shift": 13},
+        {"page_shift": 60},
+        {"page_shift": -1},
+        {"page_shift": 12.5},
+        {"tree_max_depth": 1},
+        {"tree_max_depth": 10**6},
+        {"table_size_log2": 40},
+        {"bitmap_size_log2": 60},
+        {"order_0_log2": 0},
+        {"order_0_log2": 64},
+        {"max_page_order": 63},
+        {"max_page_order": -1},
+        {"type_shift": 3},
+        {"type_shift": 64},
+        {"stamp": {"order_bits": 64, "type_shift": None, "magic_shift": 32}},
+        {"stamp": {"order_bits": 32, "type_shift": 99, "magic_shift": 32}},
+        {"stamp": {"order_bits": 32, "type_shift": None, "magic_shift": 64}},
+        {"stamp": None},
+    ],
+)
+def test_geometry_that_no_kernel_has(change: dict[str, Any]) -> None:
+    refused(with_meta(lambda meta: meta["abi"].update(change)))
+
+
+def test_chunks_that_are_not_there() -> None:
+    refused(with_meta(lambda meta: meta["chunks"].update({"out/blocks": 3})))
+    refused(with_meta(lambda meta: meta["chunks"].update({"out/blocks": 10**18})))
