@@ -266,6 +266,10 @@ def _shell(args: argparse.Namespace) -> int:
             "a snapshot holds facts, not memory: drgn has nothing to look at",
             "give --live, --qemu or --core",
         )
+    if not sys.stdin.isatty():
+        raise KhoscopeError(
+            "the shell needs a terminal", "for a script, run drgn and `import khoscope` in it"
+        )
     from .shell import run
 
     run(_program(args)[0])

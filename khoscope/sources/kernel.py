@@ -8,6 +8,7 @@ members and symbols are asked for.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import re
 import uuid
@@ -78,6 +79,29 @@ class Overrides:
     type_shift: int | None = None
 
 
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Turn what drgn raises when a kernel cannot be read into a KhoscopeError."""
+    try:
+        yield
+    except FaultError as error:
+        raise KhoscopeError(
+            f"kernel memory cannot be read ({error})",
+            "a vmcore must be whole and hold all kernel pages (makedumpfile -d 31 keeps them); "
+            "a live kernel may be locked down",
+        ) from error
+    except LookupError as error:
+        raise KhoscopeError(
+            f"the kernel's debug info lacks what khoscope needs ({error})",
+            "name the vmlinux of this very kernel, with DWARF, by --vmlinux",
+        ) from error
+    except OSError as error:
+        raise KhoscopeError(
+            f"the kernel cannot be read any more ({error})",
+            "see whether the guest, or the file, is still there",
+        ) from error
+
+
 class KernelSource:
     """
     A kernel with KHO.
@@ -88,6 +112,7 @@ class KernelSource:
     :raises KhoscopeError: if the kernel has no KHO that khoscope understands.
     """
 
+    @told()
     def __init__(
         self,
         prog: Program,
@@ -123,6 +148,7 @@ class KernelSource:
         ram_end = int(self.ram[-1, 1]) >> self.abi.page_shift
         self._pages = PageReader(self.abi, page_layout(prog), self._read_virt, ram_end)
 
+    @told()
     def tree(self) -> Snapshot:
         """
         The outgoing and incoming tree without a look at any struct page.
@@ -136,6 +162,7 @@ class KernelSource:
             tree = self._walk_outgoing()
         return self._snapshot(tree, self._kernel())
 
+    @told()
     def snapshot(self, before: Snapshot | None = None) -> Snapshot:
         """
         All facts, read once and kept.
