@@ -124,6 +124,11 @@ def compare(before: Snapshot, after: Snapshot) -> Report:
             "the later snapshot does not hold the pages that the earlier one recorded",
             "take it with `khoscope snapshot --before EARLIER LATER`, in the new kernel",
         )
+    if before.abi.page_shift != after.abi.page_shift:
+        raise KhoscopeError(
+            f"the snapshots have pages of {before.abi.page_size} and {after.abi.page_size} bytes",
+            "compare with a snapshot of the kernel that handed over",
+        )
     report = check(after)
     for rule, find in of_scope("handover"):
         report.add_messages(rule, find(before, after))
