@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from khoscope.abi import NO_TYPE, U64, Abi
+from khoscope.abi import NO_TYPE, U64, Abi, Stamp
 from khoscope.columns import Blocks, Leaves, Pages
 from khoscope.snapshot import (
     Fdt,
@@ -30,10 +30,10 @@ from khoscope.snapshot import (
 from khoscope.sources.walk import walk
 
 PLAIN = Abi.for_page_shift(12, compatible="kho-v4")
-POSTED = Abi.for_page_shift(12, type_shift=63, compatible="kho-v4")
+POSTED = Abi.for_page_shift(12, type_shift=63, stamp=Stamp(31, 31), compatible="kho-v4")
 #: Names of page->flags bits, as far as they matter.
 PAGE_FLAGS = ["locked", "referenced", "uptodate", "dirty", "lru"]
-FIXED = Abi.for_page_shift(12, type_shift=53, compatible="kho-v5")
+FIXED = Abi.for_page_shift(12, type_shift=53, stamp=Stamp(31, 31), compatible="kho-v5")
 
 
 @dataclass
@@ -135,6 +135,7 @@ class Block:
     odd: int = 0
     free: int = 0
     private: int = 0
+    flags: int = 0
     compound: int = Pages.NOT_COMPOUND
     page_type: int = 0xFFFFFFFF
     unread: int = 0
@@ -155,9 +156,8 @@ def columns(abi: Abi, blocks: Iterable[Block]) -> Blocks:
     keys = np.array([key for key, _ in rows], np.uint64)
     facts = Pages.blank(len(rows))
     for i, (_, b) in enumerate(rows):
-        for name in ("private", "head", "ones", "others", "odd", "free", "page_type", "compound"):
+        for name in Pages.DTYPES.keys() - {"zeros"}:
             getattr(facts, name)[i] = getattr(b, name)
-        facts.unread[i] = b.unread
         facts.zeros[i] = (1 << b.order) - 1 - b.ones - b.others
     return Blocks(keys, *abi.kho_radix_decode_keys(keys), facts)
 
@@ -222,7 +222,7 @@ def snapshot(
         Scan(1, 0),
         stamp_chunks,
         Watched(watched[0].taken.time, watched[0].kernel.boot_id) if watched else None,
-        [columns(watched[0].abi, watched[1])] if watched else [],
+        list(filter(len, [columns(watched[0].abi, watched[1])])) if watched else [],
         tree_of(abi, columns(abi, evidence)).leaves,
     )
 

@@ -1,0 +1,542 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Each rule on facts on which it fires, and on facts that are nearly the same on which not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from khoscope.abi import KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
+from khoscope.checks import RULES, Report, Severity, check, compare, run
+from khoscope.columns import Pages
+from khoscope.errors import KhoscopeError
+from khoscope.snapshot import Fdt, Handover, NodeProblem, Scan, Snapshot, Subtree, TreeState
+from tests.synthetic import FIXED, PAGE_FLAGS, PLAIN, POSTED, Block, snapshot
+
+CONTIG, SPLIT = KHO_PAGE_CONTIG, KHO_PAGE_SPLIT
+AT = 0x40000
+NEXT_BOOT = "00000000-0000-0000-0000-000000000002"
+HANDED_OVER = Handover(True, "7.2.0-test", 1)
+LRU = 1 << PAGE_FLAGS.index("lru")
+SLAB = 0xF5000000
+
+
+def split(order: int, kind: int = SPLIT, phys: int = AT, **more: int) -> Block:
+    return Block.split(phys, order, type=kind, **more)
+
+
+def contig(order: int, kind: int = CONTIG, phys: int = AT, **more: int) -> Block:
+    return Block(phys, order, kind, **more)
+
+
+def folio(order: int) -> Block:
+    return contig(order, compound=order)
+
+
+def one(abi: Abi, *blocks: Block, **facts: object) -> Report:
+    """The report about one kernel."""
+    return check(snapshot(abi, blocks, **facts))  # type: ignore[arg-type]
+
+
+def across(
+    before: Iterable[Block],
+    after: Iterable[Block],
+    *,
+    abi: Abi = FIXED,
+    boot_id: str = NEXT_BOOT,
+    handover: Handover = HANDED_OVER,
+    stamps: Iterable[Block] = (),
+    evidence: Iterable[Block] | None = None,
+) -> Report:
+    """The report across a kexec: what was recorded, and the same pages now."""
+    was = snapshot(abi, before)
+    now = snapshot(
+        abi,
+        [],
+        boot_id=boot_id,
+        handover=handover,
+        stamps=stamps,
+        watched=(was, after),
+        evidence=before if evidence is None else evidence,
+    )
+    return compare(was, now)
+
+
+def stamped(block: Block, order: int | None = None, page_type: int | None = None) -> Block:
+    """The block as a new kernel has it before anybody restores it."""
+    order = block.order if order is None else order
+    page_type = block.type if page_type is None else page_type
+    private = FIXED.stamp.encode(order, page_type)
+    return replace(block, head=0, ones=0, others=0, private=private)
+
+
+def fdt(**changes: object) -> Fdt:
+    return replace(Fdt(0x2000, "kho-v5", 0x1000), **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Fires:
+    """What a rule must find in some facts: one thing, at this block."""
+
+    report: Callable[[], Report]
+    phys: int | None = AT
+    order: int | None = None
+
+
+#: More blocks in the same leaf.
+OTHER = contig(2, phys=AT + 0x10000)
+THIRD = contig(2, phys=AT + 0x20000)
+OTHER_SPLIT = split(2, phys=AT + 0x10000)
+BAD_ENTRY = TreeState(0x1000, problems=[NodeProblem(5, 0x1000, 7, 12, "odd")], problem_count=1)
+
+FIRES: dict[str, list[Fires]] = {
+    "type-not-stored": [Fires(lambda: one(POSTED), None)],
+    "abi-not-bumped": [
+        Fires(lambda: one(POSTED), None),
+        Fires(lambda: one(replace(FIXED, compatible="kho-v3")), None),
+    ],
+    "bad-fdt": [
+        Fires(lambda: one(FIXED, fdt=fdt(problems=["its page cannot be read"])), 0x2000),
+        Fires(lambda: one(FIXED, fdt=fdt(compatible="luo-v5")), 0x2000),
+        Fires(lambda: one(FIXED, fdt=fdt(memory_map=0x9000)), 0x2000),
+        Fires(lambda: check(with_incoming_fdt(problems=["no compatible"])), 0x3000),
+    ],
+    "bad-node": [Fires(lambda: one(FIXED, state=BAD_ENTRY), 0x1000)],
+    "kernel-tainted": [
+        Fires(lambda: one(FIXED, tainted=1 << 5), None),
+        Fires(lambda: one(FIXED, log=["BUG: Bad page state in process init"]), None),
+    ],
+    "both-types": [Fires(lambda: one(FIXED, split(3, CONTIG), split(3, SPLIT)), AT, 3)],
+    "overlap": [
+        Fires(lambda: one(FIXED, contig(3), contig(0, phys=AT + 0x3000)), AT + 0x3000, 0),
+        Fires(lambda: one(FIXED, split(9, phys=0), contig(1)), AT, 1),
+        Fires(lambda: one(FIXED, contig(3), split(2)), AT, 2),
+    ],
+    "type-mismatch": [
+        Fires(lambda: one(FIXED, split(2, CONTIG)), AT, 2),
+        Fires(lambda: one(FIXED, contig(2, SPLIT)), AT, 2),
+        Fires(lambda: one(POSTED, split(2, SPLIT)), AT, 2),
+        # A folio is no split memory, whatever its other pages' refcounts are.
+        Fires(lambda: one(FIXED, contig(2, SPLIT, compound=2)), AT, 2),
+    ],
+    "mixed-refcounts": [
+        Fires(lambda: one(FIXED, contig(3, ones=1, odd=4)), AT, 3),
+        Fires(lambda: one(FIXED, contig(0, head=0)), AT, 0),
+        Fires(lambda: one(PLAIN, split(2, head=0)), AT, 2),
+        Fires(lambda: one(FIXED, split(2, CONTIG, compound=2)), AT, 2),
+    ],
+    "wrong-after-restore": [
+        Fires(lambda: one(PLAIN, contig(2)), AT, 2),
+        Fires(lambda: one(POSTED, split(2)), AT, 2),
+        Fires(lambda: one(FIXED, contig(2, SPLIT)), AT, 2),
+        Fires(lambda: one(FIXED, split(2, CONTIG)), AT, 2),
+        Fires(lambda: one(FIXED, contig(3, ones=1, odd=4)), AT, 3),
+        Fires(lambda: one(FIXED, contig(0, head=0)), AT, 0),
+    ],
+    "stale-entry": [
+        Fires(lambda: one(FIXED, contig(2, head=0, free=1)), AT, 2),
+        Fires(lambda: one(FIXED, contig(2, compound=3)), AT, 2),
+        Fires(lambda: one(FIXED, contig(2, compound=Pages.COMPOUND_TAIL)), AT, 2),
+    ],
+    "in-scratch": [
+        Fires(lambda: one(FIXED, contig(2), scratch=[(AT + 0x3000, 0x1000)]), AT, 2),
+        Fires(lambda: one(FIXED, contig(2), scratch=[(0, 1), (0, AT + 1)]), AT, 2),
+        Fires(
+            lambda: one(
+                FIXED, fdt=fdt(subtrees=[Subtree("LUO", AT, 2)]), scratch=[(AT + 1, 0x1000)]
+            ),
+        ),
+    ],
+    "outside-ram": [
+        Fires(lambda: one(FIXED, contig(2), ram=[(0, AT), (AT + 0x1000, 1 << 32)]), AT, 2),
+        Fires(lambda: one(FIXED, contig(0, phys=1 << 40)), 1 << 40, 0),
+        Fires(lambda: one(FIXED, contig(0), ram=[]), AT, 0),
+    ],
+    "bad-key": [
+        Fires(lambda: one(FIXED, contig(0, key=0)), None),
+        Fires(lambda: one(PLAIN, contig(0, key=1 << 53)), None),
+        Fires(lambda: one(FIXED, contig(0, key=1 << 54)), None),
+        Fires(lambda: one(PLAIN, contig(21, phys=0), ram=[(0, 1 << 32)]), 0, 21),
+    ],
+    "not-a-handover": [
+        Fires(lambda: across([], [], handover=Handover(False, "", 0)), None),
+        Fires(lambda: across([], [], handover=Handover(True, "6.1.0", 1)), None),
+        Fires(lambda: across([], [], handover=Handover(True, "", 1)), None),
+        Fires(lambda: across([], [], handover=Handover(True, "7.2.0-test", 2)), None),
+        Fires(lambda: across([], [], boot_id="00000000-0000-0000-0000-000000000001"), None),
+    ],
+    "lost": [
+        Fires(lambda: across([contig(2)], [contig(2)], handover=Handover(False, "", 0)), AT, 2),
+        Fires(
+            lambda: across([contig(2), OTHER], [contig(2), OTHER], evidence=[OTHER]),
+            AT,
+            2,
+        ),
+    ],
+    "order-changed": [Fires(lambda: across([contig(2)], [stamped(contig(2), order=3)]), AT, 2)],
+    "type-changed": [
+        Fires(lambda: across([split(2)], [stamped(split(2), page_type=CONTIG)]), AT, 2),
+        Fires(lambda: across([contig(2)], [stamped(contig(2), page_type=SPLIT)]), AT, 2),
+        # As posted both agree on contig, and the pages did not.
+        Fires(lambda: across([split(2)], [stamped(split(2), page_type=0)], abi=POSTED), AT, 2),
+    ],
+    "wrong-refcounts": [
+        Fires(lambda: across([split(2)], [contig(2, SPLIT)]), AT, 2),
+        Fires(lambda: across([contig(2)], [split(2, CONTIG)]), AT, 2),
+        Fires(lambda: across([contig(3, ones=1, odd=4)], [contig(3)]), AT, 3),
+    ],
+    "not-restored": [Fires(lambda: across([contig(2)], [stamped(contig(2))]), AT, 2)],
+    "unexpected": [
+        Fires(lambda: across([], [], stamps=[stamped(contig(2))]), AT, 2),
+        # Another order's block may begin where this one's stamp is, but this one was recorded.
+        Fires(
+            lambda: across(
+                [contig(2)], [stamped(contig(2))], stamps=[stamped(contig(0, phys=AT + 0x1000))]
+            ),
+            AT + 0x1000,
+            0,
+        ),
+    ],
+}
+
+
+def with_incoming_fdt(**changes: object) -> Snapshot:
+    facts = snapshot(FIXED, [], incoming=[], handover=HANDED_OVER)
+    assert facts.incoming is not None
+    root = fdt(phys=0x3000, **changes)
+    return replace(facts, incoming=replace(facts.incoming, fdt=root))
+
+
+SILENT: dict[str, list[Callable[[], Report]]] = {
+    "type-not-stored": [lambda: one(FIXED), lambda: one(PLAIN)],
+    "abi-not-bumped": [lambda: one(FIXED), lambda: one(PLAIN)],
+    "bad-fdt": [lambda: one(FIXED), lambda: check(with_incoming_fdt())],
+    "bad-node": [
+        lambda: one(FIXED),
+        # What became of the tree that was handed over is nobody's fault.
+        lambda: check(with_incoming_problems()),
+    ],
+    "kernel-tainted": [lambda: one(FIXED, tainted=~(1 << 5) & 0xFFFF)],
+    "both-types": [
+        lambda: one(FIXED, split(3), split(2, CONTIG), contig(3, phys=AT + 0x8000)),
+        lambda: one(POSTED, split(3)),
+    ],
+    "overlap": [
+        lambda: one(FIXED, contig(3), contig(3, phys=AT + 0x8000), contig(0, phys=AT - 0x1000)),
+        lambda: one(FIXED, split(3, CONTIG), split(3, SPLIT)),
+    ],
+    "type-mismatch": [
+        lambda: one(FIXED, split(2), contig(3, phys=0), contig(0, CONTIG, 0x1000000)),
+        # One page is both.
+        lambda: one(FIXED, contig(0, SPLIT)),
+        lambda: one(PLAIN, split(2)),
+        # Nobody knows.
+        lambda: one(FIXED, split(2, CONTIG, unread=1)),
+        lambda: one(FIXED, contig(3, ones=1, odd=4)),
+    ],
+    "mixed-refcounts": [
+        lambda: one(FIXED, contig(3), split(2, phys=0), folio(1), contig(3, head=5, phys=1 << 24)),
+        lambda: one(FIXED, split(3, head=2)),
+        lambda: one(FIXED, contig(3, head=0, free=8)),
+        lambda: one(FIXED, contig(3, ones=1, odd=4, unread=1)),
+    ],
+    "wrong-after-restore": [
+        lambda: one(PLAIN, split(2), contig(0, phys=0), replace(folio(3), phys=1 << 24)),
+        lambda: one(POSTED, contig(2), contig(0, phys=0), replace(folio(3), phys=1 << 24)),
+        lambda: one(FIXED, split(2), contig(3, phys=0), replace(folio(3), phys=1 << 24)),
+        lambda: one(FIXED, contig(2, head=0, free=4)),
+    ],
+    "stale-entry": [lambda: one(FIXED, folio(3), split(2, phys=0), contig(2, phys=1 << 24))],
+    "in-scratch": [
+        lambda: one(FIXED, contig(2), scratch=[(AT + 0x4000, 0x1000), (AT - 0x1000, 0x1000)]),
+        lambda: one(
+            FIXED,
+            fdt=fdt(subtrees=[Subtree("LUO", AT, 4), Subtree("x", None, 4), Subtree("y", AT, 0)]),
+            scratch=[(AT + 4, 0x1000), (0, AT)],
+        ),
+    ],
+    "outside-ram": [lambda: one(FIXED, contig(2), ram=[(AT, AT + 0x4000), (1 << 32, 1 << 33)])],
+    "bad-key": [lambda: one(FIXED, contig(20, phys=0), contig(0, SPLIT), ram=[(0, 1 << 32)])],
+    "not-a-handover": [lambda: across([], [])],
+    "lost": [
+        lambda: across([contig(2)], [contig(2)]),
+        # A leaf that has lost most of what was in it is no evidence, and neither is none.
+        lambda: across([contig(2), OTHER, THIRD], [contig(2), OTHER, THIRD], evidence=[OTHER]),
+        lambda: across([contig(2)], [contig(2)], evidence=[]),
+        # A stamp is proof.
+        lambda: across([contig(2), OTHER], [stamped(contig(2)), OTHER], evidence=[OTHER]),
+    ],
+    "order-changed": [lambda: across([contig(2)], [stamped(contig(2))])],
+    "type-changed": [
+        lambda: across([contig(2), OTHER_SPLIT], [stamped(contig(2)), stamped(OTHER_SPLIT)]),
+        lambda: across([contig(0)], [stamped(contig(0))], abi=POSTED),
+        lambda: across([split(2)], [contig(2, SPLIT)]),
+    ],
+    "wrong-refcounts": [
+        lambda: across([contig(2), OTHER_SPLIT], [contig(2), OTHER_SPLIT]),
+        # Its owner has put a reference more on it.
+        lambda: across([contig(2)], [contig(2, head=3)]),
+        lambda: across([contig(0)], [contig(0)]),
+        lambda: across([split(2)], [stamped(split(2))]),
+        # It was free when it was recorded: stale-entry spoke of it.
+        lambda: across([contig(2, head=0, free=4)], [split(2, CONTIG)]),
+    ],
+    "not-restored": [lambda: across([contig(2)], [contig(2, private=1 << 40)])],
+    "unexpected": [
+        lambda: across([split(2)], [stamped(split(2))], stamps=[stamped(split(2))]),
+        # Two types of one block.
+        lambda: across([split(2)], [stamped(split(2))], stamps=[stamped(contig(2))]),
+    ],
+}
+
+
+def with_incoming_problems() -> Snapshot:
+    facts = with_incoming_fdt()
+    assert facts.incoming is not None
+    state = replace(facts.incoming.tree.state, problems=BAD_ENTRY.problems, problem_count=1)
+    tree = replace(facts.incoming.tree, state=state)
+    return replace(facts, incoming=replace(facts.incoming, tree=tree))
+
+
+def test_the_rules_are_those_that_were_asked_for() -> None:
+    assert set(RULES) == {
+        *("type-not-stored", "type-mismatch", "mixed-refcounts", "wrong-after-restore"),
+        *("stale-entry", "both-types", "overlap", "in-scratch", "outside-ram", "bad-key"),
+        *("bad-node", "bad-fdt", "abi-not-bumped", "kernel-tainted"),
+        *("lost", "order-changed", "type-changed", "wrong-refcounts", "not-restored"),
+        *("unexpected", "not-a-handover"),
+    }
+    warnings = {name for name, rule in RULES.items() if rule.severity == Severity.WARNING}
+    assert warnings == {"abi-not-bumped", "kernel-tainted", "not-restored", "unexpected"}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rule_fires(name: str) -> None:
+    rule = RULES[name]
+    assert rule.sentence
+    for case in FIRES[name]:
+        report = case.report()
+        found = [f for f in report.findings if f.rule == name]
+        assert [(f.phys, f.order) for f in found] == [(case.phys, case.order)]
+        assert report.counts[name] == 1
+        assert found[0].severity == rule.severity
+        assert found[0].message
+        assert found[0].explain == rule.explain
+        assert report.passed == (report.errors == 0)
+        assert (report.errors > 0) >= (rule.severity == Severity.ERROR)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rule_is_silent(name: str) -> None:
+    for make in SILENT[name]:
+        report = make()
+        assert report.counts[name] == 0
+        assert name not in {f.rule for f in report.findings}
+
+
+@pytest.mark.parametrize("abi", [PLAIN, POSTED, FIXED])
+def test_nothing_is_wrong_with_good_memory(abi: Abi) -> None:
+    blocks = [contig(0), replace(folio(3), phys=1 << 24)]
+    if abi is not POSTED:
+        blocks.append(split(4, phys=1 << 25))
+    if abi is not PLAIN:
+        blocks.append(contig(4, phys=1 << 26))
+    report = one(abi, *blocks)
+    wanted = {"type-not-stored", "abi-not-bumped"} if abi is POSTED else set()
+    assert set(report.counts) == wanted
+    assert report.passed == (abi is not POSTED)
+    assert report.blocks == len(blocks)
+
+
+def test_messages_name_what_matters() -> None:
+    def message(report: Report, name: str) -> str:
+        return next(f.message for f in report.findings if f.rule == name)
+
+    assert "key bit 63, the tree stores bits 59:0" in message(one(POSTED), "type-not-stored")
+    forecast = message(one(PLAIN, contig(2)), "wrong-after-restore")
+    assert forecast == "1/0 now, 7.2.0-test as the next kernel will restore it as 1/1"
+    assert message(one(FIXED, split(2, CONTIG)), "type-mismatch").startswith("recorded contig")
+    mixed = message(one(FIXED, contig(3, ones=1, odd=4)), "mixed-refcounts")
+    assert "first odd page 4" in mixed
+    assert message(across([split(2)], [contig(2, SPLIT)]), "wrong-refcounts") == (
+        "restored as 1/0, was 1/1"
+    )
+    many = replace(BAD_ENTRY, problem_count=10)
+    assert [f.message for f in one(FIXED, state=many).findings][-1] == "and 9 more bad entries"
+
+
+# Trees against slow models
+
+places = st.tuples(
+    st.sampled_from([0, 1 << 15, 1 << 18]), st.integers(0, 31), st.sampled_from([0, 0, 1, 2, 4, 16])
+)
+
+
+@given(st.sets(st.tuples(places, st.sampled_from([CONTIG, SPLIT])), max_size=14))
+def test_overlap_and_both_types_against_a_model(
+    made: set[tuple[tuple[int, int, int], int]],
+) -> None:
+    blocks = {((base + page >> order << order, order), kind) for (base, page, order), kind in made}
+    report = one(
+        FIXED,
+        *(Block(pfn << 12, order, kind) for (pfn, order), kind in blocks),
+        ram=[(0, 1 << 40)],
+    )
+    inside = {
+        (pfn << 12, order)
+        for (pfn, order), _ in blocks
+        if any(o > order and p <= pfn < p + (1 << o) for (p, o), _ in blocks)
+    }
+    count = sum((at << 12, order) in inside for (at, order), _ in blocks)
+    assert report.counts["overlap"] == count
+    assert {(f.phys, f.order) for f in report.findings if f.rule == "overlap"} == inside
+    both = [place for place, kind in blocks if kind == CONTIG and (place, SPLIT) in blocks]
+    found = [(f.phys, f.order) for f in report.findings if f.rule == "both-types"]
+    assert sorted(found) == sorted((pfn << 12, order) for pfn, order in both)
+
+
+# What is kept, and what is not the whole truth
+
+
+def test_findings_have_a_limit_and_counts_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "KEPT", 3)
+    facts = snapshot(
+        FIXED,
+        [split(2, CONTIG, phys=n << 20) for n in range(10)],
+        log=[f"line {n}" for n in range(5)],
+    )
+    chunk = next(iter(facts.outgoing.blocks))
+    side = replace(facts.outgoing, blocks=[chunk[:2], chunk[2:4], chunk[4:]])
+    report = check(replace(facts, outgoing=side))
+    assert report.counts["type-mismatch"] == 10
+    assert report.counts["kernel-tainted"] == 5
+    kept = [f.phys for f in report.findings if f.rule == "type-mismatch"]
+    assert kept == [0, 1 << 20, 2 << 20]
+    assert len(report.kept["kernel-tainted"]) == 3
+    assert (report.errors, report.warnings, report.blocks) == (20, 5, 10)
+
+
+def test_errors_come_first_and_the_kernel_before_blocks() -> None:
+    report = one(POSTED, split(2), tainted=1 << 5)
+    names = [f.rule for f in report.findings]
+    assert names[0] == "type-not-stored"
+    assert set(names[-2:]) == {"abi-not-bumped", "kernel-tainted"}
+
+
+def test_unread_pages_are_no_pass() -> None:
+    report = one(FIXED, contig(2, unread=1), contig(0, phys=0))
+    assert report.incomplete == ["the struct pages of 1 blocks could not be read"]
+    assert (report.errors, report.passed) == (0, False)
+
+
+def test_pages_outside_ram_are_no_excuse() -> None:
+    report = one(FIXED, contig(2, phys=1 << 40, unread=4))
+    assert report.incomplete == []
+    assert set(report.counts) == {"outside-ram"}
+
+
+def test_tree_that_moved_is_no_pass() -> None:
+    report = one(FIXED, contig(2), state=TreeState(0x1000, reads=4, moved=2))
+    assert report.incomplete == ["2 blocks came or went while the tree was read"]
+    assert not report.passed
+
+
+def test_scan_that_did_not_see_everything_is_no_pass() -> None:
+    was = snapshot(FIXED, [])
+    now = snapshot(FIXED, [], boot_id=NEXT_BOOT, handover=HANDED_OVER, watched=(was, []))
+    assert compare(was, now).passed
+    for scan, what in ((None, "all"), (Scan(100, 7), "7")):
+        report = compare(was, replace(now, scan=scan))
+        assert report.incomplete == [f"{what} struct pages could not be searched for stamps"]
+        assert not report.passed
+
+
+def test_recorded_blocks_that_cannot_be_read_are_no_pass() -> None:
+    report = across([contig(2), OTHER], [contig(2, unread=1), OTHER])
+    assert report.fates == {"unread": 1, "restored": 1}
+    assert report.incomplete == ["the pages of 1 recorded blocks could not be read"]
+    assert not report.passed
+
+
+# Across the kexec
+
+
+def fate(before: Block, after: Block, **more: object) -> str:
+    report = across([before], [after], **more)  # type: ignore[arg-type]
+    assert report.fates is not None
+    [(name, count)] = report.fates.items()
+    assert count == 1
+    return name
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "wanted"),
+    [
+        (split(2), split(2), "restored"),
+        (contig(2), contig(2), "restored"),
+        (contig(2), split(2, CONTIG), "restored"),
+        (folio(2), folio(2), "restored"),
+        (contig(0), contig(0, head=4), "restored"),
+        (contig(2), stamped(contig(2)), "not-restored"),
+        (contig(2), contig(2, head=0), "released"),
+        (contig(2), contig(2, free=1), "released"),
+        (contig(2), contig(2, head=-1), "released"),
+        (contig(2), contig(2, flags=LRU), "released"),
+        (folio(2), replace(folio(2), flags=LRU), "restored"),
+        (contig(2), contig(2, compound=3), "released"),
+        (contig(2), contig(2, compound=Pages.COMPOUND_TAIL), "released"),
+        (folio(2), contig(2), "released"),
+        (contig(2), contig(2, page_type=SLAB), "released"),
+        (contig(3), contig(3, ones=1, odd=4), "released"),
+        (contig(2), contig(2, unread=1), "unread"),
+    ],
+)
+def test_fate(before: Block, after: Block, wanted: str) -> None:
+    assert fate(before, after) == wanted
+    lost = fate(before, after, handover=Handover(False, "", 0))
+    assert lost == (wanted if wanted in ("not-restored", "unread") else "lost")
+
+
+def test_what_was_released_is_no_finding() -> None:
+    report = across([split(2)], [split(2, head=0, free=4)])
+    assert (dict(report.counts), report.passed) == ({}, True)
+
+
+def test_all_is_well() -> None:
+    blocks = [contig(2), OTHER_SPLIT, replace(folio(3), phys=1 << 24)]
+    report = across(blocks, blocks)
+    assert (dict(report.counts), report.fates, report.passed) == ({}, {"restored": 3}, True)
+
+
+def test_not_restored_alone_passes() -> None:
+    report = across([contig(2)], [stamped(contig(2))], stamps=[stamped(contig(2))])
+    assert (dict(report.counts), report.passed) == ({"not-restored": 1}, True)
+
+
+@pytest.mark.parametrize("boot_id", [None, "00000000-0000-0000-0000-000000000009"])
+def test_other_blocks_than_recorded_were_looked_at(boot_id: str | None) -> None:
+    was, other = snapshot(FIXED, [contig(2)]), snapshot(FIXED, [contig(2)])
+    other = replace(other, kernel=replace(other.kernel, boot_id=boot_id))
+    now = snapshot(FIXED, [], boot_id=NEXT_BOOT, watched=(other, [contig(2)]))
+    for after in (now, replace(now, watching=None)):
+        with pytest.raises(KhoscopeError, match="does not hold the pages"):
+            compare(was, after)
+
+
+@pytest.mark.parametrize("watched", [[], [contig(1)], [contig(2), OTHER]])
+def test_lists_of_recorded_blocks_that_differ(watched: list[Block]) -> None:
+    was = snapshot(FIXED, [contig(2)])
+    now = snapshot(FIXED, [], boot_id=NEXT_BOOT, watched=(was, watched))
+    with pytest.raises(KhoscopeError, match="do not list the same recorded blocks"):
+        compare(was, now)
+
+
+def test_other_page_size() -> None:
+    was = snapshot(Abi.for_page_shift(14), [])
+    now = snapshot(FIXED, [], boot_id=NEXT_BOOT, watched=(was, []))
+    with pytest.raises(KhoscopeError, match="pages of 16384 and 4096 bytes"):
+        compare(was, now)
