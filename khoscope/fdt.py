@@ -38,8 +38,10 @@ def parse_root_fdt(phys: int, blob: bytes | None) -> Fdt:
         memory_map = _u64(fdt, 0, "preserved-memory-map", problems)
         node = fdt.first_subnode(0, [libfdt.FDT_ERR_NOTFOUND])
         while node >= 0:
-            name = fdt.get_name(node)
-            found: list[str] = []
+            # libfdt gives bytes that are no text as surrogates, which nothing can print or keep.
+            raw_name = fdt.get_name(node).encode("utf-8", "surrogateescape")
+            name = raw_name.decode("ascii", "backslashreplace")
+            found: list[str] = [] if raw_name.isascii() else ["its name is not ASCII"]
             subtrees.append(
                 Subtree(
                     name,
@@ -51,8 +53,6 @@ def parse_root_fdt(phys: int, blob: bytes | None) -> Fdt:
             node = fdt.next_subnode(node, [libfdt.FDT_ERR_NOTFOUND])
     except libfdt.FdtException as error:
         problems.append(f"not a readable FDT ({libfdt.strerror(error.err)})")
-    except UnicodeDecodeError:
-        problems.append("a node's name is not text")
     return Fdt(phys, compatible, memory_map, subtrees, problems)
 
 
