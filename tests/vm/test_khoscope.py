@@ -33,7 +33,9 @@ def host(*words: str, status: int = 0) -> str:
     result = subprocess.run(
         command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=TIMEOUT
     )
-    assert result.returncode == status, f"{words}: {result.returncode}\n{result.stderr}"
+    assert result.returncode == status, (
+        f"{words}: {result.returncode}\n{result.stderr}\n{result.stdout[-4000:]}"
+    )
     return result.stdout
 
 
