@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -30,6 +31,9 @@ FINE, FOUND, UNABLE = 0, 1, 2
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal without Unicode gets an arrow as \u2192, not a traceback.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = parser().parse_args(argv)
         command: Callable[[argparse.Namespace], int] = args.command

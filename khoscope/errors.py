@@ -13,6 +13,8 @@ class KhoscopeError(Exception):
     """
 
     def __init__(self, what: str, hint: str) -> None:
+        # Part of it may be another library's words, or a file's name, which may hold anything.
+        what = " ".join(what.split())
         super().__init__(what)
         self.what = what
         self.hint = hint
