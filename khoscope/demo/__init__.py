@@ -106,4 +106,5 @@ def show(out: IO[str], as_json: bool, limit: int | None) -> None:
         text.scene(scene.name, scene.story, facts, report)
         text.line(f"$ {command(scene)}")
     text.line()
-    text.wrapped(f"The files are in {path('').parent}. They were made by: python -m vm record")
+    text.line(f"The files are in {path('').parent}")
+    text.line("They were made by: python -m vm record")
