@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from khoscope.abi import NO_TYPE, U64, Abi, Stamp
+from khoscope.abi import U64, Abi, Stamp
 from khoscope.columns import Blocks, Leaves, Pages
 from khoscope.snapshot import (
     Fdt,
