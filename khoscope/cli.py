@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         # A terminal without Unicode gets an arrow as \u2192, not a traceback.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        args = parser().parse_args(argv)
+        args = _parse(argv)
         command: Callable[[argparse.Namespace], int] = args.command
         status = command(args)
         sys.stdout.flush()
@@ -48,6 +48,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("khoscope: interrupted", file=sys.stderr)
         return _die_of(signal.SIGINT)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    top = parser()
+    args = top.parse_args(argv)
+    if args.snapshot and args.type_shift is not None:
+        top.error("--type-shift is for kernels: a snapshot's blocks are decoded already")
+    return args
 
 
 def _die_of(number: signal.Signals) -> int:

@@ -142,9 +142,8 @@ class KernelSource:
             ) from None
         self.enabled = bool(prog["kho_enable"].value_())
         self.ram = self._read_ram()
-        outgoing = self.phys(self._kho_out.fdt)
-        self._out_fdt = self._read_fdt(outgoing)
-        self.abi = probe_abi(prog, self._out_fdt[0].compatible, overrides or Overrides())
+        fdt, _ = self._read_fdt(self.phys(self._kho_out.fdt))
+        self.abi = probe_abi(prog, fdt.compatible, overrides or Overrides())
         ram_end = int(self.ram[-1, 1]) >> self.abi.page_shift
         self._pages = PageReader(self.abi, page_layout(prog), self._read_virt, ram_end)
 
@@ -236,7 +235,7 @@ class KernelSource:
             )
 
     def _snapshot(self, tree: Tree, kernel: Kernel) -> Snapshot:
-        fdt, blobs = self._out_fdt
+        fdt, blobs = self._read_fdt(self.phys(self._kho_out.fdt))
         kho_in = self._kho_in
         came_from = Handover(
             bool(kho_in.fdt_phys),
