@@ -122,7 +122,7 @@ def plain_facts(memory: Vmemmap, pfn: int, order: int) -> dict[str, int]:
             if page["info"] & 1:
                 row["compound"] = Pages.COMPOUND_TAIL
             elif page["flags"] & HEAD and memory.pages["info"][pfn + 1] & 1:
-                row["compound"] = int(memory.pages["flags"][pfn + 1]) & 0xFF
+                row["compound"] = min(int(memory.pages["flags"][pfn + 1]) & 0xFF, 127)
         suspect = row["head"] == 0 and row["free"] == 0 and row["unread"] == 0
         if suspect and row["compound"] == Pages.NOT_COMPOUND and row["page_type"] >> 24 == 0xFF:
             row["free"] = int(memory.is_free(pfn))
@@ -201,6 +201,8 @@ def test_compound_pages() -> None:
     facts = memory.facts((8, 3), (9, 0), (12, 2), (16, 0))
     tail = Pages.COMPOUND_TAIL
     assert facts.compound.tolist() == [3, tail, tail, Pages.NOT_COMPOUND]
+    memory.pages["flags"][9] = 0xFE
+    assert memory.facts((8, 3)).compound.tolist() == [127]
 
 
 def test_inside_a_free_block() -> None:

@@ -102,7 +102,8 @@ class StructPages:
 
     def compound_order(self) -> NDArray[np.int8]:
         """i8 for each page but the last: order of the compound page that starts there."""
-        order = (self.flags[1:] & np.uint64(0xFF)).astype(np.int8)
+        # No order is that high, but memory may hold anything; below 0 it would mean something else.
+        order = np.minimum(self.flags[1:] & np.uint64(0xFF), np.uint64(127)).astype(np.int8)
         head = np.where(self.is_head[:-1] & self.is_tail[1:], order, Pages.NOT_COMPOUND)
         return np.where(self.is_tail[:-1], Pages.COMPOUND_TAIL, head).astype(np.int8)
 
