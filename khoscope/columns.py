@@ -153,8 +153,10 @@ class Blocks(Columns):
 
     def end(self, page_shift: int) -> U64:
         """u64, the first physical address behind each block, saturating at 2^64 - 1."""
-        end = self.phys + (self.page_count << np.uint64(page_shift))
-        return np.where(end < self.phys, np.uint64(2**64 - 1), end)
+        count = self.page_count
+        end = self.phys + (count << np.uint64(page_shift))
+        # The block of the highest order has 2^64 bytes, which are 0.
+        return np.where((end <= self.phys) & (count > 0), np.uint64(2**64 - 1), end)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -155,6 +155,7 @@ FIRES: dict[str, list[Fires]] = {
         Fires(lambda: one(FIXED, contig(2), ram=[(0, AT), (AT + 0x1000, 1 << 32)]), AT, 2),
         Fires(lambda: one(FIXED, contig(0, phys=1 << 40)), 1 << 40, 0),
         Fires(lambda: one(FIXED, contig(0), ram=[]), AT, 0),
+        Fires(lambda: one(PLAIN, contig(0, key=1)), 0, 52),
     ],
     "bad-key": [
         Fires(lambda: one(FIXED, contig(0, key=0)), None),

@@ -170,6 +170,19 @@ def test_full_leaves_come_in_chunks(abi: Abi, chunk: int, monkeypatch: pytest.Mo
     assert tree.totals(abi) == {(0, kind): 2 * abi.leaf_bits + 3, (1, kind): 1}
 
 
+def test_end_of_blocks() -> None:
+    top = 2**64 - 1
+    for abi in ABIS:
+        limit = abi.order_0_log2
+        keys = [
+            abi.kho_radix_encode_key(phys, order)
+            for phys, order in ((0, 0), (2**64 - abi.page_size, 0), (0, limit), (0, limit - 1))
+        ]
+        columns = abi.kho_radix_decode_keys(np.array([*keys, 0], np.uint64))
+        ends = Blocks(np.array([*keys, 0], np.uint64), *columns).end(abi.page_shift)
+        assert ends.tolist() == [abi.page_size, top, top, 2**63, 0]
+
+
 def test_no_tree() -> None:
     memory = Memory(PLAIN)
     tree = walk(PLAIN, 0, memory.ram, memory.read)
