@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -23,6 +24,9 @@ WIDTH = 80
 #: Rows of a list that are shown unless --limit says otherwise.
 LIMIT = 20
 
+#: What could steer a terminal: snapshots and kernel logs are not trusted.  Colours are our own.
+_CONTROL = re.compile(r"(?!\033\[\d*m)[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+
 _COLOURS = {"red": "31", "yellow": "33", "green": "32", "bold": "1", "dim": "2"}
 _SEVERITY_COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.INFO: "dim"}
 
@@ -39,7 +43,7 @@ class Text:
         return f"\033[{_COLOURS[colour]}m{text}\033[m" if self._colour else text
 
     def line(self, text: str = "") -> None:
-        self._out.write(text + "\n")
+        self._out.write(_CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}", text) + "\n")
 
     def wrapped(self, text: str, indent: str = "", first: str | None = None) -> None:
         """A paragraph."""
@@ -205,7 +209,7 @@ class Text:
 
     def verdict(self, report: Report) -> None:
         """The last line."""
-        said = f"{report.errors:,} errors, {report.warnings:,} warnings"
+        said = f"{_count(report.errors, 'error')}, {_count(report.warnings, 'warning')}"
         if report.passed:
             self.line(self.paint("green", "PASS") + f": {said}")
         elif report.errors:
@@ -245,6 +249,10 @@ class Text:
         if self._limit is not None and total > self._limit:
             hidden = f"{total - self._limit:,} more {what}".rstrip()
             self.line(self.paint("dim", f"  … {hidden} (--limit 0 shows all)"))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
 def _fates(report: Report) -> str:
