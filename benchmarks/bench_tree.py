@@ -98,8 +98,11 @@ def main() -> None:
             raise SystemExit(f"wrong number of blocks: {found}")
 
     def write() -> None:
+        # Chunk by chunk, each held until the next is there, as one who iterates holds them.
+        held = np.zeros(0, np.uint64)
         for i in range(0, BLOCKS, ABI.leaf_bits):
-            np.arange(i, i + ABI.leaf_bits, dtype=np.uint64)
+            held = np.arange(i, i + ABI.leaf_bits, dtype=np.uint64)
+        del held
 
     def plain() -> None:
         """Bit by bit, as one would write it down from the kernel's loop."""

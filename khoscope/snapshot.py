@@ -9,6 +9,7 @@ is small.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -154,23 +155,31 @@ def decode_leaves(abi: Abi, leaves: Leaves) -> Blocks:
         base = int(leaves.key[0])
         phys, order, kind = abi.kho_radix_decode_key(base)
         if base & ~abi.type_bit and order != BAD_ORDER:
-            keys = _set_bits(leaves.bitmap[0])
-            physes = keys << np.uint64(abi.page_shift + order)
+            bits = _set_bits(leaves.bitmap[0])
+            physes = bits << np.uint64(abi.page_shift + order)
             # In place: fresh memory costs more than the arithmetic.
             physes += np.uint64(phys)
-            keys += np.uint64(base)
-            orders = np.full(len(keys), order, np.uint8)
-            return Blocks(keys, physes, orders, np.full(len(keys), kind, np.int8))
+            orders = np.full(len(bits), order, np.uint8)
+            types = np.full(len(bits), kind, np.int8)
+            return Blocks(bits + np.uint64(base), physes, orders, types)
     bits = _set_bits(leaves.bitmap.reshape(-1))
     leaf = bits >> np.uint64(abi.bitmap_size_log2)
     key = leaves.key[leaf.view(np.int64)] | (bits & np.uint64(abi.leaf_bits - 1))
     return Blocks(key, *abi.kho_radix_decode_keys(key))
 
 
+@functools.cache
+def _all_bits(count: int) -> U64:
+    """Indices of all bits, kept: a full leaf is what a big tree is made of."""
+    bits = np.arange(count, dtype=np.uint64)
+    bits.flags.writeable = False
+    return bits
+
+
 def _set_bits(bitmap: NDArray[np.uint8]) -> U64:
     """Indices of the bits that are set."""
     if (bitmap.view(np.uint64) == np.uint64(2**64 - 1)).all():
-        return np.arange(8 * len(bitmap), dtype=np.uint64)
+        return _all_bits(8 * len(bitmap))
     bits = np.unpackbits(bitmap, bitorder="little").view(np.bool_)
     return np.flatnonzero(bits).view(np.uint64)
 

@@ -60,8 +60,8 @@ class Evidence:
 
     Its pages went back to the page allocator when the new kernel had walked it, and may hold
     anything.  A leaf is believed only while it still has at least half of the bits that the old
-    kernel had set in it, and no more new ones than those were: other data has a few of the old
-    bits by chance, and many more.
+    kernel had set in it, and no new ones: other data has a few of the old bits by chance, and
+    many more.
     """
 
     def __init__(self, before: Snapshot, after: Snapshot) -> None:
@@ -72,8 +72,7 @@ class Evidence:
         was = recorded.leaves.counts()[row[known]]
         shared = self._left.leaves.bitmap[known] & recorded.leaves.bitmap[row[known]]
         left = np.bitwise_count(shared.view(np.uint64)).sum(axis=1, dtype=np.int64)
-        new = self._left.leaves.counts()[known] - left
-        known[known] = (2 * left >= was) & (new <= was)
+        known[known] = (2 * left >= was) & (self._left.leaves.counts()[known] == left)
         self._believed = known
 
     def says_absent(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
