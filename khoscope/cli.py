@@ -45,6 +45,11 @@ def main(argv: list[str] | None = None) -> int:
         return UNABLE
     except BrokenPipeError:
         return _die_of(signal.SIGPIPE)
+    except OSError as error:
+        # What reads and writes files says so itself: this is what we print to.
+        print(f"khoscope: cannot write: {error.strerror or error}", file=sys.stderr)
+        print("khoscope: see where the output goes", file=sys.stderr)
+        return UNABLE
     except KeyboardInterrupt:
         print("khoscope: interrupted", file=sys.stderr)
         return _die_of(signal.SIGINT)
@@ -55,6 +60,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = top.parse_args(argv)
     if args.snapshot and args.type_shift is not None:
         top.error("--type-shift is for kernels: a snapshot's blocks are decoded already")
+    if args.snapshot and args.command is _snapshot and args.before:
+        top.error("a snapshot does not hold the pages of another: --before needs a kernel")
     return args
 
 
@@ -142,7 +149,7 @@ exit status: 0 fine, 1 verify found an error, 2 could not do it""",
 
     demo = commands.add_parser("demo", help="what khoscope shows; needs no root and no KHO")
     demo.set_defaults(command=_demo)
-    _output(demo)
+    demo.add_argument("--json", action="store_true", help="one JSON document")
     return top
 
 
@@ -284,12 +291,14 @@ def _shell(args: argparse.Namespace) -> int:
         )
     from .shell import run
 
-    run(_program(args)[0])
+    with Progress(sys.stderr) as progress:
+        source = _kernel(args, progress)
+    run(source)
     return FINE
 
 
 def _demo(args: argparse.Namespace) -> int:
     from .demo import show
 
-    show(sys.stdout, args.json, args.limit)
+    show(sys.stdout, args.json)
     return FINE

@@ -53,12 +53,15 @@ class KhoPageInfo(NamedTuple):
     type: str | None
 
 
+def use(source: KernelSource) -> None:
+    """Let the helpers read a program through this source."""
+    source.prog.cache["khoscope_source"] = source
+
+
 def _source(prog: Program) -> KernelSource:
-    try:
-        found: KernelSource = prog.cache["khoscope_source"]
-    except KeyError:
-        found = KernelSource(prog, "drgn session", True)
-        prog.cache["khoscope_source"] = found
+    if "khoscope_source" not in prog.cache:
+        use(KernelSource(prog, "drgn session", True))
+    found: KernelSource = prog.cache["khoscope_source"]
     return found
 
 
@@ -87,8 +90,8 @@ def kho_for_each_preserved(prog: Program) -> Iterator[PreservedBlock]:
     """
     Iterate over all blocks that the running kernel would hand over (``kho_out.radix_tree``).
 
-    The tree is read without its lock, twice if it moves.  Keys that no kernel would make are left
-    out; ``khoscope verify`` shows them.
+    The tree is read without its lock, until two reads agree, a few times at most.  Keys that no
+    kernel would make are left out; ``khoscope verify`` shows them.
 
     >>> block = next(kho_for_each_preserved(prog))
     >>> block.page
@@ -104,7 +107,8 @@ def kho_for_each_preserved(prog: Program) -> Iterator[PreservedBlock]:
 
 def kho_radix_walk_tree(tree: Object) -> Iterator[PreservedBlock]:
     """
-    Iterate over the blocks of any KHO radix tree, as the kernel function of this name does.
+    Iterate over the blocks of any KHO radix tree, as the kernel function of this name does, but
+    without its lock, and past entries that lead nowhere.
 
     :param tree: ``struct kho_radix_tree *`` (or the struct itself)
     """

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from drgn import Program
 from drgn.cli import run_interactive
 
 from . import helpers
+from .sources.kernel import KernelSource
 
 
-def run(prog: Program) -> None:
+def run(source: KernelSource) -> None:
     """Until the user leaves."""
+    helpers.use(source)
 
     def banner(text: str) -> str:
         names = ", ".join(helpers.__all__)
@@ -21,4 +22,4 @@ def run(prog: Program) -> None:
     def names(existing: dict[str, Any]) -> dict[str, Any]:
         return existing | {name: getattr(helpers, name) for name in helpers.__all__}
 
-    run_interactive(prog, banner_func=banner, globals_func=names)
+    run_interactive(source.prog, banner_func=banner, globals_func=names)

@@ -59,6 +59,8 @@ NPY_HEADER = re.compile(
 MEMBER_LIMIT = 64 << 20
 #: Subtree blobs are small structures; what is larger is kept up to here.
 BLOB_LIMIT = 16 << 20
+#: All blobs of a side together.
+BLOBS_SIZE = 64 << 20
 #: Snapshots up to this size stay in memory, larger ones go to an unnamed temporary file.
 SPOOL_MEMORY = 64 << 20
 
@@ -116,7 +118,7 @@ def save(snapshot: Snapshot, file: IO[bytes]) -> None:
             put_stream(f"{name}/leaves", side.tree.leaves)
             put_stream(f"{name}/blocks", side.blocks)
             for i, blob in enumerate(side.blobs.values()):
-                archive.writestr(f"{name}/blobs/{i:06d}.bin", blob[:BLOB_LIMIT])
+                archive.writestr(f"{name}/blobs/{i:06d}.bin", blob)
             return _SideMeta(side.fdt, side.tree.state, list(side.blobs))
 
         put_array("ram", snapshot.ram)
@@ -149,6 +151,9 @@ def save_file(snapshot: Snapshot, path: Path) -> None:
     :raises KhoscopeError: if it cannot be written.
     """
     hint = "choose a directory that you can write to and that has space"
+    # Replacing what is there would put a file in the place of /dev/null or of a link.
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise KhoscopeError(f"{path}: is not a file", "name a new file, or one to replace")
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
@@ -198,7 +203,8 @@ def _load(file: IO[bytes], name: str) -> Snapshot:
         family, _, version = schema.partition("/")
         if family != SCHEMA_NAME or not version.isdecimal():
             raise ValueError(f"schema {schema!r}")
-    if int(version) > SCHEMA_VERSION:
+        newer = int(version) > SCHEMA_VERSION
+    if newer:
         raise KhoscopeError(
             f"{name}: its schema is {schema}, this khoscope reads up to {SCHEMA}",
             "use the khoscope that wrote it, or a newer one",
@@ -217,7 +223,7 @@ def _load(file: IO[bytes], name: str) -> Snapshot:
                 archive.stream(f"{name}/nodes", Nodes),
                 archive.stream(f"{name}/leaves", Leaves),
             ),
-            {blob: archive.member(f"{name}/blobs/{i:06d}.bin") for i, blob in enumerate(of.blobs)},
+            archive.blobs(name, of.blobs),
             archive.stream(f"{name}/blocks", Blocks, sorted_by="key"),
         )
 
@@ -313,11 +319,24 @@ class _Archive:
             ) from error
 
     def member(self, name: str) -> bytes:
+        with self.damage():
+            if self._zip.getinfo(name).compress_type not in (
+                zipfile.ZIP_STORED,
+                zipfile.ZIP_DEFLATED,
+            ):
+                raise ValueError(f"{name} is not compressed as khoscope does")
         with self.damage(), self._zip.open(name) as file:
             data = file.read(MEMBER_LIMIT + 1)
             if len(data) > MEMBER_LIMIT:
                 raise ValueError(f"{name} is larger than any chunk")
             return data
+
+    def blobs(self, side: str, names: list[str]) -> dict[str, bytes]:
+        members = {blob: f"{side}/blobs/{i:06d}.bin" for i, blob in enumerate(names)}
+        with self.damage():
+            if sum(self._zip.getinfo(m).file_size for m in members.values()) > BLOBS_SIZE:
+                raise ValueError("more blobs than khoscope keeps")
+        return {blob: self.member(member) for blob, member in members.items()}
 
     def array(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> NDArray[Any]:
         data = self.member(f"{name}.npy")

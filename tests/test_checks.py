@@ -541,3 +541,26 @@ def test_other_page_size() -> None:
     now = snapshot(FIXED, [], boot_id=NEXT_BOOT, watched=(was, []))
     with pytest.raises(KhoscopeError, match="pages of 16384 and 4096 bytes"):
         compare(was, now)
+
+
+def test_facts_without_the_blocks_of_the_tree_are_incomplete() -> None:
+    whole = snapshot(PLAIN, [Block(0x1000)])
+    assert check(whole).passed
+    report = check(replace(whole, outgoing=replace(whole.outgoing, blocks=[])))
+    assert not report.passed
+    assert "the facts are of 0" in report.incomplete[0]
+
+
+def test_an_earlier_snapshot_that_moved_is_incomplete() -> None:
+    before = snapshot(PLAIN, [Block(0x1000)], state=TreeState(0x1000, moved=5))
+    after = snapshot(
+        PLAIN,
+        [],
+        boot_id="00000000-0000-0000-0000-000000000002",
+        handover=Handover(True, before.kernel.release, 1),
+        watched=(before, [Block(0x1000)]),
+    )
+    report = compare(before, after)
+    assert not report.errors
+    assert not report.passed
+    assert "5 that moved" in report.incomplete[0]

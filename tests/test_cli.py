@@ -607,11 +607,11 @@ def test_qemu_that_is_gone(tmp_path: Path) -> None:
 
 def test_qemu_that_is_busy(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """QEMU lets a second client connect and says nothing to it."""
-    monkeypatch.setattr("khoscope.sources.open.GREETING_SECONDS", 0.1)
+    monkeypatch.setattr("khoscope.sources.open.ANSWER_SECONDS", 0.1)
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "qmp"))
         listening.listen()
-        run("--qemu", tmp_path / "qmp", "tree").refused("no greeting", "one tool at a time")
+        run("--qemu", tmp_path / "qmp", "tree").refused("does not answer", "one tool at a time")
 
 
 def test_environment_without_utf8(files: dict[str, Path]) -> None:

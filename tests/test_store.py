@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import pickle
 import stat
 import zipfile
@@ -398,3 +399,17 @@ def test_geometry_that_no_kernel_has(change: dict[str, Any]) -> None:
 def test_chunks_that_are_not_there() -> None:
     refused(with_meta(lambda meta: meta["chunks"].update({"out/blocks": 3})))
     refused(with_meta(lambda meta: meta["chunks"].update({"out/blocks": 10**18})))
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    """As root, `khoscope snapshot /dev/null` would put a file in its place."""
+    facts = snapshot(PLAIN, [])
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target"
+    os.mkfifo(pipe)
+    link.symlink_to(target)
+    for path in (pipe, link, tmp_path):
+        with pytest.raises(KhoscopeError, match="is not a file"):
+            store.save_file(facts, path)
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert not target.exists()

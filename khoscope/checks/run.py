@@ -103,6 +103,9 @@ def check(facts: Snapshot) -> Report:
         unjudged += blocks_rules.unjudged(facts, blocks)
     if unjudged:
         report.incomplete.append(f"the struct pages of {unjudged} blocks could not be read")
+    held = sum(int(leaves.counts().sum()) for leaves in facts.outgoing.tree.leaves)
+    if held != report.blocks:
+        report.incomplete.append(f"the tree holds {held} blocks, the facts are of {report.blocks}")
     moved = facts.outgoing.tree.state.moved
     if moved:
         report.incomplete.append(f"{moved} blocks came or went while the tree was read")
@@ -134,12 +137,14 @@ def compare(before: Snapshot, after: Snapshot) -> Report:
         report.add_messages(rule, find(before, after))
     report.fates = Counter()
     evidence = handover_rules.Evidence(before, after)
+    unjudged = 0
     for was, now in aligned(before.outgoing.blocks, after.watched):
         if len(was) != len(now) or (was.key != now.key).any():
             raise KhoscopeError(
                 "the two snapshots do not list the same recorded blocks",
                 "one of them is damaged: take the later one again",
             )
+        unjudged += blocks_rules.unjudged(before, was)
         pairs = handover_rules.pair(was, now, after, evidence)
         for fate, count in zip(*np.unique(pairs.fate, return_counts=True), strict=True):
             report.fates[handover_rules.FATE_NAMES[handover_rules.Fate(fate)]] += int(count)
@@ -149,6 +154,12 @@ def compare(before: Snapshot, after: Snapshot) -> Report:
     for stamps in after.stamps:
         for rule, find in of_scope("stamps"):
             report.add_marked(rule, stamps, find(before, recorded, stamps))
+    state = before.outgoing.tree.state
+    if unjudged or state.moved or state.problem_count:
+        report.incomplete.append(
+            f"the earlier snapshot is not whole: {unjudged} blocks without struct pages, "
+            f"{state.moved} that moved, {state.problem_count} bad tree entries"
+        )
     if report.fates["unread"]:
         report.incomplete.append(
             f"the pages of {report.fates['unread']} recorded blocks could not be read"

@@ -84,7 +84,7 @@ def command(scene: Scene) -> str:
     return f"khoscope --snapshot {scene.name}.khosnap verify{before}"
 
 
-def show(out: IO[str], as_json: bool, limit: int | None) -> None:
+def show(out: IO[str], as_json: bool) -> None:
     """All scenes, on one page of text or as one document (schema khoscope.demo/1)."""
     if as_json:
         scenes = []
@@ -95,7 +95,8 @@ def show(out: IO[str], as_json: bool, limit: int | None) -> None:
             scenes.append({"name": scene.name, "story": scene.story, **about, **verdict})
         json_view.write({"schema": "khoscope.demo/1", "scenes": scenes}, out)
         return
-    text = Text(out, limit)
+    text = Text(out)
+    explained: set[str] = set()
     text.wrapped(
         "These are snapshots of real kernels in a VM, in which a module preserved memory of "
         "every kind: unsplit and split blocks, folios, DMA buffers, vmalloc areas, and some that "
@@ -103,7 +104,7 @@ def show(out: IO[str], as_json: bool, limit: int | None) -> None:
     )
     for scene in SCENES:
         facts, report = load(scene)
-        text.scene(scene.name, scene.story, facts, report)
+        text.scene(scene.name, scene.story, facts, report, explained)
         text.line(f"$ {command(scene)}")
     text.line()
     text.line(f"The files are in {path('').parent}")

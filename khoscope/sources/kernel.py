@@ -39,9 +39,9 @@ from ..snapshot import (
     Tree,
     Watched,
 )
-from ..store import BLOB_LIMIT, spool
+from ..store import BLOB_LIMIT, BLOBS_SIZE, spool
 from .pages import PageLayout, PageReader
-from .walk import in_ranges, settle, walk
+from .walk import READ_SIZE, READS, in_ranges, settle, walk
 
 #: ``IORESOURCE_SYSTEM_RAM`` (include/linux/ioport.h, a #define).
 IORESOURCE_SYSTEM_RAM: Final = 0x01000000
@@ -90,12 +90,19 @@ def told() -> Iterator[None]:
             "a vmcore must be whole and hold all kernel pages (makedumpfile -d 31 keeps them); "
             "a live kernel may be locked down",
         ) from error
-    except LookupError as error:
+    except (LookupError, AttributeError) as error:
         raise KhoscopeError(
             f"the kernel's debug info lacks what khoscope needs ({error})",
             "name the vmlinux of this very kernel, with DWARF, by --vmlinux",
         ) from error
-    except OSError as error:
+    except Exception as error:
+        # drgn raises a bare Exception when a QMP server hangs up.
+        if isinstance(error, KhoscopeError) or type(error) not in (
+            Exception,
+            TimeoutError,
+            OSError,
+        ):
+            raise
         raise KhoscopeError(
             f"the kernel cannot be read any more ({error})",
             "see whether the guest, or the file, is still there",
@@ -270,13 +277,18 @@ class KernelSource:
     def _leaves_now(self, recorded: Tree) -> Iterator[Leaves]:
         """What stands where the leaves of another kernel's tree stood."""
         for nodes in recorded.nodes:
-            leaves = nodes[(nodes.level == 0) & (nodes.used > 0)]
-            pages = [self.read_phys(phys, self.abi.page_size) for phys in leaves.phys.tolist()]
-            keys = [key for key, page in zip(leaves.key, pages, strict=True) if page is not None]
-            if keys:
+            # The addresses come out of a file.
+            size = np.uint64(self.abi.page_size)
+            sound = in_ranges(self.ram, nodes.phys, nodes.phys + size) & (nodes.phys % size == 0)
+            every = nodes[(nodes.level == 0) & (nodes.used > 0) & sound]
+            step = READ_SIZE // self.abi.page_size
+            for leaves in (every[at : at + step] for at in range(0, len(every), step)):
+                pages = [self.read_phys(phys, self.abi.page_size) for phys in leaves.phys.tolist()]
+                read = np.array([page is not None for page in pages])
+                if not read.any():
+                    continue
                 raw = b"".join(page for page in pages if page is not None)
-                bitmap = np.frombuffer(raw, np.uint8).reshape(len(keys), -1)
-                yield Leaves(np.array(keys, np.uint64), bitmap)
+                yield Leaves(leaves.key[read], np.frombuffer(raw, np.uint8).reshape(sum(read), -1))
 
     def _kernel(self) -> Kernel:
         uts = self.prog["init_uts_ns"].name
@@ -323,9 +335,15 @@ class KernelSource:
     def _read_fdt(self, phys: int) -> tuple[Fdt, dict[str, bytes]]:
         """A root FDT and the blobs: itself as "fdt", subtrees by name as far as readable."""
         if not phys:
-            return Fdt(0), {}
+            return Fdt(0, problems=["there is none"]), {}
         size = self.prog["PAGE_SIZE"].value_()
         blob = self.read_phys(phys, size)
+        # kho_add_subtree() moves things about in it.
+        for _ in range(READS):
+            again = self.read_phys(phys, size)
+            if again == blob:
+                break
+            blob = again
         fdt = parse_root_fdt(phys, blob)
         blobs = {} if blob is None else {"fdt": blob}
         for subtree in fdt.subtrees:
@@ -336,8 +354,9 @@ class KernelSource:
                 np.array([min(subtree.phys + subtree.size, 2**64 - 1)], np.uint64),
             )
             if in_ranges(self.ram, *span)[0]:
-                data = self.read_phys(subtree.phys, min(subtree.size, BLOB_LIMIT))
-                if data is not None:
+                kept = min(subtree.size, BLOB_LIMIT, BLOBS_SIZE - sum(map(len, blobs.values())))
+                data = self.read_phys(subtree.phys, kept)
+                if data:
                     blobs[f"subtree {subtree.name}"] = data
         return fdt, blobs
 
@@ -437,6 +456,11 @@ def _probe_type_shift(
 ) -> int | None:
     name = "KHO_KEY_TYPE_SHIFT"
     if overrides.type_shift is not None:
+        if 0 <= overrides.type_shift <= constants.get("KHO_ORDER_0_LOG2", 0):
+            raise KhoscopeError(
+                f"key bit {overrides.type_shift} holds an order or an address, not a type",
+                "give a bit above KHO_ORDER_0_LOG2, or none",
+            )
         decided[name] = "--type-shift"
         return None if overrides.type_shift < 0 else overrides.type_shift
     if name in constants:

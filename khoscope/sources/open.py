@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import platform
 import socket
+import struct
 from pathlib import Path
 
 from drgn import MissingDebugInfoError, Program
@@ -16,7 +18,8 @@ from ..errors import KhoscopeError
 # What drgn logs about missing debug info is in the error that it raises, too.
 logging.getLogger("drgn").setLevel(logging.CRITICAL)
 
-GREETING_SECONDS = 5.0
+#: The longest wait for one answer of QEMU.
+ANSWER_SECONDS = 10.0
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
@@ -61,11 +64,11 @@ def open_qemu(address: str, vmlinux: Path | None = None) -> Program:
     """
     prog = Program()
     try:
-        _greeted(address)
-        prog.set_qemu_qmp(address)
+        prog.set_qemu_qmp(_connect(address))
     except Exception as error:  # what drgn raises when a server hangs up is just that
+        what = "it does not answer: is another tool attached?" if _is_silence(error) else error
         raise KhoscopeError(
-            f"{address}: no QEMU guest to look at ({error})",
+            f"{address}: no QEMU guest to look at ({what})",
             "start QEMU with -qmp unix:PATH,server=on,wait=off -device vmcoreinfo, a guest kernel"
             " with CONFIG_FW_CFG_SYSFS=y, and attach one tool at a time",
         ) from error
@@ -73,25 +76,36 @@ def open_qemu(address: str, vmlinux: Path | None = None) -> Program:
     return prog
 
 
-def _greeted(address: str) -> None:
+def _connect(address: str) -> int:
     """
-    See that a QMP server greets us: drgn would wait for that for ever.
+    A connection to a QMP server, for drgn, on which no wait is for ever.
 
-    QEMU serves one client at a time and leaves the next one waiting.
+    QEMU serves one client at a time and leaves the next one waiting; a QEMU that is stopped
+    leaves everybody waiting.
 
-    :raises OSError: if nobody does.
+    :raises OSError: if there is nobody to connect to.
     """
     host, colon, port = address.rpartition(":")
-    tcp = colon and not address.startswith(("/", ".")) and port.isdecimal()
-    with socket.socket(socket.AF_INET if tcp else socket.AF_UNIX) as client:
-        client.settimeout(GREETING_SECONDS)
+    if colon and not address.startswith(("/", ".")) and port.isdecimal():
+        client = socket.create_connection((host or "localhost", int(port)), ANSWER_SECONDS)
+        client.settimeout(None)
+    else:
+        client = socket.socket(socket.AF_UNIX)
+    limit = struct.pack("ll", int(ANSWER_SECONDS), int(ANSWER_SECONDS % 1 * 1e6))
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        client.setsockopt(socket.SOL_SOCKET, option, limit)
+    if client.family == socket.AF_UNIX:
         try:
-            client.connect((host or "localhost", int(port)) if tcp else address)
-            greeting = client.recv(1)
-        except TimeoutError as error:
-            raise OSError("no greeting: is another tool attached to it?") from error
-        if greeting != b"{":
-            raise OSError("what answers there is not QMP")
+            client.connect(address)
+        except OSError:
+            client.close()
+            raise
+    return client.detach()
+
+
+def _is_silence(error: Exception) -> bool:
+    """Whether a wait on the connection came to its end."""
+    return isinstance(error, TimeoutError) or getattr(error, "errno", None) == errno.EAGAIN
 
 
 def open_core(path: Path, vmlinux: Path | None = None) -> Program:

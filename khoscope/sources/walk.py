@@ -237,9 +237,17 @@ def _compare(a: Tree, b: Tree) -> tuple[int, list[Leaves]]:
         return sum(int(part.counts().sum()) for part in (left, right) if len(part)), []
     if len(left) == len(right) and (left.key == right.key).all():
         moved = int(np.bitwise_count(left.bitmap ^ right.bitmap).sum())
-        return moved, [Leaves(left.key, left.bitmap & right.bitmap)]
+        return moved, _groups(Leaves(left.key, left.bitmap & right.bitmap))
     key, i, j = np.intersect1d(left.key, right.key, assume_unique=True, return_indices=True)
     stable = Leaves(key, left.bitmap[i] & right.bitmap[j])
     in_both = int(stable.counts().sum()) if len(stable) else 0
     either = sum(int(group.counts().sum()) for tree in (a, b) for group in tree.leaves)
-    return either - 2 * in_both, [stable] if len(stable) else []
+    return either - 2 * in_both, _groups(stable)
+
+
+def _groups(leaves: Leaves) -> list[Leaves]:
+    """The same in chunks of READ_SIZE."""
+    if not len(leaves):
+        return []
+    step = max(READ_SIZE // leaves.bitmap.shape[1], 1)
+    return [leaves[at : at + step] for at in range(0, len(leaves), step)]

@@ -93,7 +93,7 @@ class Text:
             self.line(self.paint("red", f"{state.problem_count} bad entries were not followed:"))
             for p in islice(state.problems, self._limit):
                 self.line(f"  node {p.table:#x} entry {p.index} = {p.entry:#x}: {p.why}")
-            self._more(state.problem_count, "bad entries")
+            self._more(len(state.problems), state.problem_count, "bad entries")
         if state.moved:
             self.wrapped(f"The tree moved while it was read: {state.moved} blocks left out.")
         self.line()
@@ -141,7 +141,8 @@ class Text:
             ["level", "node", "first key", "used"],
             ["right", "left", "left", "right"],
         )
-        self._more(sum(len(chunk) for chunk in tree.nodes), "nodes")
+        total = sum(len(chunk) for chunk in tree.nodes)
+        self._more(total, total, "nodes")
 
     def blocks(self, stream: Iterable[Blocks]) -> None:
         """Blocks, one a row."""
@@ -156,7 +157,7 @@ class Text:
             ["phys", "order", "pages", "type", "key"],
             ["left", "right", "right", "left", "left"],
         )
-        self._more(total, "blocks")
+        self._more(total, total, "blocks")
 
     def verify(self, facts: Snapshot, report: Report) -> None:
         """``khoscope verify``."""
@@ -170,8 +171,14 @@ class Text:
             self.wrapped(self.paint("red", "incomplete: ") + reason, "  ", "")
         self.verdict(report)
 
-    def scene(self, name: str, story: str, facts: Snapshot, report: Report) -> None:
-        """One scene of the demo: the tree's totals, and what the rules say, without addresses."""
+    def scene(
+        self, name: str, story: str, facts: Snapshot, report: Report, explained: set[str]
+    ) -> None:
+        """
+        One scene of the demo: the tree's totals, and what the rules say, without addresses.
+
+        :param explained: rules that need no explanation any more; those of this scene are added.
+        """
         self.line()
         self.line(self.paint("bold", f"{name} {'─' * (WIDTH - len(name) - 1)}"))
         self.wrapped(story)
@@ -190,6 +197,9 @@ class Text:
             severity = self.paint(_SEVERITY_COLOURS[found.severity], str(found.severity))
             count = f"{report.counts[found.rule]} × "
             self.wrapped(f"{count}{found.rule}: {found.message}", "    ", f"{severity}: ")
+            if found.rule not in explained:
+                explained.add(found.rule)
+                self.wrapped(found.explain, "    ", "  → ")
         self.verdict(report)
 
     def findings(self, report: Report) -> None:
@@ -204,7 +214,7 @@ class Text:
             self.line(f"{severity}: {self.paint('bold', name)} ({report.counts[name]:,})")
             for each in islice(found_list, self._limit):
                 self.wrapped(each.message, "      ", f"  {_where(each)}")
-            self._more(report.counts[name], "")
+            self._more(len(found_list), report.counts[name], "")
             self.wrapped(rule.explain, "    ", "  → ")
 
     def verdict(self, report: Report) -> None:
@@ -243,12 +253,19 @@ class Text:
         shown = islice(_change_rows(a, b), self._limit)
         for row in shown:
             self.wrapped(row, "      ", "  ")
-        self._more(counts.total(), "blocks")
+        self._more(counts.total(), counts.total(), "blocks")
 
-    def _more(self, total: int, what: str) -> None:
-        if self._limit is not None and total > self._limit:
-            hidden = f"{total - self._limit:,} more {what}".rstrip()
-            self.line(self.paint("dim", f"  … {hidden} (--limit 0 shows all)"))
+    def _more(self, kept: int, total: int, what: str) -> None:
+        """
+        The last line of a list that is longer than what is shown.
+
+        :param kept: how much of it there is to show; ``total`` is how long it really is.
+        """
+        shown = kept if self._limit is None else min(kept, self._limit)
+        if total > shown:
+            hint = "--limit 0 shows all" if kept == total else f"only {kept:,} are kept"
+            hidden = f"{total - shown:,} more {what}".rstrip()
+            self.line(self.paint("dim", f"  … {hidden} ({hint})"))
 
 
 def _count(number: int, what: str) -> str:
