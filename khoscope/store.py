@@ -118,7 +118,7 @@ def save(snapshot: Snapshot, file: IO[bytes]) -> None:
             put_stream(f"{name}/leaves", side.tree.leaves)
             put_stream(f"{name}/blocks", side.blocks)
             for i, blob in enumerate(side.blobs.values()):
-                archive.writestr(f"{name}/blobs/{i:06d}.bin", blob)
+                archive.writestr(f"{name}/blobs/{i:06d}.bin", blob[:BLOB_LIMIT])
             return _SideMeta(side.fdt, side.tree.state, list(side.blobs))
 
         put_array("ram", snapshot.ram)
