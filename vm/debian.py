@@ -85,4 +85,5 @@ def _compiles(text: str) -> bool:
 
 def packages() -> list[str]:
     """The Debian packages that the machine needs for building and running."""
-    return PACKAGES.read_text().split()
+    lines = PACKAGES.read_text().splitlines()
+    return [line for line in lines if not line.startswith("#")]
