@@ -11,7 +11,7 @@ from drgn import Architecture, FindObjectFlags, Object, Platform, Program
 
 from khoscope.errors import KhoscopeError
 from khoscope.sources import open as open_module
-from khoscope.sources.kernel import KernelSource
+from khoscope.sources.kernel import KernelSource, told
 
 
 class NoKcore:
@@ -61,3 +61,24 @@ def test_kernel_whose_kho_has_no_radix_tree() -> None:
     prog.register_object_finder("test", find, enable_index=0)
     with pytest.raises(KhoscopeError, match="older than the radix tree"):
         KernelSource(prog, "test", False)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError("gone"),
+        BrokenPipeError("gone"),
+        TimeoutError("gone"),
+        Exception("gone"),
+    ],
+)
+def test_kernel_that_goes_away_while_it_is_read(error: Exception) -> None:
+    with pytest.raises(KhoscopeError, match=r"any more \(gone\)"), told():
+        raise error
+
+
+@pytest.mark.parametrize("error", [TypeError("ours"), KhoscopeError("said", "already")])
+def test_what_is_no_reading_error_is_not_taken_for_one(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, told():
+        raise error
+    assert raised.value is error
