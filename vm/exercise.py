@@ -11,7 +11,9 @@ from typing import Any
 
 from vm.machine import Machine
 
-#: All scenarios that the module knows.
+#: The scenarios that `python -m vm scenario` takes across a kexec: all that the module knows but
+#: ``scratch``, which needs an address of the running kernel and is refused before there is
+#: anything to take across.
 SCENARIOS = (
     "contig",
     "split",
@@ -31,6 +33,7 @@ SCENARIOS = (
 )
 
 _DEBUGFS = "/sys/kernel/debug/kho_exercise"
+_SCRATCH = "/sys/kernel/debug/kho/out/scratch_"
 _PAGE = 4096
 
 
@@ -100,6 +103,18 @@ class Piece:
         return " ".join(str(v) if n == 1 else f"{v}x{n}" for v, n in self.refs)
 
 
+@dataclass(frozen=True)
+class Timing:
+    """What KHO took to preserve and unpreserve a block again and again."""
+
+    order: int
+    rounds: int
+    #: The mean of a call of ``kho_preserve_pages()``, in nanoseconds; the clock's cost included.
+    preserve_ns: float
+    #: The same of ``kho_unpreserve_pages()``.
+    unpreserve_ns: float
+
+
 class Exercise:
     """The module in one machine; :meth:`load` it in each kernel."""
 
@@ -112,7 +127,9 @@ class Exercise:
     def preserve(self, scenario: str, number: int | None = None) -> None:
         """Makes a scenario; what KHO returned for each of its pieces is in the report.
 
-        :param number: how many pages, for the scenario ``many``
+        :param number: how many blocks, of the scenario's orders in turn (without it one of each);
+            how many pages, for the scenario ``many``; for ``scratch`` the physical address, a
+            multiple of four pages
         """
         self._write("preserve", scenario if number is None else f"{scenario} {number}")
 
@@ -128,10 +145,38 @@ class Exercise:
         text = self.machine.run(("cat", f"{_DEBUGFS}/report"), check=True).stdout
         return [Piece.parse(line) for line in text.splitlines()]
 
-    def _write(self, file: str, words: str) -> None:
+    def scratch_areas(self) -> list[tuple[int, int]]:
+        """The running kernel's scratch, as (first byte, first byte after), in the kernel's order.
+
+        Areas of size 0 are left out: what is at their address is not scratch.
+        """
+        starts, sizes = (self._scratch(file) for file in ("phys", "len"))
+        pairs = zip(starts, sizes, strict=True)
+        return [(start, start + size) for start, size in pairs if size]
+
+    def _scratch(self, file: str) -> list[int]:
+        text = self.machine.run(("cat", f"{_SCRATCH}{file}"), check=True).stdout
+        return [int(line, 16) for line in text.splitlines()]
+
+    def time(self, order: int, rounds: int, *, timeout: float = 60.0) -> Timing:
+        """Has the module preserve and unpreserve one block of 2 ** `order` pages, `rounds` times.
+
+        :raise CommandTimeout: it was not done in `timeout` seconds
+        """
+        self._write("time", f"{order} {rounds}", timeout)
+        text = self.machine.run(("cat", f"{_DEBUGFS}/time"), check=True).stdout
+        fields: dict[str, int] = json.loads(text)
+        return Timing(
+            order=fields["order"],
+            rounds=fields["rounds"],
+            preserve_ns=fields["preserve_ns"] / fields["rounds"],
+            unpreserve_ns=fields["unpreserve_ns"] / fields["rounds"],
+        )
+
+    def _write(self, file: str, words: str, timeout: float = 60.0) -> None:
         # Not sh: dash's echo does not say which error it was.
         write = ("bash", "-c", 'echo "$1" >"$2"', "bash", words, f"{_DEBUGFS}/{file}")
-        result = self.machine.run(write, env={"LC_ALL": "C"})
+        result = self.machine.run(write, timeout=timeout, env={"LC_ALL": "C"})
         if result.returncode < 0:
             raise WriterDied(f"{file} {words}: the writer died of signal {-result.returncode}")
         if result.returncode:

@@ -131,6 +131,7 @@ class Machine:
     :param others: kernels that :meth:`load_kexec` may load besides it
     :param accel: ``kvm`` or ``tcg``; chosen by :func:`accelerator` where it is None
     :param append: more words for the kernel's command line
+    :param memory: of the guest, in MiB
 
     QEMU dies with the thread that started it (PR_SET_PDEATHSIG), so that nothing survives even a
     SIGKILL: start and use a machine in one thread.
@@ -142,6 +143,7 @@ class Machine:
         *others: kernels.Kernel | str,
         accel: str | None = None,
         append: str = "",
+        memory: int = 1024,
     ) -> None:
         self.kernel = _built(kernel)
         self.kernels = {k.name: k for k in (self.kernel, *map(_built, others))}
@@ -154,6 +156,7 @@ class Machine:
             raise MachineError("the guest's root is not built; run: python -m vm build")
         self._root = root
         self._append = append
+        self._memory = memory
         self._cleanup = contextlib.ExitStack()
 
     # -- from start to end ------------------------------------------------------------------------
@@ -237,7 +240,7 @@ class Machine:
             "-nodefaults", "-no-user-config", "-display", "none",
             "-machine", f"q35,accel={self.accel}",
             "-cpu", "host" if self.accel == "kvm" else "max",
-            "-smp", "2", "-m", "1024",
+            "-smp", "2", "-m", f"{self._memory}",
             # A panic (pvpanic), a reset and a power-off all end QEMU. A kexec is none of them.
             "-no-reboot", "-device", "pvpanic-pci",
             "-kernel", str(self.kernel.share / "bzImage"), "-append", command_line,

@@ -4,19 +4,24 @@
  *
  * In /sys/kernel/debug/kho_exercise:
  *
- *   preserve  write "NAME", or "many N": allocates the memory of a scenario and
- *             has KHO preserve it. May be done again: the pieces add up.
+ *   preserve  write "NAME", "NAME N", "many N" or "scratch PHYS": allocates the
+ *             memory of a scenario and has KHO preserve it. N is how many blocks
+ *             of the scenarios that are made of some, of all its orders in turn
+ *             (else one of each), and how many pages "many" has. May be done
+ *             again: the pieces add up.
  *   restore   write "NAME", after the kexec: restores what was handed over.
  *   free      write "NAME": frees the memory as its owner would, after having it
  *             unpreserved if it was preserved in this kernel. On a kernel that
  *             restores wrongly this trips the checks of CONFIG_DEBUG_VM.
  *   report    read: one JSON object per piece and line.
+ *   time      write "ORDER ROUNDS": preserves and unpreserves one block that often;
+ *             read: how long both took in total, as one line of JSON.
  *
  * A piece is the memory of one preserve call, or one vmalloc area, or all pages
  * of one "many N". A write fails if there is no such scenario (EINVAL), this
  * kernel cannot have it (EOPNOTSUPP), there is no memory for it (ENOMEM), or
  * there is nothing of it to restore or to free (ENOENT). What KHO returned is no
- * failure of the write. The report has it:
+ * failure of the write, except of one to "time". The report has it:
  *
  *   scenario, piece  which one it is
  *   state    preserved, unpreserved or freed; after the kexec, handed-over until
@@ -47,12 +52,15 @@
 #include <linux/gfp.h>
 #include <linux/kexec_handover.h>
 #include <linux/kho/abi/kexec_handover.h>
+#include <linux/ktime.h>
 #include <linux/list.h>
 #include <linux/log2.h>
+#include <linux/memory_hotplug.h>
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
 #include <linux/platform_device.h>
+#include <linux/sched/signal.h>
 #include <linux/seq_file.h>
 #include <linux/sizes.h>
 #include <linux/string.h>
@@ -73,6 +81,9 @@
 
 /* Of a block of 8. */
 #define PART_PAGES 5
+
+/* For as much as user space asks for: rather fail than have the OOM killer make room. */
+#define MAY_FAIL (GFP_KERNEL | __GFP_NOWARN | __GFP_RETRY_MAYFAIL)
 
 enum state {
 	PRESERVED,
@@ -131,18 +142,27 @@ struct kind {
 	int (*restore)(struct piece *p);
 };
 
+/* What is written after the name of a scenario to have it preserved. */
+enum argument {
+	NOTHING,
+	MAYBE_A_COUNT,
+	A_COUNT,
+	AN_ADDRESS,
+};
+
 struct scenario {
 	const char *name;
 	const struct kind *kind;
-	int (*make)(const struct scenario *s, unsigned long n);
+	enum argument argument;
+	/* @argument is 0 if there was none. */
+	int (*make)(const struct scenario *s, unsigned long argument);
 	/* What make_block() does before preserving it, and after that. */
 	void (*before)(const struct scenario *s, struct piece *p);
 	void (*after)(const struct scenario *s, struct piece *p);
-	void (*free)(struct piece *p);
+	void (*free)(struct piece *p);		/* NULL: it is not ours */
 	unsigned int first_order;		/* of the pieces, or the only one */
 	unsigned int last_order;
 	gfp_t gfp;				/* more flags for alloc_pages() */
-	bool counted;				/* takes a number of pages */
 	bool never_restored;
 };
 
@@ -509,9 +529,9 @@ static struct page *alloc_block(const struct scenario *s, unsigned int order)
 	struct folio *folio;
 
 	if (s->kind != &folios)
-		return alloc_pages(GFP_KERNEL | s->gfp, order);
+		return alloc_pages(MAY_FAIL | s->gfp, order);
 
-	folio = folio_alloc(GFP_KERNEL, order);
+	folio = folio_alloc(MAY_FAIL, order);
 
 	return folio ? folio_page(folio, 0) : NULL;
 }
@@ -545,15 +565,22 @@ static int make_block(const struct scenario *s, unsigned int order,
 
 static int make_blocks(const struct scenario *s, unsigned long n)
 {
+	const unsigned int orders = s->last_order - s->first_order + 1;
 	int err = 0;
 
-	for (unsigned int i = s->first_order; i <= s->last_order && !err; i++)
-		err = make_block(s, i, 1UL << i);
+	for (unsigned long i = 0; i < (n ?: orders) && !err; i++) {
+		const unsigned int order = s->first_order + i % orders;
+
+		if (fatal_signal_pending(current))
+			return -EINTR;
+		err = make_block(s, order, 1UL << order);
+		cond_resched();
+	}
 
 	return err;
 }
 
-static int make_part(const struct scenario *s, unsigned long n)
+static int make_part(const struct scenario *s, unsigned long unused)
 {
 	return make_block(s, s->first_order, PART_PAGES);
 }
@@ -563,13 +590,13 @@ static int make_helper(const struct scenario *s, unsigned long n)
 	return split_preserved_pages ? make_blocks(s, n) : -EOPNOTSUPP;
 }
 
-static int make_wrong_call(const struct scenario *s, unsigned long n)
+static int make_wrong_call(const struct scenario *s, unsigned long unused)
 {
 	struct scenario of_split_pages = *s;
 
 	of_split_pages.before = split;
 
-	return make_blocks(&of_split_pages, n) ?: make_blocks(s, n);
+	return make_blocks(&of_split_pages, 0) ?: make_blocks(s, 0);
 }
 
 /* The block, if it is there, that makes one of twice the size with @page. */
@@ -585,7 +612,7 @@ static struct page *find_buddy(struct list_head *blocks, struct page *page,
 	return NULL;
 }
 
-static int make_neighbours(const struct scenario *s, unsigned long n)
+static int make_neighbours(const struct scenario *s, unsigned long unused)
 {
 	const unsigned int order = s->first_order;
 	struct page *page, *next, *buddy = NULL;
@@ -620,7 +647,7 @@ static int make_neighbours(const struct scenario *s, unsigned long n)
 	return preserve(s, p);
 }
 
-static int make_dma(const struct scenario *s, unsigned long n)
+static int make_dma(const struct scenario *s, unsigned long unused)
 {
 	const size_t size = PAGE_SIZE << s->first_order;
 	struct piece *p = new_piece(s);
@@ -647,7 +674,7 @@ static int make_dma(const struct scenario *s, unsigned long n)
 	return preserve(s, p);
 }
 
-static int make_vmalloc(const struct scenario *s, unsigned long n)
+static int make_vmalloc(const struct scenario *s, unsigned long unused)
 {
 	struct piece *p = new_piece(s);
 
@@ -673,7 +700,7 @@ static int make_vmalloc(const struct scenario *s, unsigned long n)
 	return preserve(s, p);
 }
 
-static int make_vmalloc_huge(const struct scenario *s, unsigned long n)
+static int make_vmalloc_huge(const struct scenario *s, unsigned long unused)
 {
 	const unsigned int order = s->first_order;
 	struct piece *p = new_piece(s);
@@ -715,9 +742,7 @@ static int make_many(const struct scenario *s, unsigned long n)
 		return -ENOMEM;
 
 	for (p->pages = 0; p->pages < n; p->pages++) {
-		/* Rather fail than have the OOM killer make room. */
-		struct page *page = alloc_page(GFP_KERNEL | __GFP_NOWARN |
-					       __GFP_RETRY_MAYFAIL);
+		struct page *page = alloc_page(MAY_FAIL);
 
 		if (!page) {
 			free_blocks(p);
@@ -732,10 +757,38 @@ static int make_many(const struct scenario *s, unsigned long n)
 	return preserve(s, p);
 }
 
+/* Memory that the next kernel uses from its start. Whose it is now does not matter. */
+static int make_scratch(const struct scenario *s, unsigned long phys)
+{
+	/* So that a page of this kernel is followed by as many as are needed. */
+	if (!IS_ALIGNED(phys, PAGE_SIZE << s->last_order) ||
+	    !pfn_to_online_page(PHYS_PFN(phys)))
+		return -EINVAL;
+
+	for (unsigned int i = s->first_order; i <= s->last_order; i++) {
+		struct piece *p = new_piece(s);
+		int err;
+
+		if (IS_ERR(p))
+			return PTR_ERR(p);
+
+		p->phys = phys;
+		p->pages = 1UL << i;
+		p->order = i;
+
+		err = preserve(s, p);
+		if (err)
+			return err;
+	}
+
+	return 0;
+}
+
 static const struct scenario scenarios[] = {
 	{
 		.name = "contig",
 		.kind = &contiguous,
+		.argument = MAYBE_A_COUNT,
 		.make = make_blocks,
 		.free = free_blocks,
 		.first_order = 1,
@@ -743,6 +796,7 @@ static const struct scenario scenarios[] = {
 	}, {
 		.name = "split",
 		.kind = &contiguous,
+		.argument = MAYBE_A_COUNT,
 		.make = make_blocks,
 		.before = split,
 		.free = free_blocks,
@@ -751,6 +805,7 @@ static const struct scenario scenarios[] = {
 	}, {
 		.name = "folio",
 		.kind = &folios,
+		.argument = MAYBE_A_COUNT,
 		.make = make_blocks,
 		.free = free_folio,
 		.first_order = 0,
@@ -775,6 +830,7 @@ static const struct scenario scenarios[] = {
 	}, {
 		.name = "helper",
 		.kind = &contiguous,
+		.argument = MAYBE_A_COUNT,
 		.make = make_helper,
 		.after = split_with_helper,
 		.free = free_blocks,
@@ -797,6 +853,7 @@ static const struct scenario scenarios[] = {
 		/* Behind the back of KHO. */
 		.name = "late-split",
 		.kind = &contiguous,
+		.argument = MAYBE_A_COUNT,
 		.make = make_blocks,
 		.after = split,
 		.free = free_blocks,
@@ -805,6 +862,7 @@ static const struct scenario scenarios[] = {
 	}, {
 		.name = "unpreserve",
 		.kind = &contiguous,
+		.argument = MAYBE_A_COUNT,
 		.make = make_blocks,
 		.after = unpreserve,
 		.free = free_blocks,
@@ -818,6 +876,7 @@ static const struct scenario scenarios[] = {
 		 */
 		.name = "freed",
 		.kind = &contiguous,
+		.argument = MAYBE_A_COUNT,
 		.make = make_blocks,
 		.after = free_while_preserved,
 		.free = free_blocks,
@@ -827,6 +886,7 @@ static const struct scenario scenarios[] = {
 	}, {
 		.name = "leak",
 		.kind = &contiguous,
+		.argument = MAYBE_A_COUNT,
 		.make = make_blocks,
 		.free = free_blocks,
 		.first_order = 2,
@@ -843,9 +903,18 @@ static const struct scenario scenarios[] = {
 	}, {
 		.name = "many",
 		.kind = &single,
+		.argument = A_COUNT,
 		.make = make_many,
 		.free = free_blocks,
-		.counted = true,
+	}, {
+		/* Only KHO's own debugging refuses it. */
+		.name = "scratch",
+		.kind = &contiguous,
+		.argument = AN_ADDRESS,
+		.make = make_scratch,
+		.first_order = 0,
+		.last_order = 2,
+		.never_restored = true,
 	},
 };
 
@@ -860,14 +929,14 @@ static const struct scenario *find_scenario(const char *name)
 
 /* The commands */
 
-static int preserve_scenario(const struct scenario *s, unsigned long n)
+static int preserve_scenario(const struct scenario *s, unsigned long argument)
 {
 	guard(mutex)(&lock);
 
-	return s->make(s, n);
+	return s->make(s, argument);
 }
 
-static int restore_scenario(const struct scenario *s, unsigned long n)
+static int restore_scenario(const struct scenario *s, unsigned long unused)
 {
 	bool found = false;
 	struct record *r;
@@ -907,7 +976,7 @@ static struct piece *find_ours(const struct scenario *s)
 	return NULL;
 }
 
-static int free_scenario(const struct scenario *s, unsigned long n)
+static int free_scenario(const struct scenario *s, unsigned long unused)
 {
 	bool found = false;
 
@@ -927,7 +996,7 @@ static int free_scenario(const struct scenario *s, unsigned long n)
 			p->state = FREED;
 		}
 
-		if (!freed)
+		if (!freed && s->free)
 			s->free(p);
 		found = true;
 	}
@@ -935,46 +1004,73 @@ static int free_scenario(const struct scenario *s, unsigned long n)
 
 static const struct command {
 	const char *name;
-	int (*run)(const struct scenario *s, unsigned long n);
-	bool counts;
+	int (*run)(const struct scenario *s, unsigned long argument);
+	bool takes_argument;
 } commands[] = {
 	{ "preserve", preserve_scenario, true },
 	{ "restore", restore_scenario },
 	{ "free", free_scenario },
 };
 
+/* What has been written: at most two words, of which the second may be missing. */
+struct words {
+	char buffer[64];
+	char *first;
+	char *second;
+};
+
+static int read_words(struct words *w, const char __user *from, size_t size)
+{
+	if (size >= sizeof(w->buffer))
+		return -EINVAL;
+	if (copy_from_user(w->buffer, from, size))
+		return -EFAULT;
+	w->buffer[size] = '\0';
+
+	w->second = strim(w->buffer);
+	w->first = strsep(&w->second, " ");
+
+	return 0;
+}
+
+/* Neither a count nor an address is 0. */
+static int parse_number(const char *word, unsigned long *n)
+{
+	const int err = kstrtoul(word, 0, n);
+
+	return err ?: (*n ? 0 : -EINVAL);
+}
+
 static ssize_t command_write(struct file *file, const char __user *from,
 			     size_t size, loff_t *pos)
 {
 	const struct command *command = file->private_data;
+	enum argument takes = NOTHING;
 	const struct scenario *s;
-	char buffer[64], *number;
-	unsigned long n = 0;
+	unsigned long argument = 0;
+	struct words words;
 	int err;
 
-	if (size >= sizeof(buffer))
-		return -EINVAL;
-	if (copy_from_user(buffer, from, size))
-		return -EFAULT;
-	buffer[size] = '\0';
+	err = read_words(&words, from, size);
+	if (err)
+		return err;
 
-	number = strim(buffer);
-	s = find_scenario(strsep(&number, " "));
+	s = find_scenario(words.first);
 	if (!s)
 		return -EINVAL;
 
-	/* A number goes with "preserve many", and with nothing else. */
-	if (!!number != (s->counted && command->counts))
+	if (command->takes_argument)
+		takes = s->argument;
+	if (words.second ? takes == NOTHING :
+			   takes == A_COUNT || takes == AN_ADDRESS)
 		return -EINVAL;
-	if (number) {
-		err = kstrtoul(number, 0, &n);
+	if (words.second) {
+		err = parse_number(words.second, &argument);
 		if (err)
 			return err;
-		if (!n)
-			return -EINVAL;
 	}
 
-	err = command->run(s, n);
+	err = command->run(s, argument);
 
 	return err ?: size;
 }
@@ -1060,6 +1156,91 @@ static int report_show(struct seq_file *m, void *unused)
 	return 0;
 }
 DEFINE_SHOW_ATTRIBUTE(report);
+
+/* How long KHO takes, per call of its functions */
+
+struct timing {
+	unsigned int order;
+	unsigned long rounds;
+	u64 preserve_ns;		/* of all rounds */
+	u64 unpreserve_ns;
+};
+
+/* The last one, if it has any rounds. Under the lock. */
+static struct timing last_timing;
+
+static int time_rounds(struct timing *t, struct page *page)
+{
+	const unsigned long pages = 1UL << t->order;
+
+	for (unsigned long i = 0; i < t->rounds; i++) {
+		const u64 start = ktime_get_ns();
+		const int err = kho_preserve_pages(page, pages);
+		const u64 preserved = ktime_get_ns();
+
+		if (err)
+			return err;
+		kho_unpreserve_pages(page, pages);
+		t->unpreserve_ns += ktime_get_ns() - preserved;
+		t->preserve_ns += preserved - start;
+
+		if (fatal_signal_pending(current))
+			return -EINTR;
+		cond_resched();
+	}
+
+	return 0;
+}
+
+static ssize_t time_write(struct file *file, const char __user *from,
+			  size_t size, loff_t *pos)
+{
+	struct timing t = {};
+	struct words words;
+	struct page *page;
+	int err;
+
+	err = read_words(&words, from, size);
+	if (err)
+		return err;
+	if (!words.second)
+		return -EINVAL;
+	err = kstrtouint(words.first, 0, &t.order) ?:
+	      parse_number(words.second, &t.rounds);
+	if (err)
+		return err;
+	if (t.order > MAX_PAGE_ORDER)
+		return -EINVAL;
+
+	page = alloc_pages(MAY_FAIL, t.order);
+	if (!page)
+		return -ENOMEM;
+	err = time_rounds(&t, page);
+	__free_pages(page, t.order);
+	if (err)
+		return err;
+
+	guard(mutex)(&lock);
+	last_timing = t;
+
+	return size;
+}
+
+static int time_show(struct seq_file *m, void *unused)
+{
+	const struct timing *t = &last_timing;
+
+	guard(mutex)(&lock);
+
+	if (!t->rounds)
+		return 0;
+	seq_printf(m, "{\"order\":%u,\"rounds\":%lu", t->order, t->rounds);
+	seq_printf(m, ",\"preserve_ns\":%llu,\"unpreserve_ns\":%llu}\n",
+		   t->preserve_ns, t->unpreserve_ns);
+
+	return 0;
+}
+DEFINE_SHOW_STORE_ATTRIBUTE(time);
 
 /* What the previous kernel has handed over */
 
@@ -1150,6 +1331,7 @@ static int __init kho_exercise_init(void)
 		debugfs_create_file(commands[i].name, 0200, dir,
 				    (void *)&commands[i], &command_fops);
 	debugfs_create_file("report", 0400, dir, NULL, &report_fops);
+	debugfs_create_file("time", 0600, dir, NULL, &time_fops);
 
 	return 0;
 
