@@ -15,6 +15,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +24,7 @@ import pytest
 
 import vm.machine
 from vm import root as roots
+from vm.exercise import Exercise, ExerciseError, KernelLog, Unsupported, by_scenario
 from vm.machine import (
     REPOSITORY,
     CommandFailed,
@@ -176,6 +178,168 @@ def test_kexec_into_another_kernel() -> None:
         assert machine.run("cat /kernel/release").stdout.strip() == release
         with pytest.raises(MachineError, match="not made with"):
             machine.load_kexec("7.2-rfc")
+
+
+# -- the exercise module ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exercise() -> Iterator[Exercise]:
+    """The module in a guest with memory for 200,000 pages; the tests free what they make."""
+    with Machine("7.2-fixed", memory=2048) as machine:
+        exercise = Exercise(machine)
+        exercise.load()
+        yield exercise
+
+
+@pytest.mark.parametrize(
+    ("scenario", "number", "orders", "call"),
+    [
+        ("contig", 23, {1: 6, 2: 6, 3: 6, 4: 5}, "kho_preserve_pages"),
+        ("split", 29, {1: 8, 2: 7, 3: 7, 4: 7}, "kho_preserve_pages"),
+        ("folio", 31, {0: 8, 1: 8, 2: 8, 3: 7}, "kho_preserve_folio"),
+        ("unpreserve", 7, {2: 7}, "kho_unpreserve_pages"),
+        ("helper", 5, {1: 2, 2: 2, 3: 1}, "kho_split_preserved_pages"),
+        ("contig", None, {1: 1, 2: 1, 3: 1, 4: 1}, "kho_preserve_pages"),
+    ],
+)
+def test_number_of_blocks(
+    exercise: Exercise, scenario: str, number: int | None, orders: dict[int, int], call: str
+) -> None:
+    before = len(by_scenario(exercise.report()).get(scenario, []))
+    exercise.preserve(scenario, number)
+    pieces = by_scenario(exercise.report())[scenario][before:]
+    assert [piece.piece for piece in pieces] == list(range(before, before + sum(orders.values())))
+    assert Counter(piece.pages for piece in pieces) == {1 << o: n for o, n in orders.items()}
+    assert {piece.state for piece in pieces} == {
+        "unpreserved" if scenario == "unpreserve" else "preserved"
+    }
+    assert {(piece.call, piece.ret) for piece in pieces} == {(call, 0)}
+    exercise.free(scenario)
+    assert {piece.state for piece in by_scenario(exercise.report())[scenario]} == {"freed"}
+
+
+def test_many_pages(exercise: Exercise) -> None:
+    exercise.preserve("many", 200_000)
+    (piece,) = by_scenario(exercise.report())["many"]
+    assert (piece.state, piece.pages, piece.ret) == ("preserved", 200_000, 0)
+    exercise.free("many")
+
+
+def test_scratch_is_refused(exercise: Exercise) -> None:
+    log = KernelLog(exercise.machine)
+    for start, end in exercise.scratch_areas():
+        log.mark()
+        exercise.preserve("scratch", start)
+        pieces = by_scenario(exercise.report())["scratch"][-3:]
+        assert [piece.ranges for piece in pieces] == [
+            ((start, start + size),) for size in (0x1000, 0x2000, 0x4000)
+        ]
+        assert all(piece.ranges[0][1] <= end for piece in pieces)
+        assert {(p.call, p.ret, p.state) for p in pieces} == {
+            ("kho_preserve_pages", -22, "unpreserved")
+        }
+        assert log.since().count("WARNING: ") == 3
+    exercise.free("scratch")
+
+
+def test_what_is_not_scratch_is_unpreserved(exercise: Exercise) -> None:
+    (lowest, _) = min(exercise.scratch_areas())
+    # Where the kernel's own scratch begins, other memory ends.
+    exercise.preserve("scratch", lowest - 0x4000)
+    pieces = by_scenario(exercise.report())["scratch"][-3:]
+    assert [(piece.ret, piece.state) for piece in pieces] == [(0, "preserved")] * 3
+    log = KernelLog(exercise.machine)
+    log.mark()
+    exercise.free("scratch")
+    pieces = by_scenario(exercise.report())["scratch"][-3:]
+    assert {(p.call, p.state) for p in pieces} == {("kho_unpreserve_pages", "freed")}
+    assert log.complaint() is None
+
+
+def test_time(exercise: Exercise) -> None:
+    for order in (0, 10):
+        timing = exercise.time(order, 1000)
+        assert (timing.order, timing.rounds) == (order, 1000)
+        assert timing.preserve_ns > 0
+        assert timing.unpreserve_ns > 0
+    # What was killed does not count.
+    with pytest.raises(CommandTimeout):
+        exercise.time(0, 10**9, timeout=2)
+    text = exercise.machine.run("cat /sys/kernel/debug/kho_exercise/time", check=True).stdout
+    assert text.startswith('{"order":10,"rounds":1000,"preserve_ns":')
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("preserve", ""),
+        ("preserve", "nothing"),
+        ("preserve", "contig 0"),
+        ("preserve", "contig -1"),
+        ("preserve", "contig two"),
+        ("preserve", "contig 1 1"),
+        ("preserve", "many"),
+        ("preserve", "many 0"),
+        *[
+            ("preserve", f"{name} 2")
+            for name in ("dma", "vmalloc", "vmalloc-huge", "neighbours", "part", "wrong-call")
+        ],
+        ("preserve", "scratch"),
+        # Not aligned, and no memory.
+        ("preserve", "scratch 0x1000"),
+        ("preserve", "scratch 0x7fffffffc000"),
+        ("preserve", "scratch 0xffffffffffffc000"),
+        ("restore", "contig 1"),
+        ("free", "contig 1"),
+        ("time", ""),
+        ("time", "0"),
+        ("time", "0 0"),
+        ("time", "-1 1"),
+        ("time", "11 1"),
+        ("time", "0 1 1"),
+        ("time", "0 many"),
+    ],
+)
+def test_bad_input(exercise: Exercise, file: str, words: str) -> None:
+    before = [(p.scenario, p.piece, p.state) for p in exercise.report()]
+    write = f"echo '{words}' >/sys/kernel/debug/kho_exercise/{file}"
+    result = exercise.machine.run(("bash", "-c", write), env={"LC_ALL": "C"})
+    assert result.stderr.endswith("write error: Invalid argument\n")
+    assert [(p.scenario, p.piece, p.state) for p in exercise.report()] == before
+
+
+def test_a_kernel_without_the_helper() -> None:
+    with Machine(KERNEL) as machine:
+        exercise = Exercise(machine)
+        exercise.load()
+        with pytest.raises(Unsupported):
+            exercise.preserve("helper", 5)
+        assert exercise.report() == []
+        # Nor has anything been timed yet.
+        assert machine.run("cat /sys/kernel/debug/kho_exercise/time", check=True).stdout == ""
+
+
+def test_what_was_counted_is_handed_over_and_what_was_refused_is_not() -> None:
+    with Machine("7.2-fixed") as machine:
+        exercise = Exercise(machine)
+        exercise.load()
+        exercise.preserve("contig", 23)
+        exercise.preserve("scratch", exercise.scratch_areas()[0][0])
+        machine.load_kexec()
+        machine.execute_kexec()
+        exercise.load()
+        exercise.restore("contig")
+        with pytest.raises(ExerciseError, match="not permitted"):
+            exercise.restore("scratch")
+        pieces = by_scenario(exercise.report())
+        assert Counter((p.pages, p.state, p.shape) for p in pieces["contig"]) == {
+            (2, "restored", "1/0"): 6,
+            (4, "restored", "1/0"): 6,
+            (8, "restored", "1/0"): 6,
+            (16, "restored", "1/0"): 5,
+        }
+        assert [(p.state, p.refs) for p in pieces["scratch"]] == [("unpreserved", ())] * 3
 
 
 # -- a guest that does not behave -------------------------------------------------------------
