@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Facts about calls of KHO: who asked for what, and what became of each block.
+
+Only outermost calls are calls here; what they call in turn shows in the blocks that they touch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from typing import Any, ClassVar, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .abi import U64
+from .columns import Blocks, Columns, Pages
+from .snapshot import Snapshot
+
+
+class Kind(StrEnum):
+    """What a call is for; ``trace --only`` chooses among them."""
+
+    PRESERVE = "preserve"
+    UNPRESERVE = "unpreserve"
+    SPLIT = "split"
+    RESTORE = "restore"
+    SUBTREE = "subtree"
+    TREE = "tree"
+
+
+class Use(IntEnum):
+    """What a function itself does to a block; ``enum block_use`` in bpf/kho_trace.c."""
+
+    NO_BLOCK = 0
+    NAMED = 1
+    BLOCK_BY_PFN = 2
+    BLOCK_BY_KEY = 3
+    BLOCK_BY_STAMP = 4
+
+
+class Action(IntEnum):
+    """What became of a block."""
+
+    NONE = 0
+    ADD = 1
+    DELETE = 2
+    RESTORE = 3
+
+
+@dataclass(frozen=True)
+class Function:
+    """
+    A function of kernel/liveupdate/kexec_handover.c.
+
+    :param arguments: their names, in the order of the newest kernel that has the function; a
+        kernel may lack the last ones.
+    :param returns: ``int`` (0 or a negative errno), ``pointer`` (NULL: failed) or ``void``.
+    """
+
+    name: str
+    kind: Kind
+    arguments: tuple[str, ...]
+    returns: str = "int"
+    use: Use = Use.NO_BLOCK
+    action: Action = Action.NONE
+
+    @property
+    def short(self) -> str:
+        """The name without ``kho_``."""
+        return self.name.removeprefix("kho_")
+
+
+#: What is traced.  The index is the number by which bpf/kho_trace.c and recordings name them, so
+#: that new ones go to the end.
+FUNCTIONS: Final[Sequence[Function]] = (
+    Function("kho_preserve_folio", Kind.PRESERVE, ("folio",)),
+    Function("kho_preserve_pages", Kind.PRESERVE, ("page", "nr_pages")),
+    Function("kho_preserve_vmalloc", Kind.PRESERVE, ("ptr", "preservation")),
+    Function("kho_unpreserve_folio", Kind.UNPRESERVE, ("folio",), "void"),
+    Function("kho_unpreserve_pages", Kind.UNPRESERVE, ("page", "nr_pages"), "void"),
+    Function("kho_unpreserve_vmalloc", Kind.UNPRESERVE, ("preservation",), "void"),
+    Function("kho_split_preserved_pages", Kind.SPLIT, ("page", "order")),
+    Function("kho_restore_folio", Kind.RESTORE, ("phys",), "pointer"),
+    Function("kho_restore_pages", Kind.RESTORE, ("phys", "nr_pages"), "pointer"),
+    Function("kho_restore_vmalloc", Kind.RESTORE, ("preservation",), "pointer"),
+    Function(
+        "kho_restore_page",
+        Kind.RESTORE,
+        ("phys", "is_folio"),
+        "pointer",
+        Use.BLOCK_BY_STAMP,
+        Action.RESTORE,
+    ),
+    Function("kho_add_subtree", Kind.SUBTREE, ("name", "blob", "size"), "int", Use.NAMED),
+    Function("kho_remove_subtree", Kind.SUBTREE, ("blob",), "void"),
+    Function(
+        "kho_radix_add_page",
+        Kind.TREE,
+        ("tree", "pfn", "order", "type"),
+        "int",
+        Use.BLOCK_BY_PFN,
+        Action.ADD,
+    ),
+    Function(
+        "kho_radix_del_page",
+        Kind.TREE,
+        ("tree", "pfn", "order", "type"),
+        "void",
+        Use.BLOCK_BY_PFN,
+        Action.DELETE,
+    ),
+    Function(
+        "kho_radix_add_key",
+        Kind.TREE,
+        ("tree", "key"),
+        "int",
+        Use.BLOCK_BY_KEY,
+        Action.ADD,
+    ),
+    Function(
+        "kho_radix_del_key",
+        Kind.TREE,
+        ("tree", "key"),
+        "void",
+        Use.BLOCK_BY_KEY,
+        Action.DELETE,
+    ),
+)
+
+#: By name.
+NUMBERS: Final = {function.name: number for number, function in enumerate(FUNCTIONS)}
+
+#: KHO's own wrappers around these functions: who calls them is the client.
+WRAPPERS: Final = frozenset({"kho_alloc_preserve", "kho_unpreserve_free", "kho_restore_free"})
+
+#: No physical address, no order, no function; whether a bit is set is not known.
+NO_PHYS: Final = 2**64 - 1
+NO_ORDER: Final = 255
+BIT_CLEAR, BIT_SET, BIT_UNKNOWN = 0, 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class Calls(Columns):
+    """
+    Outermost calls, in the order in which they returned.
+
+    :param call: u64, names the call, unique in one trace.
+    :param function: u8, index into FUNCTIONS.
+    :param tid: u32, ``task_struct.pid``.
+    :param tgid: u32, ``task_struct.tgid``.
+    :param comm: ``task_struct.comm``, 16 bytes.
+    :param enter: u64, ns of ``ktime_get_ns()``.
+    :param leave: u64, likewise.
+    :param args: u64, shape (n, 4), as they were passed, whatever the function's C types.
+    :param ret: i64, what came back: ``int`` sign-extended; the pointer; 0 for ``void``.
+    :param phys: u64, ``phys_addr_t`` of the memory that was named; ``NO_PHYS`` where the arguments
+        do not say (vmalloc).
+    :param pages: u64, how many pages were asked for; of vmalloc and folios, those that were
+        touched.
+    :param blocks: u64, blocks that were touched.
+    :param name: of a subtree, 32 bytes.
+    :param stack: u64, shape (n, frames), return addresses, innermost first; 0: none.
+    """
+
+    call: U64
+    function: NDArray[np.uint8]
+    tid: NDArray[np.uint32]
+    tgid: NDArray[np.uint32]
+    comm: NDArray[np.bytes_]
+    enter: U64
+    leave: U64
+    args: U64
+    ret: NDArray[np.int64]
+    phys: U64
+    pages: U64
+    blocks: U64
+    name: NDArray[np.bytes_]
+    stack: U64
+
+    DTYPES: ClassVar[dict[str, str]] = {
+        "call": "<u8",
+        "function": "|u1",
+        "tid": "<u4",
+        "tgid": "<u4",
+        "comm": "|S16",
+        "enter": "<u8",
+        "leave": "<u8",
+        "args": "<u8",
+        "ret": "<i8",
+        "phys": "<u8",
+        "pages": "<u8",
+        "blocks": "<u8",
+        "name": "|S32",
+        "stack": "<u8",
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Touches(Columns):
+    """
+    What calls did to blocks.
+
+    :param call: u64, the call that it belongs to.
+    :param function: u8, index into FUNCTIONS: the function that did it.
+    :param action: i8, :class:`Action`.
+    :param ret: i64, what that function returned, as in :class:`Calls`.
+    :param before: u8, whether the block's bit was set in the tree at entry: ``BIT_CLEAR``,
+        ``BIT_SET`` or ``BIT_UNKNOWN``.
+    :param after: u8, likewise at return.
+    :param as_folio: bool, restored by ``kho_restore_folio``; else by ``kho_restore_pages``.
+    :param asked: u8, the order of the block by the caller's own arithmetic (``kho_restore_pages``);
+        ``NO_ORDER``: the caller has none.
+    :param looked: u32, pages of which the refcount was read; fewer than the block has: sampled.
+    :param blocks: the blocks.  Added and deleted ones have the key and the type as the tree stores
+        them, restored ones order and type of the stamp; ``facts`` are those at entry of an add and
+        at return of a restore, with the stamp in ``private``.
+    :param known: bool, the block is in the snapshot of the kernel that handed over.
+    :param was: what its struct pages were in that kernel; zeros where not known.
+    """
+
+    call: U64
+    function: NDArray[np.uint8]
+    action: NDArray[np.int8]
+    ret: NDArray[np.int64]
+    before: NDArray[np.uint8]
+    after: NDArray[np.uint8]
+    as_folio: NDArray[np.bool_]
+    asked: NDArray[np.uint8]
+    looked: NDArray[np.uint32]
+    blocks: Blocks
+    known: NDArray[np.bool_]
+    was: Pages
+
+    DTYPES: ClassVar[dict[str, str]] = {
+        "call": "<u8",
+        "function": "|u1",
+        "action": "|i1",
+        "ret": "<i8",
+        "before": "|u1",
+        "after": "|u1",
+        "as_folio": "|b1",
+        "asked": "|u1",
+        "looked": "<u4",
+    }
+
+    @classmethod
+    def empty(cls) -> Touches:
+        columns: dict[str, Any] = {name: np.zeros(0, dtype) for name, dtype in cls.DTYPES.items()}
+        blocks = dataclasses.replace(Blocks.empty(), pages=Pages.empty())
+        return cls(**columns, blocks=blocks, known=np.zeros(0, np.bool_), was=Pages.empty())
+
+    @property
+    def succeeded(self) -> NDArray[np.bool_]:
+        """Added, deleted or restored as asked."""
+        restored = self.action == Action.RESTORE
+        return np.where(restored, self.ret != 0, self.ret >= 0)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """
+    What a trace did not see.
+
+    :param lost: events for which the buffer had no room.
+    :param missed: calls that could not be followed from entry to return.
+    :param sampled: blocks of which not all refcounts were read.
+    :param unread: blocks of which some struct pages could not be read.
+    :param open: calls that had not returned at the end.
+    """
+
+    lost: int = 0
+    missed: int = 0
+    sampled: int = 0
+    unread: int = 0
+    open: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """
+    Calls that have returned, each with all that it did to blocks.
+
+    :param touches: those of the first call, then those of the second and so on; at the end those
+        whose call is not among ``calls``: it has not returned yet and has too many to wait for it,
+        or its event was lost.
+    """
+
+    calls: Calls
+    touches: Touches
+
+    def starts(self) -> NDArray[np.int64]:
+        """i64, n + 1 of them: where the touches of each call begin, and where the last's end."""
+        sorter = np.argsort(self.calls.call, kind="stable")
+        at = np.searchsorted(self.calls.call, self.touches.call, sorter=sorter)
+        at = sorter[np.minimum(at, len(sorter) - 1)] if len(sorter) else at
+        found = np.zeros(len(at), np.bool_)
+        if len(sorter):
+            found = self.calls.call[at] == self.touches.call
+        counts = np.bincount(at[found], minlength=len(self.calls))
+        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """
+    What is traced, and how.
+
+    :param facts: of the kernel, when tracing began; without struct pages.
+    :param attached: ``fentry`` or ``kprobe`` by function.
+    :param missing: functions that are not traced, and why.
+    :param buffer: what carries the events, in words.
+    :param started: ns of ``ktime_get_ns()`` when tracing began.
+    """
+
+    facts: Snapshot
+    attached: dict[str, str]
+    missing: dict[str, str]
+    buffer: str
+    started: int
+
+
+#: Turns a kernel address into ``function+0x1f [module]`` (``[kernel]`` for what is built in), or
+#: ``[unknown]``.
+Symbols = Callable[[int], str]
+
+
+def frames(stack: Iterable[int], symbols: Symbols) -> list[str]:
+    """
+    The stack above KHO's own functions, innermost first: the first one is the client.
+
+    A stack begins with what traces: the BPF program, its trampoline, the traced function.
+    """
+    names = [symbols(address) for address in stack if address]
+    for i, name in enumerate(names):
+        function = name.partition("+")[0]
+        ours = function in NUMBERS or function in WRAPPERS or name.endswith("[bpf]")
+        if not ours and not function.startswith(("bpf_prog_", "bpf_trampoline_")):
+            return names[i:]
+    return []
+
+
+def client(stack: Iterable[int], symbols: Symbols) -> str:
+    """Who called: ``function [module]``; ``[unknown]`` where the stack does not say."""
+    above = frames(stack, symbols)
+    if not above:
+        return "[unknown]"
+    function, _, module = above[0].partition(" ")
+    return f"{function.partition('+')[0]} {module}".strip()
