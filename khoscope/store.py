@@ -5,11 +5,15 @@ The snapshot file: a zip of ``meta.json``, ``.npy`` columns and raw blobs.
 Streams are kept chunk by chunk as ``STREAM/NNNNNN.COLUMN.npy`` and are read back the same way, so
 neither side ever holds more than a chunk.  A file may come from anywhere: sizes, shapes, types
 and order are checked before they are believed, and nothing is unpickled.
+
+A recording of ``khoscope trace`` is such a file, too (:mod:`khoscope.trace.record`): what writes
+and reads members is for both.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import io
 import math
@@ -18,10 +22,11 @@ import re
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar
+from types import TracebackType
+from typing import IO, Any, Final, Generic, Self, TypeVar
 
 import msgspec
 import numpy as np
@@ -44,9 +49,42 @@ from .snapshot import (
     Watched,
 )
 
-SCHEMA_NAME = "khosnap"
-SCHEMA_VERSION = 1
-SCHEMA = f"{SCHEMA_NAME}/{SCHEMA_VERSION}"
+
+@dataclass(frozen=True)
+class Format:
+    """
+    A kind of file.
+
+    :param noun: what to call one.
+    :param again: what to do about one that is damaged.
+    :param opened: how khoscope opens one.
+    """
+
+    name: str
+    version: int
+    noun: str
+    again: str
+    opened: str
+
+    @property
+    def schema(self) -> str:
+        return f"{self.name}/{self.version}"
+
+
+SNAPSHOT: Final = Format(
+    "khosnap",
+    1,
+    "snapshot file",
+    "take the snapshot again, or copy the file again",
+    "khoscope --snapshot FILE opens it",
+)
+RECORDING: Final = Format(
+    "khotrace",
+    1,
+    "recording",
+    "record the trace again, or copy the file again",
+    "khoscope trace --replay FILE shows it",
+)
 
 #: An array as numpy writes it.  numpy's own reader would evaluate the header as Python.
 NPY_HEADER = re.compile(
@@ -65,7 +103,11 @@ BLOBS_SIZE = 64 << 20
 SPOOL_MEMORY = 64 << 20
 
 
+#: No column of the set has two dimensions.
+NARROW: Final[Mapping[str, int]] = {}
+
 C = TypeVar("C", bound=Columns)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -96,52 +138,150 @@ class _SchemaOnly:
     schema: str
 
 
-def save(snapshot: Snapshot, file: IO[bytes]) -> None:
+class Writer:
+    """
+    Puts members into a zip.
+
+    :param prefix: of their names.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, prefix: str = "") -> None:
+        self._zip = archive
+        self._prefix = prefix
+
+    def under(self, folder: str) -> Writer:
+        return Writer(self._zip, f"{self._prefix}{folder}/")
+
+    def member(self, name: str, data: Any) -> None:
+        # Without a time: a zip has none before 1980, but hosts whose clock is not set do.
+        info = zipfile.ZipInfo(f"{self._prefix}{name}")
+        info.external_attr = 0o600 << 16
+        self._zip.writestr(info, data, zipfile.ZIP_DEFLATED, compresslevel=1)
+
+    def json(self, name: str, value: Any) -> None:
+        self.member(name, msgspec.json.format(msgspec.json.encode(value), indent=1))
+
+    def array(self, name: str, values: NDArray[Any]) -> None:
+        data = io.BytesIO()
+        npy.write_array(data, np.ascontiguousarray(values), allow_pickle=False)
+        self.member(f"{name}.npy", data.getbuffer())
+
+    def columns(self, prefix: str, chunk: Columns, without: Collection[str] = ()) -> None:
+        """The columns of a set and of the sets in it."""
+        for f in dataclasses.fields(chunk):  # type: ignore[arg-type]
+            value = getattr(chunk, f.name)
+            if f.name in without or value is None:
+                continue
+            if isinstance(value, Columns):
+                self.columns(f"{prefix}{f.name}.", value)
+            else:
+                self.array(f"{prefix}{f.name}", value)
+
+    def stream(self, name: str, stream: Iterable[Columns]) -> int:
+        """:return: how many chunks it has."""
+        count = 0
+        for chunk in stream:
+            self.columns(f"{name}/{count:06d}.", chunk)
+            count += 1
+        return count
+
+
+def put(snapshot: Snapshot, writer: Writer) -> None:
     """Write a snapshot, reading each of its streams once."""
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        chunks: dict[str, int] = {}
+    chunks: dict[str, int] = {}
 
-        def put_stream(name: str, stream: Iterable[Columns]) -> None:
-            chunks[name] = 0
-            for chunk in stream:
-                for column, values in _flat(chunk):
-                    put_array(f"{name}/{chunks[name]:06d}.{column}", values)
-                chunks[name] += 1
+    def put_side(name: str, side: Side) -> _SideMeta:
+        put_stream(f"{name}/nodes", side.tree.nodes)
+        put_stream(f"{name}/leaves", side.tree.leaves)
+        put_stream(f"{name}/blocks", side.blocks)
+        for i, blob in enumerate(side.blobs.values()):
+            writer.member(f"{name}/blobs/{i:06d}.bin", blob[:BLOB_LIMIT])
+        return _SideMeta(side.fdt, side.tree.state, list(side.blobs))
 
-        def put_array(name: str, values: NDArray[Any]) -> None:
-            data = io.BytesIO()
-            npy.write_array(data, np.ascontiguousarray(values), allow_pickle=False)
-            archive.writestr(f"{name}.npy", data.getbuffer())
+    def put_stream(name: str, stream: Iterable[Columns]) -> None:
+        chunks[name] = writer.stream(name, stream)
 
-        def put_side(name: str, side: Side) -> _SideMeta:
-            put_stream(f"{name}/nodes", side.tree.nodes)
-            put_stream(f"{name}/leaves", side.tree.leaves)
-            put_stream(f"{name}/blocks", side.blocks)
-            for i, blob in enumerate(side.blobs.values()):
-                archive.writestr(f"{name}/blobs/{i:06d}.bin", blob[:BLOB_LIMIT])
-            return _SideMeta(side.fdt, side.tree.state, list(side.blobs))
+    writer.array("ram", snapshot.ram)
+    writer.array("scratch", snapshot.scratch)
+    outgoing = put_side("out", snapshot.outgoing)
+    incoming = put_side("in", snapshot.incoming) if snapshot.incoming else None
+    put_stream("stamps", snapshot.stamps)
+    put_stream("watched", snapshot.watched)
+    put_stream("evidence", snapshot.evidence)
+    meta = _Meta(
+        SNAPSHOT.schema,
+        snapshot.taken,
+        snapshot.kernel,
+        snapshot.abi,
+        snapshot.kho_enable,
+        snapshot.handover,
+        outgoing,
+        incoming,
+        snapshot.scan,
+        snapshot.watching,
+        chunks,
+    )
+    writer.json("meta.json", meta)
 
-        put_array("ram", snapshot.ram)
-        put_array("scratch", snapshot.scratch)
-        outgoing = put_side("out", snapshot.outgoing)
-        incoming = put_side("in", snapshot.incoming) if snapshot.incoming else None
-        put_stream("stamps", snapshot.stamps)
-        put_stream("watched", snapshot.watched)
-        put_stream("evidence", snapshot.evidence)
-        meta = _Meta(
-            SCHEMA,
-            snapshot.taken,
-            snapshot.kernel,
-            snapshot.abi,
-            snapshot.kho_enable,
-            snapshot.handover,
-            outgoing,
-            incoming,
-            snapshot.scan,
-            snapshot.watching,
-            chunks,
-        )
-        archive.writestr("meta.json", msgspec.json.format(msgspec.json.encode(meta), indent=1))
+
+def save(snapshot: Snapshot, file: IO[bytes]) -> None:
+    """Write a snapshot as a zip of its own."""
+    with zipfile.ZipFile(file, "w") as archive:
+        put(snapshot, Writer(archive))
+
+
+class NewFile:
+    """
+    A file that is there, mode 0600, once all of it is written, and not before: until
+    :meth:`finish` it has another name, and what had the name stays.
+
+    :raises KhoscopeError: if it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._finished = False
+        # Replacing what is there would put a file in the place of /dev/null or of a link.
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise KhoscopeError(f"{path}: is not a file", "name a new file, or one to replace")
+        with self.told():
+            handle, self._temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        self.file = open(handle, "wb")  # noqa: SIM115 - __exit__ closes it
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        if self._finished:
+            return
+        # What could not be written goes with the file.
+        with contextlib.suppress(OSError):
+            self.file.close()
+        os.unlink(self._temporary)
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """What the system says of the file becomes one clear line."""
+        try:
+            yield
+        except OSError as error:
+            raise KhoscopeError(
+                f"{self._path}: {error.strerror}",
+                "choose a directory that you can write to and that has space",
+            ) from error
+
+    def finish(self) -> None:
+        with self.told():
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+            os.replace(self._temporary, self._path)
+        self._finished = True
 
 
 def save_file(snapshot: Snapshot, path: Path) -> None:
@@ -150,25 +290,10 @@ def save_file(snapshot: Snapshot, path: Path) -> None:
 
     :raises KhoscopeError: if it cannot be written.
     """
-    hint = "choose a directory that you can write to and that has space"
-    # Replacing what is there would put a file in the place of /dev/null or of a link.
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise KhoscopeError(f"{path}: is not a file", "name a new file, or one to replace")
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise KhoscopeError(f"{path}: {error.strerror}", hint) from error
-    try:
-        with open(handle, "wb") as file:
-            save(snapshot, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise KhoscopeError(f"{path}: {error.strerror}", hint) from error
-        raise
+    with NewFile(path) as new:
+        with new.told():
+            save(snapshot, new.file)
+        new.finish()
 
 
 def spool(snapshot: Snapshot) -> Snapshot:
@@ -186,45 +311,38 @@ def load_file(path: Path) -> Snapshot:
 
     :raises KhoscopeError: if it is not there, damaged, hostile or of a newer schema.
     """
+    return _load(open_file(path, "name a file that `khoscope snapshot` wrote"), str(path))
+
+
+def open_file(path: Path, hint: str) -> IO[bytes]:
+    """
+    Open a file to read from as long as anybody needs it.
+
+    :raises KhoscopeError: with that hint, if it cannot be opened.
+    """
     try:
-        file = open(path, "rb")  # noqa: SIM115 - the streams keep it open
+        return open(path, "rb")
     except OSError as error:
-        raise KhoscopeError(
-            f"{path}: {error.strerror}", "name a file that `khoscope snapshot` wrote"
-        ) from error
-    return _load(file, str(path))
+        raise KhoscopeError(f"{path}: {error.strerror}", hint) from error
 
 
 def _load(file: IO[bytes], name: str) -> Snapshot:
-    archive = _Archive(file, name)
-    raw = archive.member("meta.json")
+    return get(Archive(file, name, SNAPSHOT))
+
+
+def get(archive: Archive) -> Snapshot:
+    """The snapshot that :func:`put` wrote."""
+    meta = archive.meta(SNAPSHOT, _Meta)
     with archive.damage():
-        schema = msgspec.json.decode(raw, type=_SchemaOnly).schema
-        family, _, version = schema.partition("/")
-        if family != SCHEMA_NAME or not version.isdecimal():
-            raise ValueError(f"schema {schema!r}")
-        newer = int(version) > SCHEMA_VERSION
-    if newer:
-        raise KhoscopeError(
-            f"{name}: its schema is {schema}, this khoscope reads up to {SCHEMA}",
-            "use the khoscope that wrote it, or a newer one",
-        )
-    with archive.damage():
-        meta = msgspec.json.decode(raw, type=_Meta)
         _check_abi(meta.abi)
-    archive.abi = meta.abi
-    archive.chunks = meta.chunks
+    streams = _Streams(archive, meta.abi, meta.chunks)
 
     def side(name: str, of: _SideMeta) -> Side:
         return Side(
             of.fdt,
-            Tree(
-                of.tree,
-                archive.stream(f"{name}/nodes", Nodes),
-                archive.stream(f"{name}/leaves", Leaves),
-            ),
+            Tree(of.tree, streams.nodes(f"{name}/nodes"), streams.leaves(f"{name}/leaves")),
             archive.blobs(name, of.blobs),
-            archive.stream(f"{name}/blocks", Blocks, sorted_by="key"),
+            streams.blocks(f"{name}/blocks", "key"),
         )
 
     return Snapshot(
@@ -238,22 +356,11 @@ def _load(file: IO[bytes], name: str) -> Snapshot:
         side("out", meta.outgoing),
         side("in", meta.incoming) if meta.incoming else None,
         meta.scan,
-        archive.stream("stamps", Blocks, sorted_by="phys"),
+        streams.blocks("stamps", "phys"),
         meta.watching,
-        archive.stream("watched", Blocks, sorted_by="key"),
-        archive.stream("evidence", Leaves),
+        streams.blocks("watched", "key"),
+        streams.leaves("evidence"),
     )
-
-
-def _flat(chunk: Columns) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Columns of a set and of the sets in it."""
-    for f in dataclasses.fields(chunk):  # type: ignore[arg-type]
-        value = getattr(chunk, f.name)
-        if isinstance(value, Columns):
-            for column, values in _flat(value):
-                yield f"{f.name}.{column}", values
-        elif value is not None:
-            yield f.name, value
 
 
 def _check_abi(abi: Abi) -> None:
@@ -276,24 +383,34 @@ def _check_abi(abi: Abi) -> None:
 
 
 @dataclass
-class _Stream(Generic[C]):
+class Stored(Generic[T]):
     """A stored stream; each iteration reads it anew."""
 
-    read: Callable[[], Iterator[C]]
+    read: Callable[[], Iterator[T]]
 
-    def __iter__(self) -> Iterator[C]:
+    def __iter__(self) -> Iterator[T]:
         return self.read()
 
 
-class _Archive:
-    """A zip that is not believed."""
+class Archive:
+    """
+    A zip that is not believed.
 
-    def __init__(self, file: IO[bytes], name: str) -> None:
+    :param format: what it should be.
+    """
+
+    def __init__(self, file: IO[bytes], name: str, format: Format) -> None:
         self._name = name
-        self.abi: Abi | None = None
-        self.chunks: dict[str, int] = {}
+        self._format = format
+        self._prefix = ""
         with self.damage():
             self._zip = zipfile.ZipFile(file)
+
+    def under(self, folder: str) -> Archive:
+        """The members whose names begin so."""
+        inner = copy.copy(self)
+        inner._prefix += f"{folder}/"
+        return inner
 
     @contextlib.contextmanager
     def damage(self) -> Iterator[None]:
@@ -314,11 +431,34 @@ class _Archive:
             msgspec.MsgspecError,
         ) as error:
             raise KhoscopeError(
-                f"{self._name}: not a whole snapshot file ({error or type(error).__name__})",
-                "take the snapshot again, or copy the file again",
+                f"{self._name}: not a whole {self._format.noun} ({error or type(error).__name__})",
+                self._format.again,
             ) from error
 
+    def meta(self, format: Format, kind: type[T]) -> T:
+        """``meta.json``, of a schema that we know."""
+        raw = self.member("meta.json")
+        with self.damage():
+            schema = msgspec.json.decode(raw, type=_SchemaOnly).schema
+            family, _, version = schema.partition("/")
+            other = {SNAPSHOT.name: SNAPSHOT, RECORDING.name: RECORDING}.get(family)
+            if other is None or not version.isdecimal():
+                raise ValueError(f"schema {schema!r}")
+            newer = int(version) > format.version
+        if other is not format:
+            raise KhoscopeError(
+                f"{self._name}: a {other.noun}, where a {format.noun} is needed", other.opened
+            )
+        if newer:
+            raise KhoscopeError(
+                f"{self._name}: its schema is {schema}, this khoscope reads up to {format.schema}",
+                "use the khoscope that wrote it, or a newer one",
+            )
+        with self.damage():
+            return msgspec.json.decode(raw, type=kind)
+
     def member(self, name: str) -> bytes:
+        name = f"{self._prefix}{name}"
         with self.damage():
             if self._zip.getinfo(name).compress_type not in (
                 zipfile.ZIP_STORED,
@@ -334,11 +474,16 @@ class _Archive:
     def blobs(self, side: str, names: list[str]) -> dict[str, bytes]:
         members = {blob: f"{side}/blobs/{i:06d}.bin" for i, blob in enumerate(names)}
         with self.damage():
-            if sum(self._zip.getinfo(m).file_size for m in members.values()) > BLOBS_SIZE:
+            sizes = (self._zip.getinfo(f"{self._prefix}{m}").file_size for m in members.values())
+            if sum(sizes) > BLOBS_SIZE:
                 raise ValueError("more blobs than khoscope keeps")
         return {blob: self.member(member) for blob, member in members.items()}
 
     def array(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> NDArray[Any]:
+        """
+        :param dtype: as numpy writes it; bytes of a fixed length (``|S16``) and bool are such.
+        :param shape: None: any length.
+        """
         data = self.member(f"{name}.npy")
         with self.damage():
             header = NPY_HEADER.match(data)
@@ -355,49 +500,89 @@ class _Archive:
             size = np.dtype(dtype).itemsize * math.prod(found)
             if size != len(values):
                 raise ValueError(f"{name}: {len(values)} bytes, not {size}")
+            if dtype == "|b1" and values.strip(b"\0\1"):
+                raise ValueError(f"{name}: neither true nor false")
             return np.frombuffer(values, dtype).reshape(found)
 
-    def stream(self, name: str, kind: type[C], sorted_by: str | None = None) -> Iterable[C]:
-        if kind is Leaves:
-            sorted_by = "key"
-        return _Stream(lambda: self._chunks(name, kind, sorted_by))
+    def columns(
+        self,
+        prefix: str,
+        kind: type[Columns],
+        length: int | None = None,
+        width: Mapping[str, int] = NARROW,
+    ) -> dict[str, NDArray[Any]]:
+        """
+        The columns of a set, without those of the sets in it.
 
-    def _chunks(self, name: str, kind: type[C], order: str | None) -> Iterator[C]:
+        :param length: rows that it must have.
+        :param width: of the columns that have two dimensions.
+        """
+        columns: dict[str, NDArray[Any]] = {}
+        for column, dtype in kind.DTYPES.items():
+            wide = (width[column],) if column in width else ()
+            columns[column] = self.array(f"{prefix}{column}", dtype, (length, *wide))
+            length = len(columns[column])
+        return columns
+
+    def blocks(self, prefix: str, highest: int, length: int | None = None) -> Blocks:
+        """
+        Blocks with the facts of their struct pages.
+
+        :param highest: no order above this is one.
+        """
+        columns = self.columns(prefix, Blocks, length)
+        order, types = columns["order"], columns["type"]
+        pages = Pages(**self.columns(f"{prefix}pages.", Pages, len(order)))
+        with self.damage():
+            known = (order <= highest) | (order == BAD_ORDER)
+            if not (known & (NO_TYPE <= types) & (types <= KHO_PAGE_SPLIT)).all():
+                raise ValueError(f"{prefix}: no block has such an order or type")
+        return Blocks(**columns, pages=pages)
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """
+    The streams of a stored snapshot.
+
+    :param chunks: how many each has.
+    """
+
+    archive: Archive
+    abi: Abi
+    chunks: dict[str, int]
+
+    def nodes(self, name: str) -> Iterable[Nodes]:
+        return self._stream(name, lambda at: Nodes(**self.archive.columns(at, Nodes)))
+
+    def leaves(self, name: str) -> Iterable[Leaves]:
+        width = {"bitmap": self.abi.page_size}
+
+        def read(at: str) -> Leaves:
+            leaves = Leaves(**self.archive.columns(at, Leaves, width=width))
+            with self.archive.damage():
+                if (leaves.key & np.uint64(self.abi.leaf_bits - 1)).any():
+                    raise ValueError(f"{name}: no leaf begins at such a key")
+            return leaves
+
+        return self._stream(name, read, "key")
+
+    def blocks(self, name: str, sorted_by: str) -> Iterable[Blocks]:
+        highest = self.abi.order_0_log2
+        return self._stream(name, lambda at: self.archive.blocks(at, highest), sorted_by)
+
+    def _stream(self, name: str, read: Callable[[str], C], order: str | None = None) -> Stored[C]:
+        return Stored(lambda: self._chunks(name, read, order))
+
+    def _chunks(self, name: str, read: Callable[[str], C], order: str | None) -> Iterator[C]:
         last = -1
         for i in range(self.chunks.get(name, 0)):
-            chunk = self._columns(f"{name}/{i:06d}.", kind)
-            with self.damage():
-                if order is not None:
-                    column = getattr(chunk, order)
-                    if (
-                        not len(column)
-                        or int(column[0]) <= last
-                        or (column[1:] <= column[:-1]).any()
-                    ):
+            chunk = read(f"{name}/{i:06d}.")
+            if order is not None:
+                column = getattr(chunk, order)
+                with self.archive.damage():
+                    rises = len(column) and int(column[0]) > last
+                    if not rises or (column[1:] <= column[:-1]).any():
                         raise ValueError(f"{name}: not in order of {order}")
-                    last = int(column[-1])
-                    mask = np.uint64(self.abi.leaf_bits - 1 if self.abi else 0)
-                    if isinstance(chunk, Leaves) and (column & mask).any():
-                        raise ValueError(f"{name}: no leaf begins at such a key")
+                last = int(column[-1])
             yield chunk
-
-    def _columns(self, prefix: str, kind: type[C]) -> C:
-        columns: dict[str, Any] = {}
-        length: int | None = None
-        for column, dtype in kind.DTYPES.items():
-            shape: tuple[int | None, ...] = (length,)
-            if column == "bitmap" and self.abi is not None:
-                shape = (length, self.abi.page_size)
-            columns[column] = self.array(f"{prefix}{column}", dtype, shape)
-            length = len(columns[column])
-        if kind is Blocks:
-            columns["pages"] = self._columns(f"{prefix}pages.", Pages)
-            with self.damage():
-                if len(columns["pages"]) != length:
-                    raise ValueError(f"{prefix}: columns differ in length")
-                order, types = columns["order"], columns["type"]
-                highest = self.abi.order_0_log2 if self.abi else 0
-                known = (order <= highest) | (order == BAD_ORDER)
-                if not (known & (NO_TYPE <= types) & (types <= KHO_PAGE_SPLIT)).all():
-                    raise ValueError(f"{prefix}: no block has such an order or type")
-        return kind(**columns)
