@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+The recording of a trace, ``.khotrace``: a zip like the snapshot file (:mod:`khoscope.store`).
+
+- ``facts/…``: the snapshot of the traced kernel, member by member as in a snapshot file.
+- ``calls/NNNNNN.COLUMN.npy`` and ``touches/NNNNNN.COLUMN.npy``: the columns of
+  :class:`~khoscope.calls.Calls` and :class:`~khoscope.calls.Touches`, chunk by chunk; without
+  ``known`` and ``was``, which are for another kernel's snapshot to say.  A chunk may lack either.
+- ``batches/NNNNNN.calls.npy`` and ``….touches.npy``: how many rows of the chunk are of each batch.
+- ``meta.json``: everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import store
+from ..calls import (
+    BIT_UNKNOWN,
+    FUNCTIONS,
+    NO_ORDER,
+    NUMBERS,
+    Action,
+    Batch,
+    Calls,
+    Losses,
+    Symbols,
+    Touches,
+    Tracing,
+)
+from ..columns import CHUNK_BLOCKS, Columns, Pages
+from ..store import RECORDING
+
+#: A chunk is written when it has as many calls or touches, or batches: each member costs memory
+#: until the file is finished, so that small batches share them.
+ENOUGH: Final = CHUNK_BLOCKS
+ENOUGH_BATCHES: Final = 1 << 12
+#: No chunk has more.  What is traced at once is less, so that batches are cut only in theory.
+MOST_CALLS: Final = CHUNK_BLOCKS
+MOST_TOUCHES: Final = 16 * CHUNK_BLOCKS
+#: The kernel records no deeper stack (``PERF_MAX_STACK_DEPTH``).
+MOST_FRAMES: Final = 127
+#: Symbols of one recording, and letters of any text in it (``KSYM_NAME_LEN`` and a module's name).
+MOST_SYMBOLS: Final = 1 << 20
+MOST_LETTERS: Final = 1 << 10
+
+_ADDRESS: Final = re.compile("0x[0-9a-f]{1,16}")
+#: Log2 of how many pages there can be.
+_HIGHEST_ORDER: Final = 63
+
+
+@dataclass(frozen=True)
+class Recording:
+    """
+    A trace that was recorded.
+
+    :param batches: as they were recorded, read from the file and checked whenever they are
+        iterated; ``known`` is False and ``was`` blank.
+    :param symbols: of the traced kernel; ``[unknown]`` for what is no stack address of the trace.
+    """
+
+    tracing: Tracing
+    losses: Losses
+    symbols: Symbols
+    batches: Iterable[Batch]
+
+
+@dataclass(frozen=True, eq=False)
+class _Sizes(Columns):
+    """Rows of each batch in a chunk."""
+
+    calls: NDArray[np.uint32]
+    touches: NDArray[np.uint32]
+
+    DTYPES: ClassVar[dict[str, str]] = {"calls": "<u4", "touches": "<u4"}
+
+
+@dataclass(frozen=True)
+class _Meta:
+    """
+    :param functions: names of the function numbers.
+    :param frames: of each stack.
+    :param symbols: ``function+0x1f [module]`` by ``0x…``.
+    """
+
+    schema: str
+    functions: list[str]
+    attached: dict[str, str]
+    missing: dict[str, str]
+    buffer: str
+    started: int
+    frames: int
+    chunks: int
+    losses: Losses
+    symbols: dict[str, str]
+
+
+class Recorder:
+    """
+    Writes a recording, mode 0600, all of it or nothing: what is not finished at the end of
+    ``with`` leaves nothing behind.
+
+    :param tracing: its facts are written first, the rest at the end: what is attached may be put
+        into its dictionaries until then.
+    :raises KhoscopeError: if the file cannot be written, from here on and from every method.
+    """
+
+    def __init__(self, path: Path, tracing: Tracing) -> None:
+        self._tracing = tracing
+        self._batches: list[Batch] = []
+        self._chunks = 0
+        self._frames: int | None = None
+        self._new = store.NewFile(path)
+        self._zip = zipfile.ZipFile(self._new.file, "w")
+        self._writer = store.Writer(self._zip)
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            stack.push(self.__exit__)
+            with self._new.told():
+                store.put(self._tracing.facts, self._writer.under("facts"))
+            stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        # A zip that is not closed tries to be whole when it is forgotten.
+        with self._new, contextlib.suppress(OSError):
+            self._zip.close()
+
+    def add(self, batch: Batch) -> None:
+        """
+        Append a batch; one without any row says nothing and is not kept.
+
+        :raises ValueError: if its stacks are not as deep as those before.
+        """
+        if len(batch.calls):
+            frames = batch.calls.stack.shape[1]
+            if frames not in range(MOST_FRAMES + 1) or self._frames not in (None, frames):
+                raise ValueError(f"stacks of {frames} frames after {self._frames}")
+            self._frames = frames
+        for part in _cut(batch):
+            calls, touches = _rows([*self._batches, part])
+            if calls > MOST_CALLS or touches > MOST_TOUCHES:
+                self._flush()
+            self._batches.append(part)
+            calls, touches = _rows(self._batches)
+            if max(calls, touches) >= ENOUGH or len(self._batches) >= ENOUGH_BATCHES:
+                self._flush()
+
+    def finish(self, symbols: dict[int, str], losses: Losses) -> None:
+        """
+        Put the file in its place.
+
+        :param symbols: of all addresses in the stacks.
+        """
+        self._flush()
+        tracing = self._tracing
+        meta = _Meta(
+            RECORDING.schema,
+            [function.name for function in FUNCTIONS],
+            tracing.attached,
+            tracing.missing,
+            tracing.buffer,
+            tracing.started,
+            self._frames or 0,
+            self._chunks,
+            losses,
+            {f"{address:#x}": symbol for address, symbol in symbols.items()},
+        )
+        with self._new.told():
+            self._writer.json("meta.json", meta)
+            self._zip.close()
+        self._new.finish()
+
+    def _flush(self) -> None:
+        batches, self._batches = self._batches, []
+        if not batches:
+            return
+        calls = [batch.calls for batch in batches]
+        touches = [batch.touches for batch in batches]
+        sizes = _Sizes(
+            np.array([len(part) for part in calls], np.uint32),
+            np.array([len(part) for part in touches], np.uint32),
+        )
+        at = f"{self._chunks:06d}."
+        with self._new.told():
+            self._writer.columns(f"batches/{at}", sizes)
+            if sizes.calls.any():
+                self._writer.columns(f"calls/{at}", Calls.concatenate(filter(len, calls)))
+            if sizes.touches.any():
+                together = Touches.concatenate(filter(len, touches))
+                self._writer.columns(f"touches/{at}", together, without=("known", "was"))
+        self._chunks += 1
+
+
+def _rows(batches: list[Batch]) -> tuple[int, int]:
+    calls = sum(len(batch.calls) for batch in batches)
+    return calls, sum(len(batch.touches) for batch in batches)
+
+
+def _cut(batch: Batch) -> Iterator[Batch]:
+    """
+    Parts of a batch that fit into a chunk.  Of a call with too many touches some come before it,
+    as those of a call that has not returned yet.
+    """
+    starts = batch.starts()
+    call, touch = 0, 0
+    while call < len(batch.calls) or touch < len(batch.touches):
+        # As many calls as fit with all their touches.
+        until = int(np.searchsorted(starts, touch + MOST_TOUCHES, "right")) - 1
+        until = min(until, call + MOST_CALLS)
+        if until > call:
+            end = int(starts[until])
+            if until == len(batch.calls) and len(batch.touches) - touch <= MOST_TOUCHES:
+                end = len(batch.touches)
+            yield Batch(batch.calls[call:until], batch.touches[touch:end])
+            call = until
+        else:
+            end = touch + MOST_TOUCHES
+            yield Batch(batch.calls[:0], batch.touches[touch:end])
+        touch = end
+
+
+def load(path: Path) -> Recording:
+    """
+    Open a recording.  Its batches are read, and checked, when they are iterated.
+
+    :raises KhoscopeError: if it is not there, damaged, hostile, of a newer schema or no recording.
+    """
+    file = store.open_file(path, "name a file that `khoscope trace --record` wrote")
+    archive = store.Archive(file, str(path), RECORDING)
+    meta = archive.meta(RECORDING, _Meta)
+    with archive.damage():
+        _check(meta)
+        symbols = {_address(text): symbol for text, symbol in meta.symbols.items()}
+    facts = store.get(archive.under("facts"))
+    return Recording(
+        Tracing(facts, meta.attached, meta.missing, meta.buffer, meta.started),
+        meta.losses,
+        lambda address: symbols.get(address, "[unknown]"),
+        store.Stored(lambda: _batches(archive, meta)),
+    )
+
+
+def _check(meta: _Meta) -> None:
+    """Refuse what khoscope would not write, and text that would write elsewhere on a terminal."""
+    numbers = [meta.started, meta.frames, meta.chunks, *vars(meta.losses).values()]
+    names = [function.name for function in FUNCTIONS]
+    texts = [meta.buffer, *meta.missing.values(), *meta.symbols.values()]
+    if not 0 <= min(numbers) <= max(numbers) < 1 << 64 or meta.frames > MOST_FRAMES:
+        raise ValueError("meta.json: no trace has such numbers")
+    if any(ours != its for ours, its in zip(names, meta.functions, strict=False)):
+        raise ValueError("meta.json: other functions")
+    if not NUMBERS.keys() >= {*meta.attached, *meta.missing}:
+        raise ValueError("meta.json: functions that khoscope does not trace")
+    if not {"fentry", "kprobe"} >= {*meta.attached.values()}:
+        raise ValueError("meta.json: functions that are attached in no way that khoscope knows")
+    if len(meta.symbols) > MOST_SYMBOLS:
+        raise ValueError("meta.json: more symbols than a kernel has callers")
+    if any(len(text) > MOST_LETTERS or not text.isprintable() for text in texts):
+        raise ValueError("meta.json: text that is none")
+
+
+def _address(text: str) -> int:
+    if not _ADDRESS.fullmatch(text):
+        raise ValueError(f"meta.json: {text[:20]!r} is no address")
+    return int(text, 16)
+
+
+def _batches(archive: store.Archive, meta: _Meta) -> Iterator[Batch]:
+    for chunk in range(meta.chunks):
+        at = f"{chunk:06d}."
+        sizes = _Sizes(**archive.columns(f"batches/{at}", _Sizes))
+        counts = np.stack([sizes.calls, sizes.touches], axis=1).astype(np.int64)
+        with archive.damage():
+            rows = counts.sum(axis=0).tolist()
+            if rows[0] > MOST_CALLS or rows[1] > MOST_TOUCHES or not counts.any(axis=1).all():
+                raise ValueError(f"batches/{at}: batches that khoscope does not write")
+        calls = _calls(archive, f"calls/{at}", rows[0], meta.frames)
+        touches = _touches(archive, f"touches/{at}", rows[1])
+        for end, size in zip(counts.cumsum(axis=0), counts, strict=True):
+            start = end - size
+            batch = Batch(calls[start[0] : end[0]], touches[start[1] : end[1]])
+            with archive.damage():
+                _check_order(batch, f"batches/{at}")
+            yield batch
+
+
+def _calls(archive: store.Archive, prefix: str, rows: int, frames: int) -> Calls:
+    if not rows:
+        widths = {"args": (0, 4), "stack": (0, frames)}
+        return Calls(
+            **{name: np.zeros(widths.get(name, 0), dtype) for name, dtype in Calls.DTYPES.items()}
+        )
+    width = {"args": 4, "stack": frames}
+    calls = Calls(**archive.columns(prefix, Calls, rows, width))
+    with archive.damage():
+        if (calls.function >= len(FUNCTIONS)).any():
+            raise ValueError(f"{prefix}: a function that khoscope does not trace")
+        if (calls.leave < calls.enter).any():
+            raise ValueError(f"{prefix}: a call that returned before it began")
+    return calls
+
+
+def _touches(archive: store.Archive, prefix: str, rows: int) -> Touches:
+    if not rows:
+        return Touches.empty()
+    columns: dict[str, Any] = archive.columns(prefix, Touches, rows)
+    touches = Touches(
+        **columns,
+        blocks=archive.blocks(f"{prefix}blocks.", _HIGHEST_ORDER, rows),
+        known=np.zeros(rows, np.bool_),
+        was=Pages.blank(rows),
+    )
+    asked = touches.asked
+    with archive.damage():
+        if (touches.function >= len(FUNCTIONS)).any():
+            raise ValueError(f"{prefix}: a function that khoscope does not trace")
+        if not ((min(Action) <= touches.action) & (touches.action <= max(Action))).all():
+            raise ValueError(f"{prefix}: nothing that becomes of a block")
+        if (np.maximum(touches.before, touches.after) > BIT_UNKNOWN).any():
+            raise ValueError(f"{prefix}: no bit is like that")
+        if not ((asked <= _HIGHEST_ORDER) | (asked == NO_ORDER)).all():
+            raise ValueError(f"{prefix}: no block has such an order")
+    return touches
+
+
+def _check_order(batch: Batch, name: str) -> None:
+    """Calls are there once, their touches in their order, the touches of other calls behind."""
+    call, of = batch.calls.call, batch.touches.call
+    starts = batch.starts()
+    owner = np.repeat(call, np.diff(starts))
+    mine = of[: len(owner)]
+    if len(np.unique(call)) < len(call) or not np.array_equal(mine, owner):
+        raise ValueError(f"{name}: calls and touches that do not fit")
