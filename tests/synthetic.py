@@ -12,7 +12,18 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from khoscope.abi import U64, Abi, Stamp
+from khoscope.abi import BAD_ORDER, NO_TYPE, U64, Abi, Stamp
+from khoscope.calls import (
+    BIT_UNKNOWN,
+    FUNCTIONS,
+    NO_ORDER,
+    NO_PHYS,
+    NUMBERS,
+    Action,
+    Batch,
+    Calls,
+    Touches,
+)
 from khoscope.columns import Blocks, Leaves, Pages
 from khoscope.snapshot import (
     Fdt,
@@ -154,12 +165,19 @@ def columns(abi: Abi, blocks: Iterable[Block]) -> Blocks:
         rows.append((key, b))
     rows.sort(key=lambda row: row[0])
     keys = np.array([key for key, _ in rows], np.uint64)
-    facts = Pages.blank(len(rows))
-    for i, (_, b) in enumerate(rows):
+    return Blocks(keys, *abi.kho_radix_decode_keys(keys), page_facts(b for _, b in rows))
+
+
+def page_facts(blocks: Iterable[Block]) -> Pages:
+    """What the struct pages of blocks say: those that are not said to be otherwise are at 0."""
+    listed = list(blocks)
+    facts = Pages.blank(len(listed))
+    for i, b in enumerate(listed):
         for name in Pages.DTYPES.keys() - {"zeros"}:
             getattr(facts, name)[i] = getattr(b, name)
-        facts.zeros[i] = (1 << b.order) - 1 - b.ones - b.others
-    return Blocks(keys, *abi.kho_radix_decode_keys(keys), facts)
+        if b.order != BAD_ORDER:
+            facts.zeros[i] = (1 << b.order) - 1 - b.ones - b.others
+    return facts
 
 
 def tree_of(abi: Abi, blocks: Blocks) -> Tree:
@@ -265,3 +283,115 @@ def rich(abi: Abi = FIXED) -> Snapshot:
     # Two chunks, so that what stands between them is seen, too.
     side = Side(fdt, tree, blobs, [out[:7], out[7:]])
     return replace(facts, outgoing=side)
+
+
+# Calls
+
+
+@dataclass(frozen=True)
+class Touch:
+    """
+    What a call did to a block, for batches that are built by hand.
+
+    :param block: with the pages as they were read; of a restore with the stamp's order and type.
+    :param looked: pages of which the refcount was read; None: all.
+    :param was: the block in the kernel that handed over.
+    """
+
+    block: Block
+    action: Action = Action.ADD
+    ret: int = 0
+    before: int = BIT_UNKNOWN
+    after: int = BIT_UNKNOWN
+    as_folio: bool = False
+    asked: int = NO_ORDER
+    looked: int | None = None
+    was: Block | None = None
+    call: int = 1
+
+
+_DOES = {
+    Action.ADD: "kho_radix_add_page",
+    Action.DELETE: "kho_radix_del_page",
+    Action.RESTORE: "kho_restore_page",
+}
+
+
+def touches_of(abi: Abi, *touches: Touch) -> Touches:
+    """Touches as columns."""
+    return Touches.concatenate([_touch(abi, each) for each in touches])
+
+
+def _touch(abi: Abi, t: Touch) -> Touches:
+    pages = page_facts([t.block])
+    looked = 1 << t.block.order if t.block.order != BAD_ORDER else 0
+    if t.looked is not None:
+        pages.zeros[0] -= looked - t.looked
+        looked = t.looked
+    if t.action == Action.RESTORE:
+        stamp_type = t.block.type if abi.stamp.type_shift is not None else NO_TYPE
+        if t.block.order != BAD_ORDER:
+            pages.private[0] = abi.stamp.encode(t.block.order, t.block.type)
+        blocks = Blocks(
+            np.zeros(1, np.uint64),
+            np.array([t.block.phys], np.uint64),
+            np.array([t.block.order], np.uint8),
+            np.array([stamp_type], np.int8),
+            pages,
+        )
+    else:
+        blocks = replace(columns(abi, [t.block]), pages=pages)
+    columns_of = {
+        "call": t.call,
+        "function": NUMBERS[_DOES[t.action]],
+        "action": t.action,
+        "ret": t.ret,
+        "before": t.before,
+        "after": t.after,
+        "as_folio": t.as_folio,
+        "asked": t.asked,
+        "looked": looked,
+    }
+    was = Pages.blank(1) if t.was is None else page_facts([t.was])
+    return Touches(
+        **{name: np.array([columns_of[name]], dtype) for name, dtype in Touches.DTYPES.items()},
+        blocks=blocks,
+        known=np.array([t.was is not None]),
+        was=was,
+    )
+
+
+def call_of(
+    name: str,
+    ret: int = 0,
+    *,
+    call: int = 1,
+    phys: int = NO_PHYS,
+    pages: int = 0,
+    blocks: int = 0,
+    subtree: bytes = b"",
+) -> Calls:
+    """A call that has returned."""
+    values = {
+        "call": call,
+        "function": NUMBERS[name],
+        "tid": 42,
+        "tgid": 42,
+        "comm": b"modprobe",
+        "enter": 1000,
+        "leave": 2000,
+        "args": [0] * 4,
+        "ret": ret,
+        "phys": phys,
+        "pages": pages,
+        "blocks": blocks,
+        "name": subtree,
+        "stack": [0] * 8,
+    }
+    return Calls(**{column: np.array([values[column]], t) for column, t in Calls.DTYPES.items()})
+
+
+def batch_of(abi: Abi, calls: Iterable[Calls] = (), touches: Iterable[Touch] = ()) -> Batch:
+    """A batch of calls that do not have to have anything to do with the touches."""
+    listed = list(calls) or [call_of(FUNCTIONS[0].name)]
+    return Batch(Calls.concatenate(listed), touches_of(abi, *touches))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from khoscope.abi import KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
 from khoscope.checks import RULES, Report, Severity, check, compare, run
+from khoscope.checks.rule import SCOPES
 from khoscope.columns import Pages
 from khoscope.errors import KhoscopeError
 from khoscope.snapshot import Fdt, Handover, NodeProblem, Scan, Snapshot, Subtree, TreeState
@@ -303,6 +304,15 @@ def with_incoming_problems() -> Snapshot:
     return replace(facts, incoming=replace(facts.incoming, tree=tree))
 
 
+#: Scopes of rules about a trace; their cases are in test_check_calls.py.
+TRACE_SCOPES = {"calls", "touches", "losses"}
+
+
+def rules_in(scopes: Iterable[str]) -> list[str]:
+    """The rules that look for something in any of these scopes."""
+    return [name for name, rule in RULES.items() if not rule.finders.keys().isdisjoint(scopes)]
+
+
 def test_the_rules_are_those_that_were_asked_for() -> None:
     assert set(RULES) == {
         *("type-not-stored", "type-mismatch", "mixed-refcounts", "wrong-after-restore"),
@@ -310,33 +320,52 @@ def test_the_rules_are_those_that_were_asked_for() -> None:
         *("bad-node", "bad-fdt", "abi-not-bumped", "kernel-tainted"),
         *("lost", "order-changed", "type-changed", "wrong-refcounts", "not-restored"),
         *("unexpected", "not-a-handover"),
+        *("preserved-twice", "unpreserved-unknown", "wrong-restore-call", "failed", "events-lost"),
     }
     warnings = {name for name, rule in RULES.items() if rule.severity == Severity.WARNING}
-    assert warnings == {"abi-not-bumped", "kernel-tainted", "not-restored", "unexpected"}
+    assert warnings == {
+        *("abi-not-bumped", "kernel-tainted", "not-restored", "unexpected"),
+        *("preserved-twice", "unpreserved-unknown", "failed", "events-lost"),
+    }
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_rule_fires(name: str) -> None:
+def test_every_scope_is_known() -> None:
+    assert {scope for rule in RULES.values() for scope in rule.finders} == SCOPES.keys()
+
+
+def assert_fires(name: str, case: Fires) -> None:
+    """One finding of this rule, at the place that the case says."""
     rule = RULES[name]
     assert rule.sentence
+    report = case.report()
+    found = [f for f in report.findings if f.rule == name]
+    assert [(f.phys, f.order) for f in found] == [(case.phys, case.order)]
+    assert report.counts[name] == 1
+    assert found[0].severity == rule.severity
+    assert found[0].message
+    assert found[0].explain == rule.explain
+    assert report.passed == (report.errors == 0 and not report.incomplete)
+    assert (report.errors > 0) >= (rule.severity == Severity.ERROR)
+
+
+def assert_silent(name: str, make: Callable[[], Report]) -> None:
+    report = make()
+    assert report.counts[name] == 0
+    assert name not in {f.rule for f in report.findings}
+
+
+@pytest.mark.parametrize("name", rules_in(SCOPES.keys() - TRACE_SCOPES))
+def test_rule_fires(name: str) -> None:
+    assert FIRES[name]
     for case in FIRES[name]:
-        report = case.report()
-        found = [f for f in report.findings if f.rule == name]
-        assert [(f.phys, f.order) for f in found] == [(case.phys, case.order)]
-        assert report.counts[name] == 1
-        assert found[0].severity == rule.severity
-        assert found[0].message
-        assert found[0].explain == rule.explain
-        assert report.passed == (report.errors == 0)
-        assert (report.errors > 0) >= (rule.severity == Severity.ERROR)
+        assert_fires(name, case)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", rules_in(SCOPES.keys() - TRACE_SCOPES))
 def test_rule_is_silent(name: str) -> None:
+    assert SILENT[name]
     for make in SILENT[name]:
-        report = make()
-        assert report.counts[name] == 0
-        assert name not in {f.rule for f in report.findings}
+        assert_silent(name, make)
 
 
 @pytest.mark.parametrize("abi", [PLAIN, POSTED, FIXED])

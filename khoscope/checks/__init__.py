@@ -3,13 +3,25 @@
 Checks: pure functions from facts to findings.  Nothing else decides what is wrong.
 
 A rule about the kernel as a whole takes the snapshot and yields messages; a rule about blocks
-takes a chunk of blocks and marks rows.  The name, the severity, the sentence and the explanation
-stand with the function, so that a new check is one function.
+or calls takes a chunk of them and marks rows.  The name, the severity, the sentence and the
+explanation stand with the function, so that a new check is one function.
 """
 
 from __future__ import annotations
 
 from .rule import RULES, Finding, Rule, Severity
-from .run import Report, check, compare
+from .run import Found, Report, check, check_batch, compare, end_trace, start_trace
 
-__all__ = ["RULES", "Finding", "Report", "Rule", "Severity", "check", "compare"]
+__all__ = [
+    "RULES",
+    "Finding",
+    "Found",
+    "Report",
+    "Rule",
+    "Severity",
+    "check",
+    "check_batch",
+    "compare",
+    "end_trace",
+    "start_trace",
+]

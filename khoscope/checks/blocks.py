@@ -13,8 +13,10 @@ from ..columns import Blocks, Leaves, Pages
 from ..snapshot import KeySet, Snapshot, decode_leaves
 from .pattern import (
     describe,
+    fits,
     is_contig,
     is_split,
+    named,
     readable,
     restores_split,
     tails,
@@ -45,7 +47,7 @@ def type_mismatch(facts: Snapshot, blocks: Blocks) -> Marked:
     return Marked(
         wrong & many & typed(blocks),
         lambda row: (
-            f"recorded {type_name(int(blocks.type[row]))}, the pages are {describe(pages, row)}"
+            f"recorded {type_name(int(blocks.type[row]))}, the pages are {_describe(blocks, row)}"
         ),
     )
 
@@ -65,7 +67,7 @@ def mixed_refcounts(facts: Snapshot, blocks: Blocks) -> Marked:
     pages = blocks.facts
     return Marked(
         _judged(blocks) & ~is_contig(pages) & ~is_split(pages),
-        lambda row: f"no type fits: the pages are {describe(pages, row)}",
+        lambda row: f"no type fits: the pages are {_describe(blocks, row)}",
     )
 
 
@@ -83,18 +85,16 @@ def mixed_refcounts(facts: Snapshot, blocks: Blocks) -> Marked:
 def wrong_after_restore(facts: Snapshot, blocks: Blocks) -> Marked:
     """What the next kernel's restore will set differs from what is there now; it is assumed to
     be the same kernel."""
-    pages = blocks.facts
-    split = restores_split(facts.abi, blocks)
-    right = np.where(split, is_split(pages), is_contig(pages))
+    # Clients are assumed to restore what is a folio with kho_restore_folio().
+    split = restores_split(blocks.type, blocks.facts.compound > 0)
 
     def say(row: int) -> str:
-        will = "1" if blocks.order[row] == 0 else "1/1" if split[row] else "1/0"
         return (
-            f"{describe(pages, row)} now, {facts.kernel.release} as the next kernel "
-            f"will restore it as {will}"
+            f"{_describe(blocks, row)} now, {facts.kernel.release} as the next kernel "
+            f"will restore it as {named(int(blocks.order[row]), bool(split[row]))}"
         )
 
-    return Marked(_judged(blocks) & ~right, say)
+    return Marked(_judged(blocks) & ~fits(blocks.facts, split), say)
 
 
 @rule(
@@ -126,6 +126,10 @@ def _stale(blocks: Blocks) -> NDArray[np.bool_]:
     inside = pages.compound == Pages.COMPOUND_TAIL
     resized = (pages.compound > 0) & (pages.compound != blocks.order)
     return readable(pages) & ((pages.free > 0) | inside | resized)
+
+
+def _describe(blocks: Blocks, row: int) -> str:
+    return describe(blocks.facts, row, int(blocks.order[row]))
 
 
 def _judged(blocks: Blocks) -> NDArray[np.bool_]:

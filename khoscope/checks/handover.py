@@ -13,7 +13,17 @@ from numpy.typing import NDArray
 from ..abi import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
 from ..columns import Blocks, Pages
 from ..snapshot import KeySet, Snapshot
-from .pattern import describe, has_page_type, is_contig, is_split, readable, tails, type_name, typed
+from .pattern import (
+    describe,
+    differs,
+    has_page_type,
+    is_contig,
+    is_split,
+    readable,
+    tails,
+    type_name,
+    typed,
+)
 from .rule import Marked, Message, Severity, rule
 
 
@@ -245,10 +255,8 @@ def type_changed(pairs: Pairs) -> Marked:
 def wrong_refcounts(pairs: Pairs) -> Marked:
     """Restored, and the refcounts are not what they were before."""
     was, now = pairs.before.facts, pairs.after
-    same = (is_contig(was) & is_contig(now)) | (is_split(was) & is_split(now))
-    judged = (pairs.fate == Fate.RESTORED) & readable(was) & (was.free == 0)
     return Marked(
-        judged & ~same,
+        (pairs.fate == Fate.RESTORED) & differs(was, now),
         lambda row: f"restored as {describe(now, row)}, was {describe(was, row)}",
     )
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from ..abi import COMPATIBLES_WITHOUT_TYPES
+from ..abi import COMPATIBLES_WITHOUT_TYPES, Abi
 from ..snapshot import Side, Snapshot
 from .rule import Message, Severity, rule
 
@@ -17,7 +17,7 @@ TAINT_BAD_PAGE = 5
 @rule(
     "type-not-stored",
     Severity.ERROR,
-    "kernel",
+    "abi",
     """
     kho_radix_add_page() drops the key bits that the tree has no level for. Every block is walked
     as contig in the next kernel: split memory comes back with refcount 0 on all pages but the
@@ -26,9 +26,8 @@ TAINT_BAD_PAGE = 5
     (kernel-patches/7.2/fix).
     """,
 )
-def type_not_stored(facts: Snapshot) -> Iterator[Message]:
+def type_not_stored(abi: Abi) -> Iterator[Message]:
     """The kernel puts a type bit where its tree cannot store it."""
-    abi = facts.abi
     if abi.has_types and not abi.type_is_stored:
         yield Message(
             f"the page type is key bit {abi.type_shift}, the tree stores bits "
@@ -39,18 +38,18 @@ def type_not_stored(facts: Snapshot) -> Iterator[Message]:
 @rule(
     "abi-not-bumped",
     Severity.WARNING,
-    "kernel",
+    "abi",
     """
     Kernels with and without page types accept each other's trees without a word. A kernel without
     types that is handed such a tree restores every block its own way; one with types takes all
     blocks of an old tree for contig. Kexec only into a kernel with the same patches.
     """,
 )
-def abi_not_bumped(facts: Snapshot) -> Iterator[Message]:
+def abi_not_bumped(abi: Abi) -> Iterator[Message]:
     """The kernel's key layout has a type but its compatible is one that kernels without types
     accept."""
-    if facts.abi.has_types and facts.abi.compatible in COMPATIBLES_WITHOUT_TYPES:
-        yield Message(f"this kernel records page types under compatible {facts.abi.compatible!r}")
+    if abi.has_types and abi.compatible in COMPATIBLES_WITHOUT_TYPES:
+        yield Message(f"this kernel records page types under compatible {abi.compatible!r}")
 
 
 @rule(

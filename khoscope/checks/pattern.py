@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi import KHO_PAGE_SPLIT, NO_TYPE, TYPE_NAMES, Abi
+from ..abi import KHO_PAGE_CONTIG, NO_TYPE, TYPE_NAMES
 from ..columns import Blocks, Pages
 
 
@@ -41,18 +41,29 @@ def is_split(pages: Pages) -> NDArray[np.bool_]:
     return held(pages) & (pages.zeros == 0) & (pages.compound <= 0)
 
 
-def restores_split(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
+def restores_split(types: NDArray[np.int8], as_folio: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """
-    Blocks that the next kernel will restore with a refcount on every page.
+    Blocks that ``kho_restore_page`` gives a refcount on every page.
 
-    It is assumed to be the same kernel as this one, and clients to restore what is a folio with
-    ``kho_restore_folio`` and all else with ``kho_restore_pages`` (``kho_init_pages`` and
+    Kernels without types do that to all that is no folio (``kho_init_pages`` and
     ``kho_init_folio`` in kexec_handover.c).
     """
-    folio = blocks.facts.compound > 0
-    if not abi.has_types:
-        return ~folio
-    return ~folio & (blocks.type == KHO_PAGE_SPLIT)
+    return ~as_folio & (types != KHO_PAGE_CONTIG)
+
+
+def fits(pages: Pages, split: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Blocks that are what they should be, split or contig."""
+    return np.where(split, is_split(pages), is_contig(pages))
+
+
+def differs(was: Pages, now: Pages) -> NDArray[np.bool_]:
+    """
+    Blocks that had another pattern, or none, before the kexec.
+
+    Nothing is said of what cannot be known: pages that were not read, or were free already.
+    """
+    same = (is_contig(was) & is_contig(now)) | (is_split(was) & is_split(now))
+    return readable(was) & (was.free == 0) & readable(now) & ~same
 
 
 def has_page_type(pages: Pages) -> NDArray[np.bool_]:
@@ -66,9 +77,16 @@ def has_page_type(pages: Pages) -> NDArray[np.bool_]:
     return (top >= 0x80) & (top < 0xFF)
 
 
-def describe(pages: Pages, row: int) -> str:
+def named(order: int, split: bool) -> str:
+    """The refcounts (head/tails) of a block that is split, or contig."""
+    return "1" if order == 0 else "1/1" if split else "1/0"
+
+
+def describe(pages: Pages, row: int, order: int = 0) -> str:
     """
     The pattern of one block in words, like ``1/0`` (head/tails) or ``1/0 but 1 at page 4``.
+
+    :param order: the block's; if fewer pages than that were looked at, it is said.
     """
     head = int(pages.head[row])
     if pages.unread[row]:
@@ -95,6 +113,8 @@ def describe(pages: Pages, row: int) -> str:
         text += f" compound order {pages.compound[row]}"
     elif pages.compound[row] == Pages.COMPOUND_TAIL:
         text += " inside a compound page"
+    if count + 1 < 1 << order:
+        text += f" in the {count + 1:,} pages looked at"
     return text
 
 

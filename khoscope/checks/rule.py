@@ -72,6 +72,9 @@ class Rule:
     explain: str
     finders: dict[str, Callable[..., Any]]
 
+    def finding(self, message: str, phys: int | None = None, order: int | None = None) -> Finding:
+        return Finding(self.name, self.severity, message, self.explain, phys, order)
+
 
 #: All rules by name.
 RULES: dict[str, Rule] = {}
@@ -79,11 +82,15 @@ RULES: dict[str, Rule] = {}
 #: What a rule's function is given and gives back, by scope.
 SCOPES = {
     "handover": "(before, after) → messages",
+    "abi": "(abi) → messages, for what a kernel does whatever its tree holds",
     "kernel": "(snapshot) → messages",
     "tree": "(snapshot) → blocks with marked rows, for what no single chunk shows",
     "blocks": "(snapshot, a chunk of blocks) → marked rows",
     "pairs": "(handover.Pairs) → marked rows",
     "stamps": "(before, its keys, a chunk of stamps) → marked rows",
+    "calls": "(snapshot, a chunk of Calls) → marked rows",
+    "touches": "(snapshot, a chunk of Touches) → marked rows of its blocks",
+    "losses": "(Losses) → messages",
 }
 
 F = TypeVar("F", bound=Callable[..., Any])

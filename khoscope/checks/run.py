@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..abi import BAD_ORDER
+from ..abi import BAD_ORDER, Abi
+from ..calls import NO_PHYS, Action, Batch, Calls, Losses
 from ..columns import Blocks, aligned
 from ..errors import KhoscopeError
 from ..snapshot import KeySet, Snapshot
 from . import blocks as blocks_rules
+from . import calls as _calls_rules  # noqa: F401 - registers its rules
 from . import handover as handover_rules
 from . import kernel as _kernel_rules  # noqa: F401 - registers its rules
 from .rule import RULES, SCOPES, Finding, Marked, Message, Rule, Severity, of_scope
@@ -29,7 +31,7 @@ class Report:
 
     :param findings: the first KEPT of each rule, in the order of the rules.
     :param counts: how many each rule has, all of them.
-    :param blocks: outgoing blocks that were looked at.
+    :param blocks: blocks that were looked at: outgoing ones, or those that calls touched.
     :param fates: across a kexec, how many of the recorded blocks were restored and so on.
     :param incomplete: why this is not the whole truth; a report with any is never a pass.
     """
@@ -64,32 +66,73 @@ class Report:
     def passed(self) -> bool:
         return not self.errors and not self.incomplete
 
-    def add(self, rule: Rule, message: str, phys: int | None, order: int | None) -> None:
-        self.counts[rule.name] += 1
-        kept = self.kept.setdefault(rule.name, [])
-        if len(kept) < KEPT:
-            kept.append(Finding(rule.name, rule.severity, message, rule.explain, phys, order))
-
     def add_messages(self, rule: Rule, messages: Iterable[Message]) -> None:
         for message in messages:
-            self.add(rule, message.text, message.phys, None)
+            self.counts[rule.name] += 1
+            if self._room(rule):
+                self._keep(rule, [rule.finding(message.text, message.phys)])
 
-    def add_marked(self, rule: Rule, blocks: Blocks, marked: Marked) -> None:
+    def add_marked(
+        self, rule: Rule, chunk: Blocks | Calls, marked: Marked, shown: int = 0
+    ) -> dict[int, Finding]:
+        """
+        Count the marked rows of a chunk, and keep what there is room for.
+
+        :param shown: make findings of this many, even if they are not kept.
+        :return: the findings that were made, by row.
+        """
         rows = np.flatnonzero(marked.rows)
         if not len(rows):
-            return
-        room = max(KEPT - len(self.kept.get(rule.name, ())), 0)
-        for row in rows[:room].tolist():
-            order = int(blocks.order[row])
-            known = order != BAD_ORDER
-            phys = int(blocks.phys[row]) if known else None
-            self.add(rule, marked.say(row), phys, order if known else None)
-        self.counts[rule.name] += len(rows) - min(len(rows), room)
+            return {}
+        room = self._room(rule)
+        found = {
+            row: rule.finding(marked.say(row), *_where(chunk, row))
+            for row in rows[: max(room, shown)].tolist()
+        }
+        self.counts[rule.name] += len(rows)
+        self._keep(rule, list(found.values())[:room])
+        return found
+
+    def _room(self, rule: Rule) -> int:
+        return KEPT - len(self.kept.get(rule.name, ()))
+
+    def _keep(self, rule: Rule, findings: list[Finding]) -> None:
+        self.kept.setdefault(rule.name, []).extend(findings)
+
+
+def _where(chunk: Blocks | Calls, row: int) -> tuple[int | None, int | None]:
+    """Address and order of a row, where it has them."""
+    phys = int(chunk.phys[row])
+    if isinstance(chunk, Calls):
+        return (None if phys == NO_PHYS else phys), None
+    order = int(chunk.order[row])
+    return (None, None) if order == BAD_ORDER else (phys, order)
+
+
+@dataclass
+class Found:
+    """
+    What the rules found in one batch of calls, KEPT of each rule at most.
+
+    :param calls: findings by row of the batch's calls.
+    :param touches: findings by row of its touches.
+    """
+
+    calls: dict[int, list[Finding]] = field(default_factory=dict)
+    touches: dict[int, list[Finding]] = field(default_factory=dict)
+
+
+def _start(abi: Abi) -> Report:
+    """A report that says what is wrong with the kernel itself."""
+    report = Report()
+    for rule, find in of_scope("abi"):
+        report.add_messages(rule, find(abi))
+    return report
 
 
 def check(facts: Snapshot) -> Report:
     """Run the rules about one kernel."""
-    report = Report()
+    report = _start(facts.abi)
     for rule, find in of_scope("kernel"):
         report.add_messages(rule, find(facts))
     for rule, find in of_scope("tree"):
@@ -168,3 +211,48 @@ def compare(before: Snapshot, after: Snapshot) -> Report:
         unread = after.scan.unread if after.scan else "all"
         report.incomplete.append(f"{unread} struct pages could not be searched for stamps")
     return report
+
+
+def start_trace(facts: Snapshot) -> Report:
+    """A report on a trace of this kernel; what is in its tree already is not looked at."""
+    return _start(facts.abi)
+
+
+def check_batch(facts: Snapshot, batch: Batch, report: Report) -> Found:
+    """
+    Run the rules about calls, and those about blocks on the blocks that were added.
+
+    :param facts: of the kernel, when tracing began.
+    :param report: what is found is added to it.
+    """
+    found = Found()
+    calls, touches = batch.calls, batch.touches
+    report.blocks += len(touches)
+    for rule, find in of_scope("calls"):
+        for row, each in report.add_marked(rule, calls, find(facts, calls), KEPT).items():
+            found.calls.setdefault(row, []).append(each)
+    for rule, find in of_scope("touches"):
+        marked = find(facts, touches)
+        for row, each in report.add_marked(rule, touches.blocks, marked, KEPT).items():
+            found.touches.setdefault(row, []).append(each)
+    rows = np.flatnonzero((touches.action == Action.ADD) & touches.succeeded)
+    added = touches.blocks[rows]
+    for rule, find in of_scope("blocks"):
+        for at, each in report.add_marked(rule, added, find(facts, added), KEPT).items():
+            found.touches.setdefault(int(rows[at]), []).append(each)
+    return found
+
+
+def end_trace(report: Report, losses: Losses) -> None:
+    """Add what was not seen: any of it, and the report is not the whole truth."""
+    for rule, find in of_scope("losses"):
+        report.add_messages(rule, find(losses))
+    for count, what in (
+        (losses.lost, "events lost for want of room in the buffer"),
+        (losses.missed, "calls that could not be followed from entry to return"),
+        (losses.sampled, "blocks of which not all refcounts were read"),
+        (losses.unread, "blocks of which some struct pages could not be read"),
+        (losses.open, "calls that had not returned when the trace ended"),
+    ):
+        if count:
+            report.incomplete.append(f"{what}: {count:,}")

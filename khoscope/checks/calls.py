@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Rules about calls of KHO while they happen, and about what they do to blocks."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..abi import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE, TYPE_NAMES
+from ..calls import BIT_CLEAR, BIT_SET, FUNCTIONS, NO_ORDER, NO_PHYS, Action, Calls, Losses, Touches
+from ..columns import Pages
+from ..snapshot import Snapshot
+from . import handover as _handover_rules  # noqa: F401 - registers what is looked for here, too
+from .pattern import describe, differs, fits, named, readable, restores_split, type_name
+from .rule import Marked, Message, Severity, also, rule
+
+#: Functions by what they return, as columns to look up.
+_RETURNS_INT = np.array([f.returns == "int" for f in FUNCTIONS])
+_RETURNS_POINTER = np.array([f.returns == "pointer" for f in FUNCTIONS])
+
+#: Errors by number, with the kernel's own names: the C library has two for one of them.
+_ERRNO = {**errno.errorcode, errno.EOPNOTSUPP: "EOPNOTSUPP"}
+
+
+@rule(
+    "preserved-twice",
+    Severity.WARNING,
+    "touches",
+    """
+    kho_radix_add_page() sets one bit per block and counts nothing: the first unpreserve, by
+    whichever owner, takes the block out of the tree for both, and its memory is lost at the kexec
+    without a word. Let one owner preserve it once.
+    """,
+)
+def preserved_twice(facts: Snapshot, touches: Touches) -> Marked:
+    """A block was preserved that was preserved already: its single bit was set."""
+    twice = (touches.action == Action.ADD) & touches.succeeded & (touches.before == BIT_SET)
+    return Marked(
+        twice & _is_block(touches),
+        lambda row: f"its bit was set already{_key(touches, row)}",
+    )
+
+
+@rule(
+    "unpreserved-unknown",
+    Severity.WARNING,
+    "touches",
+    """
+    kho_radix_del_page() clears a bit that is clear, without a word where the leaf exists and with
+    a WARN where it does not. Either the block was never preserved or is unpreserved twice, or it
+    is still preserved under another key: with another order because the range differs from the
+    one that was preserved, or with another type because the pages were split since then
+    (kho_split_preserved_pages() is for that). The old entry then goes through the kexec.
+    Unpreserve exactly what was preserved, as it was.
+    """,
+)
+def unpreserved_unknown(facts: Snapshot, touches: Touches) -> Marked:
+    """A block was unpreserved that was not preserved: its bit was clear."""
+    unknown = (touches.action == Action.DELETE) & (touches.before == BIT_CLEAR)
+    return Marked(
+        unknown & _is_block(touches),
+        lambda row: f"nothing to unpreserve, its bit was clear{_key(touches, row)}",
+    )
+
+
+@also("wrong-refcounts", "touches")
+def restored_wrong(facts: Snapshot, touches: Touches) -> Marked:
+    """Restored, and the refcounts do not fit the stamp, or are not what they were before."""
+    blocks, was = touches.blocks, touches.was
+    now = blocks.facts
+    split = restores_split(blocks.type, touches.as_folio)
+    # kho_init_folio() makes one compound page of all that is not a single page.
+    folio = touches.as_folio & (blocks.order > 0)
+    right = fits(now, split) & (~folio | (now.compound == blocks.order))
+    changed = touches.known & differs(was, now)
+
+    def say(row: int) -> str:
+        order = int(blocks.order[row])
+        text = f"restored as {describe(now, row, order)}"
+        if not right[row]:
+            call = "kho_restore_folio" if touches.as_folio[row] else "kho_restore_pages"
+            text += f", {call}() should give {named(order, bool(split[row]))}"
+            text += f" compound order {order}" if folio[row] else ""
+            if blocks.type[row] != NO_TYPE:
+                text += f" to what is stamped {type_name(int(blocks.type[row]))}"
+        if changed[row]:
+            text += f", was {describe(was, row)}"
+        return text
+
+    judged = _restores(touches) & touches.succeeded & readable(now)
+    return Marked(judged & (~right | changed), say)
+
+
+@rule(
+    "wrong-restore-call",
+    Severity.ERROR,
+    "touches",
+    """
+    kho_restore_page() goes by the stamp's order and by which function was called, and compares
+    neither with what was preserved. A folio restored as pages is no compound page: the owner's
+    folio_put() frees its first page and leaks or corrupts the rest. Pages restored as a folio are
+    freed all at once by the first put; kernels that store the type WARN and return NULL instead.
+    kho_restore_pages() with another range than was preserved gives back more pages than were
+    asked for, which somebody else may own, or skips blocks, which leak. Restore with the function,
+    the address and the count that the memory was preserved with.
+    """,
+)
+def wrong_restore_call(facts: Snapshot, touches: Touches) -> Marked:
+    """Pages were restored as a folio, a folio as pages, or another count than was preserved."""
+    blocks, was, folio = touches.blocks, touches.was, touches.as_folio
+    many = blocks.order > 0
+    known = touches.known & readable(was) & (was.free == 0) & many
+    split_as_folio = folio & many & (blocks.type == KHO_PAGE_SPLIT)
+    folio_as_pages = ~folio & known & (was.compound > 0)
+    pages_as_folio = folio & known & (was.compound <= 0) & (was.compound != Pages.COMPOUND_TAIL)
+    miscounted = ~folio & (touches.asked != NO_ORDER) & (touches.asked != blocks.order)
+
+    def say(row: int) -> str:
+        order, asked = int(blocks.order[row]), int(touches.asked[row])
+        if split_as_folio[row]:
+            outcome = "made one of it all the same" if touches.ret[row] else "refused"
+            return f"stamped split, asked for as a folio: the kernel {outcome}"
+        if folio_as_pages[row]:
+            return f"was a folio of order {was.compound[row]}, restored as pages"
+        if pages_as_folio[row]:
+            return f"was {describe(was, row)} and no folio, restored as a folio of order {order}"
+        return (
+            f"kho_restore_pages() asked for order {asked}, the stamp is of order {order}: "
+            f"{1 << order:,} pages come back where {1 << asked:,} were asked for"
+        )
+
+    wrong = split_as_folio | folio_as_pages | pages_as_folio | miscounted
+    return Marked(_restores(touches) & wrong, say)
+
+
+@rule(
+    "failed",
+    Severity.WARNING,
+    "calls",
+    """
+    The call did not do what it was asked for. A preserve that failed has undone its part: the
+    memory will not survive the kexec, and its owner must not hand over state that points to it.
+    A kho_split_preserved_pages() that failed leaves the pages split and no longer preserved. A
+    restore gives NULL where no block begins (kho_restore_page() found no stamp: never preserved,
+    restored before, or begun in the middle) or where the type is not what the call is for; what
+    kho_restore_pages() and kho_restore_vmalloc() had restored until then stays, and leaks. See
+    dmesg for a WARN at the same time.
+    """,
+)
+def failed(facts: Snapshot, calls: Calls) -> Marked:
+    """A call returned an error or NULL."""
+    wrong = _RETURNS_INT[calls.function] & (calls.ret < 0)
+    wrong |= _RETURNS_POINTER[calls.function] & (calls.ret == 0)
+
+    def say(row: int) -> str:
+        function, ret = FUNCTIONS[calls.function[row]], int(calls.ret[row])
+        text = f"{function.name}()"
+        if function.name == "kho_add_subtree":
+            text += f" of {calls.name[row].decode(errors='replace')!r}"
+        elif not {"nr_pages", "order"}.isdisjoint(function.arguments):
+            text += f" of {calls.pages[row]:,} pages"
+        if calls.phys[row] != NO_PHYS:
+            text += f" at {calls.phys[row]:#x}"
+        if function.returns == "pointer":
+            return f"{text} returned NULL"
+        return f"{text} returned {f'-{_ERRNO[-ret]}' if -ret in _ERRNO else ret}"
+
+    return Marked(wrong, say)
+
+
+@rule(
+    "events-lost",
+    Severity.WARNING,
+    "losses",
+    """
+    What was not seen was not checked: the verdict is incomplete, and calls may be shown without
+    some of their blocks. The buffer overran because calls came faster than they were read, or
+    tasks nested deeper, or were more, than are followed. Trace fewer calls (--only, -p, -c) or
+    take a larger buffer.
+    """,
+)
+def events_lost(losses: Losses) -> Iterator[Message]:
+    """Events were lost, or calls not followed to their end."""
+    parts = []
+    if losses.lost:
+        parts.append(f"events lost: {losses.lost:,}")
+    if losses.missed:
+        parts.append(f"calls not followed to their end: {losses.missed:,}")
+    if parts:
+        yield Message(f"{', '.join(parts)}; the verdict is incomplete")
+
+
+def _is_block(touches: Touches) -> NDArray[np.bool_]:
+    return touches.blocks.order != BAD_ORDER
+
+
+def _restores(touches: Touches) -> NDArray[np.bool_]:
+    """Restores that found a stamp: of the others there is no block to speak of."""
+    return (touches.action == Action.RESTORE) & _is_block(touches)
+
+
+def _key(touches: Touches, row: int) -> str:
+    """What was looked up in the tree; which type matters where keys have one."""
+    kind = TYPE_NAMES[int(touches.blocks.type[row])]
+    return f" (key {touches.blocks.key[row]:#x}{f', {kind}' if kind else ''})"
