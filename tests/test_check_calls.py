@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from khoscope.abi import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
-from khoscope.calls import BIT_CLEAR, BIT_SET, BIT_UNKNOWN, Action, Calls, Losses
-from khoscope.checks import (
-    Report,
-    check_batch,
-    end_trace,
-    start_trace,
-)
+from khoscope.calls import BIT_CLEAR, BIT_SET, BIT_UNKNOWN, Action, Batch, Calls, Losses
+from khoscope.checks import Finding, Found, Report, check_batch, end_trace, run, start_trace
+from khoscope.columns import Pages
 from tests.synthetic import (
     FIXED,
     PLAIN,
@@ -25,6 +23,7 @@ from tests.synthetic import (
     batch_of,
     call_of,
     snapshot,
+    touches_of,
 )
 from tests.test_checks import TRACE_SCOPES, Fires, assert_fires, assert_silent, rules_in
 
@@ -227,3 +226,334 @@ def test_rule_is_silent(name: str) -> None:
     assert SILENT[name]
     for make in SILENT[name]:
         assert_silent(name, make)
+
+
+def messages(report: Report, name: str) -> list[str]:
+    return [f.message for f in report.findings if f.rule == name]
+
+
+@pytest.mark.parametrize(
+    ("abi", "touch", "wanted"),
+    [
+        (FIXED, pages_restored(split(2, CONTIG)), "1/0 to what is stamped contig"),
+        (FIXED, pages_restored(contig(2, SPLIT)), "1/1 to what is stamped split"),
+        (PLAIN, pages_restored(contig(2)), "restored as 1/0, kho_restore_pages() should give 1/1"),
+        (
+            PLAIN,
+            folio_restored(contig(2)),
+            "restored as 1/0, kho_restore_folio() should give 1/0 compound order 2",
+        ),
+        (POSTED, pages_restored(contig(2), was=split(2)), "restored as 1/0, was 1/1"),
+        (
+            FIXED,
+            pages_restored(split(2, CONTIG), was=contig(2)),
+            "restored as 1/1, kho_restore_pages() should give 1/0 to what is stamped contig, "
+            "was 1/0",
+        ),
+    ],
+)
+def test_wrong_refcounts_says_what_was_expected(abi: Abi, touch: Touch, wanted: str) -> None:
+    [message] = messages(trace(abi, touch), "wrong-refcounts")
+    assert message.endswith(wanted)
+
+
+@pytest.mark.parametrize(
+    ("touch", "wanted"),
+    [
+        (
+            pages_restored(contig(3), asked=1),
+            "kho_restore_pages() asked for order 1, the stamp is of order 3: "
+            "8 pages come back where 2 were asked for",
+        ),
+        (
+            folio_restored(stamped(split(2)), ret=0, was=split(2)),
+            "stamped split, asked for as a folio: the kernel refused",
+        ),
+        (
+            folio_restored(replace(folio(2), type=SPLIT)),
+            "stamped split, asked for as a folio: the kernel made one of it all the same",
+        ),
+        (
+            pages_restored(contig(2), asked=1, was=folio(2)),
+            "was a folio of order 2, restored as pages",
+        ),
+        (
+            folio_restored(folio(2), was=contig(2)),
+            "was 1/0 and no folio, restored as a folio of order 2",
+        ),
+    ],
+)
+def test_wrong_restore_call_says_the_most_that_is_known(touch: Touch, wanted: str) -> None:
+    assert messages(trace(FIXED, touch), "wrong-restore-call") == [wanted]
+
+
+def test_tree_keys_are_said_with_their_type() -> None:
+    key = FIXED.kho_radix_encode_key(AT, 2, SPLIT)
+    report = trace(FIXED, delete(split(2), BIT_CLEAR), add(split(2), BIT_SET))
+    assert messages(report, "unpreserved-unknown") == [
+        f"nothing to unpreserve, its bit was clear (key {key:#x}, type split)"
+    ]
+    assert messages(report, "preserved-twice") == [
+        f"its bit was set already (key {key:#x}, type split)"
+    ]
+    [untyped] = messages(trace(PLAIN, add(split(2), BIT_SET)), "preserved-twice")
+    assert "type" not in untyped
+    # What the tree cannot store was not looked up.
+    [posted] = messages(trace(POSTED, delete(split(2), BIT_CLEAR)), "unpreserved-unknown")
+    assert posted.endswith("type contig)")
+
+
+@pytest.mark.parametrize(
+    ("call", "wanted"),
+    [
+        (
+            call_of("kho_preserve_pages", -22, phys=AT, pages=1600),
+            "kho_preserve_pages() of 1,600 pages at 0x40000 returned -EINVAL",
+        ),
+        (
+            call_of("kho_preserve_folio", -22, phys=AT, pages=0),
+            "kho_preserve_folio() at 0x40000 returned -EINVAL",
+        ),
+        (
+            call_of("kho_preserve_vmalloc", -95, pages=3),
+            "kho_preserve_vmalloc() returned -EOPNOTSUPP",
+        ),
+        (
+            call_of("kho_split_preserved_pages", -12, phys=AT, pages=8),
+            "kho_split_preserved_pages() of 8 pages at 0x40000 returned -ENOMEM",
+        ),
+        (
+            call_of("kho_add_subtree", -17, phys=AT, pages=1, subtree=b"LUO"),
+            "kho_add_subtree() of 'LUO' at 0x40000 returned -EEXIST",
+        ),
+        # An error of the kernel's own.
+        (call_of("kho_preserve_vmalloc", -524), "kho_preserve_vmalloc() returned -524"),
+        (call_of("kho_restore_folio", 0, phys=0), "kho_restore_folio() at 0x0 returned NULL"),
+    ],
+)
+def test_failed_says_what_was_asked(call: Calls, wanted: str) -> None:
+    assert messages(trace(FIXED, calls=[call]), "failed") == [wanted]
+
+
+def test_lost_events_are_counted() -> None:
+    report = trace(FIXED, losses=Losses(lost=70000, missed=2))
+    assert messages(report, "events-lost") == [
+        "events lost: 70,000, calls not followed to their end: 2; the verdict is incomplete"
+    ]
+
+
+@pytest.mark.parametrize("name", ["lost", "missed", "sampled", "unread", "open"])
+def test_what_was_not_seen_is_no_pass(name: str) -> None:
+    report = trace(FIXED, losses=Losses(**{name: 1234}))
+    assert len(report.incomplete) == 1
+    assert "1,234" in report.incomplete[0]
+    assert (report.errors, report.passed) == (0, False)
+    assert trace(FIXED).incomplete == []
+    assert len(trace(FIXED, losses=Losses(1, 2, 3, 4, 5)).incomplete) == 5
+
+
+# The rules about blocks, asked while they are preserved
+
+
+def names(report: Report) -> set[str]:
+    return set(report.counts) - {"type-not-stored", "abi-not-bumped"}
+
+
+@pytest.mark.parametrize("abi", [PLAIN, POSTED, FIXED])
+def test_a_trace_begins_with_what_is_wrong_with_the_kernel(abi: Abi) -> None:
+    wanted = {"type-not-stored", "abi-not-bumped"} if abi is POSTED else set()
+    # What is in the tree already, and in the log, is not what happens now.
+    facts = snapshot(abi, [split(2, CONTIG)], tainted=1 << 5, log=["BUG: Bad page state"])
+    assert set(start_trace(facts).counts) == wanted
+
+
+@pytest.mark.parametrize(
+    ("abi", "block", "wanted"),
+    [
+        (PLAIN, split(2), set()),
+        (PLAIN, folio(2), set()),
+        (PLAIN, contig(2), {"wrong-after-restore"}),
+        (POSTED, contig(2), set()),
+        (POSTED, split(2), {"type-mismatch", "wrong-after-restore"}),
+        (FIXED, split(2), set()),
+        (FIXED, contig(2), set()),
+        (FIXED, folio(2), set()),
+        (FIXED, contig(0), set()),
+        (FIXED, contig(3, ones=1, odd=4), {"mixed-refcounts", "wrong-after-restore"}),
+        (FIXED, contig(2, head=0, free=1), {"stale-entry"}),
+        (FIXED, contig(2, unread=1), set()),
+    ],
+)
+def test_blocks_are_judged_when_they_are_preserved(
+    abi: Abi, block: Block, wanted: set[str]
+) -> None:
+    assert names(trace(abi, add(block))) == wanted
+    # Not when that failed, and not when they go.
+    assert names(trace(abi, add(block, ret=-12))) == set()
+    assert names(trace(abi, delete(block))) == set()
+
+
+def test_preserved_blocks_in_scratch_and_outside_ram() -> None:
+    report = trace(FIXED, add(contig(2)), scratch=[(AT, 0x1000)])
+    assert names(report) == {"in-scratch"}
+    assert names(trace(FIXED, add(contig(2)), ram=[(0, AT)])) == {"outside-ram"}
+
+
+def test_sampled_blocks_are_judged_by_what_was_looked_at() -> None:
+    sample = replace(add(contig(11, SPLIT, ones=1023)), looked=1024)
+    assert names(trace(FIXED, sample)) == set()
+    report = trace(POSTED, sample)
+    assert messages(report, "type-mismatch") == [
+        "recorded contig, the pages are 1/1 in the 1,024 pages looked at"
+    ]
+    mixed = replace(add(contig(11, ones=3, odd=7)), looked=1024)
+    [message] = messages(trace(FIXED, mixed), "mixed-refcounts")
+    assert message.endswith("first odd page 7) in the 1,024 pages looked at")
+    restored = replace(pages_restored(contig(11)), looked=1024)
+    assert names(trace(FIXED, restored)) == set()
+    [message] = messages(trace(PLAIN, restored), "wrong-refcounts")
+    assert message.startswith("restored as 1/0 in the 1,024 pages looked at, ")
+    # What it was is known to the last page.
+    report = trace(POSTED, replace(restored, was=split(11)))
+    assert messages(report, "wrong-refcounts") == [
+        "restored as 1/0 in the 1,024 pages looked at, was 1/1"
+    ]
+
+
+# What real kernels do, by the table of the series
+
+
+def restored_by(abi: Abi, recorded: Block, *, as_folio: bool = False) -> Touch:
+    """What ``kho_restore_page`` makes of a block that was preserved as it is."""
+    by_type = as_folio or (abi.has_types and recorded.type == CONTIG)
+    now = replace(
+        contig(recorded.order) if by_type else split(recorded.order),
+        type=recorded.type,
+        compound=recorded.order if as_folio and recorded.order else Pages.NOT_COMPOUND,
+    )
+    return replace(
+        folio_restored(now) if as_folio else pages_restored(now),
+        was=recorded,
+    )
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    ("was", "as_folio", "wrong_on"),
+    [
+        (contig(2), False, [PLAIN]),
+        (split(2), False, [POSTED]),
+        (folio(2), True, []),
+        (folio(0), True, []),
+        (contig(0), False, []),
+        # Neighbours, and a split behind the kernel's back.
+        (contig(3, ones=1, odd=4), False, [PLAIN, POSTED, FIXED]),
+        (split(3, CONTIG), False, [POSTED, FIXED]),
+    ],
+)
+@pytest.mark.parametrize("abi", [PLAIN, POSTED, FIXED], ids=["base", "rfc", "fixed"])
+def test_restores_of_real_kernels(
+    abi: Abi, was: Block, as_folio: bool, wrong_on: list[Abi], known: bool
+) -> None:
+    stored = replace(was, type=was.type if abi is FIXED else CONTIG)
+    touch = restored_by(abi, stored, as_folio=as_folio)
+    report = trace(abi, touch if known else replace(touch, was=None))
+    # Without the other kernel's snapshot there is only the stamp, which these kernels obey.
+    assert names(report) == ({"wrong-refcounts"} if known and abi in wrong_on else set())
+
+
+# What is kept
+
+
+def found_in(abi: Abi, batch: Batch, report: Report | None = None) -> Found:
+    facts = snapshot(abi, [])
+    return check_batch(facts, batch, report or start_trace(facts))
+
+
+def rules_by_row(found: dict[int, list[Finding]]) -> dict[int, list[str]]:
+    return {row: [f.rule for f in findings] for row, findings in found.items()}
+
+
+def test_findings_are_given_back_by_row() -> None:
+    batch = batch_of(
+        FIXED,
+        [
+            call_of("kho_preserve_pages"),
+            call_of("kho_preserve_pages", -12, call=2),
+            call_of("kho_restore_folio", 0, call=3),
+        ],
+        [
+            delete(contig(2)),
+            add(contig(2), ret=-12),
+            add(contig(2)),
+            add(split(2, CONTIG), BIT_SET),
+            pages_restored(contig(3, SPLIT), asked=1),
+            add(split(2, CONTIG)),
+        ],
+    )
+    report = start_trace(snapshot(FIXED, []))
+    found = found_in(FIXED, batch, report)
+    assert rules_by_row(found.calls) == {1: ["failed"], 2: ["failed"]}
+    assert rules_by_row(found.touches) == {
+        3: ["preserved-twice", "type-mismatch", "wrong-after-restore"],
+        4: ["wrong-refcounts", "wrong-restore-call"],
+        5: ["type-mismatch", "wrong-after-restore"],
+    }
+    given = [f for part in (found.calls, found.touches) for fs in part.values() for f in fs]
+    assert len(given) == report.counts.total() == len(report.findings) == 9
+    assert {id(f) for f in given} == {id(f) for f in report.findings}
+    assert report.blocks == 6
+
+
+def test_an_empty_batch_is_checked() -> None:
+    report = start_trace(snapshot(FIXED, []))
+    found = found_in(FIXED, batch_of(FIXED), report)
+    assert (found.calls, found.touches, dict(report.counts)) == ({}, {}, {})
+    found = found_in(FIXED, Batch(Calls.empty(), touches_of(FIXED)), report)
+    assert (found.calls, found.touches, report.passed) == ({}, {}, True)
+
+
+def test_each_batch_has_findings_when_the_report_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "KEPT", 3)
+    touches = [add(replace(split(2, CONTIG), phys=n << 20)) for n in range(5)]
+    batch = batch_of(FIXED, [call_of("kho_restore_folio")] * 5, touches)
+    report = start_trace(snapshot(FIXED, []))
+    for batches in range(1, 4):
+        found = found_in(FIXED, batch, report)
+        assert rules_by_row(found.calls) == {row: ["failed"] for row in range(3)}
+        assert rules_by_row(found.touches) == {
+            row: ["type-mismatch", "wrong-after-restore"] for row in range(3)
+        }
+        assert [f.phys for fs in found.touches.values() for f in fs[:1]] == [0, 1 << 20, 2 << 20]
+        assert report.counts == dict.fromkeys(
+            ["failed", "type-mismatch", "wrong-after-restore"], 5 * batches
+        )
+        assert {name: len(kept) for name, kept in report.kept.items()} == dict.fromkeys(
+            report.counts, 3
+        )
+
+
+@pytest.mark.parametrize("abi", [PLAIN, FIXED])
+def test_many_rows_make_few_objects(abi: Abi) -> None:
+    rows = 100_000
+    kinds = [
+        add(contig(2), BIT_SET),
+        delete(contig(2), BIT_CLEAR),
+        pages_restored(contig(3, SPLIT), asked=1),
+    ]
+    touches = touches_of(abi, *kinds)[np.arange(rows) % 3]
+    calls = call_of("kho_preserve_pages", -22)[np.zeros(rows, np.int64)]
+    facts = snapshot(abi, [])
+    report = start_trace(facts)
+    gc.collect()
+    before = len(gc.get_objects())
+    found = check_batch(facts, Batch(calls, touches), report)
+    made = len(gc.get_objects()) - before
+    assert report.counts["failed"] == rows
+    for name in ("wrong-refcounts", "wrong-restore-call", "unpreserved-unknown"):
+        assert abs(report.counts[name] - rows / 3) < 1
+    assert report.blocks == rows
+    assert len(found.calls) == run.KEPT
+    assert len(found.touches) <= run.KEPT * len(report.counts)
+    # A finding and the list that it stands in, and no more.
+    assert made < 3 * run.KEPT * len(report.counts)

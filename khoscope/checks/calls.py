@@ -205,4 +205,4 @@ def _restores(touches: Touches) -> NDArray[np.bool_]:
 def _key(touches: Touches, row: int) -> str:
     """What was looked up in the tree; which type matters where keys have one."""
     kind = TYPE_NAMES[int(touches.blocks.type[row])]
-    return f" (key {touches.blocks.key[row]:#x}{f', {kind}' if kind else ''})"
+    return f" (key {touches.blocks.key[row]:#x}{f', type {kind}' if kind else ''})"
