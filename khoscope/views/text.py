@@ -28,7 +28,7 @@ LIMIT = 20
 _CONTROL = re.compile(r"(?!\033\[\d*m)[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 _COLOURS = {"red": "31", "yellow": "33", "green": "32", "bold": "1", "dim": "2"}
-_SEVERITY_COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.INFO: "dim"}
+SEVERITY_COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.INFO: "dim"}
 
 
 class Text:
@@ -165,6 +165,10 @@ class Text:
         self.line(f"{report.blocks:,} outgoing blocks checked")
         if report.fates is not None:
             self.line(_fates(report))
+        self.conclusion(report)
+
+    def conclusion(self, report: Report) -> None:
+        """What was found, what was not seen, and what that comes to."""
         self.findings(report)
         self.line()
         for reason in report.incomplete:
@@ -194,7 +198,7 @@ class Text:
             if found.rule in seen:
                 continue
             seen.add(found.rule)
-            severity = self.paint(_SEVERITY_COLOURS[found.severity], str(found.severity))
+            severity = self.paint(SEVERITY_COLOURS[found.severity], str(found.severity))
             count = f"{report.counts[found.rule]} × "
             self.wrapped(f"{count}{found.rule}: {found.message}", "    ", f"{severity}: ")
             if found.rule not in explained:
@@ -209,17 +213,17 @@ class Text:
             by_rule.setdefault(found.rule, []).append(found)
         for name, found_list in by_rule.items():
             rule = RULES[name]
-            severity = self.paint(_SEVERITY_COLOURS[rule.severity], str(rule.severity))
+            severity = self.paint(SEVERITY_COLOURS[rule.severity], str(rule.severity))
             self.line()
             self.line(f"{severity}: {self.paint('bold', name)} ({report.counts[name]:,})")
             for each in islice(found_list, self._limit):
-                self.wrapped(each.message, "      ", f"  {_where(each)}")
+                self.wrapped(each.message, "      ", f"  {where(each)}")
             self._more(len(found_list), report.counts[name], "")
             self.wrapped(rule.explain, "    ", "  → ")
 
     def verdict(self, report: Report) -> None:
         """The last line."""
-        said = f"{_count(report.errors, 'error')}, {_count(report.warnings, 'warning')}"
+        said = f"{counted(report.errors, 'error')}, {counted(report.warnings, 'warning')}"
         if report.passed:
             self.line(self.paint("green", "PASS") + f": {said}")
         elif report.errors:
@@ -268,7 +272,8 @@ class Text:
             self.line(self.paint("dim", f"  … {hidden} ({hint})"))
 
 
-def _count(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
+    """A number of things."""
     return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
@@ -307,11 +312,18 @@ def _block_rows(blocks: Blocks) -> list[list[Any]]:
     return rows
 
 
-def _where(finding: Finding) -> str:
+def printable(text: str) -> str:
+    """A word that somebody else chose, of whom nothing is known: it can neither steer a terminal
+    nor look like another line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def where(finding: Finding) -> str:
+    """Address and order, where a finding has them, in front of its message."""
     if finding.phys is None:
         return ""
-    where = f"{finding.phys:#014x} "
-    return where if finding.order is None else f"{where}order {finding.order}: "
+    at = f"{finding.phys:#014x} "
+    return at if finding.order is None else f"{at}order {finding.order}: "
 
 
 def _change_rows(a: Snapshot, b: Snapshot) -> Iterator[str]:

@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+What many calls come to: who calls, which blocks are alike, sums by client, latencies.
+
+A load makes 10^5 calls a second.  Sums are made of whole columns; an object stands for a client, a
+stack or a kind of block, never for each call or each block.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..abi import BAD_ORDER, U64
+from ..calls import (
+    BIT_CLEAR,
+    BIT_SET,
+    BIT_UNKNOWN,
+    Action,
+    Batch,
+    Calls,
+    Symbols,
+    Touches,
+    client,
+    frames,
+)
+from ..checks import Finding, Found
+from ..checks.pattern import tails
+
+#: The client of blocks whose call has not returned, so that nobody knows who made it.
+NOT_RETURNED = "[not returned]"
+
+
+def distinct(columns: Sequence[NDArray[Any]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """
+    Tell rows apart by some columns.
+
+    :return: the first row of each kind, and the kind of each row.
+    """
+    kind = np.zeros(len(columns[0]), np.int64)
+    for column in columns:
+        if not len(column) or (column == column[0]).all():
+            continue
+        values, value = np.unique(column, return_inverse=True)
+        kind = np.unique(kind * len(values) + value, return_inverse=True)[1]
+    first = np.unique(kind, return_index=True)[1]
+    return first, kind
+
+
+def _sums(
+    columns: Sequence[NDArray[Any]], weights: U64 | None = None
+) -> Iterator[tuple[tuple[Any, ...], int]]:
+    """How many rows, or how much of the weights, each combination of values has."""
+    first, kind = distinct(columns)
+    if weights is None:
+        sums = np.bincount(kind, minlength=len(first)).tolist()
+    else:
+        total = np.zeros(len(first), np.uint64)
+        np.add.at(total, kind, weights)
+        sums = total.tolist()
+    yield from zip(zip(*(c[first].tolist() for c in columns), strict=True), sums, strict=True)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """
+    Where calls come from.
+
+    :param client: as :func:`khoscope.calls.client` names it.
+    :param stack: as :func:`khoscope.calls.frames` lists it.
+    :param number: of the stack, from 1 in the order in which they appear.
+    """
+
+    client: str
+    stack: tuple[str, ...]
+    number: int
+
+
+class Callers:
+    """Finds callers by stack, and looks up the symbols of each distinct stack once."""
+
+    def __init__(self, symbols: Symbols) -> None:
+        self._symbols = symbols
+        self._callers: dict[bytes, Caller] = {}
+        self._numbers: dict[tuple[str, ...], int] = {}
+
+    def of(self, calls: Calls) -> tuple[list[Caller], NDArray[np.int64]]:
+        """
+        The callers of a batch.
+
+        :return: the distinct ones, and which of them made each call.
+        """
+        first, which = distinct(list(calls.stack.T))
+        return [self._caller(calls.stack[row]) for row in first.tolist()], which
+
+    def _caller(self, stack: U64) -> Caller:
+        key = stack.tobytes()
+        known = self._callers.get(key)
+        if known is None:
+            addresses = stack.tolist()
+            # Stacks that differ in what traces only, or in KHO's own functions, are one.
+            above = tuple(frames(addresses, self._symbols))
+            number = self._numbers.setdefault(above, len(self._numbers) + 1)
+            known = self._callers[key] = Caller(client(addresses, self._symbols), above, number)
+        return known
+
+
+@dataclass(frozen=True)
+class Alike:
+    """
+    The blocks of a batch, those of one call that look the same told once.
+
+    :param examples: a row of the touches for each kind of block.
+    :param groups: for each call, the kinds that it touched and how many blocks of each, in the
+        order in which they came.
+    """
+
+    examples: list[int]
+    groups: list[list[tuple[int, int]]]
+
+
+def alike(batch: Batch) -> Alike:
+    """Fold blocks with the same order, type, refcount pattern and outcome."""
+    starts = batch.starts()
+    touches = batch.touches[: starts[-1]]
+    groups: list[list[tuple[int, int]]] = [[] for _ in range(len(batch.calls))]
+    if not len(touches):
+        return Alike([], groups)
+    blocks, pages = touches.blocks, touches.blocks.facts
+    looked = touches.action != Action.DELETE
+    rest = tails(pages)
+    examples, kind = distinct(
+        [
+            touches.action,
+            blocks.order,
+            blocks.type,
+            np.where(touches.succeeded, 1, touches.ret),
+            looked & sampled(touches),
+            *(
+                np.where(looked, column, 0)
+                for column in (
+                    pages.unread,
+                    pages.head,
+                    rest > 0,
+                    pages.zeros == rest,
+                    pages.ones == rest,
+                )
+            ),
+        ]
+    )
+    call = np.repeat(np.arange(len(batch.calls)), np.diff(starts))
+    first, group = distinct([call, kind])
+    counts = np.bincount(group)
+    order = np.argsort(first)
+    for row, count in zip(first[order].tolist(), counts[order].tolist(), strict=True):
+        groups[call[row]].append((int(kind[row]), count))
+    return Alike(examples.tolist(), groups)
+
+
+def sampled(touches: Touches) -> NDArray[np.bool_]:
+    """Blocks of which not all refcounts were read."""
+    return touches.looked < touches.blocks.page_count
+
+
+def findings_by_call(batch: Batch, found: Found) -> list[list[Finding]]:
+    """The findings of each call and its blocks; the last: of blocks whose call is not there."""
+    findings: list[list[Finding]] = [[] for _ in range(len(batch.calls) + 1)]
+    for row, some in found.calls.items():
+        findings[row] += some
+    rows = sorted(found.touches)
+    calls = np.searchsorted(batch.starts(), rows, "right") - 1
+    for row, call in zip(rows, calls.tolist(), strict=True):
+        findings[call] += found.touches[row]
+    return findings
+
+
+@dataclass
+class Balance:
+    """
+    What adds and deletes of one order and type come to.
+
+    :param added: blocks that were added with success.
+    :param deleted: blocks that were deleted, whether they were there or not.
+    :param set: adds that set a bit of the tree that was clear.
+    :param cleared: deletes that cleared a bit that was set.
+    :param unknown: adds and deletes of which the bit could not be read before or after.
+    """
+
+    added: int = 0
+    deleted: int = 0
+    set: int = 0
+    cleared: int = 0
+    unknown: int = 0
+
+    @property
+    def adds(self) -> int:
+        """Adds minus deletes."""
+        return self.added - self.deleted
+
+    @property
+    def distinct(self) -> int:
+        """By how many the blocks in the tree have become more, each counted once."""
+        return self.set - self.cleared
+
+
+@dataclass
+class Sums:
+    """
+    Of one client, or of all.
+
+    :param calls: by function.
+    :param failed: calls by function and what came back: a negative errno, or 0 for NULL.
+    :param pages: that were asked for, by function.
+    :param blocks: by action, order and type; those that failed are not among them.
+    :param latency: calls by bucket, see :func:`bucket`.
+    :param rules: findings by rule.
+    """
+
+    calls: Counter[int] = field(default_factory=Counter)
+    failed: Counter[tuple[int, int]] = field(default_factory=Counter)
+    pages: Counter[int] = field(default_factory=Counter)
+    blocks: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    latency: Counter[int] = field(default_factory=Counter)
+    rules: Counter[str] = field(default_factory=Counter)
+
+    def update(self, other: Sums) -> None:
+        for name, counter in vars(self).items():
+            counter.update(getattr(other, name))
+
+    def failed_of(self, function: int) -> int:
+        return sum(n for (number, _), n in self.failed.items() if number == function)
+
+
+def pages(order: int, blocks: int) -> int:
+    """Pages of some blocks; of those whose key or stamp is nonsense none are known."""
+    return blocks << order if order != BAD_ORDER else 0
+
+
+def bucket(ns: U64) -> NDArray[np.int64]:
+    """Bits of the latency in whole µs: 0 for less than 1 µs, 1 for 1, 2 for 2 and 3 and so on."""
+    # A float is exact below 2^53, frexp() gives the bits.
+    return np.frexp((ns // np.uint64(1000)).astype(np.float64))[1].astype(np.int64)
+
+
+def bucket_range(number: int) -> tuple[int, int]:
+    """The µs of a bucket, first and last."""
+    return (1 << number) >> 1, (1 << number) - 1
+
+
+class Summary:
+    """
+    Sums over the calls of a trace, by client.
+
+    What fails or is found is counted with the client whose call it was; blocks whose call has not
+    returned stand under ``NOT_RETURNED``.
+    """
+
+    def __init__(self, callers: Callers) -> None:
+        self._callers = callers
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.clients: dict[str, Sums] = {}
+        self.balance: dict[tuple[int, int], Balance] = {}
+
+    @property
+    def total(self) -> Sums:
+        """Of all clients."""
+        total = Sums()
+        for sums in self.clients.values():
+            total.update(sums)
+        return total
+
+    def add(self, batch: Batch, found: Found) -> None:
+        """Count a batch in."""
+        callers, which = self._callers.of(batch.calls)
+        # Several stacks may be of one client; the last: of blocks whose call is not there.
+        names = [*(caller.client for caller in callers), NOT_RETURNED]
+        self._calls(batch.calls, which, lambda number: self._sums(names[number]))
+        self._touches(batch, which, lambda number: self._sums(names[number]))
+        for row, findings in enumerate(findings_by_call(batch, found)):
+            if findings:
+                name = names[which[row]] if row < len(which) else NOT_RETURNED
+                self._sums(name).rules.update(finding.rule for finding in findings)
+
+    def _sums(self, name: str) -> Sums:
+        return self.clients.setdefault(name, Sums())
+
+    def _calls(self, calls: Calls, which: NDArray[np.int64], sums: Callable[[int], Sums]) -> None:
+        for (who, function), count in _sums([which, calls.function]):
+            sums(who).calls[function] += count
+        for (who, function), count in _sums([which, calls.function], calls.pages):
+            sums(who).pages[function] += count
+        for (who, number), count in _sums([which, bucket(calls.leave - calls.enter)]):
+            sums(who).latency[number] += count
+        failed = calls.failed
+        for (who, function, ret), count in _sums(
+            [which[failed], calls.function[failed], calls.ret[failed]]
+        ):
+            sums(who).failed[function, ret] += count
+
+    def _touches(self, batch: Batch, which: NDArray[np.int64], sums: Callable[[int], Sums]) -> None:
+        touches, starts = batch.touches, batch.starts()
+        who = np.full(len(touches), -1, np.int64)
+        who[: starts[-1]] = np.repeat(which, np.diff(starts))
+        blocks, good = touches.blocks, touches.succeeded
+        facts: Sequence[NDArray[Any]] = (who, touches.action, blocks.order, blocks.type)
+        for (number, action, order, kind), count in _sums([f[good] for f in facts]):
+            sums(number).blocks[action, order, kind] += count
+        tree = good & (touches.action != Action.RESTORE)
+        bits: Sequence[NDArray[Any]] = (
+            blocks.order,
+            blocks.type,
+            touches.action,
+            touches.before,
+            touches.after,
+        )
+        for (order, kind, action, before, after), count in _sums([b[tree] for b in bits]):
+            balance = self.balance.setdefault((order, kind), Balance())
+            if action == Action.ADD:
+                balance.added += count
+            else:
+                balance.deleted += count
+            if BIT_UNKNOWN in (before, after):
+                balance.unknown += count
+            elif (before, after) == (BIT_CLEAR, BIT_SET):
+                balance.set += count
+            elif (before, after) == (BIT_SET, BIT_CLEAR):
+                balance.cleared += count
+
+    def update(self, other: Summary) -> None:
+        """Add the sums of another."""
+        for name, sums in other.clients.items():
+            self._sums(name).update(sums)
+        for key, balance in other.balance.items():
+            mine = self.balance.setdefault(key, Balance())
+            for name, count in vars(balance).items():
+                setattr(mine, name, getattr(mine, name) + count)
