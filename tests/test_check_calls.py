@@ -98,6 +98,8 @@ FIRES: dict[str, list[Fires]] = {
     "unpreserved-unknown": [
         Fires(lambda: trace(FIXED, delete(split(2), BIT_CLEAR)), AT, 2),
         Fires(lambda: trace(PLAIN, delete(contig(0), BIT_CLEAR)), AT, 0),
+        # What is no block's key is nobody's either.
+        Fires(lambda: trace(FIXED, delete(contig(0, key=1 << 54), BIT_CLEAR)), None),
     ],
     "wrong-refcounts": [
         # By the stamp's type.

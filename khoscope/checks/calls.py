@@ -39,7 +39,7 @@ def preserved_twice(facts: Snapshot, touches: Touches) -> Marked:
     """A block was preserved that was preserved already: its single bit was set."""
     twice = (touches.action == Action.ADD) & touches.succeeded & (touches.before == BIT_SET)
     return Marked(
-        twice & _is_block(touches),
+        twice,
         lambda row: f"its bit was set already{_key(touches, row)}",
     )
 
@@ -61,7 +61,7 @@ def unpreserved_unknown(facts: Snapshot, touches: Touches) -> Marked:
     """A block was unpreserved that was not preserved: its bit was clear."""
     unknown = (touches.action == Action.DELETE) & (touches.before == BIT_CLEAR)
     return Marked(
-        unknown & _is_block(touches),
+        unknown,
         lambda row: f"nothing to unpreserve, its bit was clear{_key(touches, row)}",
     )
 
@@ -116,7 +116,7 @@ def wrong_restore_call(facts: Snapshot, touches: Touches) -> Marked:
     split_as_folio = folio & many & (blocks.type == KHO_PAGE_SPLIT)
     folio_as_pages = ~folio & known & (was.compound > 0)
     pages_as_folio = folio & known & (was.compound <= 0) & (was.compound != Pages.COMPOUND_TAIL)
-    miscounted = ~folio & (touches.asked != NO_ORDER) & (touches.asked != blocks.order)
+    miscounted = (touches.asked != NO_ORDER) & (touches.asked != blocks.order)
 
     def say(row: int) -> str:
         order, asked = int(blocks.order[row]), int(touches.asked[row])
@@ -193,13 +193,9 @@ def events_lost(losses: Losses) -> Iterator[Message]:
         yield Message(f"{', '.join(parts)}; the verdict is incomplete")
 
 
-def _is_block(touches: Touches) -> NDArray[np.bool_]:
-    return touches.blocks.order != BAD_ORDER
-
-
 def _restores(touches: Touches) -> NDArray[np.bool_]:
     """Restores that found a stamp: of the others there is no block to speak of."""
-    return (touches.action == Action.RESTORE) & _is_block(touches)
+    return (touches.action == Action.RESTORE) & (touches.blocks.order != BAD_ORDER)
 
 
 def _key(touches: Touches, row: int) -> str:
