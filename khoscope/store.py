@@ -241,10 +241,10 @@ class NewFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._finished = False
-        # Replacing what is there would put a file in the place of /dev/null or of a link.
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise KhoscopeError(f"{path}: is not a file", "name a new file, or one to replace")
         with self.told():
+            # Replacing what is there would put a file in the place of /dev/null or of a link.
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise KhoscopeError(f"{path}: is not a file", "name a new file, or one to replace")
             handle, self._temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         self.file = open(handle, "wb")  # noqa: SIM115 - __exit__ closes it
 

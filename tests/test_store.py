@@ -201,6 +201,12 @@ def test_large_blob_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load(bytes_of(rich())).outgoing.blobs["subtree LUO"] == bytes(range(10))
 
 
+def test_clock_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A zip has no time before 1980; a host whose clock is not set does."""
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    assert bytes_of(rich()) == WHOLE
+
+
 def test_file_is_private(tmp_path: Path) -> None:
     path = tmp_path / "a.khosnap"
     path.write_bytes(b"was here")
@@ -230,6 +236,8 @@ def test_failed_save_leaves_the_old_file(error: BaseException, tmp_path: Path) -
 def test_nowhere_to_save(tmp_path: Path) -> None:
     with pytest.raises(KhoscopeError, match="No such file or directory"):
         store.save_file(rich(), tmp_path / "missing" / "a.khosnap")
+    with pytest.raises(KhoscopeError, match="File name too long"):
+        store.save_file(rich(), tmp_path / ("x" * 300))
 
 
 def test_no_file(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Final, Self
+from typing import IO, Any, ClassVar, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,7 +117,9 @@ class Recorder:
 
     def __init__(self, path: Path, tracing: Tracing) -> None:
         self._tracing = tracing
+        #: What waits for its chunk, and how many rows that are.
         self._batches: list[Batch] = []
+        self._calls = self._touches = 0
         self._chunks = 0
         self._frames: int | None = None
         self._new = store.NewFile(path)
@@ -154,12 +156,14 @@ class Recorder:
                 raise ValueError(f"stacks of {frames} frames after {self._frames}")
             self._frames = frames
         for part in _cut(batch):
-            calls, touches = _rows([*self._batches, part])
-            if calls > MOST_CALLS or touches > MOST_TOUCHES:
+            calls, touches = len(part.calls), len(part.touches)
+            if self._calls + calls > MOST_CALLS or self._touches + touches > MOST_TOUCHES:
                 self._flush()
             self._batches.append(part)
-            calls, touches = _rows(self._batches)
-            if max(calls, touches) >= ENOUGH or len(self._batches) >= ENOUGH_BATCHES:
+            self._calls += calls
+            self._touches += touches
+            enough = max(self._calls, self._touches) >= ENOUGH
+            if enough or len(self._batches) >= ENOUGH_BATCHES:
                 self._flush()
 
     def finish(self, symbols: dict[int, str], losses: Losses) -> None:
@@ -189,6 +193,7 @@ class Recorder:
 
     def _flush(self) -> None:
         batches, self._batches = self._batches, []
+        self._calls = self._touches = 0
         if not batches:
             return
         calls = [batch.calls for batch in batches]
@@ -206,11 +211,6 @@ class Recorder:
                 together = Touches.concatenate(filter(len, touches))
                 self._writer.columns(f"touches/{at}", together, without=("known", "was"))
         self._chunks += 1
-
-
-def _rows(batches: list[Batch]) -> tuple[int, int]:
-    calls = sum(len(batch.calls) for batch in batches)
-    return calls, sum(len(batch.touches) for batch in batches)
 
 
 def _cut(batch: Batch) -> Iterator[Batch]:
@@ -242,8 +242,12 @@ def load(path: Path) -> Recording:
 
     :raises KhoscopeError: if it is not there, damaged, hostile, of a newer schema or no recording.
     """
-    file = store.open_file(path, "name a file that `khoscope trace --record` wrote")
-    archive = store.Archive(file, str(path), RECORDING)
+    hint = "name a file that `khoscope trace --record` wrote"
+    return _load(store.open_file(path, hint), str(path))
+
+
+def _load(file: IO[bytes], name: str) -> Recording:
+    archive = store.Archive(file, name, RECORDING)
     meta = archive.meta(RECORDING, _Meta)
     with archive.damage():
         _check(meta)
