@@ -140,8 +140,8 @@ class Recorder:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        # A zip that is not closed tries to be whole when it is forgotten.  It cannot be closed while
-        # the disk is full, or after an interrupt in the middle of a member (ValueError).
+        # A zip that is not closed tries to be whole when it is forgotten.  It cannot be closed
+        # while the disk is full, or after an interrupt in the middle of a member (ValueError).
         with self._new, contextlib.suppress(OSError, ValueError):
             self._zip.close()
 
