@@ -313,8 +313,9 @@ def _block_rows(blocks: Blocks) -> list[list[Any]]:
 
 
 def printable(text: str) -> str:
-    """A word that somebody else chose, of whom nothing is known: it can neither steer a terminal
-    nor look like another line."""
+    """A name that anybody may have chosen: so it can neither steer a terminal nor end the line."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

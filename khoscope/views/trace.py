@@ -36,7 +36,6 @@ from ..trace.summary import (
     bucket_range,
     findings_by_call,
     pages,
-    sampled,
 )
 from . import json as rows
 from .text import LIMIT, SEVERITY_COLOURS, WIDTH, Text, counted, human, printable, where
@@ -49,6 +48,7 @@ _HEADINGS = ("TIME", "CALL", "ADDRESS", "PAGES", "US", "RET")
 #: Errors by number, with the kernel's own names: the C library has two for one of them.
 _ERRNO = {**errno.errorcode, errno.EOPNOTSUPP: "EOPNOTSUPP"}
 _U64 = 2**64 - 1
+_ACTION_NAMES = {int(action): action.name.lower() for action in Action}
 _BITS = {BIT_CLEAR: False, BIT_SET: True}
 
 
@@ -152,7 +152,7 @@ class Lines(_TraceText):
         super().__init__(out, symbols, limit)
         self._stacks = stacks
         self._stacks_shown: set[int] = set()
-        self._heading = ""
+        self._last: tuple[str, int, str | int] | None = None
 
     def start(self, tracing: Tracing) -> None:
         super().start(tracing)
@@ -186,12 +186,13 @@ class Lines(_TraceText):
     def _caller(self, calls: _Calls, i: int) -> None:
         """Who called, if it is another one than before."""
         caller = calls.caller[i]
+        now = calls.comm[i], calls.tgid[i], caller.number if self._stacks else caller.client
+        if now == self._last:
+            return
+        self._last = now
         who = f"{printable(calls.comm[i])}[{calls.tgid[i]}] {printable(caller.client)}"
         if self._stacks:
             who += f" stack #{caller.number}"
-        if who == self._heading:
-            return
-        self._heading = who
         self.line(self.paint("bold", who))
         if self._stacks and caller.number not in self._stacks_shown:
             self._stacks_shown.add(caller.number)
@@ -261,15 +262,14 @@ def _columns(time: str, call: str, address: str, pages: str, us: str, ret: str) 
 
 def _wrapped_groups(start: str, groups: list[str]) -> Iterator[str]:
     """A line and its blocks, and as many more lines as these need."""
-    line, empty = start, True
+    line = start
     for i, group in enumerate(groups):
         word = group + ("," if i < len(groups) - 1 else "")
-        space = "" if empty else " "
-        if len(line) + len(space) + len(word) > WIDTH and line.strip():
+        longer = f"{line} {word}" if i else line + word
+        if len(longer) > WIDTH:
             yield line.rstrip()
-            line, space = " " * _BLOCKS, ""
-        line += space + word
-        empty = False
+            longer = " " * max(min(_BLOCKS, WIDTH - len(word)), 0) + word
+        line = longer
     yield line.rstrip()
 
 
@@ -286,15 +286,18 @@ def _block_words(touches: Touches, row: int) -> tuple[str, bool]:
     order, kind = int(blocks.order[row]), TYPE_NAMES[int(blocks.type[row])]
     # A single page is recorded as contig, and is as well split.
     letter = kind[0] if kind and (order or int(blocks.type[row]) != KHO_PAGE_CONTIG) else ""
-    text = f"{order}{letter}" if order != BAD_ORDER else "no order"
-    deleted = int(touches.action[row]) == Action.DELETE
-    if not deleted:
+    text = f"{order}{letter}"
+    action = touches.action[row]
+    if order == BAD_ORDER:
+        text = "no stamp" if action == Action.RESTORE else "bad key"
+    elif action != Action.DELETE:
         unread = blocks.facts.unread[row] or not touches.looked[row]
         pattern = "?" if unread else describe(blocks.facts, row).partition(" ")[0]
-        text += f" {'~' if sampled(touches)[row] and not unread else ''}{pattern}"
+        sampled = not unread and touches.looked[row] < 1 << order
+        text += f" {'~' if sampled else ''}{pattern}"
     if not touches.succeeded[row]:
         text += f" {returned(FUNCTIONS[touches.function[row]].returns, int(touches.ret[row]))}"
-    return text, deleted
+    return text, action == Action.DELETE
 
 
 def _group(function: Function, words: str, deleted: bool, count: int) -> str:
@@ -369,7 +372,8 @@ class SummaryView(_TraceText):
                 ["left", "right", "right", "right"],
             )
         if sums.blocks:
-            self.line()
+            if sums.calls:
+                self.line()
             self.table(
                 (self._blocks_row(*key, count) for key, count in sorted(sums.blocks.items())),
                 ["action", "order", "type", "blocks", "pages", "bytes"],
@@ -386,7 +390,7 @@ class SummaryView(_TraceText):
 
     def _blocks_row(self, action: int, order: int, kind: int, count: int) -> list[str]:
         size = pages(order, count)
-        row = [Action(action).name.lower(), *_order_and_type(order, kind), f"{count:,}"]
+        row = [_ACTION_NAMES[action], *_order_and_type(order, kind), f"{count:,}"]
         return [*row, f"{size:,}", human(size << self._page_shift)]
 
     def _histogram(self, sums: Sums) -> None:
@@ -455,13 +459,12 @@ class JsonLines:
         """Calls that have returned."""
         self._sums.add(batch, found)
         calls = _Calls(batch, found, self._callers)
-        touches, starts = batch.touches, calls.starts
+        touched = _touch_rows(batch.touches)
         for i in range(len(calls)):
-            head = self._head(calls, i)
-            self._object(head, touches[starts[i] : starts[i + 1]], calls.findings[i])
-        loose = touches[starts[-1] :]
-        if len(loose):
-            self._object({"call": None}, loose, calls.findings[-1])
+            mine = islice(touched, calls.starts[i + 1] - calls.starts[i])
+            self._object(self._head(calls, i), mine, calls.findings[i])
+        if len(batch.touches) > calls.starts[-1]:
+            self._object({"call": None}, touched, calls.findings[-1])
         self._out.flush()
 
     def interval(self, losses: Losses) -> None:
@@ -472,15 +475,16 @@ class JsonLines:
         self._out.write(json.dumps({"call": None, **self._tail(report, losses)}) + "\n")
         self._out.flush()
 
-    def _object(self, head: dict[str, Any], touches: Touches, findings: list[Finding]) -> None:
+    def _object(
+        self, head: dict[str, Any], blocks: Iterator[dict[str, Any]], findings: list[Finding]
+    ) -> None:
         """One object in a line; its blocks may be many."""
         self._out.write(self._before_object() + json.dumps(head)[:-1] + ', "blocks": [')
-        touched = _touch_rows(touches)
         separator = ""
-        while some := list(islice(touched, 1000)):
-            self._out.write(separator + ", ".join(map(json.dumps, some)))
+        while some := list(islice(blocks, 1000)):
+            self._out.write(separator + json.dumps(some)[1:-1])
             separator = ", "
-        found = json.dumps([rows.finding(finding) for finding in findings])
+        found = json.dumps([rows.finding(finding) for finding in findings]) if findings else "[]"
         self._out.write(f'], "findings": {found}}}{self._after_object}')
 
     _after_object = "\n"
@@ -598,19 +602,19 @@ def _touch_rows(touches: Touches) -> Iterator[dict[str, Any]]:
         rows.block_rows(touches.blocks), zip(*columns, strict=True), strict=True
     ):
         restored, deleted = action == Action.RESTORE, action == Action.DELETE
+        if restored:
+            block["key"] = None
         names = ("head", "zeros", "ones", "others", "odd")
-        yield {
-            **block,
-            "key": None if restored else block["key"],
-            "action": Action(action).name.lower(),
+        counts = dict(zip(names, refcounts, strict=True))
+        block |= {
+            "action": _ACTION_NAMES[action],
             "ret": _value(FUNCTIONS[number].returns, ret),
             "was_set": _BITS.get(before),
             "is_set": _BITS.get(after),
-            "refcounts": None
-            if deleted
-            else {**dict(zip(names, refcounts, strict=True)), "looked": looked},
+            "refcounts": None if deleted else {**counts, "looked": looked},
             "stamp": f"{private:#x}" if restored else None,
         }
+        yield block
 
 
 def _summary(summary: Summary, page_shift: int) -> dict[str, Any]:
@@ -654,7 +658,7 @@ def _sums(sums: Sums, page_shift: int) -> dict[str, Any]:
         ],
         "blocks": [
             {
-                "action": Action(action).name.lower(),
+                "action": _ACTION_NAMES[action],
                 "order": order if order != BAD_ORDER else None,
                 "type": TYPE_NAMES[kind],
                 "blocks": count,
