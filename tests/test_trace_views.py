@@ -31,6 +31,7 @@ from khoscope.calls import (
     Tracing,
 )
 from khoscope.checks import RULES, Found, Report
+from khoscope.checks.run import KEPT
 from khoscope.columns import Blocks, Pages
 from khoscope.trace.summary import NOT_RETURNED, Callers, Summary, bucket, bucket_range
 from khoscope.views.trace import JsonLines, JsonView, Lines, SummaryView
@@ -551,6 +552,25 @@ def test_sums_by_client() -> None:
     assert summary.clients[NOT_RETURNED].blocks == {(Action.ADD, 2, 1): 1}
     assert summary.clients[NOT_RETURNED].rules == {"mixed-refcounts": 1}
     assert summary.total.calls.total() == 4
+
+
+def test_findings_that_are_not_all_there_are_said_to_be_so() -> None:
+    call = Call("kho_preserve_pages", (PAGE, 1), 0, 1, touches=[Touch(0)])
+    found, _ = found_of(touches={0: KEPT})
+    summary = summary_of(batch_of([call]), found=found)
+    assert summary.cut_short == {"mixed-refcounts"}
+    for kind, said in (
+        (SummaryView, "at least 1,000 × mixed-refcounts\n"),
+        (Lines, "… maybe more mixed-refcounts, all are counted at the end\n"),
+    ):
+        out = io.StringIO()
+        view = kind(out, symbols)
+        view.start(tracing())
+        view.batch(batch_of([call]), found)
+        view.end(Report(), Losses())
+        assert said in out.getvalue()
+    summary.reset()
+    assert not summary.cut_short
 
 
 def test_balance_counts_what_changes_the_tree() -> None:

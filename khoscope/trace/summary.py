@@ -31,6 +31,7 @@ from ..calls import (
 )
 from ..checks import Finding, Found
 from ..checks.pattern import tails
+from ..checks.run import KEPT
 
 #: The client of blocks whose call has not returned, so that nobody knows who made it.
 NOT_RETURNED = "[not returned]"
@@ -179,6 +180,13 @@ def findings_by_call(batch: Batch, found: Found) -> list[list[Finding]]:
     return findings
 
 
+def cut_short(found: Found) -> set[str]:
+    """Rules of which a batch has as many findings as are made, and maybe more."""
+    every = (*found.calls.values(), *found.touches.values())
+    counts = Counter(finding.rule for some in every for finding in some)
+    return {rule for rule, count in counts.items() if count >= KEPT}
+
+
 @dataclass
 class Balance:
     """
@@ -258,6 +266,9 @@ class Summary:
 
     What fails or is found is counted with the client whose call it was; blocks whose call has not
     returned stand under ``NOT_RETURNED``.
+
+    ``cut_short`` names the rules whose findings may be more than are counted here; a
+    :class:`~khoscope.checks.Report` has them all.
     """
 
     def __init__(self, callers: Callers) -> None:
@@ -268,6 +279,7 @@ class Summary:
         """Begin anew."""
         self.clients: dict[str, Sums] = {}
         self.balance: dict[tuple[int, int], Balance] = {}
+        self.cut_short: set[str] = set()
 
     @property
     def total(self) -> Sums:
@@ -284,6 +296,7 @@ class Summary:
         names = [*(caller.client for caller in callers), NOT_RETURNED]
         self._calls(batch.calls, which, lambda number: self._sums(names[number]))
         self._touches(batch, which, lambda number: self._sums(names[number]))
+        self.cut_short |= cut_short(found)
         for row, findings in enumerate(findings_by_call(batch, found)):
             if findings:
                 name = names[which[row]] if row < len(which) else NOT_RETURNED
@@ -336,6 +349,7 @@ class Summary:
 
     def update(self, other: Summary) -> None:
         """Add the sums of another."""
+        self.cut_short |= other.cut_short
         for name, sums in other.clients.items():
             self._sums(name).update(sums)
         for key, balance in other.balance.items():

@@ -34,6 +34,7 @@ from ..trace.summary import (
     Sums,
     alike,
     bucket_range,
+    cut_short,
     findings_by_call,
     pages,
 )
@@ -172,6 +173,8 @@ class Lines(_TraceText):
             self._call(calls, i, groups)
             self._found(calls.findings[i])
         self._found(calls.findings[-1])
+        for name in sorted(cut_short(found)):
+            self.line(self.paint("dim", f"    … maybe more {name}, all are counted at the end"))
         self._out.flush()
 
     def interval(self, losses: Losses) -> None:
@@ -353,10 +356,10 @@ class SummaryView(_TraceText):
         for name, sums in islice(clients, self._limit):
             self.line()
             self.line(self.paint("bold", printable(name)))
-            self._client(sums)
+            self._client(sums, summary.cut_short)
         self._more(len(clients), len(clients), "clients")
 
-    def _client(self, sums: Sums) -> None:
+    def _client(self, sums: Sums, cut: set[str]) -> None:
         if sums.calls:
             self.table(
                 (
@@ -386,7 +389,8 @@ class SummaryView(_TraceText):
             word = returned(FUNCTIONS[number].returns, ret)
             self.line(self.paint("yellow", f"{count:,} × {FUNCTIONS[number].short} → {word}"))
         for name, count in sorted(sums.rules.items()):
-            self.line(self.paint("red", f"{count:,} × {name}"))
+            most = "at least " if name in cut else ""
+            self.line(self.paint("red", f"{most}{count:,} × {name}"))
 
     def _blocks_row(self, action: int, order: int, kind: int, count: int) -> list[str]:
         size = pages(order, count)
@@ -621,6 +625,7 @@ def _summary(summary: Summary, page_shift: int) -> dict[str, Any]:
     """The sums as an object; with those of all clients together."""
     return {
         "total": _sums(summary.total, page_shift),
+        "cut_short": sorted(summary.cut_short),
         "clients": {name: _sums(sums, page_shift) for name, sums in summary.clients.items()},
         "balance": [
             {
