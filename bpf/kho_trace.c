@@ -18,9 +18,14 @@
  *   ONLY                                 bit mask of the kinds of outermost calls
  *   WANTED_TGID, WANTED_COMM             other tasks are left alone
  *
- * The functions to trace follow behind the last line, one per line, as
- * FENTRY(name, number, arguments, kind, block) or KPROBE(...), where kind is a bit of
- * ONLY and block one of enum block_use.
+ * The functions to trace follow behind the last line: FENTRY() and FEXIT(), or KPROBE()
+ * and KRETPROBE(), of each, with
+ *   name, number    of the function, in khoscope/calls.py
+ *   arguments       how many it has
+ *   kind            bit of ONLY
+ *   use             enum block_use
+ *   adds            whether it adds the block: then its refcounts are looked at
+ *   ret             where its result is; 0 if it has none
  */
 
 #include <uapi/linux/ptrace.h>
@@ -292,7 +297,7 @@ INLINE u32 highest_bit(u64 key)
 
 /* The block that a call is about to add, to delete or to restore. */
 INLINE void
-block_at_entry(struct task *t, int use, u64 a, u64 b, u64 c, u64 d)
+name_block(struct task *t, int use, u64 a, u64 b, u64 c, u64 d)
 {
 	struct block *block = &t->block;
 
@@ -342,6 +347,25 @@ block_at_entry(struct task *t, int use, u64 a, u64 b, u64 c, u64 d)
 	block->before = bit_of(block->key & ((1ULL << STORED_BITS) - 1));
 }
 
+INLINE void
+block_at_entry(struct task *t, int use, int adds, u64 a, u64 b, u64 c, u64 d)
+{
+	struct block *block = &t->block;
+	const u32 depth = t->depth;
+
+	block->outer = NO_FUNCTION;
+	if (depth > 1) {
+		struct frame *outer = &t->frames[(depth - 2) & 7];
+
+		block->outer = outer->function;
+		block->outer_args[0] = outer->args[0];
+		block->outer_args[1] = outer->args[1];
+	}
+	name_block(t, use, a, b, c, d);
+	if (adds && block->order < 64)
+		look(t);
+}
+
 INLINE int is_wanted(struct task *t, int kind)
 {
 	if (!(ONLY & kind))
@@ -361,8 +385,9 @@ INLINE int is_wanted(struct task *t, int kind)
 	return 1;
 }
 
-INLINE void
-enter(void *ctx, int function, int kind, int use, u64 a, u64 b, u64 c, u64 d)
+/* A call begins; returns its task if somebody asked for it. */
+INLINE struct task *
+enter(void *ctx, int function, int kind, u64 a, u64 b, u64 c, u64 d)
 {
 	const u64 now = bpf_ktime_get_ns();
 	const u64 id = bpf_get_current_pid_tgid();
@@ -374,17 +399,17 @@ enter(void *ctx, int function, int kind, int use, u64 a, u64 b, u64 c, u64 d)
 	u32 depth;
 
 	if (!on || !*on)
-		return;
+		return 0;
 
 	if (!t) {
 		t = blank.lookup(&zero);
 		if (!t)
-			return;
+			return 0;
 		tasks.update(&tid, t);
 		t = tasks.lookup(&tid);
 		if (!t) {
 			count(MISSED);
-			return;
+			return 0;
 		}
 	}
 
@@ -399,7 +424,7 @@ enter(void *ctx, int function, int kind, int use, u64 a, u64 b, u64 c, u64 d)
 
 	depth = t->depth;
 	if (depth == 0) {
-		t->call.h.call = now << 8 | (bpf_get_smp_processor_id() & 0xff);
+		t->call.h.call = now << 12 | (bpf_get_smp_processor_id() & 0xfff);
 		t->call.h.tid = tid;
 		t->call.h.tgid = id >> 32;
 		t->call.h.is_call = 1;
@@ -410,7 +435,7 @@ enter(void *ctx, int function, int kind, int use, u64 a, u64 b, u64 c, u64 d)
 	}
 	if (depth >= MAX_DEPTH) {
 		count(MISSED);
-		return;
+		return 0;
 	}
 
 	frame = &t->frames[depth & 7];
@@ -422,22 +447,7 @@ enter(void *ctx, int function, int kind, int use, u64 a, u64 b, u64 c, u64 d)
 	frame->function = function;
 	t->depth = depth + 1;
 
-	if (t->muted)
-		return;
-	if (use == NAMED) {
-		bpf_probe_read_kernel_str(t->call.name, sizeof(t->call.name), (void *)a);
-	} else if (use != NO_BLOCK) {
-		t->block.outer = NO_FUNCTION;
-		if (depth) {
-			frame = &t->frames[(depth - 1) & 7];
-			t->block.outer = frame->function;
-			t->block.outer_args[0] = frame->args[0];
-			t->block.outer_args[1] = frame->args[1];
-		}
-		block_at_entry(t, use, a, b, c, d);
-		if (use != BLOCK_BY_STAMP && t->block.order < 64)
-			look(t);
-	}
+	return t->muted ? 0 : t;
 }
 
 INLINE void fill(struct header *h, struct task *t, u64 now, u64 ret)
@@ -459,9 +469,9 @@ INLINE void fill(struct header *h, struct task *t, u64 now, u64 ret)
 	h->depth = depth;
 }
 
-INLINE void leave(void *ctx, int function, int use, u64 ret)
+/* A call returns; its task, with the call's depth, or 0 if it was not seen to begin. */
+INLINE struct task *leave(int function)
 {
-	const u64 now = bpf_ktime_get_ns();
 	u32 tid = bpf_get_current_pid_tgid();
 	struct task *t = tasks.lookup(&tid);
 	u32 depth = NO_FUNCTION;
@@ -477,7 +487,7 @@ INLINE void leave(void *ctx, int function, int use, u64 ret)
 	if (!t || depth == NO_FUNCTION) {
 		if (on && *on)
 			count(UNSEEN);
-		return;
+		return 0;
 	}
 	/* Calls inside of this one that have not returned: their returns were missed. */
 #pragma unroll
@@ -486,19 +496,30 @@ INLINE void leave(void *ctx, int function, int use, u64 ret)
 			count(MISSED);
 	t->depth = depth;
 
-	if (!t->muted && use >= BLOCK_BY_PFN) {
-		fill(&t->block.h, t, now, ret);
-		if (use == BLOCK_BY_STAMP) {
-			if (t->block.order < 64)
-				look(t);
-		} else if (t->block.key) {
-			t->block.after = bit_of(t->block.key & ((1ULL << STORED_BITS) - 1));
-		}
-		output(ctx, &t->block, sizeof(t->block));
+	return t;
+}
+
+INLINE void block_at_return(void *ctx, struct task *t, int use, u64 now, u64 ret)
+{
+	if (t->muted)
+		return;
+	fill(&t->block.h, t, now, ret);
+	if (use == BLOCK_BY_STAMP) {
+		if (t->block.order < 64)
+			look(t);
+	} else if (t->block.key) {
+		t->block.after = bit_of(t->block.key & ((1ULL << STORED_BITS) - 1));
 	}
+	output(ctx, &t->block, sizeof(t->block));
+}
+
+/* The end of an outermost call. Inner ones are told by what they did to blocks. */
+INLINE void end(void *ctx, struct task *t, u64 now, u64 ret)
+{
+	u32 tid = t->call.h.tid;
+
 	if (t->depth)
 		return;
-	/* Inner calls are told by what they did to blocks. */
 	if (!t->muted) {
 		fill(&t->call.h, t, now, ret);
 		output(ctx, &t->call, sizeof(t->call));
@@ -506,37 +527,80 @@ INLINE void leave(void *ctx, int function, int use, u64 ret)
 	tasks.delete(&tid);
 }
 
-#define CTX_0 0, 0, 0, 0
+/*
+ * By name of the use, so that functions that touch no block get none of that code.
+ */
+#define ENTER_NO_BLOCK(t, adds, a, b, c, d)
+#define ENTER_NAMED(t, adds, a, b, c, d)                                          \
+	bpf_probe_read_kernel_str(t->call.name, sizeof(t->call.name), (void *)(a))
+#define ENTER_BLOCK_BY_PFN(t, adds, a, b, c, d)                                   \
+	block_at_entry(t, BLOCK_BY_PFN, adds, a, b, c, d)
+#define ENTER_BLOCK_BY_KEY(t, adds, a, b, c, d)                                   \
+	block_at_entry(t, BLOCK_BY_KEY, adds, a, b, c, d)
+#define ENTER_BLOCK_BY_STAMP(t, adds, a, b, c, d)                                 \
+	block_at_entry(t, BLOCK_BY_STAMP, adds, a, b, c, d)
+
+#define LEAVE_NO_BLOCK(ctx, t, now, ret)
+#define LEAVE_NAMED(ctx, t, now, ret)
+#define LEAVE_BLOCK_BY_PFN(ctx, t, now, ret) block_at_return(ctx, t, BLOCK_BY_PFN, now, ret)
+#define LEAVE_BLOCK_BY_KEY(ctx, t, now, ret) block_at_return(ctx, t, BLOCK_BY_KEY, now, ret)
+#define LEAVE_BLOCK_BY_STAMP(ctx, t, now, ret) block_at_return(ctx, t, BLOCK_BY_STAMP, now, ret)
+
+#define AT_ENTRY(number, kind, use, adds, ...) AT_ENTRY_(number, kind, use, adds, __VA_ARGS__)
+#define AT_ENTRY_(number, kind, use, adds, a, b, c, d)                            \
+	do {                                                                      \
+		struct task *t = enter(ctx, number, kind, a, b, c, d);            \
+										  \
+		if (t) {                                                          \
+			ENTER_##use(t, adds, a, b, c, d);                         \
+		}                                                                 \
+	} while (0)
+
+#define AT_RETURN(number, use, ret)                                               \
+	do {                                                                      \
+		const u64 now = bpf_ktime_get_ns();                               \
+		struct task *t = leave(number);                                   \
+										  \
+		if (t) {                                                          \
+			LEAVE_##use(ctx, t, now, ret);                            \
+			end(ctx, t, now, ret);                                    \
+		}                                                                 \
+	} while (0)
+
 #define CTX_1 ctx[0], 0, 0, 0
 #define CTX_2 ctx[0], ctx[1], 0, 0
 #define CTX_3 ctx[0], ctx[1], ctx[2], 0
 #define CTX_4 ctx[0], ctx[1], ctx[2], ctx[3]
 
-#define FENTRY(name, number, arguments, kind, use)                                \
+#define REGS_1 PT_REGS_PARM1(ctx), 0, 0, 0
+#define REGS_2 PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), 0, 0
+#define REGS_3 PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx), 0
+#define REGS_4 PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx), PT_REGS_PARM4(ctx)
+
+#define FENTRY(name, number, arguments, kind, use, adds)                          \
 	KFUNC_PROBE(name)                                                         \
 	{                                                                         \
-		enter(ctx, number, kind, use, CTX_##arguments);                   \
+		AT_ENTRY(number, kind, use, adds, CTX_##arguments);               \
 		return 0;                                                         \
 	}
 
 #define FEXIT(name, number, use, ret)                                             \
 	KRETFUNC_PROBE(name)                                                      \
 	{                                                                         \
-		leave(ctx, number, use, ret);                                     \
+		AT_RETURN(number, use, ret);                                      \
 		return 0;                                                         \
 	}
 
-#define KPROBE(name, number, kind, use)                                           \
+#define KPROBE(name, number, arguments, kind, use, adds)                          \
 	int enter_##name(struct pt_regs *ctx)                                     \
 	{                                                                         \
-		enter(ctx, number, kind, use, PT_REGS_PARM1(ctx),                 \
-		      PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx), PT_REGS_PARM4(ctx)); \
+		AT_ENTRY(number, kind, use, adds, REGS_##arguments);              \
 		return 0;                                                         \
 	}
 
 #define KRETPROBE(name, number, use)                                              \
 	int leave_##name(struct pt_regs *ctx)                                     \
 	{                                                                         \
-		leave(ctx, number, use, PT_REGS_RC(ctx));                         \
+		AT_RETURN(number, use, PT_REGS_RC(ctx));                          \
 		return 0;                                                         \
 	}

@@ -198,6 +198,18 @@ class Calls(Columns):
         "stack": "<u8",
     }
 
+    @classmethod
+    def empty(cls) -> Calls:
+        columns = {name: np.zeros(0, dtype) for name, dtype in cls.DTYPES.items()}
+        columns["args"], columns["stack"] = np.zeros((0, 4), "<u8"), np.zeros((0, 1), "<u8")
+        return cls(**columns)
+
+    @property
+    def failed(self) -> NDArray[np.bool_]:
+        """bool, returned a negative errno or NULL."""
+        pointer = np.array([function.returns == "pointer" for function in FUNCTIONS])
+        return np.where(pointer[self.function], self.ret == 0, self.ret < 0)
+
 
 @dataclass(frozen=True, eq=False)
 class Touches(Columns):
@@ -336,7 +348,8 @@ def frames(stack: Iterable[int], symbols: Symbols) -> list[str]:
     """
     names = [symbols(address) for address in stack if address]
     for i, name in enumerate(names):
-        function = name.partition("+")[0]
+        # Of one function the compiler may make several: function.part.0
+        function = name.partition("+")[0].partition(".")[0]
         ours = function in NUMBERS or function in WRAPPERS or name.endswith("[bpf]")
         if not ours and not function.startswith(("bpf_prog_", "bpf_trampoline_")):
             return names[i:]

@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__, checks, store
+from .calls import Kind, Symbols, Tracing
 from .errors import KhoscopeError
 from .snapshot import Snapshot
 from .views import json as json_view
@@ -24,6 +27,12 @@ if TYPE_CHECKING:
     from drgn import Program
 
     from .sources.kernel import KernelSource
+    from .trace.session import View
+
+    _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+#: The clock of ``bpf_ktime_get_ns()``.
+CLOCK = time.CLOCK_MONOTONIC
 
 #: Exit statuses (design: 0 fine, 1 found an error, 2 could not do it).
 FINE, FOUND, UNABLE = 0, 1, 2
@@ -60,6 +69,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = top.parse_args(argv)
     if args.snapshot and args.type_shift is not None:
         top.error("--type-shift is for kernels: a snapshot's blocks are decoded already")
+    if args.command is _trace and (args.snapshot or args.qemu or args.core):
+        top.error("trace follows the running kernel, or a recording (--replay)")
     if args.snapshot and args.command is _snapshot and args.before:
         top.error("a snapshot does not hold the pages of another: --before needs a kernel")
     return args
@@ -86,10 +97,11 @@ examples:
   sudo khoscope verify                        is it safe to kexec with that?
   sudo khoscope snapshot before.khosnap       keep the facts, then kexec, then
   sudo khoscope verify --before before.khosnap
+  sudo khoscope trace                         calls of KHO as they happen
   khoscope --qemu guest.qmp --vmlinux vmlinux tree
   khoscope --core vmcore --vmlinux vmlinux verify
 
-exit status: 0 fine, 1 verify found an error, 2 could not do it""",
+exit status: 0 fine, 1 verify or trace --check found an error, 2 could not do it""",
     )
     top.add_argument("--version", action="version", version=f"khoscope {__version__}")
     source = top.add_mutually_exclusive_group()
@@ -110,7 +122,7 @@ exit status: 0 fine, 1 verify found an error, 2 could not do it""",
 
     tree = commands.add_parser("tree", help="what the radix tree holds")
     tree.set_defaults(command=_tree)
-    _output(tree, lines=True)
+    _output(tree, "block")
     tree.add_argument("--order", type=int, help="only blocks of this order")
     tree.add_argument("--type", choices=["contig", "split"], help="only blocks of this type")
     tree.add_argument(
@@ -140,9 +152,11 @@ exit status: 0 fine, 1 verify found an error, 2 could not do it""",
 
     diff = commands.add_parser("diff", help="what changed between two snapshots")
     diff.set_defaults(command=_diff)
-    _output(diff, lines=True)
+    _output(diff, "block")
     diff.add_argument("a", metavar="A", type=Path)
     diff.add_argument("b", metavar="B", type=Path)
+
+    _trace_parser(commands)
 
     shell = commands.add_parser("shell", help="drgn session with prog and the kho_* helpers")
     shell.set_defaults(command=_shell)
@@ -153,11 +167,77 @@ exit status: 0 fine, 1 verify found an error, 2 could not do it""",
     return top
 
 
-def _output(command: argparse.ArgumentParser, lines: bool = False) -> None:
+def _trace_parser(commands: _Commands) -> None:
+    trace = commands.add_parser(
+        "trace",
+        help="follow preserve, unpreserve, split and restore as they happen",
+        description="Follow KHO's calls as they happen, and check every block: the refcounts of its"
+        " pages against the type that is recorded or stamped.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""\
+examples:
+  khoscope trace                       one line per call, until Ctrl-C
+  khoscope trace --check -d 30         for 30 seconds; the exit status says how it went
+  khoscope trace --stacks -c kexecd    with kernel stacks, of one command only
+  khoscope trace --summary -i 1        totals and latencies by client, every second
+  khoscope trace --only restore --before before.khosnap
+                                       after the kexec: against what was recorded before
+  khoscope trace --record a.khotrace   keep it
+  khoscope trace --replay a.khotrace   show and check it, anywhere
+
+exit status: 0 fine, 1 --check found an error or something was missed, 2 could not do it""",
+    )
+    trace.set_defaults(command=_trace)
+    kind = _output(trace, "call")
+    kind.add_argument("--summary", action="store_true", help="totals by client, not each call")
+    trace.add_argument(
+        "--check", action="store_true", help="exit status 1 if anything was wrong, or missed"
+    )
+    trace.add_argument("--stacks", action="store_true", help="the kernel stack of each call")
+    trace.add_argument(
+        "-d", "--duration", type=_seconds, metavar="SECONDS", help="end after so long"
+    )
+    trace.add_argument(
+        "-i", "--interval", type=_seconds, metavar="SECONDS", help="print a summary every so often"
+    )
+    trace.add_argument("-p", "--pid", type=int, help="only calls by this process")
+    trace.add_argument("-c", "--comm", help="only calls by processes of this name")
+    trace.add_argument(
+        "--only",
+        type=_kinds,
+        metavar="KIND,…",
+        help=f"only calls that {', '.join(Kind)}",
+    )
+    trace.add_argument(
+        "--min-order", type=int, default=0, metavar="N", help="only blocks of this order and above"
+    )
+    trace.add_argument(
+        "--before", metavar="FILE", type=Path, help="snapshot of the kernel that handed over"
+    )
+    files = trace.add_mutually_exclusive_group()
+    files.add_argument(
+        "--record", metavar="FILE", type=Path, help="write the events to a file, too"
+    )
+    files.add_argument("--replay", metavar="FILE", type=Path, help="show recorded events")
+    trace.add_argument("--probe", choices=["fentry", "kprobe"], help="this kind of probe only")
+    trace.add_argument(
+        "--buffer",
+        type=_kibibytes,
+        metavar="KIB",
+        help="size of the event buffer, a power of two (default 16384)",
+    )
+    trace.add_argument(
+        "-v", "--verbose", action="store_true", help="what the compiler and the verifier say"
+    )
+
+
+def _output(
+    command: argparse.ArgumentParser, lines: str | None = None
+) -> argparse._MutuallyExclusiveGroup:
     kind = command.add_mutually_exclusive_group()
     kind.add_argument("--json", action="store_true", help="one JSON document")
     if lines:
-        kind.add_argument("--jsonl", action="store_true", help="one JSON object per block")
+        kind.add_argument("--jsonl", action="store_true", help=f"one JSON object per {lines}")
     command.add_argument(
         "--limit",
         type=_limit,
@@ -165,6 +245,7 @@ def _output(command: argparse.ArgumentParser, lines: bool = False) -> None:
         metavar="N",
         help=f"rows of each list as text, 0 for all (default {LIMIT})",
     )
+    return kind
 
 
 def _limit(text: str) -> int | None:
@@ -188,6 +269,24 @@ def _range(text: str) -> tuple[int, int]:
     if not 0 <= start < stop <= 1 << 64:
         raise ValueError(text)
     return start, stop
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 1e9:
+        raise ValueError(text)
+    return number
+
+
+def _kibibytes(text: str) -> int:
+    number = int(text)
+    if not 4 <= number <= 1 << 20:
+        raise ValueError(text)
+    return number << 10
+
+
+def _kinds(text: str) -> frozenset[Kind]:
+    return frozenset(Kind(word.strip()) for word in text.split(","))
 
 
 def _program(args: argparse.Namespace) -> tuple[Program, str, bool]:
@@ -277,6 +376,59 @@ def _diff(args: argparse.Namespace) -> int:
     else:
         Text(sys.stdout, args.limit).diff(a, b)
     return FINE
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from .trace.before import Before
+    from .trace.record import Recorder, load
+    from .trace.select import Wanted
+    from .trace.session import Session
+
+    wanted = Wanted(args.only or frozenset(Kind), args.pid, args.comm, args.min_order)
+    before = Before(store.load_file(args.before)) if args.before else None
+    if args.replay:
+        recording = load(args.replay)
+        view = _trace_view(args, recording.symbols)
+        session = Session(recording.tracing, wanted, view, before)
+        return _judged(args, session.replay(recording))
+
+    from .sources.kernel import KernelSource, Overrides
+    from .trace.assemble import Assembler
+    from .trace.probes import BUFFER, CLIENT_FRAMES, STACK_FRAMES, Probes
+
+    with Progress(sys.stderr) as progress:
+        source = KernelSource(*_program(args), Overrides(args.type_shift), progress)
+        facts = source.tree()
+    frames = STACK_FRAMES if args.stacks else CLIENT_FRAMES
+    probes = Probes(source, wanted, args.probe, frames, args.buffer or BUFFER, args.verbose)
+    tracing = Tracing(
+        facts, probes.attached, probes.missing, probes.buffer, time.clock_gettime_ns(CLOCK)
+    )
+    session = Session(tracing, wanted, _trace_view(args, probes.symbol), before)
+    assembler = Assembler(source.abi, source.layout, frames)
+    interval = args.interval or (None if args.summary else 1.0)
+    with contextlib.ExitStack() as stack:
+        # A file that cannot be written is found out before anything is attached.
+        recorder = stack.enter_context(Recorder(args.record, tracing)) if args.record else None
+        stack.enter_context(probes)
+        report = session.live(probes, assembler, recorder, args.duration, interval)
+    return _judged(args, report)
+
+
+def _trace_view(args: argparse.Namespace, symbols: Symbols) -> View:
+    from .views import trace
+
+    if args.json:
+        return trace.JsonView(sys.stdout, symbols, args.stacks)
+    if args.jsonl:
+        return trace.JsonLines(sys.stdout, symbols, args.stacks)
+    if args.summary:
+        return trace.SummaryView(sys.stdout, symbols, args.limit)
+    return trace.Lines(sys.stdout, symbols, args.stacks, args.limit)
+
+
+def _judged(args: argparse.Namespace, report: checks.Report) -> int:
+    return FINE if not args.check or report.passed else FOUND
 
 
 def _shell(args: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from typing import Final, Generic, TypeVar
 import numpy as np
 from drgn import FaultError, Object, Program, Type, cast, offsetof, sizeof
 from drgn.helpers.linux.ioport import for_each_resource
-from drgn.helpers.linux.mm import virt_to_phys
+from drgn.helpers.linux.mm import phys_to_virt, virt_to_phys
 from drgn.helpers.linux.printk import get_printk_records
 
 from .. import __version__
@@ -59,6 +59,24 @@ TROUBLE = re.compile(
 TROUBLE_KEPT: Final = 64
 
 C = TypeVar("C", bound=Columns)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    Where a program that runs in the kernel finds what KHO is about.
+
+    :param pages: ``struct page`` and where they are.
+    :param direct_map: virtual address at which physical address 0 is mapped.
+    :param tree: virtual address of ``kho_out.radix_tree``.
+    :param root: offset of ``root`` in ``struct kho_radix_tree``.
+    """
+
+    pages: PageLayout
+    direct_map: int
+    tree: int
+    root: int
+
 
 #: Told what is being read, how far it is, and of how much.
 Progress = Callable[[str, int, int], None]
@@ -148,7 +166,13 @@ class KernelSource:
         fdt, _ = self._read_fdt(self.phys(self._kho_out.fdt))
         self.abi = probe_abi(prog, fdt.compatible, overrides or Overrides())
         ram_end = int(self.ram[-1, 1]) >> self.abi.page_shift
-        self._pages = PageReader(self.abi, page_layout(prog), self._read_virt, ram_end)
+        self.layout = Layout(
+            page_layout(prog),
+            int(phys_to_virt(prog, 0).value_()),
+            self._tree.address_ or 0,
+            offsetof(prog.type("struct kho_radix_tree"), "root"),
+        )
+        self._pages = PageReader(self.abi, self.layout.pages, self._read_virt, ram_end)
 
     @told()
     def tree(self) -> Snapshot:
@@ -229,6 +253,16 @@ class KernelSource:
             return np.zeros((0, 2), np.uint64)
         found = [(areas[i].addr.value_(), areas[i].size.value_()) for i in range(count)]
         return np.array(found, np.uint64).reshape(-1, 2)
+
+    @told()
+    def arguments(self, function: str) -> int | None:
+        """How many arguments a kernel function has; None: there is none that could be probed."""
+        try:
+            self.prog.symbol(function)
+            return len(self.prog.function(function).type_.parameters or ())
+        except LookupError:
+            # No symbol: the compiler has inlined it, or made another one of it.
+            return None
 
     def _require_kho(self) -> None:
         if not self.enabled or not self._tree.root:

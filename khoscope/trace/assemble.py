@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+From the records of bpf/kho_trace.c to facts.
+
+The kernel reports each block when the function that touched it returns, and each outermost call
+when that returns: so the blocks of a call come before the call.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..abi import BAD_ORDER, NO_TYPE, U64, Abi
+from ..calls import (
+    FUNCTIONS,
+    NO_ORDER,
+    NO_PHYS,
+    NUMBERS,
+    Action,
+    Batch,
+    Calls,
+    Kind,
+    Touches,
+)
+from ..columns import Blocks, Pages
+from ..sources.kernel import Layout
+from ..sources.pages import StructPages
+
+#: ``struct header``.
+_HEADER = [
+    ("call", "<u8"),
+    ("enter", "<u8"),
+    ("leave", "<u8"),
+    ("args", "<u8", (4,)),
+    ("ret", "<u8"),
+    ("tid", "<u4"),
+    ("tgid", "<u4"),
+    ("function", "u1"),
+    ("depth", "u1"),
+    ("is_call", "u1"),
+    ("spare", "u1", (5,)),
+]
+_IS_CALL = 74
+
+#: Touches that wait for their calls to return: one that preserves a whole host must not be kept.
+WAITING = 1 << 18
+
+_RETURNS = np.array([["void", "int", "pointer"].index(f.returns) for f in FUNCTIONS])
+_VOID, _INT, _POINTER = range(3)
+_ACTIONS = np.array([f.action for f in FUNCTIONS], np.int8)
+# Where kho_restore_page is no function of its own, these report the blocks.
+_ACTIONS[[NUMBERS["kho_restore_folio"], NUMBERS["kho_restore_pages"]]] = Action.RESTORE
+#: Which of its touches make up what a call of a kind was asked for.
+_OF_KIND = {
+    Kind.PRESERVE: Action.ADD,
+    Kind.UNPRESERVE: Action.DELETE,
+    Kind.RESTORE: Action.RESTORE,
+}
+
+
+def call_dtype(frames: int) -> np.dtype[np.void]:
+    """``struct call``."""
+    return np.dtype([*_HEADER, ("comm", "S16"), ("name", "S32"), ("stack", "<u8", (frames,))])
+
+
+def block_dtype(page_size: int) -> np.dtype[np.void]:
+    """``struct block``; :param page_size: ``sizeof(struct page)``."""
+    return np.dtype(
+        [
+            *_HEADER,
+            ("pfn", "<u8"),
+            ("key", "<u8"),
+            ("stamp", "<u8"),
+            ("order", "<u4"),
+            ("before", "u1"),
+            ("after", "u1"),
+            ("outer", "u1"),
+            ("spare2", "u1"),
+            ("outer_args", "<u8", (2,)),
+            ("looked", "<u4"),
+            ("unread", "<u4"),
+            ("zeros", "<u4"),
+            ("ones", "<u4"),
+            ("odd", "<u8"),
+            ("pages", "u1", (2 * page_size,)),
+        ]
+    )
+
+
+class Assembler:
+    """
+    Makes batches of records.
+
+    :param frames: stack frames in each ``struct call``.
+    """
+
+    def __init__(self, abi: Abi, layout: Layout, frames: int) -> None:
+        self._abi = abi
+        self._layout = layout
+        self._call = call_dtype(frames)
+        self._block = block_dtype(layout.pages.size)
+        self._waiting = Touches.empty()
+        #: Touches, and pages of them, of calls that could not wait: by call.
+        self._gone: dict[int, Counter[str]] = {}
+
+    def feed(self, records: Iterable[bytes]) -> Batch:
+        """The calls among the records, with their touches; what has to wait is kept."""
+        calls: list[bytes] = []
+        blocks: list[bytes] = []
+        for record in records:
+            (calls if record[_IS_CALL] else blocks).append(record)
+        call = _array(calls, self._call)
+        touches = Touches.concatenate([self._waiting, self._touches(_array(blocks, self._block))])
+        sorter = np.argsort(call["call"], kind="stable")
+        at = np.searchsorted(call["call"], touches.call, sorter=sorter)
+        at = sorter[np.minimum(at, len(sorter) - 1)] if len(sorter) else at
+        done = np.zeros(len(touches), np.bool_)
+        if len(sorter):
+            done = call["call"][at] == touches.call
+        rest = touches[~done]
+        self._waiting = rest[:0] if len(rest) > WAITING else rest
+        loose = rest[len(self._waiting) :]
+        self._remember(loose)
+        order = np.argsort(at[done], kind="stable")
+        mine, of = touches[done][order], at[done][order]
+        return Batch(self._calls(call, mine, of), Touches.concatenate([mine, loose]))
+
+    def end(self) -> Batch:
+        """What has waited in vain."""
+        rest, self._waiting = self._waiting, Touches.empty()
+        return Batch(Calls.empty(), rest)
+
+    def _remember(self, loose: Touches) -> None:
+        for call, rows in _by_call(loose):
+            gone = self._gone.setdefault(call, Counter())
+            gone["blocks"] += len(rows)
+            for action in np.unique(rows.action).tolist():
+                pages = rows.blocks.page_count[rows.action == action]
+                gone[f"pages {action}"] += int(pages.sum())
+
+    def _touches(self, raw: NDArray[np.void]) -> Touches:
+        action = _ACTIONS[raw["function"]]
+        # Other trees of the same kind have keys that are no blocks.
+        raw = raw[(action == Action.RESTORE) | (raw["order"] != NO_ORDER)]
+        function = raw["function"]
+        action = _ACTIONS[function]
+        restored = action == Action.RESTORE
+        blocks = self._blocks(raw, restored)
+        by_page = function == NUMBERS["kho_restore_page"]
+        as_folio = np.where(
+            by_page, raw["args"][:, 1] & 0xFF != 0, function == NUMBERS["kho_restore_folio"]
+        )
+        return Touches(
+            raw["call"],
+            function,
+            action,
+            _returned(function, raw["ret"]),
+            raw["before"],
+            raw["after"],
+            restored & as_folio,
+            self._asked(raw, by_page),
+            np.where(action == Action.DELETE, 0, raw["looked"]).astype(np.uint32),
+            blocks,
+            np.zeros(len(raw), np.bool_),
+            Pages.blank(len(raw)),
+        )
+
+    def _blocks(self, raw: NDArray[np.void], restored: NDArray[np.bool_]) -> Blocks:
+        abi = self._abi
+        key = np.where(restored, 0, raw["key"] & np.uint64((1 << abi.stored_bits) - 1))
+        key = key.astype(np.uint64)
+        phys, order, kind = abi.kho_radix_decode_keys(key)
+        stamp = raw["stamp"]
+        phys = np.where(restored, raw["pfn"] << np.uint64(abi.page_shift), phys)
+        stamped = np.where(raw["order"] < 64, raw["order"], BAD_ORDER)
+        order = np.where(restored, stamped, order).astype(np.uint8)
+        types = abi.stamp.type(stamp) if abi.has_types else np.full(len(raw), NO_TYPE, np.int8)
+        return Blocks(key, phys, order, np.where(restored, types, kind), self._pages(raw, restored))
+
+    def _pages(self, raw: NDArray[np.void], restored: NDArray[np.bool_]) -> Pages:
+        pages = StructPages(self._layout.pages, raw["pages"].tobytes())
+        head = pages.refcount[0::2]
+        looked = raw["looked"].astype(np.int64)
+        # The kernel counts the first page among the others.
+        some = looked > 0
+        zeros = raw["zeros"] - (some & (head == 0))
+        ones = raw["ones"] - (some & (head == 1))
+        others = np.maximum(looked - 1, 0) - zeros - ones
+        page_type = pages.page_type[0::2]
+        # One block has two struct pages, the order of a compound page stands in the second.
+        compound = pages.compound_order()[0::2] if len(raw) else np.zeros(0, np.int8)
+        return Pages(
+            private=np.where(restored, raw["stamp"], pages.private[0::2]),
+            head=head.copy(),
+            zeros=zeros.astype(np.uint32),
+            ones=ones.astype(np.uint32),
+            others=others.astype(np.uint32),
+            odd=np.minimum(raw["odd"], 2**32 - 1).astype(np.uint32),
+            free=(page_type >> np.uint32(24) == self._layout.pages.buddy_type).astype(np.uint32),
+            flags=pages.flags[0::2].copy(),
+            page_type=page_type.copy(),
+            compound=compound.copy(),
+            unread=raw["unread"].copy(),
+        )
+
+    def _asked(self, raw: NDArray[np.void], by_page: NDArray[np.bool_]) -> NDArray[np.uint8]:
+        """The order by the arithmetic of ``kho_restore_pages``, where that is what called."""
+        pages = NUMBERS["kho_restore_pages"]
+        inner = by_page & (raw["outer"] == pages)
+        args = np.where(inner[:, None], raw["outer_args"], raw["args"][:, :2])
+        shift = np.uint64(self._abi.page_shift)
+        left = (args[:, 0] >> shift) + args[:, 1] - raw["pfn"]
+        known = (inner | (raw["function"] == pages)) & (left > 0) & (left < 1 << 52)
+        left = np.where(known, left, 1)
+        # Below 2^53 a float is exact: frexp gives ilog2() + 1.
+        most = np.frexp(left.astype(np.float64))[1] - 1
+        lowest = raw["pfn"] & (~raw["pfn"] + np.uint64(1))
+        ctz = np.where(lowest == 0, 64, np.frexp(lowest.astype(np.float64))[1] - 1)
+        return np.where(known, np.minimum(ctz, most), NO_ORDER).astype(np.uint8)
+
+    def _calls(self, raw: NDArray[np.void], touches: Touches, of: NDArray[np.int64]) -> Calls:
+        function = raw["function"]
+        blocks = np.bincount(of, minlength=len(raw)).astype(np.uint64)
+        phys = np.full(len(raw), NO_PHYS, np.uint64)
+        pages = np.zeros(len(raw), np.uint64)
+        for number in np.unique(function).tolist():
+            rows = function == number
+            phys[rows], asked = self._named(FUNCTIONS[number].arguments, raw["args"][rows])
+            if asked is not None:
+                pages[rows] = asked
+                continue
+            kind = FUNCTIONS[number].kind
+            action = _OF_KIND.get(kind, FUNCTIONS[number].action)
+            mine = rows[of] & (touches.action == action)
+            sums = np.zeros(len(raw), np.uint64)
+            np.add.at(sums, of[mine], touches.blocks.page_count[mine])
+            pages[rows] = sums[rows]
+            first = np.full(len(raw), NO_PHYS, np.uint64)
+            if kind == Kind.TREE:
+                first[of[mine]] = touches.blocks.phys[mine]
+                phys[rows] = first[rows]
+        for call, gone in list(self._gone.items()):
+            for row in np.flatnonzero(raw["call"] == call).tolist():
+                blocks[row] += np.uint64(gone["blocks"])
+                kind = FUNCTIONS[function[row]].kind
+                if FUNCTIONS[function[row]].arguments[-1] != "nr_pages":
+                    pages[row] += np.uint64(gone[f"pages {_OF_KIND.get(kind, 0):d}"])
+                del self._gone[call]
+        return Calls(
+            raw["call"],
+            function,
+            raw["tid"],
+            raw["tgid"],
+            raw["comm"],
+            raw["enter"],
+            raw["leave"],
+            raw["args"],
+            _returned(function, raw["ret"]),
+            phys,
+            pages,
+            blocks,
+            raw["name"],
+            raw["stack"],
+        )
+
+    def _named(self, names: tuple[str, ...], args: U64) -> tuple[U64, U64 | None]:
+        """The address and the number of pages that the arguments name; None: they do not."""
+        shift = np.uint64(self._abi.page_shift)
+        by_name = dict(zip(names, args.T, strict=False))
+        phys = np.full(len(args), NO_PHYS, np.uint64)
+        if "phys" in by_name:
+            phys = by_name["phys"]
+        elif "blob" in by_name:
+            phys = by_name["blob"] - np.uint64(self._layout.direct_map)
+        elif "page" in by_name or "folio" in by_name:
+            layout = self._layout.pages
+            page = by_name.get("page", by_name.get("folio", args[:, 0]))
+            pfn = (page - np.uint64(layout.vmemmap)) // np.uint64(layout.size)
+            phys = pfn << shift
+        if "nr_pages" in by_name:
+            return phys, by_name["nr_pages"]
+        if "order" in by_name and "page" in by_name:
+            return phys, np.uint64(1) << np.minimum(by_name["order"] & 0xFF, 63).astype(np.uint64)
+        if "size" in by_name:
+            return phys, (by_name["size"] + np.uint64(self._abi.page_size - 1)) >> shift
+        return phys, None
+
+
+def _array(records: list[bytes], dtype: np.dtype[np.void]) -> NDArray[np.void]:
+    """
+    The records as one array; a perf buffer pads each.
+
+    :raises ValueError: if a record is shorter than the C struct should be.
+    """
+    size = dtype.itemsize
+    for record in records:
+        if not size <= len(record) < size + 8:
+            raise ValueError(f"a record of {len(record)} bytes, expected {size}")
+    return np.frombuffer(b"".join(record[:size] for record in records), dtype)
+
+
+def _returned(function: NDArray[np.uint8], ret: U64) -> NDArray[np.int64]:
+    """What came back, by the C type that the function returns."""
+    kind = _RETURNS[function]
+    signed = ret.astype(np.uint32).view(np.int32).astype(np.int64)
+    return np.select([kind == _VOID, kind == _INT], [0, signed], ret.view(np.int64))
+
+
+def _by_call(touches: Touches) -> Iterable[tuple[int, Touches]]:
+    for call in np.unique(touches.call).tolist():
+        yield call, touches[touches.call == call]

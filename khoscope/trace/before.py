@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the blocks that are restored were in the kernel that handed them over."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from ..abi import KHO_PAGE_CONTIG, KHO_PAGE_SPLIT
+from ..calls import Action, Touches
+from ..columns import Blocks, Pages
+from ..errors import KhoscopeError
+from ..snapshot import Snapshot, rows
+
+#: Blocks of a snapshot that are kept in memory, 60 bytes each.
+MOST = 1 << 24
+
+
+class Before:
+    """
+    The recorded blocks of a snapshot, by key.
+
+    :raises KhoscopeError: if it holds no struct pages, or too many blocks.
+    """
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._abi = snapshot.abi
+        if rows(snapshot.outgoing.tree.leaves) and rows(snapshot.outgoing.blocks) > MOST:
+            raise KhoscopeError(
+                f"the snapshot records more than {MOST:,} blocks",
+                "leave --before out, and run khoscope verify --before when the clients are done",
+            )
+        self._blocks = Blocks.concatenate(snapshot.outgoing.blocks)
+
+    def join(self, touches: Touches) -> Touches:
+        """The same touches; those that restore a recorded block know what it was."""
+        known = np.zeros(len(touches), np.bool_)
+        was = Pages.blank(len(touches))
+        restores = np.flatnonzero(touches.action == Action.RESTORE)
+        phys, order = touches.blocks.phys[restores], touches.blocks.order[restores]
+        types = (KHO_PAGE_CONTIG, KHO_PAGE_SPLIT) if self._abi.type_bit else (KHO_PAGE_CONTIG,)
+        for each in np.unique(order).tolist():
+            # A stamp's order may be any nonsense.
+            if not len(self._blocks) or each > self._abi.order_0_log2:
+                continue
+            of_order = restores[order == each]
+            for page_type in types:
+                keys = self._abi.kho_radix_encode_keys(phys[order == each], each, page_type)
+                at = np.searchsorted(self._blocks.key, keys)
+                at = np.minimum(at, len(self._blocks) - 1)
+                found = self._blocks.key[at] == keys
+                known[of_order[found]] = True
+                for name in Pages.DTYPES:
+                    recorded = getattr(self._blocks.facts, name)
+                    getattr(was, name)[of_order[found]] = recorded[at[found]]
+        return dataclasses.replace(touches, known=known, was=was)

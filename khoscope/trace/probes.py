@@ -1,0 +1,458 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Put bpf/kho_trace.c into the running kernel, with bcc, and take its records out."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+
+from ..abi import KHO_PAGE_MAGIC
+from ..calls import FUNCTIONS, NUMBERS, Action, Batch, Function, Kind, Use
+from ..errors import KhoscopeError
+from ..sources.kernel import KernelSource
+from .select import Wanted
+
+BTF: Final = Path("/sys/kernel/btf/vmlinux")
+#: Functions that ftrace can patch, so that a BPF trampoline can be attached to them.
+TRACEABLE: Final = Path("/sys/kernel/tracing/available_filter_functions")
+#: "0": kprobes are attached and never hit.
+KPROBES_ENABLED: Final = Path("/sys/kernel/debug/kprobes/enabled")
+MODULES: Final = Path("/proc/modules")
+
+#: Stack frames that are kept of a call: enough to find the client, or the whole stack.  The
+#: innermost ones are the BPF program's, its trampoline's and KHO's own.
+CLIENT_FRAMES, STACK_FRAMES = 8, 40
+#: Bytes of the ring buffer, or of each CPU's perf buffer.
+BUFFER: Final = 16 << 20
+#: Records that are taken out at once; then it is time to show them.
+ENOUGH: Final = 1 << 14
+
+_PAGE: Final = os.sysconf("SC_PAGE_SIZE")
+_KINDS: Final = list(Kind)
+
+#: What bcc needs to have; by what a version lacks, for the message.
+_NEEDED = ("ring_buffer_poll", "perf_buffer_poll", "support_kfunc", "kernel_struct_has_field")
+
+
+@dataclass(frozen=True)
+class Counters:
+    """
+    What the kernel has counted (``enum counter`` in bpf/kho_trace.c).
+
+    :param made: events.
+    :param lost: events for which the buffer had no room.
+    :param missed: calls that could not be followed from entry to return, those that had begun
+        before tracing began among them.
+    :param open: calls that have not returned.
+    """
+
+    made: int
+    lost: int
+    missed: int
+    open: int
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A function to attach to: how, and what it does to blocks there."""
+
+    function: Function
+    how: str
+    arguments: int
+    use: Use
+
+    def source(self) -> str:
+        """The lines of C that make its programs."""
+        f = self.function
+        number = NUMBERS[f.name]
+        kind = 1 << _KINDS.index(f.kind)
+        adds = int(f.action == Action.ADD)
+        entry = f"({f.name}, {number}, {self.arguments}, {kind}, {self.use.name}, {adds})\n"
+        if self.how == "kprobe":
+            return f"KPROBE{entry}KRETPROBE({f.name}, {number}, {self.use.name})\n"
+        result = "0" if f.returns == "void" else f"ctx[{self.arguments}]"
+        return f"FENTRY{entry}FEXIT({f.name}, {number}, {self.use.name}, {result})\n"
+
+
+class Probes:
+    """
+    The probes in the running kernel, from ``with`` to its end.  The kernel holds them for this
+    process only: however it ends, nothing is left behind.
+
+    :param source: the running kernel.
+    :param how: ``fentry`` or ``kprobe`` for all functions; None: fentry where the kernel can.
+    :param frames: stack frames kept of each call.
+    :param buffer: bytes.
+    :param verbose: show what the compiler and the verifier say.
+    :raises KhoscopeError: without bcc, kernel headers or the right to do this, or where the kernel
+        does not take the programs.
+    """
+
+    def __init__(
+        self,
+        source: KernelSource,
+        wanted: Wanted,
+        how: str | None = None,
+        frames: int = CLIENT_FRAMES,
+        buffer: int = BUFFER,
+        verbose: bool = False,
+    ) -> None:
+        self._bcc = import_bcc()
+        self._source = source
+        self._wanted = wanted
+        self._how = how
+        self.frames = frames
+        # Both kinds of buffer want a power of two.
+        self._pages = 1 << max((buffer // _PAGE).bit_length() - 1, 0)
+        self._verbose = verbose
+        self._ring = self._bcc.BPF.kernel_struct_has_field(b"bpf_ringbuf", b"waitq") == 1
+        self._records: list[bytes] = []
+        self._taken = 0
+        self._symbols: dict[int, str] = {}
+        self._symbol_cache: Any = None
+        self._modules = ""
+        #: ``fentry`` or ``kprobe`` by function, and why others are left out.
+        self.attached: dict[str, str] = {}
+        self.missing: dict[str, str] = {}
+
+    @property
+    def buffer(self) -> str:
+        """In words."""
+        size = self._pages * _PAGE
+        amount = f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
+        return f"ring buffer of {amount}" if self._ring else f"perf buffer of {amount} on each CPU"
+
+    def __enter__(self) -> Self:
+        self._load(self._choose())
+        try:
+            self._open_buffer()
+            self.arm(True)
+        except BaseException:
+            self._bpf.cleanup()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self._bpf.cleanup()
+
+    # -- attaching --------------------------------------------------------------------------------
+
+    def _choose(self) -> list[_Probe]:
+        arguments = {}
+        for function in FUNCTIONS:
+            count = self._source.arguments(function.name)
+            if count is None:
+                self.missing[function.name] = "not in this kernel"
+            else:
+                arguments[function.name] = min(count, len(function.arguments))
+        if not {"kho_radix_add_page", "kho_radix_add_key"} & arguments.keys():
+            raise KhoscopeError(
+                "this kernel has no function that adds a block to KHO's tree (kho_radix_add_page)",
+                "its compiler may have inlined it; khoscope verify does without",
+            )
+        uses = {name: FUNCTIONS[NUMBERS[name]].use for name in arguments}
+        if "kho_restore_page" not in arguments:
+            self.missing["kho_restore_page"] = "inlined: only the first block of a restore is seen"
+            for name in ("kho_restore_folio", "kho_restore_pages"):
+                uses[name] = Use.BLOCK_BY_STAMP
+        return [
+            _Probe(FUNCTIONS[NUMBERS[name]], self._best(name), count, uses[name])
+            for name, count in arguments.items()
+        ]
+
+    def _best(self, name: str) -> str:
+        if self._how:
+            return self._how
+        traceable = self._traceable
+        known = b"\0" + name.encode() + b"\0" in self._btf and (name in traceable or not traceable)
+        return "fentry" if known else "kprobe"
+
+    @cached_property
+    def _btf(self) -> bytes:
+        """The kernel's BTF, in which all names are; empty where fentry is not to be had."""
+        if not BTF.exists() or not self._bcc.BPF.support_kfunc():
+            return b""
+        return BTF.read_bytes()
+
+    @cached_property
+    def _traceable(self) -> frozenset[str]:
+        """Empty: the kernel does not say."""
+        if not os.access(TRACEABLE, os.R_OK):
+            return frozenset()
+        return frozenset(line.split()[0] for line in TRACEABLE.read_text().splitlines())
+
+    def _load(self, probes: list[_Probe]) -> None:
+        with self._listening() as said:
+            try:
+                self._bpf = self._compile(probes)
+            except Exception as error:  # bcc raises nothing more special
+                refused = _refusal(error, said(), self._verbose)
+                fentry = any(probe.how == "fentry" for probe in probes)
+                if self._how or not fentry or not refused.what.startswith(_VERIFIER):
+                    raise refused from error
+                # A trampoline may be refused where a kprobe is not.
+                self.missing["fentry"] = f"{error}"
+                probes = [_Probe(p.function, "kprobe", p.arguments, p.use) for p in probes]
+                try:
+                    self._bpf = self._compile(probes)
+                except Exception as again:
+                    raise _refusal(again, said(), self._verbose) from again
+        for probe in probes:
+            if probe.how == "kprobe":
+                self._attach_kprobe(probe)
+            else:
+                self.attached[probe.function.name] = probe.how
+        blind = [p.function.name for p in probes if p.use > Use.NAMED]
+        blind = [name for name in blind if name not in self.attached]
+        if blind:
+            self._bpf.cleanup()
+            raise KhoscopeError(
+                f"{', '.join(blind)} cannot be probed (notrace, inlined, or kprobes are blocked)",
+                "see that the kernel has CONFIG_KPROBES=y and is not locked down",
+            )
+
+    def _compile(self, probes: list[_Probe]) -> Any:
+        """Compile; what is attached by fentry, bcc loads and attaches at once."""
+        text = resources.files("khoscope").joinpath("bpf/kho_trace.c").read_text()
+        text += "".join(probe.source() for probe in probes)
+        flags = [f"-D{name}={value}" for name, value in self._defines().items()]
+        debug = self._bcc.DEBUG_BPF if self._verbose else 0
+        return self._bcc.BPF(text=text, cflags=flags, debug=debug)
+
+    def _defines(self) -> dict[str, str | int]:
+        """What bpf/kho_trace.c needs to know."""
+        abi, layout = self._source.abi, self._source.layout
+        defines: dict[str, str | int] = {
+            "VMEMMAP": f"{layout.pages.vmemmap:#x}ULL",
+            "PAGE_STRUCT_SIZE": layout.pages.size,
+            "REFCOUNT_OFFSET": layout.pages.refcount,
+            "PRIVATE_OFFSET": layout.pages.private,
+            "PAGE_SHIFT_BITS": abi.page_shift,
+            "DIRECT_MAP": f"{layout.direct_map:#x}ULL",
+            "TREE": f"{layout.tree:#x}ULL",
+            "ROOT_OFFSET": layout.root,
+            "ORDER_0_LOG2": abi.order_0_log2,
+            "TABLE_LOG2": abi.table_size_log2,
+            "BITMAP_LOG2": abi.bitmap_size_log2,
+            "DEPTH": abi.tree_max_depth,
+            "STORED_BITS": abi.stored_bits,
+            "TYPE_SHIFT": 64 if abi.type_shift is None else abi.type_shift,
+            "STAMP_MAGIC": f"{KHO_PAGE_MAGIC:#x}",
+            "STAMP_MAGIC_SHIFT": abi.stamp.magic_shift,
+            "STAMP_ORDER_MASK": f"{(1 << abi.stamp.order_bits) - 1:#x}",
+            "STACK_FRAMES": self.frames,
+            "ONLY": sum(1 << _KINDS.index(kind) for kind in self._wanted.kinds),
+        }
+        if self._ring:
+            defines["RING_PAGES"] = self._pages
+        if self._wanted.tgid is not None:
+            defines["WANTED_TGID"] = self._wanted.tgid
+        if self._wanted.comm_bytes is not None:
+            comm = self._wanted.comm_bytes.ljust(16, b"\0")
+            defines["WANTED_COMM"] = "{" + ",".join(str(byte) for byte in comm) + "}"
+        return defines
+
+    def _attach_kprobe(self, probe: _Probe) -> None:
+        if KPROBES_ENABLED.exists() and KPROBES_ENABLED.read_text().strip() == "0":
+            raise KhoscopeError(
+                f"kprobes are switched off ({KPROBES_ENABLED} is 0)",
+                f"write 1 to {KPROBES_ENABLED}",
+            )
+        name = probe.function.name
+        try:
+            # The return first: a call that is seen to begin is then seen to end.
+            self._bpf.attach_kretprobe(event=name, fn_name=f"leave_{name}")
+            self._bpf.attach_kprobe(event=name, fn_name=f"enter_{name}")
+        except Exception as error:  # bcc raises nothing more special
+            if "Failed to load" in str(error):
+                self._bpf.cleanup()
+                raise _refusal(error, "", self._verbose) from error
+            self.missing[name] = "cannot be probed (notrace, inlined, or kprobes are blocked)"
+        else:
+            self.attached[name] = "kprobe"
+
+    @contextmanager
+    def _listening(self) -> Iterator[Any]:
+        """Keep what libbcc and the compiler write to stderr; ``-v`` shows it."""
+        if self._verbose:
+            yield lambda: ""
+            return
+        sys.stderr.flush()
+        with tempfile.TemporaryFile() as heard:
+            saved = os.dup(2)
+            os.dup2(heard.fileno(), 2)
+
+            def said() -> str:
+                heard.seek(0)
+                return heard.read().decode(errors="replace")
+
+            try:
+                yield said
+            finally:
+                os.dup2(saved, 2)
+                os.close(saved)
+
+    # -- following --------------------------------------------------------------------------------
+
+    def _open_buffer(self) -> None:
+        table = self._bpf["events"]
+        if self._ring:
+            table.open_ring_buffer(self._take)
+        else:
+            # What has no room is counted in the kernel.
+            table.open_perf_buffer(
+                lambda cpu, data, size: self._take(None, data, size),
+                page_cnt=self._pages,
+                lost_cb=lambda lost: None,
+            )
+
+    def _take(self, context: object, data: int, size: int) -> int:
+        self._records.append(ctypes.string_at(data, size))
+        # A negative number ends the poll: it would go on for as long as events keep coming.
+        return -1 if len(self._records) >= ENOUGH else 0
+
+    def arm(self, on: bool) -> None:
+        """Begin to follow calls, or only those to their end that have begun."""
+        self._bpf["armed"][ctypes.c_int(0)] = ctypes.c_uint(int(on))
+
+    def poll(self, milliseconds: int) -> list[bytes]:
+        """The records that have come, waiting for the first of them."""
+        if self._ring:
+            self._bpf.ring_buffer_poll(milliseconds)
+        else:
+            self._bpf.perf_buffer_poll(milliseconds)
+        records, self._records = self._records, []
+        self._taken += len(records)
+        return records
+
+    def counters(self) -> Counters:
+        """What the kernel has counted so far."""
+        table = self._bpf["counters"]
+        made, lost, missed, unseen = (
+            sum(int(on_cpu) for on_cpu in table[ctypes.c_int(i)]) for i in range(4)
+        )
+        missed += unseen + sum(map(_recursion_misses, self._bpf.funcs.values()))
+        still = sum(task.depth > 0 and not task.muted for task in self._bpf["tasks"].values())
+        return Counters(made, lost, missed, still)
+
+    def drained(self) -> Counters:
+        """The counters at the end, when all records have been taken."""
+        counters = self.counters()
+        # Nothing else can lose a record, and nothing may go unsaid.
+        lost = max(counters.lost, counters.made - self._taken)
+        return Counters(counters.made, lost, counters.missed, counters.open)
+
+    # -- symbols ----------------------------------------------------------------------------------
+
+    def learn(self, batch: Batch) -> None:
+        """Look up the addresses of a batch's stacks while their modules are there."""
+        new = set(np.unique(batch.calls.stack).tolist()) - self._symbols.keys() - {0}
+        if not new:
+            return
+        modules = MODULES.read_text()
+        if self._symbol_cache is None or modules != self._modules:
+            # bcc reads them once.
+            self._symbol_cache = self._bcc.SymbolCache(-1)
+            self._modules = modules
+        for address in new:
+            name, offset, module = self._symbol_cache.resolve(address, False)
+            known = name is not None and module is not None
+            self._symbols[address] = (
+                f"{name.decode()}+{offset:#x} [{os.path.basename(module.decode())}]"
+                if known
+                else "[unknown]"
+            )
+
+    @property
+    def symbols(self) -> dict[int, str]:
+        """All addresses that were looked up."""
+        return self._symbols
+
+    def symbol(self, address: int) -> str:
+        """``function+0x1f [module]``, or ``[unknown]``."""
+        return self._symbols.get(address, "[unknown]")
+
+
+def import_bcc() -> Any:
+    """
+    bcc's Python module, a distribution package.
+
+    :raises KhoscopeError: if it is not there or lacks what is needed.
+    """
+    try:
+        bcc = importlib.import_module("bcc")
+    except (ImportError, OSError) as error:
+        raise KhoscopeError(
+            f"bcc is not there for {sys.executable} ({error})",
+            "install python3-bpfcc (it is not on PyPI), and make khoscope's virtual environment"
+            " with --system-site-packages",
+        ) from error
+    lacks = [name for name in _NEEDED if not hasattr(getattr(bcc, "BPF", None), name)]
+    if lacks:
+        version = getattr(bcc, "__version__", "of an unknown version")
+        raise KhoscopeError(
+            f"bcc {version} is too old: it has no BPF.{lacks[0]}",
+            "install a newer python3-bpfcc; 0.35 is known to work",
+        )
+    return bcc
+
+
+_VERIFIER = "the kernel's BPF verifier refuses"
+
+
+def _refusal(error: Exception, said: str, verbose: bool) -> KhoscopeError:
+    """What bcc's exception, and what it wrote to stderr, mean."""
+    text = str(error)
+    if "Unable to find kernel headers" in said or "chdir(/lib/modules" in said:
+        return KhoscopeError(
+            f"no kernel headers: bcc needs them to compile ({platform.release()})",
+            "use a kernel with CONFIG_IKHEADERS=y (and tar and xz), or install its headers package",
+        )
+    if "super-user" in text or "Operation not permitted" in text:
+        return KhoscopeError(
+            "the kernel does not let BPF programs in (not permitted)",
+            "run khoscope as root, with CAP_BPF and CAP_PERFMON, on a kernel without lockdown",
+        )
+    log = "" if verbose else "; -v shows its log"
+    if "Failed to load" in text:
+        last = [line for line in said.splitlines() if line.strip() and "processed" not in line]
+        reason = f": {last[-1].strip()}" if last else ""
+        return KhoscopeError(
+            f"{_VERIFIER} {text.partition('BPF program ')[2] or text}{reason}{log}",
+            "try the other kind of probe (--probe), and please report it with the log",
+        )
+    if "Failed to attach" in text:
+        return KhoscopeError(
+            f"the kernel does not attach BPF programs to functions ({text})",
+            "try --probe kprobe; see that ftrace is on (/proc/sys/kernel/ftrace_enabled)",
+        )
+    return KhoscopeError(
+        f"bcc cannot compile khoscope's BPF program ({text}){log}",
+        "use a bcc that knows this kernel's headers (0.35 is known to work)",
+    )
+
+
+def _recursion_misses(program: Any) -> int:
+    """How often the kernel did not run a program: it was running on that CPU already."""
+    info = Path(f"/proc/self/fdinfo/{program.fd}").read_text()
+    lines = (line.partition(":") for line in info.splitlines())
+    return sum(int(value) for name, _, value in lines if name == "recursion_misses")

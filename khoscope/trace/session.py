@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One trace, live or replayed: batches come, are recorded, checked and shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Protocol
+
+import numpy as np
+
+from .. import checks
+from ..calls import NUMBERS, Action, Batch, Losses, Tracing
+from .assemble import Assembler
+from .before import Before
+from .probes import Counters, Probes
+from .record import Recorder, Recording
+from .select import Wanted
+
+#: How long a poll waits for the first record, ms.
+POLL = 200
+
+
+class View(Protocol):
+    """Shows a trace while it goes on."""
+
+    def start(self, tracing: Tracing) -> None:
+        """What is traced, and how."""
+
+    def batch(self, batch: Batch, found: checks.Found) -> None:
+        """Calls that have returned, and what is wrong with them."""
+
+    def interval(self, losses: Losses) -> None:
+        """Some time has passed."""
+
+    def end(self, report: checks.Report, losses: Losses) -> None:
+        """The trace is over."""
+
+
+class Session:
+    """
+    A trace.
+
+    :param before: snapshot of the kernel that handed over.
+    """
+
+    def __init__(self, tracing: Tracing, wanted: Wanted, view: View, before: Before | None) -> None:
+        self._tracing = tracing
+        self._wanted = wanted
+        self._view = view
+        self._before = before
+        self._report = checks.start_trace(tracing.facts)
+        self._losses = Losses()
+
+    def live(
+        self,
+        probes: Probes,
+        assembler: Assembler,
+        recorder: Recorder | None,
+        duration: float | None,
+        interval: float | None,
+    ) -> checks.Report:
+        """
+        Follow the running kernel until Ctrl-C.
+
+        :param duration: seconds until it ends by itself.
+        :param interval: seconds after which the view is told that time has passed.
+        """
+        self._view.start(self._tracing)
+        began = time.monotonic()
+        shown = began
+
+        def take(batch: Batch) -> None:
+            probes.learn(batch)
+            if recorder:
+                recorder.add(batch)
+            self._show(batch)
+
+        with _until_stopped() as stopped:
+            while not stopped():
+                left = POLL / 1000
+                now = time.monotonic()
+                if duration is not None:
+                    left = min(left, began + duration - now)
+                    if left <= 0:
+                        break
+                take(assembler.feed(probes.poll(max(int(left * 1000), 1))))
+                if interval is not None and time.monotonic() - shown >= interval:
+                    shown = time.monotonic()
+                    self._count(probes.counters())
+                    self._view.interval(self._losses)
+            # What has begun is followed to its end, if that comes soon.
+            probes.arm(False)
+            while records := probes.poll(POLL):
+                take(assembler.feed(records))
+            take(assembler.end())
+            self._count(probes.drained())
+            if recorder:
+                recorder.finish(probes.symbols, self._losses)
+            return self._end()
+
+    def replay(self, recording: Recording) -> checks.Report:
+        """Show and check what was recorded."""
+        self._view.start(self._tracing)
+        for batch in recording.batches:
+            self._show(batch)
+        self._losses = dataclasses.replace(
+            recording.losses, sampled=self._losses.sampled, unread=self._losses.unread
+        )
+        return self._end()
+
+    def _show(self, batch: Batch) -> None:
+        batch = self._wanted.apply(batch)
+        if self._before:
+            batch = dataclasses.replace(batch, touches=self._before.join(batch.touches))
+        self._look(batch)
+        found = checks.check_batch(self._tracing.facts, batch, self._report)
+        if len(batch.calls) or len(batch.touches):
+            self._view.batch(batch, found)
+
+    def _look(self, batch: Batch) -> None:
+        """Count what the kernel did not look at."""
+        touches, calls = batch.touches, batch.calls
+        judged = touches.succeeded & (touches.action != Action.DELETE)
+        pages = touches.blocks.page_count
+        seen = touches.looked.astype(np.uint64) + touches.blocks.facts.unread
+        sampled = int((judged & (seen < pages)).sum())
+        # Where kho_restore_page is no function of its own, only the first block is reported.
+        restored = (calls.function == NUMBERS["kho_restore_pages"]) & ~calls.failed
+        starts = batch.starts()
+        total = np.concatenate([np.zeros(1, np.uint64), np.cumsum(pages, dtype=np.uint64)])
+        touched = total[starts[1:]] - total[starts[:-1]]
+        sampled += int((restored & (touched < calls.pages)).sum())
+        self._losses = dataclasses.replace(
+            self._losses,
+            sampled=self._losses.sampled + sampled,
+            unread=self._losses.unread + int((judged & (touches.blocks.facts.unread > 0)).sum()),
+        )
+
+    def _count(self, counters: Counters) -> None:
+        self._losses = dataclasses.replace(
+            self._losses, lost=counters.lost, missed=counters.missed, open=counters.open
+        )
+
+    def _end(self) -> checks.Report:
+        checks.end_trace(self._report, self._losses)
+        self._view.end(self._report, self._losses)
+        return self._report
+
+
+@contextmanager
+def _until_stopped() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM end the trace in good order; a second one ends khoscope."""
+    come: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        come.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(come)
+    finally:
+        restore()
