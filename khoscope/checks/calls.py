@@ -17,10 +17,6 @@ from . import handover as _handover_rules  # noqa: F401 - registers what is look
 from .pattern import describe, differs, fits, named, readable, restores_split, type_name
 from .rule import Marked, Message, Severity, also, rule
 
-#: Functions by what they return, as columns to look up.
-_RETURNS_INT = np.array([f.returns == "int" for f in FUNCTIONS])
-_RETURNS_POINTER = np.array([f.returns == "pointer" for f in FUNCTIONS])
-
 #: Errors by number, with the kernel's own names: the C library has two for one of them.
 _ERRNO = {**errno.errorcode, errno.EOPNOTSUPP: "EOPNOTSUPP"}
 
@@ -152,8 +148,6 @@ def wrong_restore_call(facts: Snapshot, touches: Touches) -> Marked:
 )
 def failed(facts: Snapshot, calls: Calls) -> Marked:
     """A call returned an error or NULL."""
-    wrong = _RETURNS_INT[calls.function] & (calls.ret < 0)
-    wrong |= _RETURNS_POINTER[calls.function] & (calls.ret == 0)
 
     def say(row: int) -> str:
         function, ret = FUNCTIONS[calls.function[row]], int(calls.ret[row])
@@ -168,7 +162,7 @@ def failed(facts: Snapshot, calls: Calls) -> Marked:
             return f"{text} returned NULL"
         return f"{text} returned {f'-{_ERRNO[-ret]}' if -ret in _ERRNO else ret}"
 
-    return Marked(wrong, say)
+    return Marked(calls.failed, say)
 
 
 @rule(
