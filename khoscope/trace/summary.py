@@ -97,7 +97,9 @@ class Callers:
         :return: the distinct ones, and which of them made each call.
         """
         first, which = distinct(list(calls.stack.T))
-        return [self._caller(calls.stack[row]) for row in first.tolist()], which
+        # In the order in which they appear: so they are numbered.
+        callers = {row: self._caller(calls.stack[row]) for row in sorted(first.tolist())}
+        return [callers[row] for row in first.tolist()], which
 
     def _caller(self, stack: U64) -> Caller:
         key = stack.tobytes()

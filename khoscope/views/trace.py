@@ -216,7 +216,7 @@ class Lines(_TraceText):
         )
         if function.name == "kho_add_subtree":
             size = calls.args[i][2]
-            groups = [f"{printable(calls.name[i])} {size} bytes", *groups]
+            groups = [printable(calls.name[i]), f"{size} bytes", *groups]
         shown = groups[: self._limit]
         if len(shown) < len(groups):
             shown.append(f"and {len(groups) - len(shown)} more")
