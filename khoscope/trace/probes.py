@@ -9,9 +9,9 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -120,6 +120,7 @@ class Probes:
         self._pages = 1 << max((buffer // _PAGE).bit_length() - 1, 0)
         self._verbose = verbose
         self._ring = self._bcc.BPF.kernel_struct_has_field(b"bpf_ringbuf", b"waitq") == 1
+        self._bpf: Any = None
         self._records: list[bytes] = []
         self._taken = 0
         self._symbols: dict[int, str] = {}
@@ -137,13 +138,15 @@ class Probes:
         return f"ring buffer of {amount}" if self._ring else f"perf buffer of {amount} on each CPU"
 
     def __enter__(self) -> Self:
-        self._load(self._choose())
-        try:
-            self._open_buffer()
-            self.arm(True)
-        except BaseException:
-            self._bpf.cleanup()
-            raise
+        probes = self._choose()
+        with self._listening() as said:
+            try:
+                self._attach(probes, said)
+                self._open_buffer()
+                self.arm(True)
+            except BaseException:
+                self._detach()
+                raise
         return self
 
     def __exit__(
@@ -152,7 +155,11 @@ class Probes:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        self._bpf.cleanup()
+        self._detach()
+
+    def _detach(self) -> None:
+        if self._bpf is not None:
+            self._bpf.cleanup()
 
     # -- attaching --------------------------------------------------------------------------------
 
@@ -200,33 +207,31 @@ class Probes:
             return frozenset()
         return frozenset(line.split()[0] for line in TRACEABLE.read_text().splitlines())
 
-    def _load(self, probes: list[_Probe]) -> None:
-        with self._listening() as said:
+    def _attach(self, probes: list[_Probe], said: Callable[[], str]) -> None:
+        try:
+            self._bpf = self._compile(probes)
+        except Exception as error:  # bcc raises nothing more special
+            refused = _refusal(error, said(), self._verbose)
+            fentry = any(probe.how == "fentry" for probe in probes)
+            if self._how or not fentry or not refused.what.startswith(_VERIFIER):
+                raise refused from error
+            # A trampoline may be refused where a kprobe is not.
+            self.missing["fentry"] = str(error)
+            probes = [replace(probe, how="kprobe") for probe in probes]
             try:
                 self._bpf = self._compile(probes)
-            except Exception as error:  # bcc raises nothing more special
-                refused = _refusal(error, said(), self._verbose)
-                fentry = any(probe.how == "fentry" for probe in probes)
-                if self._how or not fentry or not refused.what.startswith(_VERIFIER):
-                    raise refused from error
-                # A trampoline may be refused where a kprobe is not.
-                self.missing["fentry"] = f"{error}"
-                probes = [_Probe(p.function, "kprobe", p.arguments, p.use) for p in probes]
-                try:
-                    self._bpf = self._compile(probes)
-                except Exception as again:
-                    raise _refusal(again, said(), self._verbose) from again
+            except Exception as again:
+                raise _refusal(again, said(), self._verbose) from again
         for probe in probes:
-            if probe.how == "kprobe":
-                self._attach_kprobe(probe)
-            else:
+            if probe.how == "fentry" or self._attach_kprobe(probe, said):
                 self.attached[probe.function.name] = probe.how
+            else:
+                self.missing[probe.function.name] = _UNPROBED
         blind = [p.function.name for p in probes if p.use > Use.NAMED]
         blind = [name for name in blind if name not in self.attached]
         if blind:
-            self._bpf.cleanup()
             raise KhoscopeError(
-                f"{', '.join(blind)} cannot be probed (notrace, inlined, or kprobes are blocked)",
+                f"{', '.join(blind)}: {_UNPROBED}",
                 "see that the kernel has CONFIG_KPROBES=y and is not locked down",
             )
 
@@ -236,7 +241,14 @@ class Probes:
         text += "".join(probe.source() for probe in probes)
         flags = [f"-D{name}={value}" for name, value in self._defines().items()]
         debug = self._bcc.DEBUG_BPF if self._verbose else 0
-        return self._bcc.BPF(text=text, cflags=flags, debug=debug)
+        bpf = self._bcc.BPF.__new__(self._bcc.BPF)
+        try:
+            bpf.__init__(text=text, cflags=flags, debug=debug)
+        except BaseException:
+            # Some may be attached already.
+            bpf.cleanup()
+            raise
+        return bpf
 
     def _defines(self) -> dict[str, str | int]:
         """What bpf/kho_trace.c needs to know."""
@@ -271,7 +283,8 @@ class Probes:
             defines["WANTED_COMM"] = "{" + ",".join(str(byte) for byte in comm) + "}"
         return defines
 
-    def _attach_kprobe(self, probe: _Probe) -> None:
+    def _attach_kprobe(self, probe: _Probe, said: Callable[[], str]) -> bool:
+        """Whether it could be attached."""
         if KPROBES_ENABLED.exists() and KPROBES_ENABLED.read_text().strip() == "0":
             raise KhoscopeError(
                 f"kprobes are switched off ({KPROBES_ENABLED} is 0)",
@@ -283,15 +296,13 @@ class Probes:
             self._bpf.attach_kretprobe(event=name, fn_name=f"leave_{name}")
             self._bpf.attach_kprobe(event=name, fn_name=f"enter_{name}")
         except Exception as error:  # bcc raises nothing more special
-            if "Failed to load" in str(error):
-                self._bpf.cleanup()
-                raise _refusal(error, "", self._verbose) from error
-            self.missing[name] = "cannot be probed (notrace, inlined, or kprobes are blocked)"
-        else:
-            self.attached[name] = "kprobe"
+            if "Failed to attach" not in str(error):
+                raise _refusal(error, said(), self._verbose) from error
+            return False
+        return True
 
     @contextmanager
-    def _listening(self) -> Iterator[Any]:
+    def _listening(self) -> Iterator[Callable[[], str]]:
         """Keep what libbcc and the compiler write to stderr; ``-v`` shows it."""
         if self._verbose:
             yield lambda: ""
@@ -417,6 +428,7 @@ def import_bcc() -> Any:
 
 
 _VERIFIER = "the kernel's BPF verifier refuses"
+_UNPROBED = "cannot be probed (notrace, inlined, or kprobes are blocked)"
 
 
 def _refusal(error: Exception, said: str, verbose: bool) -> KhoscopeError:
