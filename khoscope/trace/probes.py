@@ -362,8 +362,19 @@ class Probes:
             sum(int(on_cpu) for on_cpu in table[ctypes.c_int(i)]) for i in range(4)
         )
         missed += unseen + sum(map(_recursion_misses, self._bpf.funcs.values()))
-        still = sum(task.depth > 0 and not task.muted for task in self._bpf["tasks"].values())
-        return Counters(made, lost, missed, still)
+        return Counters(made, lost, missed, self._open())
+
+    def _open(self) -> int:
+        """Calls that somebody asked for and that have not returned."""
+        table = self._bpf["tasks"]
+        count = 0
+        for tid in table:
+            try:
+                task = table[tid]
+            except KeyError:
+                continue  # It has returned meanwhile.
+            count += task.depth > 0 and not task.muted
+        return count
 
     def drained(self) -> Counters:
         """The counters at the end, when all records have been taken."""
