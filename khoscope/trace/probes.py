@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -368,7 +369,8 @@ class Probes:
         """Calls that somebody asked for and that have not returned."""
         table = self._bpf["tasks"]
         count = 0
-        for tid in table:
+        # While tasks come and go it might begin again and again.
+        for tid in islice(table, table.max_entries):
             try:
                 task = table[tid]
             except KeyError:
