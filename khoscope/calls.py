@@ -282,6 +282,7 @@ class Losses:
     :param sampled: blocks of which not all refcounts were read.
     :param unread: blocks of which some struct pages could not be read.
     :param open: calls that had not returned at the end.
+    :param made: events that the kernel made: those seen and those lost.
     """
 
     lost: int = 0
@@ -289,6 +290,11 @@ class Losses:
     sampled: int = 0
     unread: int = 0
     open: int = 0
+    made: int = 0
+
+    def __bool__(self) -> bool:
+        """Whether there is anything that was not seen."""
+        return bool(self.lost or self.missed or self.sampled or self.unread or self.open)
 
 
 @dataclass(frozen=True, eq=False)

@@ -143,7 +143,11 @@ class Session:
 
     def _count(self, counters: Counters) -> None:
         self._losses = dataclasses.replace(
-            self._losses, lost=counters.lost, missed=counters.missed, open=counters.open
+            self._losses,
+            made=counters.made,
+            lost=counters.lost,
+            missed=counters.missed,
+            open=counters.open,
         )
 
     def _end(self) -> checks.Report:

@@ -134,7 +134,7 @@ class _TraceText(Text):
             f"{counted(total.calls.total(), 'call')} ({total.failed.total():,} failed), "
             f"{counted(total.blocks.total(), 'block')}, {counted(touched, 'page')}"
         )
-        if losses == Losses():
+        if not losses:
             self.line("every event was seen, every refcount was read")
         self.conclusion(report)
         self._out.flush()
@@ -544,6 +544,7 @@ class JsonView(JsonLines):
         }
         self._separator = "\n  "
         self._out.write(json.dumps(head, indent=1)[:-2] + ',\n "calls": [')
+        self._out.flush()
 
     def end(self, report: Report, losses: Losses) -> None:
         """The tail of the document."""
