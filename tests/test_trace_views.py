@@ -756,7 +756,7 @@ def test_json_is_one_document_however_it_ends() -> None:
     assert empty["buffer"] == "16 MiB ring buffer"
     assert empty["attached"]["kho_radix_del_page"] == "kprobe"
     assert empty["missing"]["kho_radix_add_key"] == "not in this kernel"
-    assert empty["losses"] == {"lost": 0, "missed": 0, "sampled": 0, "unread": 0, "open": 2}
+    assert empty["losses"] == vars(Losses(open=2))
     assert (empty["verdict"], empty["findings"], empty["counts"]) == ("pass", [], {})
     assert empty["summary"]["clients"] == {}
     assert {"taken", "kernel", "abi", "handover"} <= empty.keys()
