@@ -71,6 +71,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         top.error("--type-shift is for kernels: a snapshot's blocks are decoded already")
     if args.command is _trace and (args.snapshot or args.qemu or args.core):
         top.error("trace follows the running kernel, or a recording (--replay)")
+    if args.command is _trace and args.replay:
+        live = {"-d": args.duration, "-i": args.interval, "--probe": args.probe}
+        live |= {"--buffer": args.buffer, "--type-shift": args.type_shift}
+        for option, value in live.items():
+            if value is not None:
+                top.error(f"{option} is for the running kernel, not for a recording")
     if args.snapshot and args.command is _snapshot and args.before:
         top.error("a snapshot does not hold the pages of another: --before needs a kernel")
     return args
@@ -171,21 +177,24 @@ def _trace_parser(commands: _Commands) -> None:
     trace = commands.add_parser(
         "trace",
         help="follow preserve, unpreserve, split and restore as they happen",
-        description="Follow KHO's calls as they happen, and check every block: the refcounts of its"
-        " pages against the type that is recorded or stamped.",
+        description="""\
+Follow KHO's calls as they happen, and check every block: the refcounts of its
+pages against the type that is recorded or stamped.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""\
 examples:
   khoscope trace                       one line per call, until Ctrl-C
-  khoscope trace --check -d 30         for 30 seconds; the exit status says how it went
+  khoscope trace --check -d 30         for 30 seconds, then say how it went
   khoscope trace --stacks -c kexecd    with kernel stacks, of one command only
-  khoscope trace --summary -i 1        totals and latencies by client, every second
+  khoscope trace --summary -i 1        totals and latencies, every second
   khoscope trace --only restore --before before.khosnap
-                                       after the kexec: against what was recorded before
+                                       after the kexec: against what was there
+                                       before it
   khoscope trace --record a.khotrace   keep it
   khoscope trace --replay a.khotrace   show and check it, anywhere
 
-exit status: 0 fine, 1 --check found an error or something was missed, 2 could not do it""",
+exit status: 0 fine, 1 --check found an error or missed something, 2 could not
+do it""",
     )
     trace.set_defaults(command=_trace)
     kind = _output(trace, "call")
@@ -198,7 +207,11 @@ exit status: 0 fine, 1 --check found an error or something was missed, 2 could n
         "-d", "--duration", type=_seconds, metavar="SECONDS", help="end after so long"
     )
     trace.add_argument(
-        "-i", "--interval", type=_seconds, metavar="SECONDS", help="print a summary every so often"
+        "-i",
+        "--interval",
+        type=_seconds,
+        metavar="SECONDS",
+        help="with --summary: print it every so often",
     )
     trace.add_argument("-p", "--pid", type=int, help="only calls by this process")
     trace.add_argument("-c", "--comm", help="only calls by processes of this name")
@@ -274,19 +287,23 @@ def _range(text: str) -> tuple[int, int]:
 def _seconds(text: str) -> float:
     number = float(text)
     if not 0 < number < 1e9:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text}: not a time that ends")
     return number
 
 
 def _kibibytes(text: str) -> int:
     number = int(text)
     if not 4 <= number <= 1 << 20:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text}: choose 4 to {1 << 20}")
     return number << 10
 
 
 def _kinds(text: str) -> frozenset[Kind]:
-    return frozenset(Kind(word.strip()) for word in text.split(","))
+    words = [word.strip() for word in text.split(",")]
+    wrong = [word for word in words if word not in list(Kind)]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r}: choose among {', '.join(Kind)}")
+    return frozenset(map(Kind, words))
 
 
 def _program(args: argparse.Namespace) -> tuple[Program, str, bool]:
