@@ -469,14 +469,15 @@ bash[412] fill [kho_exercise]
     view.interval(Losses(lost=3, missed=1))
     view.interval(Losses(lost=3, missed=1))
     report.incomplete.append("events lost for want of room in the buffer: 3")
-    view.end(report, Losses(lost=3, missed=1))
+    view.end(report, Losses(lost=3, missed=1, made=1234))
     end = out.getvalue()[start:].splitlines()
-    assert end[:3] == [
+    assert end[:4] == [
         "incomplete: 3 events lost, 1 call not followed to the end",
         "",
         "2 calls (1 failed), 3 blocks, 3 pages",
+        "1,234 events: 1,231 seen, 3 lost",
     ]
-    assert end[4] == "error: mixed-refcounts (4)"
+    assert end[5] == "error: mixed-refcounts (4)"
     assert sum(line.startswith("  → ") for line in end) == 2
     assert end[-2:] == [
         "incomplete: events lost for want of room in the buffer: 3",
@@ -663,7 +664,7 @@ def test_summary_view() -> None:
     view.interval(Losses())
     view.batch(batch_of(calls[1:]), Found())
     view.interval(Losses(lost=1))
-    view.end(Report(), Losses(lost=1))
+    view.end(Report(), Losses(lost=1, made=5))
     assert out.getvalue()[start:] == SUMMARY
     assert max(map(len, out.getvalue().splitlines())) <= 80
 
@@ -729,6 +730,7 @@ add             2  contig         1        4   16 KiB
       2  contig       1          0         +1             +1
 
 3 calls (2 failed), 2 blocks, 5 pages
+5 events: 4 seen, 1 lost
 
 PASS: 0 errors, 0 warnings
 """

@@ -136,6 +136,9 @@ class _TraceText(Text):
         )
         if not losses:
             self.line("every event was seen, every refcount was read")
+        if losses.lost:
+            seen = losses.made - losses.lost
+            self.line(f"{counted(losses.made, 'event')}: {seen:,} seen, {losses.lost:,} lost")
         self.conclusion(report)
         self._out.flush()
 
