@@ -272,6 +272,16 @@ class Touches(Columns):
         return np.where(restored, self.ret != 0, self.ret >= 0)
 
 
+def rows_of(calls: U64, wanted: U64) -> NDArray[np.int64]:
+    """i64, where in a column of names of calls each of the wanted ones is; -1: nowhere."""
+    if not len(calls):
+        return np.full(len(wanted), -1, np.int64)
+    sorter = np.argsort(calls, kind="stable")
+    at = np.searchsorted(calls, wanted, sorter=sorter)
+    at = sorter[np.minimum(at, len(calls) - 1)]
+    return np.where(calls[at] == wanted, at, -1)
+
+
 @dataclass(frozen=True)
 class Losses:
     """
@@ -312,13 +322,8 @@ class Batch:
 
     def starts(self) -> NDArray[np.int64]:
         """i64, n + 1 of them: where the touches of each call begin, and where the last's end."""
-        sorter = np.argsort(self.calls.call, kind="stable")
-        at = np.searchsorted(self.calls.call, self.touches.call, sorter=sorter)
-        at = sorter[np.minimum(at, len(sorter) - 1)] if len(sorter) else at
-        found = np.zeros(len(at), np.bool_)
-        if len(sorter):
-            found = self.calls.call[at] == self.touches.call
-        counts = np.bincount(at[found], minlength=len(self.calls))
+        at = rows_of(self.calls.call, self.touches.call)
+        counts = np.bincount(at[at >= 0], minlength=len(self.calls))
         return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 

@@ -8,7 +8,6 @@ when that returns: so the blocks of a call come before the call.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -25,6 +24,7 @@ from ..calls import (
     Calls,
     Kind,
     Touches,
+    rows_of,
 )
 from ..columns import Blocks, Pages
 from ..sources.kernel import Layout
@@ -44,22 +44,26 @@ _HEADER = [
     ("is_call", "u1"),
     ("spare", "u1", (5,)),
 ]
+#: Offset of ``is_call``, bytes.
 _IS_CALL = 74
 
 #: Touches that wait for their calls to return: one that preserves a whole host must not be kept.
 WAITING = 1 << 18
+#: Calls that the kernel follows at once (``MAX_TASKS`` in bpf/kho_trace.c).
+MOST_CALLS = 1024
 
-_RETURNS = np.array([["void", "int", "pointer"].index(f.returns) for f in FUNCTIONS])
-_VOID, _INT, _POINTER = range(3)
+_VOID, _INT = (np.array([f.returns == kind for f in FUNCTIONS]) for kind in ("void", "int"))
 _ACTIONS = np.array([f.action for f in FUNCTIONS], np.int8)
 # Where kho_restore_page is no function of its own, these report the blocks.
 _ACTIONS[[NUMBERS["kho_restore_folio"], NUMBERS["kho_restore_pages"]]] = Action.RESTORE
-#: Which of its touches make up what a call of a kind was asked for.
+_TREE = np.array([f.kind == Kind.TREE for f in FUNCTIONS])
 _OF_KIND = {
     Kind.PRESERVE: Action.ADD,
     Kind.UNPRESERVE: Action.DELETE,
     Kind.RESTORE: Action.RESTORE,
 }
+#: Which of its touches make up what a call was asked for, by its function.
+_MEANT = [_OF_KIND.get(f.kind, f.action) for f in FUNCTIONS]
 
 
 def call_dtype(frames: int) -> np.dtype[np.void]:
@@ -104,8 +108,8 @@ class Assembler:
         self._call = call_dtype(frames)
         self._block = block_dtype(layout.pages.size)
         self._waiting = Touches.empty()
-        #: Touches, and pages of them, of calls that could not wait: by call.
-        self._gone: dict[int, Counter[str]] = {}
+        #: By call, the tally of touches that could not wait for it; what was touched last is last.
+        self._gone: dict[int, U64] = {}
 
     def feed(self, records: Iterable[bytes]) -> Batch:
         """The calls among the records, with their touches; what has to wait is kept."""
@@ -115,19 +119,15 @@ class Assembler:
             (calls if record[_IS_CALL] else blocks).append(record)
         call = _array(calls, self._call)
         touches = Touches.concatenate([self._waiting, self._touches(_array(blocks, self._block))])
-        sorter = np.argsort(call["call"], kind="stable")
-        at = np.searchsorted(call["call"], touches.call, sorter=sorter)
-        at = sorter[np.minimum(at, len(sorter) - 1)] if len(sorter) else at
-        done = np.zeros(len(touches), np.bool_)
-        if len(sorter):
-            done = call["call"][at] == touches.call
-        rest = touches[~done]
+        row = rows_of(call["call"], touches.call)
+        rest = touches[row < 0]
         self._waiting = rest[:0] if len(rest) > WAITING else rest
         loose = rest[len(self._waiting) :]
         self._remember(loose)
-        order = np.argsort(at[done], kind="stable")
-        mine, of = touches[done][order], at[done][order]
-        return Batch(self._calls(call, mine, of), Touches.concatenate([mine, loose]))
+        done = np.flatnonzero(row >= 0)
+        done = done[np.argsort(row[done], kind="stable")]
+        mine = touches[done]
+        return Batch(self._calls(call, mine, row[done]), Touches.concatenate([mine, loose]))
 
     def end(self) -> Batch:
         """What has waited in vain."""
@@ -135,12 +135,14 @@ class Assembler:
         return Batch(Calls.empty(), rest)
 
     def _remember(self, loose: Touches) -> None:
-        for call, rows in _by_call(loose):
-            gone = self._gone.setdefault(call, Counter())
-            gone["blocks"] += len(rows)
-            for action in np.unique(rows.action).tolist():
-                pages = rows.blocks.page_count[rows.action == action]
-                gone[f"pages {action}"] += int(pages.sum())
+        """Keep what they add to their calls, until those return: of as many as can be open."""
+        calls, last, row = np.unique(loose.call[::-1], return_index=True, return_inverse=True)
+        tally = _tally(loose[::-1], row, len(calls))
+        for i in np.argsort(-last).tolist():
+            call = int(calls[i])
+            self._gone[call] = self._gone.pop(call, 0) + tally[i]
+        for call in list(self._gone)[:-MOST_CALLS]:
+            del self._gone[call]
 
     def _touches(self, raw: NDArray[np.void]) -> Touches:
         action = _ACTIONS[raw["function"]]
@@ -224,32 +226,18 @@ class Assembler:
 
     def _calls(self, raw: NDArray[np.void], touches: Touches, of: NDArray[np.int64]) -> Calls:
         function = raw["function"]
-        blocks = np.bincount(of, minlength=len(raw)).astype(np.uint64)
+        tally = _tally(touches, of, len(raw))
+        if self._gone:
+            for row, call in enumerate(raw["call"].tolist()):
+                tally[row] += self._gone.pop(call, 0)
         phys = np.full(len(raw), NO_PHYS, np.uint64)
         pages = np.zeros(len(raw), np.uint64)
         for number in np.unique(function).tolist():
             rows = function == number
             phys[rows], asked = self._named(FUNCTIONS[number].arguments, raw["args"][rows])
-            if asked is not None:
-                pages[rows] = asked
-                continue
-            kind = FUNCTIONS[number].kind
-            action = _OF_KIND.get(kind, FUNCTIONS[number].action)
-            mine = rows[of] & (touches.action == action)
-            sums = np.zeros(len(raw), np.uint64)
-            np.add.at(sums, of[mine], touches.blocks.page_count[mine])
-            pages[rows] = sums[rows]
-            first = np.full(len(raw), NO_PHYS, np.uint64)
-            if kind == Kind.TREE:
-                first[of[mine]] = touches.blocks.phys[mine]
-                phys[rows] = first[rows]
-        for call, gone in list(self._gone.items()):
-            for row in np.flatnonzero(raw["call"] == call).tolist():
-                blocks[row] += np.uint64(gone["blocks"])
-                kind = FUNCTIONS[function[row]].kind
-                if FUNCTIONS[function[row]].arguments[-1] != "nr_pages":
-                    pages[row] += np.uint64(gone[f"pages {_OF_KIND.get(kind, 0):d}"])
-                del self._gone[call]
+            pages[rows] = tally[rows, _MEANT[number], 1] if asked is None else asked
+        of_tree = _TREE[function[of]]
+        phys[of[of_tree]] = touches.blocks.phys[of_tree]
         return Calls(
             raw["call"],
             function,
@@ -262,7 +250,7 @@ class Assembler:
             _returned(function, raw["ret"]),
             phys,
             pages,
-            blocks,
+            tally[:, :, 0].sum(axis=1),
             raw["name"],
             raw["stack"],
         )
@@ -305,11 +293,14 @@ def _array(records: list[bytes], dtype: np.dtype[np.void]) -> NDArray[np.void]:
 
 def _returned(function: NDArray[np.uint8], ret: U64) -> NDArray[np.int64]:
     """What came back, by the C type that the function returns."""
-    kind = _RETURNS[function]
     signed = ret.astype(np.uint32).view(np.int32).astype(np.int64)
-    return np.select([kind == _VOID, kind == _INT], [0, signed], ret.view(np.int64))
+    return np.select([_VOID[function], _INT[function]], [0, signed], ret.view(np.int64))
 
 
-def _by_call(touches: Touches) -> Iterable[tuple[int, Touches]]:
-    for call in np.unique(touches.call).tolist():
-        yield call, touches[touches.call == call]
+def _tally(touches: Touches, of: NDArray[np.int64], rows: int) -> U64:
+    """u64, shape (rows, actions, 2): blocks and their pages, by the row that each is of."""
+    at = of * len(Action) + touches.action
+    blocks = np.bincount(at, minlength=rows * len(Action)).astype(np.uint64)
+    pages = np.zeros_like(blocks)
+    np.add.at(pages, at, touches.blocks.page_count)
+    return np.stack([blocks, pages], axis=1).reshape(rows, len(Action), 2)
