@@ -116,7 +116,8 @@ class Assembler:
         calls: list[bytes] = []
         blocks: list[bytes] = []
         for record in records:
-            (calls if record[_IS_CALL] else blocks).append(record)
+            # What is too short to say is refused with the others.
+            (calls if record[_IS_CALL : _IS_CALL + 1] == b"\1" else blocks).append(record)
         call = _array(calls, self._call)
         touches = Touches.concatenate([self._waiting, self._touches(_array(blocks, self._block))])
         row = rows_of(call["call"], touches.call)
