@@ -188,11 +188,12 @@ class Assembler:
         pages = StructPages(self._layout.pages, raw["pages"].tobytes())
         head = pages.refcount[0::2]
         looked = raw["looked"].astype(np.int64)
-        # The kernel counts the first page among the others.
+        # The kernel counts the first page among the others, which it reads once more: it may have
+        # changed in between.
+        tails = np.maximum(looked - 1, 0)
         some = looked > 0
-        zeros = raw["zeros"] - (some & (head == 0))
-        ones = raw["ones"] - (some & (head == 1))
-        others = np.maximum(looked - 1, 0) - zeros - ones
+        zeros = np.clip(raw["zeros"].astype(np.int64) - (some & (head == 0)), 0, tails)
+        ones = np.clip(raw["ones"].astype(np.int64) - (some & (head == 1)), 0, tails - zeros)
         page_type = pages.page_type[0::2]
         # One block has two struct pages, the order of a compound page stands in the second.
         compound = pages.compound_order()[0::2] if len(raw) else np.zeros(0, np.int8)
@@ -201,7 +202,7 @@ class Assembler:
             head=head.copy(),
             zeros=zeros.astype(np.uint32),
             ones=ones.astype(np.uint32),
-            others=others.astype(np.uint32),
+            others=(tails - zeros - ones).astype(np.uint32),
             odd=np.minimum(raw["odd"], 2**32 - 1).astype(np.uint32),
             free=(page_type >> np.uint32(24) == self._layout.pages.buddy_type).astype(np.uint32),
             flags=pages.flags[0::2].copy(),
