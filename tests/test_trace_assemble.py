@@ -1,0 +1,683 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""From the records of bpf/kho_trace.c to facts, with records that are built by hand."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from khoscope import calls as calls_module
+from khoscope.abi import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, NO_TYPE, Abi
+from khoscope.calls import (
+    BIT_CLEAR,
+    BIT_SET,
+    BIT_UNKNOWN,
+    FUNCTIONS,
+    NO_ORDER,
+    NO_PHYS,
+    NUMBERS,
+    Action,
+    Batch,
+    Calls,
+    Touches,
+    Use,
+)
+from khoscope.columns import Pages
+from khoscope.sources.kernel import Layout
+from khoscope.trace import assemble
+from khoscope.trace.assemble import Assembler, block_dtype, call_dtype
+from tests.synthetic import FIXED, PLAIN, POSTED
+from tests.test_pages import HEAD, LAYOUT, STRUCT_PAGE
+
+KERNEL = Layout(LAYOUT, direct_map=0xFFFF888000000000, tree=0xFFFFFFFF82000000, root=8)
+FRAMES = 3
+C_SOURCE = resources.files("khoscope").joinpath("bpf/kho_trace.c").read_text()
+
+
+def assembler(abi: Abi = FIXED) -> Assembler:
+    return Assembler(abi, KERNEL, FRAMES)
+
+
+def page_at(pfn: int) -> int:
+    """``pfn_to_page()``."""
+    return (LAYOUT.vmemmap + pfn * LAYOUT.size) & (1 << 64) - 1
+
+
+def record(dtype: np.dtype[np.void], function: str, values: dict[str, Any]) -> bytes:
+    raw = np.zeros(1, dtype)
+    raw["function"] = NUMBERS[function]
+    raw["call"], raw["enter"], raw["leave"] = 1, 100, 200
+    for name, value in values.items():
+        if name in ("args", "outer_args"):
+            raw[name][0, : len(value)] = value
+        else:
+            raw[name] = value
+    return raw.tobytes()
+
+
+def call(function: str = "kho_preserve_pages", **values: Any) -> bytes:
+    """``struct call``."""
+    return record(call_dtype(FRAMES), function, {"is_call": 1, **values})
+
+
+def block(
+    function: str,
+    pfn: int,
+    order: int,
+    refcounts: Sequence[int] = (),
+    pages: NDArray[np.void] | None = None,
+    **values: Any,
+) -> bytes:
+    """
+    ``struct block``, as look() of kho_trace.c fills it.
+
+    :param refcounts: of the pages that were looked at.
+    :param pages: the first two struct pages; None: plain ones with those refcounts.
+    """
+    if pages is None:
+        pages = np.zeros(2, STRUCT_PAGE)
+        pages["page_type"] = 0xFFFFFFFF
+        pages["refcount"][: len(refcounts)] = refcounts[:2]
+    odd = [i for i, refs in enumerate(refcounts) if i > 1 and refs != refcounts[1]]
+    facts = {
+        "depth": 1,
+        "pfn": pfn,
+        "order": order,
+        "before": BIT_UNKNOWN,
+        "after": BIT_UNKNOWN,
+        "outer": 255,
+        "looked": len(refcounts),
+        "zeros": sum(refs == 0 for refs in refcounts),
+        "ones": sum(refs == 1 for refs in refcounts),
+        "odd": odd[0] if odd else 0,
+        "pages": np.frombuffer(pages.tobytes(), np.uint8),
+    }
+    return record(block_dtype(LAYOUT.size), function, {**facts, **values})
+
+
+def added(
+    pfn: int,
+    order: int = 0,
+    refcounts: Sequence[int] | None = None,
+    abi: Abi = FIXED,
+    page_type: int = KHO_PAGE_CONTIG,
+    **values: Any,
+) -> bytes:
+    """A block that kho_radix_add_page() added; its key as the kernel builds it, all 64 bits."""
+    key = 1 << (abi.order_0_log2 - order) | pfn >> order
+    if abi.type_shift is not None:
+        key |= page_type << abi.type_shift
+    if refcounts is None:
+        refcounts = [1] + [page_type] * min((1 << order) - 1, 63)
+    args = (KERNEL.tree, pfn, order, page_type)
+    return block("kho_radix_add_page", pfn, order, refcounts, key=key, args=args, **values)
+
+
+def restored(pfn: int, stamp: int, is_folio: bool = False, **values: Any) -> bytes:
+    """A block that kho_restore_page() restored."""
+    order = stamp & 0x7FFFFFFF if stamp >> 32 == 0x4B484F50 else 255
+    refcounts = [1] * min(1 << min(order, 10), 1024)
+    # A bool: whatever else is in the register.
+    args = (pfn << 12, 0xDEADBEEF00 | is_folio)
+    whole = {"stamp": stamp, "args": args, "ret": page_at(pfn), **values}
+    return block("kho_restore_page", pfn, order, refcounts, **whole)
+
+
+def touches_of(*records: bytes, abi: Abi = FIXED) -> Touches:
+    """What some blocks become, in the order in which they are given."""
+    batch = assembler(abi).feed([*records, call()])
+    assert len(batch.calls) == 1
+    return batch.touches
+
+
+def calls_of(*records: bytes, abi: Abi = FIXED) -> Calls:
+    return assembler(abi).feed(records).calls
+
+
+# The C and the Python
+
+
+def c_struct(name: str) -> dict[str, tuple[int, int]]:
+    """Offsets and sizes of the members of a struct in kho_trace.c, in bytes."""
+    sizes = {"u64": 8, "u32": 4, "u8": 1, "char": 1}
+    body = re.search(rf"^struct {name} {{\n(.*?)^}};", C_SOURCE, re.M | re.S)
+    assert body
+    text = re.sub(r"/\*.*?\*/", "", body[1], flags=re.S)
+    text = text.replace("STACK_FRAMES", str(FRAMES)).replace("PAGE_STRUCT_SIZE", str(LAYOUT.size))
+    members: dict[str, tuple[int, int]] = {}
+    at = 0
+    for kind, names in re.findall(r"^\t(struct header|\w+) (\w[^;]*);", text, re.M):
+        if kind == "struct header":
+            members = c_struct("header")
+            at = max(sum(place) for place in members.values())
+            continue
+        for each, _, count in re.findall(r"(\w+)(\[([^]]+)\])?", names):
+            factors = [int(factor) for factor in (count or "1").split("*")]
+            size = sizes[kind] * int(np.prod(factors))
+            at = -(-at // sizes[kind]) * sizes[kind]
+            members[each] = (at, size)
+            at += size
+    assert at % 8 == 0
+    return members
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("call", call_dtype(FRAMES)), ("block", block_dtype(LAYOUT.size))]
+)
+def test_structs_are_those_of_the_c_source(name: str, dtype: np.dtype[np.void]) -> None:
+    fields = dtype.fields
+    assert fields is not None
+    ours = {each: (int(at[1]), at[0].itemsize) for each, at in fields.items()}
+    theirs = c_struct(name)
+    # Two structs have one of that name.
+    named = [{each: of[each] for each in of if "spare" not in each} for of in (ours, theirs)]
+    assert named[0] == named[1]
+    assert dtype.itemsize == max(sum(place) for place in theirs.values())
+
+
+def c_enum(name: str) -> list[str]:
+    body = re.search(rf"^enum {name} {{\n(.*?)^}};", C_SOURCE, re.M | re.S)
+    assert body
+    return re.findall(r"^\t(\w+),", body[1], re.M)
+
+
+def test_numbers_are_those_of_the_c_source() -> None:
+    assert c_enum("block_use") == [use.name for use in sorted(Use)]
+    bits = [getattr(calls_module, name) for name in c_enum("bit")]
+    assert bits == [BIT_CLEAR, BIT_SET, BIT_UNKNOWN] == list(range(3))
+    defined = dict(re.findall(r"^#define (\w+) (\d+)$", C_SOURCE, re.M))
+    assert int(defined["MAX_TASKS"]) == assemble.MOST_CALLS
+    assert int(defined["NO_ORDER"]) == NO_ORDER == BAD_ORDER
+    assert int(defined["NO_FUNCTION"]) >= len(FUNCTIONS)
+
+
+# Refcounts
+
+
+@pytest.mark.parametrize(
+    ("refcounts", "wanted"),
+    [
+        ([1], (1, 0, 0, 0, 0)),
+        ([0], (0, 0, 0, 0, 0)),
+        ([7], (7, 0, 0, 0, 0)),
+        ([1, 0, 0, 0], (1, 3, 0, 0, 0)),
+        ([1, 1, 1, 1], (1, 0, 3, 0, 0)),
+        ([0, 0, 0, 0], (0, 3, 0, 0, 0)),
+        ([0, 1, 1, 1], (0, 0, 3, 0, 0)),
+        ([2, 1, 0, 5], (2, 1, 1, 1, 2)),
+        ([-1, 5, 5, 5], (-1, 0, 0, 3, 0)),
+        ([1, 0, 0, 1], (1, 2, 1, 0, 3)),
+        ([0, 1, 1, 0], (0, 1, 2, 0, 3)),
+    ],
+)
+def test_the_first_page_is_no_tail(
+    refcounts: list[int], wanted: tuple[int, int, int, int, int]
+) -> None:
+    order = len(refcounts).bit_length() - 1
+    touches = touches_of(added(0x100, order, refcounts))
+    facts = touches.blocks.facts
+    names = ("head", "zeros", "ones", "others", "odd")
+    assert tuple(int(getattr(facts, name)[0]) for name in names) == wanted
+    assert touches.looked.tolist() == [len(refcounts)]
+    assert facts.unread.tolist() == [0]
+
+
+@pytest.mark.parametrize("head", [0, 1, 2])
+@pytest.mark.parametrize("counted", [[0], [1], [2], [0, 0], [1, 1], [2, 2], [0, 1, 1, 1]])
+def test_a_first_page_that_changes_while_it_is_read(head: int, counted: list[int]) -> None:
+    """It is read once by itself and once among the others: somebody may take it in between."""
+    pages = np.zeros(2, STRUCT_PAGE)
+    pages["refcount"] = head
+    order = len(counted).bit_length() - 1
+    facts = touches_of(added(8, order, counted, pages=pages)).blocks.facts
+    assert facts.head.tolist() == [head]
+    tails = [int(getattr(facts, name)[0]) for name in ("zeros", "ones", "others")]
+    assert sum(tails) == len(counted) - 1
+
+
+def test_blocks_that_were_not_read_or_not_all() -> None:
+    unread = block("kho_radix_add_page", 8, 3, [], key=1 << 49 | 1, unread=8)
+    # Of 2048 pages, 1024 are looked at; of those, the first 16 could not be read.
+    sampled = added(1 << 11, 11, [1] * 1008, unread=16, pages=np.zeros(2, STRUCT_PAGE))
+    touches = touches_of(unread, sampled)
+    facts = touches.blocks.facts
+    assert touches.looked.tolist() == [0, 1008]
+    assert facts.unread.tolist() == [8, 16]
+    assert (facts.zeros + facts.ones + facts.others).tolist() == [0, 1007]
+    assert facts.odd.tolist() == [0, 0]
+
+
+def test_a_far_odd_page() -> None:
+    assert touches_of(added(0, 40, [1], odd=1 << 36)).blocks.facts.odd.tolist() == [2**32 - 1]
+
+
+def test_struct_pages() -> None:
+    pages = np.zeros(2, STRUCT_PAGE)
+    pages["page_type"] = 0xFFFFFFFF
+    pages["refcount"] = [1, 0]
+    pages["private"] = [0x1234, 7]
+    pages["flags"] = [HEAD | 3, 2]
+    pages["info"] = [0, LAYOUT.vmemmap + 1]
+    tail = pages.copy()
+    tail["info"][0] = LAYOUT.vmemmap + 1
+    buddy = pages.copy()
+    buddy["info"] = 0
+    buddy["page_type"][0] = 0xF0000005
+    records = [added(16 * i, 2, pages=each) for i, each in enumerate([pages, tail, buddy])]
+    facts = touches_of(*records).blocks.facts
+    assert facts.compound.tolist() == [2, Pages.COMPOUND_TAIL, Pages.NOT_COMPOUND]
+    assert facts.private.tolist() == [0x1234] * 3
+    assert facts.flags.tolist() == [HEAD | 3] * 3
+    assert facts.page_type.tolist() == [0xFFFFFFFF, 0xFFFFFFFF, 0xF0000005]
+    assert facts.free.tolist() == [0, 0, 1]
+
+
+# Blocks
+
+
+@pytest.mark.parametrize(
+    ("abi", "wanted"),
+    [
+        (PLAIN, [NO_TYPE, NO_TYPE]),
+        # Bit 63 is none of the 60 that the tree stores: what comes back is contig.
+        (POSTED, [KHO_PAGE_CONTIG, KHO_PAGE_CONTIG]),
+        (FIXED, [KHO_PAGE_CONTIG, KHO_PAGE_SPLIT]),
+    ],
+)
+def test_keys_are_those_that_the_tree_stores(abi: Abi, wanted: list[int]) -> None:
+    records = [added(0x1230 + i, 0, abi=abi, page_type=i) for i in range(2)]
+    deleted = block("kho_radix_del_page", 0x1230, 4, key=1 << 48 | 0x123, looked=99)
+    touches = touches_of(*records, deleted, abi=abi)
+    blocks = touches.blocks
+    assert blocks.type.tolist() == [*wanted, wanted[0]]
+    assert blocks.phys.tolist() == [0x1230000, 0x1231000, 0x1230000]
+    assert blocks.order.tolist() == [0, 0, 4]
+    keys = [abi.kho_radix_encode_key(0x1230000 + (i << 12), 0, i) for i in range(2)]
+    assert blocks.key.tolist() == [*keys, abi.kho_radix_encode_key(0x1230000, 4)]
+    assert touches.action.tolist() == [Action.ADD, Action.ADD, Action.DELETE]
+    # Nobody looks at what is deleted; what stands there is of an earlier block.
+    assert touches.looked.tolist() == [1, 1, 0]
+
+
+def test_keys_of_the_newest_kernels() -> None:
+    key = FIXED.kho_radix_encode_key(0x40000000, 9, KHO_PAGE_SPLIT)
+    record = block("kho_radix_add_key", 0x40000, 9, [1] * 512, key=key, before=1, after=1)
+    touches = touches_of(record)
+    assert (touches.blocks.phys.tolist(), touches.blocks.order.tolist()) == ([0x40000000], [9])
+    assert touches.blocks.type.tolist() == [KHO_PAGE_SPLIT]
+    assert (touches.before.tolist(), touches.after.tolist()) == ([BIT_SET], [BIT_SET])
+    assert touches.function.tolist() == [NUMBERS["kho_radix_add_key"]]
+
+
+def test_keys_of_other_trees_are_no_blocks() -> None:
+    other = block("kho_radix_add_key", 0, NO_ORDER, key=0)
+    touches = touches_of(other, added(5))
+    assert touches.blocks.phys.tolist() == [0x5000]
+    batch = assembler().feed([other, call("kho_radix_add_key", args=(1, 2))])
+    assert (len(batch.touches), batch.calls.blocks.tolist()) == (0, [0])
+    assert batch.calls.phys.tolist() == [NO_PHYS]
+
+
+@pytest.mark.parametrize(
+    ("abi", "types"),
+    [(PLAIN, [NO_TYPE, NO_TYPE]), (FIXED, [KHO_PAGE_CONTIG, KHO_PAGE_SPLIT])],
+)
+def test_stamps(abi: Abi, types: list[int]) -> None:
+    stamps = [abi.stamp.encode(3, 0), abi.stamp.encode(3, 1)]
+    touches = touches_of(
+        *(restored(8 << i, stamp, bool(i)) for i, stamp in enumerate(stamps)), abi=abi
+    )
+    blocks = touches.blocks
+    assert blocks.order.tolist() == [3, 3]
+    assert blocks.type.tolist() == types
+    assert blocks.phys.tolist() == [0x8000, 0x10000]
+    assert blocks.key.tolist() == [0, 0]
+    # The stamp is what stood there at entry: the restore has cleared it.
+    assert blocks.facts.private.tolist() == stamps
+    assert touches.as_folio.tolist() == [False, True]
+    assert touches.action.tolist() == [Action.RESTORE] * 2
+    assert touches.ret.tolist() == [page_at(8) - 2**64, page_at(16) - 2**64]
+    assert touches.succeeded.tolist() == [True, True]
+    assert not touches.known.any()
+    assert not touches.was.head.any()
+
+
+@pytest.mark.parametrize("stamp", [0, 7, 0x4B484F50, FIXED.stamp.encode(64), 2**64 - 1])
+def test_no_stamp(stamp: int) -> None:
+    touches = touches_of(restored(8, stamp, ret=0))
+    assert touches.blocks.order.tolist() == [BAD_ORDER]
+    assert touches.blocks.page_count.tolist() == [0]
+    assert touches.blocks.phys.tolist() == [0x8000]
+    assert touches.blocks.facts.private.tolist() == [stamp]
+    assert touches.succeeded.tolist() == [False]
+
+
+def test_restores_where_kho_restore_page_is_inlined() -> None:
+    stamp = FIXED.stamp.encode(2)
+    records = [
+        block(name, 0x40, 2, [1, 0, 0, 0], stamp=stamp, args=(0x40000, 11), ret=page_at(0x40))
+        for name in ("kho_restore_folio", "kho_restore_pages")
+    ]
+    touches = touches_of(*records)
+    assert touches.action.tolist() == [Action.RESTORE] * 2
+    assert touches.as_folio.tolist() == [True, False]
+    assert touches.asked.tolist() == [NO_ORDER, 3]
+    assert touches.blocks.order.tolist() == [2, 2]
+
+
+# What kho_restore_pages() asks for
+
+
+def kho_restore_pages(pfn: int, nr_pages: int) -> list[tuple[int, int]]:
+    """The blocks (pfn, order) that it steps through, by its own loop."""
+    end = pfn + nr_pages
+    steps = []
+    while pfn < end:
+        trailing_zeros = (pfn & -pfn).bit_length() - 1 if pfn else 64
+        order = min(trailing_zeros, (end - pfn).bit_length() - 1)
+        steps.append((pfn, order))
+        pfn += 1 << order
+    return steps
+
+
+@given(
+    st.integers(0, 1 << 20)
+    | st.integers(0, (1 << 52) - 1)
+    | st.integers(0, 51).map(lambda n: 1 << n),
+    st.integers(1, 5000) | st.integers(1, (1 << 52) - 1),
+)
+@example(0, 1)
+@example(0, (1 << 52) - 1)
+@example((1 << 52) - 1, 1)
+@example(1, (1 << 52) - 2)
+def test_orders_as_kho_restore_pages_asks_for_them(pfn: int, nr_pages: int) -> None:
+    nr_pages = min(nr_pages, (1 << 52) - pfn)
+    steps = kho_restore_pages(pfn, nr_pages)
+    outer: dict[str, Any] = {
+        "outer": NUMBERS["kho_restore_pages"],
+        "outer_args": (pfn << 12, nr_pages),
+    }
+    records = [restored(at, FIXED.stamp.encode(0), **outer) for at, _ in steps]
+    touches = touches_of(*records)
+    assert touches.asked.tolist() == [order for _, order in steps]
+
+
+def test_nobody_else_asks_for_an_order() -> None:
+    """A folio's order is in its stamp alone."""
+    stamp = FIXED.stamp.encode(0)
+    outside: dict[str, Any] = {
+        "outer": NUMBERS["kho_restore_pages"],
+        "outer_args": (0x100000, 4),
+    }
+    records = [
+        restored(0x100, stamp, True, outer=NUMBERS["kho_restore_folio"], outer_args=(1 << 20, 4)),
+        restored(0x100, stamp, outer=NUMBERS["kho_restore_vmalloc"], outer_args=(1 << 20, 4)),
+        restored(0x100, stamp),
+        # No loop goes there.
+        restored(0x104, stamp, **outside),
+        restored(0x1000, stamp, **outside),
+        added(0x100, outer=NUMBERS["kho_preserve_pages"], outer_args=(page_at(0x100), 1)),
+    ]
+    assert touches_of(*records).asked.tolist() == [NO_ORDER] * len(records)
+
+
+# Calls
+
+
+@pytest.mark.parametrize(
+    ("function", "ret", "wanted", "failed"),
+    [
+        ("kho_preserve_pages", 0, 0, False),
+        ("kho_preserve_pages", (1 << 32) - 22, -22, True),
+        # Above an int a register holds anything.
+        ("kho_preserve_pages", 0xDEADBEEF00000000, 0, False),
+        ("kho_preserve_folio", 0xDEADBEEFFFFFFFF4, -12, True),
+        ("kho_preserve_vmalloc", 2**64 - 12, -12, True),
+        ("kho_unpreserve_pages", 2**64 - 1, 0, False),
+        ("kho_radix_del_page", 77, 0, False),
+        ("kho_restore_pages", 0, 0, True),
+        ("kho_restore_pages", 0xFFFFEA0000000040, 0xFFFFEA0000000040 - 2**64, False),
+        ("kho_restore_vmalloc", 0x100000000, 0x100000000, False),
+    ],
+)
+def test_what_comes_back(function: str, ret: int, wanted: int, failed: bool) -> None:
+    calls = calls_of(call(function, ret=ret))
+    assert calls.ret.tolist() == [wanted]
+    assert calls.failed.tolist() == [failed]
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "phys", "pages"),
+    [
+        ("kho_preserve_pages", (page_at(0x1234), 23), 0x1234000, 23),
+        ("kho_unpreserve_pages", (page_at(0), 1), 0, 1),
+        ("kho_preserve_folio", (page_at(0x1234),), 0x1234000, 0),
+        ("kho_unpreserve_folio", (page_at(1 << 30),), 1 << 42, 0),
+        ("kho_restore_folio", (0x5000,), 0x5000, 0),
+        ("kho_restore_pages", (0x5000, 1 << 33), 0x5000, 1 << 33),
+        ("kho_restore_page", (0x5000, 1), 0x5000, 0),
+        ("kho_preserve_vmalloc", (0xFFFFC90000000000, 5), NO_PHYS, 0),
+        ("kho_unpreserve_vmalloc", (5,), NO_PHYS, 0),
+        ("kho_restore_vmalloc", (5,), NO_PHYS, 0),
+        ("kho_split_preserved_pages", (page_at(16), 4), 0x10000, 16),
+        ("kho_split_preserved_pages", (page_at(16), 0xBAD00000000), 0x10000, 1),
+        ("kho_add_subtree", (1, KERNEL.direct_map + 0x7000, 4097), 0x7000, 2),
+        ("kho_add_subtree", (1, KERNEL.direct_map + 0x7000, 0), 0x7000, 0),
+        ("kho_remove_subtree", (KERNEL.direct_map + 0x7000,), 0x7000, 0),
+        ("kho_radix_add_page", (KERNEL.tree, 0x5, 0, 0), NO_PHYS, 0),
+    ],
+)
+def test_what_the_arguments_name(
+    function: str, args: tuple[int, ...], phys: int, pages: int
+) -> None:
+    calls = calls_of(call(function, args=args))
+    assert (calls.phys.tolist(), calls.pages.tolist()) == ([phys], [pages])
+    assert calls.args[0].tolist() == [*args, 0, 0, 0, 0][:4]
+
+
+def test_what_calls_are() -> None:
+    stack = (0xFFFFFFFF81000000, 0xFFFFFFFFC0000000, 0)
+    record = call(
+        "kho_add_subtree",
+        call=77,
+        tid=5,
+        tgid=4,
+        comm=b"a-comm-of-15-by",
+        name=b"memblock",
+        stack=stack,
+    )
+    calls = calls_of(record)
+    assert (calls.call.tolist(), calls.tid.tolist(), calls.tgid.tolist()) == ([77], [5], [4])
+    assert (calls.comm.tolist(), calls.name.tolist()) == ([b"a-comm-of-15-by"], [b"memblock"])
+    assert (calls.enter.tolist(), calls.leave.tolist()) == ([100], [200])
+    assert calls.stack.tolist() == [list(stack)]
+
+
+def test_pages_of_what_names_no_number() -> None:
+    """Folios and vmalloc have as many pages as were touched in the way that was asked for."""
+    stamp = FIXED.stamp.encode(2)
+    for function, blocks, pages in (
+        ("kho_preserve_folio", [added(8, 3)], 8),
+        ("kho_preserve_vmalloc", [added(8, 3), added(64, 4), added(1)], 25),
+        # One that fails takes back what it has done.
+        ("kho_preserve_vmalloc", [added(8, 3), block("kho_radix_del_page", 8, 3, key=1 << 49)], 8),
+        ("kho_unpreserve_vmalloc", [block("kho_radix_del_page", 8, 3, key=1 << 49 | 1)], 8),
+        ("kho_restore_folio", [restored(4, stamp, True)], 4),
+        ("kho_restore_vmalloc", [restored(4, stamp), restored(8, stamp)], 8),
+        ("kho_restore_folio", [restored(4, 0, True)], 0),
+        ("kho_radix_add_page", [added(8, 3)], 8),
+    ):
+        calls = calls_of(*blocks, call(function))
+        assert (calls.pages.tolist(), calls.blocks.tolist()) == ([pages], [len(blocks)])
+
+
+def test_a_call_of_the_tree_names_its_block() -> None:
+    calls = calls_of(
+        added(8, 3, call=1),
+        added(5, call=2),
+        call("kho_radix_add_page", call=2),
+        call("kho_radix_add_page", call=1),
+    )
+    assert calls.phys.tolist() == [0x5000, 0x8000]
+    assert calls.pages.tolist() == [1, 8]
+
+
+# Records as they come
+
+
+def seen(batches: Iterable[Batch]) -> Counter[tuple[int, ...]]:
+    """All (call, phys) of touches, and (call, blocks, pages) of calls."""
+    rows: Counter[tuple[int, ...]] = Counter()
+    for batch in batches:
+        touches, calls = batch.touches, batch.calls
+        rows.update(zip(touches.call.tolist(), touches.blocks.phys.tolist(), strict=True))
+        columns = (calls.call, calls.blocks, calls.pages)
+        rows.update(zip(*(column.tolist() for column in columns), strict=True))
+    return rows
+
+
+def test_nothing() -> None:
+    made = assembler()
+    for batch in (made.feed([]), made.end(), made.feed(iter(())), made.end()):
+        assert (len(batch.calls), len(batch.touches)) == (0, 0)
+
+
+def test_touches_wait_for_their_call() -> None:
+    made = assembler()
+    first = made.feed([added(1), added(2, call=2)])
+    assert (len(first.calls), len(first.touches)) == (0, 0)
+    second = made.feed([added(3), call("kho_preserve_vmalloc"), added(4, call=2)])
+    assert second.touches.blocks.phys.tolist() == [0x1000, 0x3000]
+    assert (second.calls.blocks.tolist(), second.calls.pages.tolist()) == ([2], [2])
+    third = made.feed([call(call=2)])
+    assert third.touches.blocks.phys.tolist() == [0x2000, 0x4000]
+    assert len(made.end().touches) == 0
+
+
+def test_touches_stand_in_the_order_of_their_calls() -> None:
+    """Calls in the order in which they return, blocks in the order in which they are touched."""
+    batch = assembler().feed(
+        [added(1, call=9), added(2, call=3), added(3, call=9), call(call=3), call(call=9)]
+    )
+    assert batch.calls.call.tolist() == [3, 9]
+    assert batch.touches.blocks.phys.tolist() == [0x2000, 0x1000, 0x3000]
+    assert batch.starts().tolist() == [0, 1, 3]
+
+
+def test_a_call_of_which_the_end_was_lost() -> None:
+    made = assembler()
+    made.feed([added(1), added(2, call=2)])
+    assert made.feed([call(call=2)]).touches.blocks.phys.tolist() == [0x2000]
+    rest = made.end()
+    assert (len(rest.calls), rest.touches.blocks.phys.tolist()) == (0, [0x1000])
+    assert rest.starts().tolist() == [0]
+    assert len(made.end().touches) == 0
+
+
+def test_calls_with_too_many_blocks_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assemble, "WAITING", 2)
+    made = assembler()
+    vmalloc = call("kho_preserve_vmalloc", call=1)
+    assert len(made.feed([added(8, 3), added(2, call=2)]).touches) == 0
+    # Three of them are too many; the call that returns meanwhile has its own.
+    loose = made.feed([added(16, 4), added(5, call=3), call(call=3)])
+    assert loose.touches.call.tolist() == [3, 1, 2, 1]
+    assert loose.starts().tolist() == [0, 1]
+    assert len(made.feed([added(1), added(3)]).touches) == 0
+    last = made.feed([vmalloc, call(call=2, args=(page_at(2), 1))])
+    assert last.touches.blocks.phys.tolist() == [0x1000, 0x3000]
+    assert last.starts().tolist() == [0, 2, 2]
+    # The totals know of those that went before.
+    assert last.calls.blocks.tolist() == [4, 1]
+    assert last.calls.pages.tolist() == [26, 1]
+    # A name may come again, when nothing is left of the first call.
+    again = made.feed([added(7), vmalloc]).calls
+    assert (again.blocks.tolist(), again.pages.tolist()) == ([1], [1])
+
+
+def tasks() -> st.SearchStrategy[list[list[bytes]]]:
+    """The calls of some tasks, one after the other: blocks, and mostly the call at the end."""
+    functions = st.sampled_from(["kho_preserve_vmalloc", "kho_unpreserve_vmalloc"])
+    one = st.tuples(functions, st.integers(0, 5), st.sampled_from([True, True, True, False]))
+
+    def build(wanted: list[list[tuple[str, int, bool]]]) -> list[list[bytes]]:
+        made = []
+        number = 0
+        for task in wanted:
+            records: list[bytes] = []
+            for function, blocks, ends in task:
+                number += 1
+                records += [added(100 * number + i, i % 2, call=number) for i in range(blocks)]
+                if ends:
+                    records.append(call(function, call=number))
+            made.append(records)
+        return made
+
+    return st.lists(st.lists(one, max_size=4), max_size=4).map(build)
+
+
+@given(tasks(), st.randoms(use_true_random=False), st.sampled_from([0, 1, 3, 1000]))
+def test_however_records_come(tasks: list[list[bytes]], random: Any, waiting: int) -> None:
+    """Tasks interleave as they like, and records are taken out whenever there is time."""
+    together = assembler()
+    whole = seen([together.feed([each for task in tasks for each in task]), together.end()])
+
+    queues = [list(task) for task in tasks]
+    made = assembler()
+    batches = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assemble, "WAITING", waiting)
+        taken: list[bytes] = []
+        while any(queues):
+            queue = random.choice([queue for queue in queues if queue])
+            taken.append(queue.pop(0))
+            if random.random() < 0.3:
+                batches.append(made.feed(taken))
+                taken = []
+        batches += [made.feed(taken), made.end()]
+    assert seen(batches) == whole
+    for batch in batches:
+        starts = batch.starts()
+        owners = np.repeat(batch.calls.call, np.diff(starts))
+        assert np.array_equal(batch.touches.call[: starts[-1]], owners)
+        assert not np.isin(batch.touches.call[starts[-1] :], batch.calls.call).any()
+
+
+def test_what_never_ends_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends of calls may be lost all the time; one call goes on and is not forgotten."""
+    monkeypatch.setattr(assemble, "WAITING", 40)
+    monkeypatch.setattr(assemble, "MOST_CALLS", 10)
+    made = assembler()
+    loose = 0
+    for round_ in range(1, 50):
+        others = [added(7, call=100 * round_ + i) for i in range(30)]
+        loose += len(made.feed([*others, added(1, call=1)]).touches)
+        assert len(made._waiting) <= 40
+        assert len(made._gone) <= 10
+    last = made.feed([call("kho_preserve_vmalloc", call=1)])
+    assert last.calls.blocks.tolist() == last.calls.pages.tolist() == [49]
+    assert loose + len(last.touches) + len(made.end().touches) == 49 * 31
+
+
+def test_records_of_a_perf_buffer_are_padded() -> None:
+    for padding in range(8):
+        records = [each + b"\xff" * padding for each in (added(1), added(2), call())]
+        batch = assembler().feed(records)
+        assert batch.touches.blocks.phys.tolist() == [0x1000, 0x2000]
+        assert batch.calls.blocks.tolist() == [2]
+
+
+@pytest.mark.parametrize("whole", [added(1), call()])
+def test_records_of_another_size(whole: bytes) -> None:
+    for wrong in (b"", whole[:20], whole[:75], whole[:-1], whole + bytes(8), whole * 2):
+        with pytest.raises(ValueError, match=f"a record of {len(wrong)} bytes"):
+            assembler().feed([whole, wrong])
