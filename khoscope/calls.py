@@ -8,6 +8,7 @@ Only outermost calls are calls here; what they call in turn shows in the blocks 
 from __future__ import annotations
 
 import dataclasses
+import errno
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
@@ -136,6 +137,9 @@ NUMBERS: Final = {function.name: number for number, function in enumerate(FUNCTI
 
 #: KHO's own wrappers around these functions: who calls them is the client.
 WRAPPERS: Final = frozenset({"kho_alloc_preserve", "kho_unpreserve_free", "kho_restore_free"})
+
+#: Errors by number, with the kernel's own names: the C library has two for one of them.
+ERRNO_NAMES: Final = {**errno.errorcode, errno.EOPNOTSUPP: "EOPNOTSUPP"}
 
 #: No physical address, no order, no function; whether a bit is set is not known.
 NO_PHYS: Final = 2**64 - 1

@@ -418,16 +418,15 @@ def _trace(args: argparse.Namespace) -> int:
         facts = source.tree()
     frames = STACK_FRAMES if args.stacks else CLIENT_FRAMES
     probes = Probes(source, wanted, args.probe, frames, args.buffer or BUFFER, args.verbose)
-    tracing = Tracing(
-        facts, probes.attached, probes.missing, probes.buffer, time.clock_gettime_ns(CLOCK)
-    )
-    session = Session(tracing, wanted, _trace_view(args, probes.symbol), before)
     assembler = Assembler(source.abi, source.layout, frames)
     interval = args.interval or (None if args.summary else 1.0)
     with contextlib.ExitStack() as stack:
         # A file that cannot be written is found out before anything is attached.
-        recorder = stack.enter_context(Recorder(args.record, tracing)) if args.record else None
+        recorder = stack.enter_context(Recorder(args.record, facts)) if args.record else None
         stack.enter_context(probes)
+        started = time.clock_gettime_ns(CLOCK)
+        tracing = Tracing(facts, probes.attached, probes.missing, probes.buffer, started)
+        session = Session(tracing, wanted, _trace_view(args, probes.symbol), before)
         report = session.live(probes, assembler, recorder, args.duration, interval)
     return _judged(args, report)
 

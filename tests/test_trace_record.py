@@ -12,7 +12,7 @@ import resource
 import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +27,6 @@ from khoscope.abi import BAD_ORDER
 from khoscope.calls import (
     FUNCTIONS,
     NO_ORDER,
-    NUMBERS,
     Action,
     Batch,
     Calls,
@@ -116,10 +115,10 @@ def write(
     symbols: dict[int, str] = SYMBOLS,
     losses: Losses = LOSSES,
 ) -> None:
-    with Recorder(path, tracing) as recorder:
+    with Recorder(path, tracing.facts) as recorder:
         for batch in batches:
             recorder.add(batch)
-        recorder.finish(symbols, losses)
+        recorder.finish(tracing, symbols, losses)
 
 
 def some_batches() -> list[Batch]:
@@ -280,61 +279,11 @@ def test_facts_of_a_rich_kernel(tmp_path: Path) -> None:
     same(load(tmp_path / "a.khotrace").tracing.facts, rich())
 
 
-def test_what_is_attached_may_come_later(tmp_path: Path) -> None:
-    tracing = replace(TRACING, attached={}, missing={})
-    with Recorder(tmp_path / "a.khotrace", tracing) as recorder:
-        tracing.attached["kho_preserve_folio"] = "fentry"
-        recorder.finish({}, Losses())
-    assert load(tmp_path / "a.khotrace").tracing.attached == {"kho_preserve_folio": "fentry"}
-
-
-def test_columns_that_come_from_elsewhere_are_not_kept(tmp_path: Path) -> None:
-    batch = random_batch(np.random.default_rng(1), 1, [3], 0)
-    was = Pages(**random_columns(np.random.default_rng(2), Pages, 3))
-    touches = replace(batch.touches, known=np.ones(3, np.bool_), was=was)
-    write(tmp_path / "a.khotrace", [Batch(batch.calls, touches)])
-    same_recording(load(tmp_path / "a.khotrace"), [batch])
-
-
-def test_small_batches_share_members(tmp_path: Path) -> None:
-    """Each member costs memory until the file is closed, and a trace may run for days."""
-    rng = np.random.default_rng(1)
-    batches = [random_batch(rng, 3, [1], 0) for _ in range(50)]
-    repeats = 2 * record.ENOUGH_BATCHES // len(batches)
-    write(tmp_path / "a.khotrace", batches * repeats)
-    with zipfile.ZipFile(tmp_path / "a.khotrace") as archive:
-        chunks = [name for name in archive.namelist() if name.startswith("batches/")]
-    assert len(chunks) <= 2 * 2
-    same_batches(load(tmp_path / "a.khotrace").batches, batches * repeats)
-
-
-def test_numpy_and_json_are_enough(whole: bytes) -> None:
-    """As the man page says: this is how somebody else reads it."""
-    calls = Calls.concatenate(batch.calls for batch in some_batches() if len(batch.calls))
-    touches = Touches.concatenate(batch.touches for batch in some_batches())
-    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
-        meta = json.loads(archive.read("meta.json"))
-
-        def column(name: str) -> Any:
-            there = [f"{name % chunk}.npy" for chunk in range(meta["chunks"])]
-            kept = [np.load(io.BytesIO(archive.read(n)), allow_pickle=False) for n in there]
-            return np.concatenate(kept)
-
-        assert meta["chunks"] == 2
-        assert (column("calls/%06d.comm") == calls.comm).all()
-        assert (column("calls/%06d.stack") == calls.stack).all()
-        assert (column("touches/%06d.blocks.phys") == touches.blocks.phys).all()
-        assert (column("touches/%06d.blocks.pages.head") == touches.blocks.facts.head).all()
-        rows = column("batches/%06d.touches").tolist()
-        assert not [name for name in archive.namelist() if ".known" in name or ".was" in name]
-    assert rows == [len(batch.touches) for batch in kept(some_batches())]
-    assert meta["schema"] == "khotrace/1"
-    assert meta["functions"][NUMBERS["kho_restore_folio"]] == "kho_restore_folio"
-    assert meta["symbols"]["0xffffffff81000010"] == "kho_preserve_pages+0x10 [kernel]"
-    assert meta["losses"] == asdict(LOSSES)
-    assert meta["attached"] == TRACING.attached
-    assert meta["missing"] == TRACING.missing
-    assert (meta["buffer"], meta["started"]) == (TRACING.buffer, TRACING.started)
+def test_what_is_attached_is_said_at_the_end(tmp_path: Path) -> None:
+    tracing = replace(TRACING, attached={"kho_preserve_folio": "fentry"})
+    with Recorder(tmp_path / "a.khotrace", TRACING.facts) as recorder:
+        recorder.finish(tracing, {}, Losses())
+    assert load(tmp_path / "a.khotrace").tracing.attached == tracing.attached
 
 
 # Writing
@@ -344,11 +293,11 @@ def test_file_is_private(tmp_path: Path) -> None:
     path = tmp_path / "a.khotrace"
     path.write_bytes(b"was here")
     path.chmod(0o666)
-    with Recorder(path, TRACING) as recorder:
+    with Recorder(path, TRACING.facts) as recorder:
         temporary = {*tmp_path.iterdir()} - {path}
         assert [stat.S_IMODE(file.stat().st_mode) for file in temporary] == [0o600]
         assert path.read_bytes() == b"was here"
-        recorder.finish({}, Losses())
+        recorder.finish(TRACING, {}, Losses())
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert list(tmp_path.iterdir()) == [path]
 
@@ -364,7 +313,7 @@ def test_trace_that_dies_leaves_the_old_file(
         if error is not None:
             # As it is: what goes wrong elsewhere is not said of the file.
             stack.enter_context(pytest.raises(type(error)))
-        recorder = stack.enter_context(Recorder(path, TRACING))
+        recorder = stack.enter_context(Recorder(path, TRACING.facts))
         for batch in some_batches():
             recorder.add(batch)
         if error is not None:
@@ -380,7 +329,7 @@ def test_facts_that_cannot_be_read_leave_nothing(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     tracing = replace(TRACING, facts=replace(rich(), stamps=Failing()))
-    with pytest.raises(KeyboardInterrupt), Recorder(tmp_path / "a.khotrace", tracing):
+    with pytest.raises(KeyboardInterrupt), Recorder(tmp_path / "a.khotrace", tracing.facts):
         pytest.fail("began without its facts")
     assert list(tmp_path.iterdir()) == []
 
@@ -408,7 +357,7 @@ def test_nowhere_to_write(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in ("missing/a.khotrace", "file/a.khotrace", "x" * 300):
         with pytest.raises(KhoscopeError) as caught:
-            Recorder(tmp_path / path, TRACING)
+            Recorder(tmp_path / path, TRACING.facts)
         assert "directory that you can write to" in caught.value.hint
 
 
@@ -419,7 +368,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
     link.symlink_to(target)
     for path in (pipe, link, tmp_path):
         with pytest.raises(KhoscopeError, match="is not a file"):
-            Recorder(path, TRACING)
+            Recorder(path, TRACING.facts)
     assert pipe.is_fifo()
     assert link.is_symlink()
     assert not target.exists()
@@ -428,7 +377,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize("depth", [4, 6, 200])
 def test_stacks_of_another_depth(depth: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
-    with Recorder(tmp_path / "a.khotrace", TRACING) as recorder:
+    with Recorder(tmp_path / "a.khotrace", TRACING.facts) as recorder:
         recorder.add(random_batch(rng, 5, [1], 0))
         recorder.add(Batch(Calls.empty(), random_touches(rng, [1])))
         with pytest.raises(ValueError, match=f"stacks of {depth} frames after 5"):

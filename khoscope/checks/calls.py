@@ -3,22 +3,29 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..abi import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE, TYPE_NAMES
-from ..calls import BIT_CLEAR, BIT_SET, FUNCTIONS, NO_ORDER, NO_PHYS, Action, Calls, Losses, Touches
+from ..calls import (
+    BIT_CLEAR,
+    BIT_SET,
+    ERRNO_NAMES,
+    FUNCTIONS,
+    NO_ORDER,
+    NO_PHYS,
+    Action,
+    Calls,
+    Losses,
+    Touches,
+)
 from ..columns import Pages
 from ..snapshot import Snapshot
 from . import handover as _handover_rules  # noqa: F401 - registers what is looked for here, too
 from .pattern import describe, differs, fits, named, readable, restores_split, type_name
 from .rule import Marked, Message, Severity, also, rule
-
-#: Errors by number, with the kernel's own names: the C library has two for one of them.
-_ERRNO = {**errno.errorcode, errno.EOPNOTSUPP: "EOPNOTSUPP"}
 
 
 @rule(
@@ -160,7 +167,7 @@ def failed(facts: Snapshot, calls: Calls) -> Marked:
             text += f" at {calls.phys[row]:#x}"
         if function.returns == "pointer":
             return f"{text} returned NULL"
-        return f"{text} returned {f'-{_ERRNO[-ret]}' if -ret in _ERRNO else ret}"
+        return f"{text} returned {f'-{ERRNO_NAMES[-ret]}' if -ret in ERRNO_NAMES else ret}"
 
     return Marked(calls.failed, say)
 

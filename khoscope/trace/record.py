@@ -39,6 +39,7 @@ from ..calls import (
     Tracing,
 )
 from ..columns import CHUNK_BLOCKS, Columns, Pages
+from ..snapshot import Snapshot
 from ..store import RECORDING
 
 #: A chunk is written when it has as many calls or touches, or batches: each member costs memory
@@ -110,13 +111,12 @@ class Recorder:
     Writes a recording, mode 0600, all of it or nothing: what is not finished at the end of
     ``with`` leaves nothing behind.
 
-    :param tracing: its facts are written first, the rest at the end: what is attached may be put
-        into its dictionaries until then.
+    :param facts: of the kernel that is traced.
     :raises KhoscopeError: if the file cannot be written, from here on and from every method.
     """
 
-    def __init__(self, path: Path, tracing: Tracing) -> None:
-        self._tracing = tracing
+    def __init__(self, path: Path, facts: Snapshot) -> None:
+        self._facts = facts
         #: What waits for its chunk, and how many rows that are.
         self._batches: list[Batch] = []
         self._calls = self._touches = 0
@@ -130,7 +130,7 @@ class Recorder:
         with contextlib.ExitStack() as stack:
             stack.push(self.__exit__)
             with self._new.told():
-                store.put(self._tracing.facts, self._writer.under("facts"))
+                store.put(self._facts, self._writer.under("facts"))
             stack.pop_all()
         return self
 
@@ -167,14 +167,14 @@ class Recorder:
             if enough or len(self._batches) >= ENOUGH_BATCHES:
                 self._flush()
 
-    def finish(self, symbols: dict[int, str], losses: Losses) -> None:
+    def finish(self, tracing: Tracing, symbols: dict[int, str], losses: Losses) -> None:
         """
         Put the file in its place.
 
+        :param tracing: what was traced, and how; its facts have been written.
         :param symbols: of all addresses in the stacks.
         """
         self._flush()
-        tracing = self._tracing
         meta = _Meta(
             RECORDING.schema,
             [function.name for function in FUNCTIONS],

@@ -100,7 +100,7 @@ class Session:
             take(assembler.end())
             self._count(probes.drained())
             if recorder:
-                recorder.finish(probes.symbols, self._losses)
+                recorder.finish(self._tracing, probes.symbols, self._losses)
             return self._end()
 
     def replay(self, recording: Recording) -> checks.Report:

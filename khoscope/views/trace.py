@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import textwrap
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from ..abi import BAD_ORDER, KHO_PAGE_CONTIG, TYPE_NAMES
 from ..calls import (
     BIT_CLEAR,
     BIT_SET,
+    ERRNO_NAMES,
     FUNCTIONS,
     NO_PHYS,
     Action,
@@ -46,8 +46,6 @@ from .text import LIMIT, SEVERITY_COLOURS, WIDTH, Text, counted, human, printabl
 _TIME, _CALL, _ADDRESS, _PAGES, _US, _RET, _BLOCKS = 8, 9, 28, 49, 56, 57, 64
 _HEADINGS = ("TIME", "CALL", "ADDRESS", "PAGES", "US", "RET")
 
-#: Errors by number, with the kernel's own names: the C library has two for one of them.
-_ERRNO = {**errno.errorcode, errno.EOPNOTSUPP: "EOPNOTSUPP"}
 _U64 = 2**64 - 1
 _ACTION_NAMES = {int(action): action.name.lower() for action in Action}
 _BITS = {BIT_CLEAR: False, BIT_SET: True}
@@ -59,7 +57,7 @@ def returned(returns: str, ret: int) -> str:
         return "-"
     if returns == "pointer":
         return "ok" if ret else "NULL"
-    return _ERRNO.get(-ret, str(ret))
+    return ERRNO_NAMES.get(-ret, str(ret))
 
 
 class _Calls:
