@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,7 @@ class Wanted:
     @property
     def comm_bytes(self) -> bytes | None:
         """As the kernel keeps it: 15 bytes at most."""
-        return None if self.comm is None else self.comm.encode()[:15]
+        return None if self.comm is None else os.fsencode(self.comm)[:15]
 
     def apply(self, batch: Batch) -> Batch:
         """The batch with only what is asked for."""
