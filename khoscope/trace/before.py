@@ -13,7 +13,7 @@ from ..columns import Blocks, Pages
 from ..errors import KhoscopeError
 from ..snapshot import Snapshot, rows
 
-#: Blocks of a snapshot that are kept in memory, 60 bytes each.
+#: Blocks of a snapshot that are kept in memory, 67 bytes each.
 MOST = 1 << 24
 
 
@@ -26,7 +26,13 @@ class Before:
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._abi = snapshot.abi
-        if rows(snapshot.outgoing.tree.leaves) and rows(snapshot.outgoing.blocks) > MOST:
+        recorded = rows(snapshot.outgoing.blocks)
+        if not recorded and rows(snapshot.outgoing.tree.leaves):
+            raise KhoscopeError(
+                "the snapshot does not hold the struct pages of what it records",
+                "take it with `khoscope snapshot`, in the kernel that hands over",
+            )
+        if recorded > MOST:
             raise KhoscopeError(
                 f"the snapshot records more than {MOST:,} blocks",
                 "leave --before out, and run khoscope verify --before when the clients are done",
@@ -49,7 +55,9 @@ class Before:
                 keys = self._abi.kho_radix_encode_keys(phys[order == each], each, page_type)
                 at = np.searchsorted(self._blocks.key, keys)
                 at = np.minimum(at, len(self._blocks) - 1)
+                # A key has no room for what makes an address unfit for its order.
                 found = self._blocks.key[at] == keys
+                found &= self._blocks.phys[at] == phys[order == each]
                 known[of_order[found]] = True
                 for name in Pages.DTYPES:
                     recorded = getattr(self._blocks.facts, name)
