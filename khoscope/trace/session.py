@@ -129,12 +129,13 @@ class Session:
         pages = touches.blocks.page_count
         seen = touches.looked.astype(np.uint64) + touches.blocks.facts.unread
         sampled = int((judged & (seen < pages)).sum())
-        # Where kho_restore_page is no function of its own, only the first block is reported.
-        restored = (calls.function == NUMBERS["kho_restore_pages"]) & ~calls.failed
-        starts = batch.starts()
-        total = np.concatenate([np.zeros(1, np.uint64), np.cumsum(pages, dtype=np.uint64)])
-        touched = total[starts[1:]] - total[starts[:-1]]
-        sampled += int((restored & (touched < calls.pages)).sum())
+        if "kho_restore_page" in self._tracing.missing:
+            # Of what kho_restore_pages() restores, only the first block is seen.
+            starts = batch.starts()
+            total = np.concatenate([np.zeros(1, np.uint64), np.cumsum(pages, dtype=np.uint64)])
+            touched = total[starts[1:]] - total[starts[:-1]]
+            restored = (calls.function == NUMBERS["kho_restore_pages"]) & ~calls.failed
+            sampled += int((restored & (touched < calls.pages)).sum())
         self._losses = dataclasses.replace(
             self._losses,
             sampled=self._losses.sampled + sampled,
@@ -169,7 +170,9 @@ def _until_stopped() -> Iterator[Callable[[], bool]]:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in previous:
+        signal.signal(number, stop)
     try:
         yield lambda: bool(come)
     finally:
