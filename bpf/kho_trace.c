@@ -96,6 +96,12 @@ struct block {
 	u8 pages[2 * PAGE_STRUCT_SIZE];
 };
 
+/* All have one size, so that a buffer full of them is an array. */
+union record {
+	struct call call;
+	struct block block;
+};
+
 struct frame {
 	u64 enter;
 	u64 args[4];
@@ -106,8 +112,8 @@ struct task {
 	u32 depth;
 	u32 muted;		/* nobody asked for what this task is doing */
 	struct frame frames[8];	/* MAX_DEPTH, and what an index of 3 bits reaches */
-	struct call call;
-	struct block block;
+	union record outer;	/* its .call */
+	union record inner;	/* its .block, one at a time */
 	u64 step;		/* pages from one window to the next */
 	u8 window[WINDOW * PAGE_STRUCT_SIZE];
 };
@@ -142,13 +148,13 @@ INLINE void count(int what)
 		(*counter)++;
 }
 
-INLINE void output(void *ctx, void *event, u64 size)
+INLINE void output(void *ctx, union record *event)
 {
 	count(MADE);
 #ifdef RING_PAGES
-	if (events.ringbuf_output(event, size, 0))
+	if (events.ringbuf_output(event, sizeof(*event), 0))
 #else
-	if (events.perf_submit(ctx, event, size))
+	if (events.perf_submit(ctx, event, sizeof(*event)))
 #endif
 		count(LOST);
 }
@@ -184,7 +190,7 @@ INLINE void output(void *ctx, void *event, u64 size)
  */
 INLINE void look(struct task *t)
 {
-	struct block *b = &t->block;
+	struct block *b = &t->inner.block;
 	const u64 first = VMEMMAP + b->pfn * PAGE_STRUCT_SIZE;
 	const u32 order = b->order & 63;
 	u64 zeros = 0, ones = 0, odd = 0, second;
@@ -299,7 +305,7 @@ INLINE u32 highest_bit(u64 key)
 INLINE void
 name_block(struct task *t, int use, u64 a, u64 b, u64 c, u64 d)
 {
-	struct block *block = &t->block;
+	struct block *block = &t->inner.block;
 
 	block->before = BIT_UNKNOWN;
 	block->after = BIT_UNKNOWN;
@@ -350,7 +356,7 @@ name_block(struct task *t, int use, u64 a, u64 b, u64 c, u64 d)
 INLINE void
 block_at_entry(struct task *t, int use, int adds, u64 a, u64 b, u64 c, u64 d)
 {
-	struct block *block = &t->block;
+	struct block *block = &t->inner.block;
 	const u32 depth = t->depth;
 
 	block->outer = NO_FUNCTION;
@@ -371,7 +377,7 @@ INLINE int is_wanted(struct task *t, int kind)
 	if (!(ONLY & kind))
 		return 0;
 #ifdef WANTED_TGID
-	if (t->call.h.tgid != WANTED_TGID)
+	if (t->outer.call.h.tgid != WANTED_TGID)
 		return 0;
 #endif
 #ifdef WANTED_COMM
@@ -379,7 +385,7 @@ INLINE int is_wanted(struct task *t, int kind)
 
 #pragma unroll
 	for (int i = 0; i < 16; i++)
-		if (t->call.comm[i] != wanted[i])
+		if (t->outer.call.comm[i] != wanted[i])
 			return 0;
 #endif
 	return 1;
@@ -424,14 +430,14 @@ enter(void *ctx, int function, int kind, u64 a, u64 b, u64 c, u64 d)
 
 	depth = t->depth;
 	if (depth == 0) {
-		t->call.h.call = now << 12 | (bpf_get_smp_processor_id() & 0xfff);
-		t->call.h.tid = tid;
-		t->call.h.tgid = id >> 32;
-		t->call.h.is_call = 1;
-		bpf_get_current_comm(t->call.comm, sizeof(t->call.comm));
+		t->outer.call.h.call = now << 12 | (bpf_get_smp_processor_id() & 0xfff);
+		t->outer.call.h.tid = tid;
+		t->outer.call.h.tgid = id >> 32;
+		t->outer.call.h.is_call = 1;
+		bpf_get_current_comm(t->outer.call.comm, sizeof(t->outer.call.comm));
 		t->muted = !is_wanted(t, kind);
 		if (!t->muted)
-			bpf_get_stack(ctx, t->call.stack, sizeof(t->call.stack), 0);
+			bpf_get_stack(ctx, t->outer.call.stack, sizeof(t->outer.call.stack), 0);
 	}
 	if (depth >= MAX_DEPTH) {
 		count(MISSED);
@@ -455,9 +461,9 @@ INLINE void fill(struct header *h, struct task *t, u64 now, u64 ret)
 	const u32 depth = t->depth & 7;
 	struct frame *frame = &t->frames[depth];
 
-	h->call = t->call.h.call;
-	h->tid = t->call.h.tid;
-	h->tgid = t->call.h.tgid;
+	h->call = t->outer.call.h.call;
+	h->tid = t->outer.call.h.tid;
+	h->tgid = t->outer.call.h.tgid;
 	h->enter = frame->enter;
 	h->leave = now;
 	h->args[0] = frame->args[0];
@@ -503,26 +509,26 @@ INLINE void block_at_return(void *ctx, struct task *t, int use, u64 now, u64 ret
 {
 	if (t->muted)
 		return;
-	fill(&t->block.h, t, now, ret);
+	fill(&t->inner.block.h, t, now, ret);
 	if (use == BLOCK_BY_STAMP) {
-		if (t->block.order < 64)
+		if (t->inner.block.order < 64)
 			look(t);
-	} else if (t->block.key) {
-		t->block.after = bit_of(t->block.key & ((1ULL << STORED_BITS) - 1));
+	} else if (t->inner.block.key) {
+		t->inner.block.after = bit_of(t->inner.block.key & ((1ULL << STORED_BITS) - 1));
 	}
-	output(ctx, &t->block, sizeof(t->block));
+	output(ctx, &t->inner);
 }
 
 /* The end of an outermost call. Inner ones are told by what they did to blocks. */
 INLINE void end(void *ctx, struct task *t, u64 now, u64 ret)
 {
-	u32 tid = t->call.h.tid;
+	u32 tid = t->outer.call.h.tid;
 
 	if (t->depth)
 		return;
 	if (!t->muted) {
-		fill(&t->call.h, t, now, ret);
-		output(ctx, &t->call, sizeof(t->call));
+		fill(&t->outer.call.h, t, now, ret);
+		output(ctx, &t->outer);
 	}
 	tasks.delete(&tid);
 }
@@ -532,7 +538,7 @@ INLINE void end(void *ctx, struct task *t, u64 now, u64 ret)
  */
 #define ENTER_NO_BLOCK(t, adds, a, b, c, d)
 #define ENTER_NAMED(t, adds, a, b, c, d)                                          \
-	bpf_probe_read_kernel_str(t->call.name, sizeof(t->call.name), (void *)(a))
+	bpf_probe_read_kernel_str(t->outer.call.name, sizeof(t->outer.call.name), (void *)(a))
 #define ENTER_BLOCK_BY_PFN(t, adds, a, b, c, d)                                   \
 	block_at_entry(t, BLOCK_BY_PFN, adds, a, b, c, d)
 #define ENTER_BLOCK_BY_KEY(t, adds, a, b, c, d)                                   \

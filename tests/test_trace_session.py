@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from khoscope import checks
 from khoscope.abi import BAD_ORDER, Abi
@@ -27,7 +28,15 @@ from khoscope.trace.select import Wanted
 from khoscope.trace.session import POLL, Session
 from khoscope.views.trace import JsonView, Lines
 from tests.synthetic import FIXED, PLAIN, POSTED, Block, Touch, call_of, snapshot, touches_of
-from tests.test_trace_assemble import added, assembler, block, call, page_at, restored
+from tests.test_trace_assemble import (
+    added,
+    as_read,
+    assembler,
+    block,
+    call,
+    page_at,
+    restored,
+)
 
 CALLERS = {0xFFFFFFFFC0000010: "a_client_init+0x10 [a_client]"}
 
@@ -252,15 +261,15 @@ class FakeProbes(Probes):
         #: Events that are found to be lost when all is over.
         self.late = 0
 
-    def poll(self, milliseconds: int) -> list[bytes]:
+    def poll(self, milliseconds: int) -> NDArray[np.uint8]:
         self.polled.append(milliseconds)
         if self.clock:
             self.clock.now += milliseconds / 1000
         step = self.steps.pop(0) if self.steps else ()
         if callable(step):
             step()
-            return []
-        return list(step)
+            step = ()
+        return as_read(step)
 
     def arm(self, on: bool) -> None:
         assert not on

@@ -8,8 +8,6 @@ when that returns: so the blocks of a call come before the call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -95,6 +93,11 @@ def block_dtype(page_size: int) -> np.dtype[np.void]:
     )
 
 
+def record_size(frames: int, page_size: int) -> int:
+    """``sizeof(union record)``, bytes."""
+    return max(call_dtype(frames).itemsize, block_dtype(page_size).itemsize)
+
+
 class Assembler:
     """
     Makes batches of records.
@@ -111,15 +114,16 @@ class Assembler:
         #: By call, the tally of touches that could not wait for it; what was touched last is last.
         self._gone: dict[int, U64] = {}
 
-    def feed(self, records: Iterable[bytes]) -> Batch:
-        """The calls among the records, with their touches; what has to wait is kept."""
-        calls: list[bytes] = []
-        blocks: list[bytes] = []
-        for record in records:
-            # What is too short to say is refused with the others.
-            (calls if record[_IS_CALL : _IS_CALL + 1] == b"\1" else blocks).append(record)
-        call = _array(calls, self._call)
-        touches = Touches.concatenate([self._waiting, self._touches(_array(blocks, self._block))])
+    def feed(self, records: NDArray[np.uint8]) -> Batch:
+        """
+        The calls among the records, with their touches; what has to wait is kept.
+
+        :param records: u8, shape (n, :func:`record_size`).
+        """
+        outer = records[:, _IS_CALL] != 0
+        call = _viewed(records[outer], self._call)
+        block = _viewed(records[~outer], self._block)
+        touches = Touches.concatenate([self._waiting, self._touches(block)])
         row = rows_of(call["call"], touches.call)
         rest = touches[row < 0]
         self._waiting = rest[:0] if len(rest) > WAITING else rest
@@ -280,17 +284,9 @@ class Assembler:
         return phys, None
 
 
-def _array(records: list[bytes], dtype: np.dtype[np.void]) -> NDArray[np.void]:
-    """
-    The records as one array; a perf buffer pads each.
-
-    :raises ValueError: if a record is shorter than the C struct should be.
-    """
-    size = dtype.itemsize
-    for record in records:
-        if not size <= len(record) < size + 8:
-            raise ValueError(f"a record of {len(record)} bytes, expected {size}")
-    return np.frombuffer(b"".join(record[:size] for record in records), dtype)
+def _viewed(records: NDArray[np.uint8], dtype: np.dtype[np.void]) -> NDArray[np.void]:
+    """Records as what they are; all have the size of the largest."""
+    return np.ascontiguousarray(records[:, : dtype.itemsize]).view(dtype)[:, 0]
 
 
 def _returned(function: NDArray[np.uint8], ret: U64) -> NDArray[np.int64]:

@@ -20,11 +20,14 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..abi import KHO_PAGE_MAGIC
 from ..calls import FUNCTIONS, NUMBERS, Action, Batch, Function, Kind, Use
 from ..errors import KhoscopeError
 from ..sources.kernel import KernelSource
+from .assemble import record_size
+from .ring import Ring
 from .select import Wanted
 
 BTF: Final = Path("/sys/kernel/btf/vmlinux")
@@ -40,13 +43,13 @@ CLIENT_FRAMES, STACK_FRAMES = 8, 40
 #: Bytes of the ring buffer, or of each CPU's perf buffer.
 BUFFER: Final = 16 << 20
 #: Records that are taken out at once; then it is time to show them.
-ENOUGH: Final = 1 << 14
+ENOUGH: Final = 1 << 15
 
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 _KINDS: Final = list(Kind)
 
 #: What bcc needs to have; by what a version lacks, for the message.
-_NEEDED = ("ring_buffer_poll", "perf_buffer_poll", "support_kfunc", "kernel_struct_has_field")
+_NEEDED = ("perf_buffer_poll", "support_kfunc", "kernel_struct_has_field")
 
 
 @dataclass(frozen=True)
@@ -120,9 +123,11 @@ class Probes:
         # Both kinds of buffer want a power of two.
         self._pages = 1 << max((buffer // _PAGE).bit_length() - 1, 0)
         self._verbose = verbose
-        self._ring = self._bcc.BPF.kernel_struct_has_field(b"bpf_ringbuf", b"waitq") == 1
+        self._size = record_size(frames, source.layout.pages.size)
+        self._has_ring = self._bcc.BPF.kernel_struct_has_field(b"bpf_ringbuf", b"waitq") == 1
+        self._ring: Ring | None = None
         self._bpf: Any = None
-        self._records: list[bytes] = []
+        self._heard: list[bytes] = []
         self._taken = 0
         self._symbols: dict[int, str] = {}
         self._symbol_cache: Any = None
@@ -136,7 +141,9 @@ class Probes:
         """In words."""
         size = self._pages * _PAGE
         amount = f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
-        return f"ring buffer of {amount}" if self._ring else f"perf buffer of {amount} on each CPU"
+        return (
+            f"ring buffer of {amount}" if self._has_ring else f"perf buffer of {amount} on each CPU"
+        )
 
     def __enter__(self) -> Self:
         probes = self._choose()
@@ -159,6 +166,7 @@ class Probes:
         self._detach()
 
     def _detach(self) -> None:
+        self._ring = None
         if self._bpf is not None:
             self._bpf.cleanup()
 
@@ -275,7 +283,7 @@ class Probes:
             "STACK_FRAMES": self.frames,
             "ONLY": sum(1 << _KINDS.index(kind) for kind in self._wanted.kinds),
         }
-        if self._ring:
+        if self._has_ring:
             defines["RING_PAGES"] = self._pages
         if self._wanted.tgid is not None:
             defines["WANTED_TGID"] = self._wanted.tgid
@@ -327,32 +335,34 @@ class Probes:
 
     def _open_buffer(self) -> None:
         table = self._bpf["events"]
-        if self._ring:
-            table.open_ring_buffer(self._take)
+        if self._has_ring:
+            try:
+                self._ring = Ring(table.map_fd, self._pages * _PAGE, self._size)
+            except OSError as error:
+                raise KhoscopeError(
+                    f"the events' ring buffer cannot be mapped ({error.strerror})",
+                    "see RLIMIT_AS, or take a smaller --buffer",
+                ) from error
         else:
             # What has no room is counted in the kernel.
             table.open_perf_buffer(
-                lambda cpu, data, size: self._take(None, data, size),
+                lambda cpu, data, size: self._heard.append(ctypes.string_at(data, self._size)),
                 page_cnt=self._pages,
                 lost_cb=lambda lost: None,
             )
-
-    def _take(self, context: object, data: int, size: int) -> int:
-        self._records.append(ctypes.string_at(data, size))
-        # A negative number ends the poll: it would go on for as long as events keep coming.
-        return -1 if len(self._records) >= ENOUGH else 0
 
     def arm(self, on: bool) -> None:
         """Begin to follow calls, or only those to their end that have begun."""
         self._bpf["armed"][ctypes.c_int(0)] = ctypes.c_uint(int(on))
 
-    def poll(self, milliseconds: int) -> list[bytes]:
-        """The records that have come, waiting for the first of them."""
+    def poll(self, milliseconds: int) -> NDArray[np.uint8]:
+        """The records that have come, waiting for the first of them: u8, shape (n, size)."""
         if self._ring:
-            self._bpf.ring_buffer_poll(milliseconds)
+            records = self._ring.take(milliseconds, ENOUGH)
         else:
             self._bpf.perf_buffer_poll(milliseconds)
-        records, self._records = self._records, []
+            heard, self._heard = self._heard, []
+            records = np.frombuffer(b"".join(heard), np.uint8).reshape(-1, self._size)
         self._taken += len(records)
         return records
 

@@ -95,7 +95,7 @@ class Session:
                     self._view.interval(self._losses)
             # What has begun is followed to its end, if that comes soon.
             probes.arm(False)
-            while records := probes.poll(POLL):
+            while len(records := probes.poll(POLL)):
                 take(assembler.feed(records))
             take(assembler.end())
             self._count(probes.drained())

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+A BPF ring buffer (kernel/bpf/ringbuf.c) read as an array.
+
+bcc and libbpf call back for each record, which in Python costs more than making the record costs
+the kernel.  Records of one size are an array in memory already.
+"""
+
+from __future__ import annotations
+
+import mmap
+import select
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: ``BPF_RINGBUF_HDR_SZ``: u32 length with the two bits, u32 that is the kernel's own.
+_HEADER: Final = 8
+#: ``BPF_RINGBUF_BUSY_BIT``: being written.
+_BUSY: Final = 1 << 31
+
+
+class Ring:
+    """
+    The consumer's side of a ring buffer; there is one only.
+
+    :param fd: of the ``BPF_MAP_TYPE_RINGBUF`` map.
+    :param size: its ``max_entries``, bytes.
+    :param record: bytes of every record, a multiple of 8.
+    :raises OSError: if it cannot be mapped.
+    """
+
+    def __init__(self, fd: int, size: int, record: int) -> None:
+        self._size = size
+        self._record = record
+        page = mmap.PAGESIZE
+        consumer = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        # The data are there twice, one behind the other, so that no record is in two parts.
+        producer = mmap.mmap(fd, page + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
+        self._consumed = np.frombuffer(consumer, np.uint64, 1)
+        self._produced = np.frombuffer(producer, np.uint64, 1)
+        self._data = np.frombuffer(producer, np.uint8, 2 * size, page)
+        self._events = select.poll()
+        self._events.register(fd, select.POLLIN)
+
+    def take(self, milliseconds: int, most: int) -> NDArray[np.uint8]:
+        """
+        The records that have come, waiting for the first of them.
+
+        :param most: not more than so many.
+        :return: u8, shape (n, record).
+        :raises ValueError: if one has another size.
+        """
+        start = int(self._consumed[0])
+        if start == int(self._produced[0]):
+            self._events.poll(milliseconds)
+        stride = _HEADER + self._record
+        count = min((int(self._produced[0]) - start) // stride, most)
+        at = start % self._size
+        slots = self._data[at : at + count * stride].reshape(count, stride)
+        # A length is read once: the kernel clears the bit when the record is whole.
+        length = np.ascontiguousarray(slots[:, :4]).view(np.uint32)[:, 0]
+        busy = np.flatnonzero(length & np.uint32(_BUSY))
+        if len(busy):
+            slots, length = slots[: busy[0]], length[: busy[0]]
+        if (length != self._record).any():
+            raise ValueError(f"records of {np.unique(length)} bytes, expected {self._record}")
+        records = slots[:, _HEADER:].copy()
+        self._consumed[0] = start + len(records) * stride
+        return records
