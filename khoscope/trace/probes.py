@@ -434,7 +434,8 @@ def import_bcc() -> Any:
     """
     try:
         bcc = importlib.import_module("bcc")
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, AttributeError) as error:
+        # A library of another version lacks functions, which is found out on import.
         raise KhoscopeError(
             f"bcc is not there for {sys.executable} ({error})",
             "install python3-bpfcc (it is not on PyPI), and make khoscope's virtual environment"
