@@ -7,6 +7,7 @@ import ctypes
 import importlib
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -463,10 +464,16 @@ def _refusal(error: Exception, said: str, verbose: bool) -> KhoscopeError:
             f"no kernel headers: bcc needs them to compile ({platform.release()})",
             "use a kernel with CONFIG_IKHEADERS=y (and tar and xz), or install its headers package",
         )
-    if "super-user" in text or "Operation not permitted" in text:
+    unmade = re.search(r"could not open bpf map: (\w+), error: (.*)", said)
+    if "super-user" in text or "Operation not permitted" in (unmade[2] if unmade else text):
         return KhoscopeError(
             "the kernel does not let BPF programs in (not permitted)",
             "run khoscope as root, with CAP_BPF and CAP_PERFMON, on a kernel without lockdown",
+        )
+    if unmade:
+        return KhoscopeError(
+            f"the kernel does not make the BPF map {unmade[1]} ({unmade[2]})",
+            "take a smaller --buffer; see how much memory is free",
         )
     log = "" if verbose else "; -v shows its log"
     if "Failed to load" in text:
