@@ -345,12 +345,18 @@ class Probes:
                     "see RLIMIT_AS, or take a smaller --buffer",
                 ) from error
         else:
-            # What has no room is counted in the kernel.
-            table.open_perf_buffer(
-                lambda cpu, data, size: self._heard.append(ctypes.string_at(data, self._size)),
-                page_cnt=self._pages,
-                lost_cb=lambda lost: None,
-            )
+            try:
+                # What has no room is counted in the kernel.
+                table.open_perf_buffer(
+                    lambda cpu, data, size: self._heard.append(ctypes.string_at(data, self._size)),
+                    page_cnt=self._pages,
+                    lost_cb=lambda lost: None,
+                )
+            except Exception as error:  # bcc raises nothing more special
+                raise KhoscopeError(
+                    f"the events' perf buffers cannot be opened ({error})",
+                    "see RLIMIT_MEMLOCK, or take a smaller --buffer",
+                ) from error
 
     def arm(self, on: bool) -> None:
         """Begin to follow calls, or only those to their end that have begun."""
