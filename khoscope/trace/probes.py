@@ -133,6 +133,8 @@ class Probes:
         self._symbols: dict[int, str] = {}
         self._symbol_cache: Any = None
         self._modules = ""
+        #: What is to be said when stderr is heard again.
+        self._note = ""
         #: ``fentry`` or ``kprobe`` by function, and why others are left out.
         self.attached: dict[str, str] = {}
         self.missing: dict[str, str] = {}
@@ -156,6 +158,8 @@ class Probes:
             except BaseException:
                 self._detach()
                 raise
+        if self._note:
+            print(f"khoscope: {self._note}", file=sys.stderr)
         return self
 
     def __exit__(
@@ -226,7 +230,7 @@ class Probes:
             if self._how or not fentry or not refused.what.startswith(_VERIFIER):
                 raise refused from error
             # A trampoline may be refused where a kprobe is not.
-            self.missing["fentry"] = str(error)
+            self._note = f"{refused.what}; kprobes are used"
             probes = [replace(probe, how="kprobe") for probe in probes]
             try:
                 self._bpf = self._compile(probes)
