@@ -308,7 +308,12 @@ class Probes:
         try:
             # The return first: a call that is seen to begin is then seen to end.
             self._bpf.attach_kretprobe(event=name, fn_name=f"leave_{name}")
-            self._bpf.attach_kprobe(event=name, fn_name=f"enter_{name}")
+            try:
+                self._bpf.attach_kprobe(event=name, fn_name=f"enter_{name}")
+            except Exception:
+                # Every return would count as one of which the beginning was missed.
+                self._bpf.detach_kretprobe(event=name)
+                raise
         except Exception as error:  # bcc raises nothing more special
             if "Failed to attach" not in str(error):
                 raise _refusal(error, said(), self._verbose) from error
