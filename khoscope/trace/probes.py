@@ -120,7 +120,7 @@ class Probes:
         self._source = source
         self._wanted = wanted
         self._how = how
-        self.frames = frames
+        self._frames = frames
         # Both kinds of buffer want a power of two.
         self._pages = 1 << max((buffer // _PAGE).bit_length() - 1, 0)
         self._verbose = verbose
@@ -285,7 +285,7 @@ class Probes:
             "STAMP_MAGIC": f"{KHO_PAGE_MAGIC:#x}",
             "STAMP_MAGIC_SHIFT": abi.stamp.magic_shift,
             "STAMP_ORDER_MASK": f"{(1 << abi.stamp.order_bits) - 1:#x}",
-            "STACK_FRAMES": self.frames,
+            "STACK_FRAMES": self._frames,
             "ONLY": sum(1 << _KINDS.index(kind) for kind in self._wanted.kinds),
         }
         if self._has_ring:
@@ -299,7 +299,7 @@ class Probes:
 
     def _attach_kprobe(self, probe: _Probe, said: Callable[[], str]) -> bool:
         """Whether it could be attached."""
-        if KPROBES_ENABLED.exists() and KPROBES_ENABLED.read_text().strip() == "0":
+        if os.access(KPROBES_ENABLED, os.R_OK) and KPROBES_ENABLED.read_text().strip() == "0":
             raise KhoscopeError(
                 f"kprobes are switched off ({KPROBES_ENABLED} is 0)",
                 f"write 1 to {KPROBES_ENABLED}",
