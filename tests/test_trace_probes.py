@@ -1,0 +1,823 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The probes without a kernel: what is asked of bcc, and what is made of its refusals."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from khoscope.abi import Abi
+from khoscope.calls import FUNCTIONS, NUMBERS, Batch, Calls, Kind, Touches, Use
+from khoscope.errors import KhoscopeError
+from khoscope.sources.kernel import KernelSource, Layout
+from khoscope.trace import probes as probes_module
+from khoscope.trace.assemble import record_size
+from khoscope.trace.probes import CLIENT_FRAMES, Counters, Probes, import_bcc
+from khoscope.trace.select import Wanted
+from tests.synthetic import FIXED, PLAIN, call_of
+from tests.test_pages import LAYOUT
+
+KERNEL = Layout(LAYOUT, direct_map=0xFFFF888000000000, tree=0xFFFFFFFF82000000, root=8)
+C_SOURCE = resources.files("khoscope").joinpath("bpf/kho_trace.c").read_text()
+#: Functions of a 7.2 kernel with the series.
+NEWER = {"kho_radix_add_key", "kho_radix_del_key"}
+ALL = {f.name: len(f.arguments) for f in FUNCTIONS if f.name not in NEWER}
+
+
+@dataclass
+class Source:
+    """The kernel as far as the probes ask."""
+
+    abi: Abi = FIXED
+    layout: Layout = KERNEL
+    functions: dict[str, int] = field(default_factory=lambda: dict(ALL))
+
+    def arguments(self, function: str) -> int | None:
+        return self.functions.get(function)
+
+
+class Table(dict[int, Any]):
+    """A BPF map."""
+
+    def __init__(self, bcc: FakeBcc, name: str) -> None:
+        super().__init__()
+        self.bcc = bcc
+        self.name = name
+        self.max_entries = 1024
+        self.map_fd = 1234
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(getattr(key, "value", key))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key.value, value.value)
+
+    def open_perf_buffer(
+        self,
+        callback: Callable[[int, int, int], None],
+        page_cnt: int,
+        lost_cb: Callable[[int], None],
+    ) -> None:
+        self.bcc.do("open", f"perf {page_cnt}")
+        self.bcc.callback = callback
+        lost_cb(5)
+
+
+@dataclass
+class FakeBcc:
+    """
+    What bcc was asked to do, and how it answers.
+
+    :param fails: called with each step and what it is about; raises what bcc would.
+    """
+
+    ring: bool = True
+    kfunc: bool = True
+    fails: Callable[[str, str], None] = lambda step, what: None
+    done: list[tuple[str, str]] = field(default_factory=list)
+    made: list[Any] = field(default_factory=list)
+    callback: Callable[[int, int, int], None] | None = None
+    symbols: dict[int, tuple[bytes | None, int, bytes | None]] = field(default_factory=dict)
+    caches: int = 0
+    #: What a poll gives.
+    events: list[bytes] = field(default_factory=list)
+
+    def do(self, step: str, what: str) -> None:
+        self.done.append((step, what))
+        self.fails(step, what)
+
+    def steps(self, step: str) -> list[str]:
+        return [what for each, what in self.done if each == step]
+
+    @property
+    def left(self) -> int:
+        """Programs that are still in the kernel."""
+        return len(self.made) - len(self.steps("cleanup"))
+
+    def module(self) -> ModuleType:
+        bcc = self
+
+        class BPF:
+            def __init__(self, text: str, cflags: list[str], debug: int) -> None:
+                bcc.made.append(self)
+                self.text, self.cflags, self.debug = text, cflags, debug
+                self.funcs: dict[bytes, Any] = {}
+                self.tables: dict[str, Table] = {}
+                bcc.do("compile", text)
+                for name in re.findall(r"^FENTRY\((\w+),", text, re.M):
+                    bcc.do("load", name)
+
+            def __getitem__(self, name: str) -> Table:
+                return self.tables.setdefault(name, Table(bcc, name))
+
+            def attach_kprobe(self, event: str, fn_name: str) -> None:
+                assert fn_name == f"enter_{event}"
+                bcc.do("kprobe", event)
+
+            def attach_kretprobe(self, event: str, fn_name: str) -> None:
+                assert fn_name == f"leave_{event}"
+                bcc.do("kretprobe", event)
+
+            def detach_kretprobe(self, event: str) -> None:
+                bcc.do("detach", event)
+
+            def cleanup(self) -> None:
+                bcc.done.append(("cleanup", ""))
+
+            def perf_buffer_poll(self, milliseconds: int) -> None:
+                bcc.do("poll", str(milliseconds))
+                assert bcc.callback
+                while bcc.events:
+                    # The kernel pads each.
+                    event = bcc.events.pop(0) + b"\xff" * 4
+                    buffer = ctypes.create_string_buffer(event, len(event))
+                    bcc.callback(0, ctypes.addressof(buffer), len(event))
+
+            @staticmethod
+            def support_kfunc() -> bool:
+                return bcc.kfunc
+
+            @staticmethod
+            def kernel_struct_has_field(struct: bytes, name: bytes) -> int:
+                return 1 if bcc.ring else 0
+
+        class SymbolCache:
+            def __init__(self, pid: int) -> None:
+                assert pid == -1
+                bcc.caches += 1
+
+            def resolve(
+                self, address: int, demangle: bool
+            ) -> tuple[bytes | None, int, bytes | None]:
+                return bcc.symbols.get(address, (None, address, None))
+
+        module = ModuleType("bcc")
+        vars(module).update(BPF=BPF, SymbolCache=SymbolCache, DEBUG_BPF=2, __version__="0.35.0")
+        return module
+
+
+class FakeRing:
+    """The ring buffer: it is in no memory of this process."""
+
+    def __init__(self, bcc: FakeBcc, fd: int, size: int, record: int) -> None:
+        assert fd == 1234
+        bcc.do("open", f"ring {size // mmap.PAGESIZE}")
+        self.bcc = bcc
+        self.record = record
+
+    def take(self, milliseconds: int, most: int) -> NDArray[np.uint8]:
+        self.bcc.do("poll", str(milliseconds))
+        events, self.bcc.events = self.bcc.events[:most], self.bcc.events[most:]
+        return np.frombuffer(b"".join(events), np.uint8).reshape(-1, self.record)
+
+
+@pytest.fixture
+def bcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeBcc:
+    """A bcc, and a kernel that has everything."""
+    fake = FakeBcc()
+    monkeypatch.setitem(sys.modules, "bcc", fake.module())
+    monkeypatch.setattr(probes_module, "Ring", partial(FakeRing, fake))
+    files = {
+        "BTF": b"\0" + b"".join(name.encode() + b"\0" for name in ALL),
+        "TRACEABLE": "".join(f"{name}\n" for name in [*ALL, "other [kho_test]"]).encode(),
+        "KPROBES_ENABLED": b"1\n",
+        "MODULES": b"",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        monkeypatch.setattr(probes_module, name, tmp_path / name)
+    return fake
+
+
+def fake_probes(source: Source | None = None, wanted: Wanted | None = None, **more: Any) -> Probes:
+    return Probes(cast(KernelSource, source or Source()), wanted or Wanted(), **more)
+
+
+def refused(*words: str, probes: Probes | None = None) -> KhoscopeError:
+    """The probes are not attached, and what is said of it has these words."""
+    with pytest.raises(KhoscopeError) as caught, probes or fake_probes():
+        pytest.fail("attached")
+    said = f"{caught.value.what}\n{caught.value.hint}"
+    assert len(said.splitlines()) == 2
+    for word in words:
+        assert word in said
+    return caught.value
+
+
+@pytest.fixture(autouse=True)
+def stderr_stays() -> Iterator[None]:
+    """Whatever happens, stderr is what it was, and no file is left open."""
+
+    def now() -> tuple[int, int, int]:
+        stat = os.fstat(2)
+        return stat.st_dev, stat.st_ino, len(os.listdir("/proc/self/fd"))
+
+    before = now()
+    yield
+    assert now() == before
+
+
+# bcc
+
+
+def test_bcc_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bcc", None)
+    with pytest.raises(KhoscopeError) as caught:
+        fake_probes()
+    assert f"bcc is not there for {sys.executable}" in caught.value.what
+    assert "python3-bpfcc" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("libbcc.so.0: cannot open shared object file"),
+        # The Python of one version with the library of another.
+        AttributeError("libbcc.so.0: undefined symbol: bpf_attach_kfunc"),
+    ],
+)
+def test_bcc_is_not_whole(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> ModuleType:
+        raise error
+
+    monkeypatch.setattr("importlib.import_module", fail)
+    with pytest.raises(KhoscopeError, match="libbcc"):
+        import_bcc()
+
+
+@pytest.mark.parametrize("lacks", ["perf_buffer_poll", "support_kfunc", "kernel_struct_has_field"])
+def test_bcc_is_too_old(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = FakeBcc().module()
+    module.__version__ = "0.12.0"
+    delattr(module.BPF, lacks)
+    monkeypatch.setitem(sys.modules, "bcc", module)
+    with pytest.raises(KhoscopeError) as caught:
+        import_bcc()
+    assert caught.value.what == f"bcc 0.12.0 is too old: it has no BPF.{lacks}"
+    assert "python3-bpfcc" in caught.value.hint
+
+
+def test_another_bcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is a package of that name on PyPI that is something else."""
+    monkeypatch.setitem(sys.modules, "bcc", ModuleType("bcc"))
+    with pytest.raises(KhoscopeError, match="bcc of an unknown version is too old"):
+        import_bcc()
+
+
+# What is attached, and how
+
+
+def lines_of(bpf: Any) -> list[str]:
+    """The lines behind bpf/kho_trace.c."""
+    assert bpf.text.startswith(C_SOURCE)
+    return cast(str, bpf.text)[len(C_SOURCE) :].splitlines()
+
+
+def test_fentry(bcc: FakeBcc) -> None:
+    with fake_probes() as probes:
+        assert probes.attached == dict.fromkeys(ALL, "fentry")
+        assert probes.missing == dict.fromkeys(NEWER, "not in this kernel")
+        assert probes.buffer == "ring buffer of 16 MiB"
+        [bpf] = bcc.made
+        assert bpf["armed"] == {0: 1}
+        assert (bcc.steps("open"), bcc.steps("kprobe")) == (["ring 4096"], [])
+        probes.arm(False)
+        assert bpf["armed"] == {0: 0}
+        assert bcc.left == 1
+    assert bcc.left == 0
+    lines = lines_of(bpf)
+    assert len(lines) == 2 * len(ALL)
+    assert lines[:2] == [
+        "FENTRY(kho_preserve_folio, 0, 1, 1, NO_BLOCK, 0)",
+        "FEXIT(kho_preserve_folio, 0, NO_BLOCK, ctx[1])",
+    ]
+    assert "FENTRY(kho_radix_add_page, 13, 4, 32, BLOCK_BY_PFN, 1)" in lines
+    assert "FEXIT(kho_radix_add_page, 13, BLOCK_BY_PFN, ctx[4])" in lines
+    assert "FENTRY(kho_radix_del_page, 14, 4, 32, BLOCK_BY_PFN, 0)" in lines
+    assert "FEXIT(kho_radix_del_page, 14, BLOCK_BY_PFN, 0)" in lines
+    assert "FENTRY(kho_restore_page, 10, 2, 8, BLOCK_BY_STAMP, 0)" in lines
+    assert "FENTRY(kho_restore_pages, 8, 2, 8, NO_BLOCK, 0)" in lines
+    assert "FENTRY(kho_add_subtree, 11, 3, 16, NAMED, 0)" in lines
+
+
+def test_kprobe(bcc: FakeBcc) -> None:
+    with fake_probes(how="kprobe") as probes:
+        assert probes.attached == dict.fromkeys(ALL, "kprobe")
+        [bpf] = bcc.made
+    lines = lines_of(bpf)
+    assert lines[:2] == [
+        "KPROBE(kho_preserve_folio, 0, 1, 1, NO_BLOCK, 0)",
+        "KRETPROBE(kho_preserve_folio, 0, NO_BLOCK)",
+    ]
+    assert "KPROBE(kho_radix_add_page, 13, 4, 32, BLOCK_BY_PFN, 1)" in lines
+    assert len(lines) == 2 * len(ALL)
+    # Each return before its entry.
+    steps = [step for step in bcc.done if step[0] in ("kprobe", "kretprobe")]
+    assert steps == [(step, name) for name in ALL for step in ("kretprobe", "kprobe")]
+
+
+def test_lines_fit_the_macros_of_the_c_source(bcc: FakeBcc) -> None:
+    arities = {
+        name: len(arguments.split(","))
+        for name, arguments in re.findall(r"^#define (\w+)\(([^)]*)\)", C_SOURCE, re.M)
+    }
+    source = Source(functions={f.name: len(f.arguments) for f in FUNCTIONS})
+    for how in ("fentry", "kprobe"):
+        with fake_probes(source, how=how):
+            pass
+        lines = lines_of(bcc.made[-1])
+        assert len(lines) == 2 * len(FUNCTIONS)
+        for line in lines:
+            macro, arguments = re.fullmatch(r"(\w+)\((.*)\)", line).groups()  # type: ignore[union-attr]
+            assert len(arguments.split(",")) == arities[macro]
+            assert set(re.findall(r"\b[A-Z]\w+", arguments)) <= {use.name for use in Use}
+
+
+def test_functions_with_fewer_arguments(bcc: FakeBcc) -> None:
+    """An older kernel's; the result follows the last argument."""
+    functions = {**ALL, "kho_add_subtree": 2, "kho_radix_add_page": 3, "kho_preserve_folio": 4}
+    with fake_probes(Source(functions=functions)):
+        lines = lines_of(bcc.made[0])
+    assert "FENTRY(kho_add_subtree, 11, 2, 16, NAMED, 0)" in lines
+    assert "FEXIT(kho_add_subtree, 11, NAMED, ctx[2])" in lines
+    assert "FEXIT(kho_radix_add_page, 13, BLOCK_BY_PFN, ctx[3])" in lines
+
+
+def test_kho_restore_page_is_inlined(bcc: FakeBcc) -> None:
+    functions = {name: count for name, count in ALL.items() if name != "kho_restore_page"}
+    with fake_probes(Source(functions=functions)) as probes:
+        assert "only the first block" in probes.missing["kho_restore_page"]
+        lines = lines_of(bcc.made[0])
+    assert "FENTRY(kho_restore_folio, 7, 1, 8, BLOCK_BY_STAMP, 0)" in lines
+    assert "FEXIT(kho_restore_pages, 8, BLOCK_BY_STAMP, ctx[2])" in lines
+
+
+def test_nothing_adds_blocks(bcc: FakeBcc) -> None:
+    functions = {name: count for name, count in ALL.items() if "radix" not in name}
+    refused("kho_radix_add_page", probes=fake_probes(Source(functions=functions)))
+    assert bcc.made == []
+
+
+def test_other_names_of_the_newest_kernel(bcc: FakeBcc) -> None:
+    functions = {name: count for name, count in ALL.items() if "radix" not in name}
+    functions |= dict.fromkeys(NEWER, 2)
+    with fake_probes(Source(functions=functions)) as probes:
+        # BTF does not know them here.
+        assert {probes.attached[name] for name in NEWER} == {"kprobe"}
+        lines = lines_of(bcc.made[0])
+    assert "KPROBE(kho_radix_add_key, 15, 2, 32, BLOCK_BY_KEY, 1)" in lines
+    assert "KRETPROBE(kho_radix_del_key, 16, BLOCK_BY_KEY)" in lines
+
+
+def hows(probes: Probes) -> set[str]:
+    with probes:
+        return set(probes.attached.values())
+
+
+def test_kernels_without_fentry(bcc: FakeBcc) -> None:
+    assert hows(fake_probes()) == {"fentry"}
+    bcc.kfunc = False
+    assert hows(fake_probes()) == {"kprobe"}
+    bcc.kfunc = True
+    probes_module.BTF.unlink()
+    assert hows(fake_probes()) == {"kprobe"}
+
+
+def test_functions_that_fentry_cannot_have(bcc: FakeBcc) -> None:
+    # A name is whole in BTF, or not there.
+    btf = probes_module.BTF.read_bytes().replace(b"\0kho_restore_page\0", b"\0")
+    probes_module.BTF.write_bytes(btf)
+    traceable = probes_module.TRACEABLE.read_text().replace("kho_preserve_pages\n", "")
+    probes_module.TRACEABLE.write_text(traceable)
+    with fake_probes() as probes:
+        kprobes = {name for name, how in probes.attached.items() if how == "kprobe"}
+        assert kprobes == {"kho_restore_page", "kho_preserve_pages"}
+        assert bcc.steps("kprobe") == ["kho_preserve_pages", "kho_restore_page"]
+    # Not to be had is no list.
+    probes_module.TRACEABLE.unlink()
+    with fake_probes() as probes:
+        assert probes.attached["kho_preserve_pages"] == "fentry"
+
+
+# What is compiled
+
+
+def defines(bpf: Any) -> dict[str, str]:
+    made = dict(flag.removeprefix("-D").split("=", 1) for flag in bpf.cflags)
+    assert len(made) == len(bpf.cflags)
+    return made
+
+
+def named_in_the_header() -> set[str]:
+    """The macros that the comment at the head of bpf/kho_trace.c promises."""
+    comment = C_SOURCE[: C_SOURCE.index("The functions to trace follow")]
+    lists = re.findall(r"^ \*   ([A-Z0-9_]+(?:(?:, | or )[A-Z0-9_]+)*)\s{2,}", comment, re.M)
+    return {name for names in lists for name in re.split(", | or ", names)}
+
+
+@pytest.mark.parametrize("ring", [True, False])
+def test_every_macro_is_defined_and_no_other(bcc: FakeBcc, ring: bool) -> None:
+    bcc.ring = ring
+    with fake_probes(wanted=Wanted(tgid=1, comm="x")):
+        pass
+    buffers = {"RING_PAGES", "PERF_PAGES"}
+    named = named_in_the_header()
+    assert len(named) > 20
+    made = set(defines(bcc.made[0]))
+    assert made - buffers == named - buffers
+    assert made & buffers == ({"RING_PAGES"} if ring else set())
+    code = C_SOURCE[C_SOURCE.index("#include") :]
+    for name in made:
+        assert re.search(rf"\b{name}\b", code)
+
+
+def test_defines(bcc: FakeBcc) -> None:
+    wanted = Wanted(frozenset({Kind.PRESERVE, Kind.RESTORE}), 1234, "a-comm-of-16-byt")
+    with fake_probes(wanted=wanted, frames=40, buffer=100 << 10):
+        pass
+    with fake_probes(Source(abi=PLAIN)):
+        pass
+    made, plain = map(defines, bcc.made)
+    assert made["VMEMMAP"] == "0xffffea0000000000ULL"
+    assert made["TREE"] == "0xffffffff82000000ULL"
+    assert (made["ROOT_OFFSET"], made["DIRECT_MAP"]) == ("8", "0xffff888000000000ULL")
+    assert (made["PAGE_STRUCT_SIZE"], made["REFCOUNT_OFFSET"]) == ("64", "52")
+    assert made["PRIVATE_OFFSET"] == "40"
+    names = ("PAGE_SHIFT_BITS", "ORDER_0_LOG2", "TABLE_LOG2", "BITMAP_LOG2", "DEPTH", "STORED_BITS")
+    assert [made[name] for name in names] == ["12", "52", "9", "15", "6", "60"]
+    assert (made["TYPE_SHIFT"], plain["TYPE_SHIFT"]) == ("53", "64")
+    assert (made["STAMP_MAGIC"], made["STAMP_MAGIC_SHIFT"]) == ("0x4b484f50", "32")
+    assert made["STAMP_ORDER_MASK"] == "0x7fffffff"
+    assert plain["STAMP_ORDER_MASK"] == "0xffffffff"
+    assert (made["ONLY"], plain["ONLY"]) == (str(1 | 8), str(63))
+    assert (made["STACK_FRAMES"], plain["STACK_FRAMES"]) == ("40", str(CLIENT_FRAMES))
+    # 100 KiB are 25 pages; a ring has a power of two.
+    assert (made["RING_PAGES"], plain["RING_PAGES"]) == ("16", "4096")
+    assert made["WANTED_TGID"] == "1234"
+    letters = [*b"a-comm-of-16-by", 0]
+    assert made["WANTED_COMM"] == "{" + ",".join(map(str, letters)) + "}"
+    assert {"WANTED_TGID", "WANTED_COMM"}.isdisjoint(plain)
+
+
+def test_kinds_are_bits_of_the_functions(bcc: FakeBcc) -> None:
+    for kind in Kind:
+        with fake_probes(wanted=Wanted(frozenset({kind}))):
+            bpf = bcc.made[-1]
+        of_kind = {function.name for function in FUNCTIONS if function.kind == kind}
+        pattern = rf"FENTRY\((\w+), \d+, \d+, {defines(bpf)['ONLY']}, "
+        assert set(re.findall(pattern, bpf.text)) == of_kind & ALL.keys() != set()
+
+
+@pytest.mark.parametrize(
+    ("size", "pages", "words"),
+    [
+        (4096, 1, "4 KiB"),
+        (8191, 1, "4 KiB"),
+        (1 << 20, 256, "1 MiB"),
+        (1 << 30, 1 << 18, "1024 MiB"),
+    ],
+)
+def test_buffers(bcc: FakeBcc, size: int, pages: int, words: str) -> None:
+    with fake_probes(buffer=size) as probes:
+        assert probes.buffer == f"ring buffer of {words}"
+        assert defines(bcc.made[0])["RING_PAGES"] == str(pages)
+    bcc.ring = False
+    with fake_probes(buffer=size) as probes:
+        assert probes.buffer == f"perf buffer of {words} on each CPU"
+    assert bcc.steps("open") == [f"ring {pages}", f"perf {pages}"]
+
+
+# Refusals
+
+
+def complain(text: str) -> None:
+    """As libbcc does, behind Python's back."""
+    os.write(2, text.encode())
+
+
+def failing(step: str, what: str, error: str, said: str = "") -> Callable[[str, str], None]:
+    """Fail at a step that is about something (a part of it, or nothing in particular)."""
+
+    def fails(at: str, about: str) -> None:
+        if at == step and what in about:
+            complain(said)
+            raise Exception(error)
+
+    return fails
+
+
+COMPILING = "Failed to compile BPF module <text>"
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "words"),
+    [
+        (
+            COMPILING,
+            "chdir(/lib/modules/7.2.0/build): No such file or directory\n",
+            ["no kernel headers", "CONFIG_IKHEADERS"],
+        ),
+        (COMPILING, "Unable to find kernel headers. Try rebuilding\n", ["no kernel headers"]),
+        ("Need super-user privileges to run", "", ["not permitted", "as root"]),
+        (
+            COMPILING,
+            "could not open bpf map: counters, error: Operation not permitted\n",
+            ["not permitted", "as root"],
+        ),
+        (
+            COMPILING,
+            "could not open bpf map: events, error: Cannot allocate memory\n",
+            ["BPF map events", "Cannot allocate memory", "--buffer"],
+        ),
+        (COMPILING, "error: unknown type name\n", ["cannot compile", "-v shows its log"]),
+    ],
+)
+def test_what_cannot_be_compiled(
+    bcc: FakeBcc, error: str, said: str, words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    bcc.fails = failing("compile", "", error, said)
+    refused(*words)
+    assert (len(bcc.made), bcc.left) == (1, 0)
+    assert capfd.readouterr().err == ""
+
+
+def test_no_room_for_the_buffer(bcc: FakeBcc) -> None:
+    def fails(step: str, what: str) -> None:
+        if step == "open":
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    bcc.fails = fails
+    refused("Cannot allocate memory", "--buffer")
+    assert bcc.left == 0
+    bcc.ring = False
+    bcc.fails = failing("open", "", "Could not open perf buffer")
+    refused("Could not open perf buffer", "--buffer")
+    assert bcc.left == 0
+
+
+def test_verbose_shows_what_is_said(bcc: FakeBcc, capfd: pytest.CaptureFixture[str]) -> None:
+    bcc.fails = failing("compile", "", COMPILING, "error: unknown type name\n")
+    error = refused("cannot compile", probes=fake_probes(verbose=True))
+    assert "-v" not in error.what
+    assert capfd.readouterr().err == "error: unknown type name\n"
+    assert (bcc.made[0].debug, bcc.left) == (2, 0)
+    bcc.fails = lambda step, what: complain(f"{step}\n")
+    with fake_probes():
+        pass
+    assert bcc.made[1].debug == 0
+    assert capfd.readouterr().err == ""
+
+
+VERIFIER_LOG = "bpf: Failed to load program: Permission denied\n0: (79) r6\nR1 is bad\n"
+LOADING = "Failed to load BPF program b'kfunc__{}': Permission denied"
+
+
+def test_the_verifier_refuses_fentry(bcc: FakeBcc, capfd: pytest.CaptureFixture[str]) -> None:
+    error = LOADING.format("kho_radix_add_page")
+    bcc.fails = failing("load", "kho_radix_add_page", error, VERIFIER_LOG)
+    with fake_probes() as probes:
+        assert probes.attached == dict.fromkeys(ALL, "kprobe")
+        # Only functions are missing: there is none that is not traced.
+        assert probes.missing.keys() == NEWER
+        first, second = bcc.made
+        # What of the first had been attached, is not any more.
+        assert bcc.left == 1
+        assert "FENTRY(kho" in first.text
+        assert "FENTRY(kho" not in second.text
+    assert bcc.left == 0
+    said = capfd.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert "b'kfunc__kho_radix_add_page': Permission denied: R1 is bad" in said
+    assert "kprobes are used" in said
+
+
+def test_the_verifier_refuses_what_was_asked_for(bcc: FakeBcc) -> None:
+    bcc.fails = failing("load", "", LOADING.format("x"), VERIFIER_LOG + "processed 5 insns\n")
+    error = refused("R1 is bad", "-v shows its log", probes=fake_probes(how="fentry"))
+    assert error.what.startswith("the kernel's BPF verifier refuses b'kfunc__x'")
+    assert "--probe" in error.hint
+    assert (len(bcc.made), bcc.left) == (1, 0)
+
+
+def test_the_verifier_refuses_both(bcc: FakeBcc, capfd: pytest.CaptureFixture[str]) -> None:
+    def fails(step: str, what: str) -> None:
+        failing("load", "", LOADING.format("x"), VERIFIER_LOG)(step, what)
+        error = "Failed to load BPF program b'leave_x': Permission denied"
+        failing("kretprobe", "", error, "R2 is bad\n")(step, what)
+
+    bcc.fails = fails
+    refused("b'leave_x'", "R2 is bad")
+    assert (len(bcc.made), bcc.left) == (2, 0)
+    assert capfd.readouterr().err == ""
+
+
+def test_kprobes_cannot_be_compiled_after_all(bcc: FakeBcc) -> None:
+    def fails(step: str, what: str) -> None:
+        failing("load", "", LOADING.format("x"), VERIFIER_LOG)(step, what)
+        if step == "compile" and "\nKPROBE(kho" in what:
+            complain("Unable to find kernel headers\n")
+            raise Exception(COMPILING)
+
+    bcc.fails = fails
+    refused("no kernel headers")
+    assert (len(bcc.made), bcc.left) == (2, 0)
+
+
+def test_trampolines_are_refused(bcc: FakeBcc) -> None:
+    bcc.fails = failing("load", "", "Failed to attach BPF to entry kernel func")
+    refused("does not attach", "--probe kprobe")
+    assert (len(bcc.made), bcc.left) == (1, 0)
+
+
+NOT_TRACEABLE = "Failed to attach BPF program b'x' to kprobe b'x', it's not traceable"
+
+
+@pytest.mark.parametrize("step", ["kprobe", "kretprobe"])
+def test_functions_that_cannot_be_probed(
+    bcc: FakeBcc, step: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bcc.fails = failing(step, "kho_remove_subtree", NOT_TRACEABLE, "cannot attach kprobe\n")
+    with fake_probes(how="kprobe") as probes:
+        assert "cannot be probed" in probes.missing["kho_remove_subtree"]
+        assert probes.attached.keys() == ALL.keys() - {"kho_remove_subtree"}
+        # Returns of calls that nobody sees begin would be counted as missed.
+        assert bcc.steps("detach") == (["kho_remove_subtree"] if step == "kprobe" else [])
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("step", ["kprobe", "kretprobe"])
+@pytest.mark.parametrize("name", ["kho_radix_add_page", "kho_radix_del_page", "kho_restore_page"])
+def test_functions_that_are_needed_cannot_be_probed(bcc: FakeBcc, step: str, name: str) -> None:
+    bcc.fails = lambda at, about: (
+        failing(step, name, NOT_TRACEABLE)(at, f"{about}\n") if (about == name) else None
+    )
+    refused(f"{name}: cannot be probed", "CONFIG_KPROBES", probes=fake_probes(how="kprobe"))
+    assert bcc.left == 0
+
+
+def test_kprobes_are_not_permitted(bcc: FakeBcc) -> None:
+    bcc.fails = failing("kretprobe", "", "Need super-user privileges to run")
+    refused("not permitted", probes=fake_probes(how="kprobe"))
+    assert bcc.left == 0
+
+
+def test_kprobes_are_switched_off(bcc: FakeBcc) -> None:
+    probes_module.KPROBES_ENABLED.write_text("0\n")
+    # A function that fentry cannot have is among them: those that it can have are taken back.
+    probes_module.TRACEABLE.write_text("kho_preserve_folio\n")
+    refused("kprobes are switched off", f"write 1 to {probes_module.KPROBES_ENABLED}")
+    assert (len(bcc.made), bcc.left) == (1, 0)
+    probes_module.TRACEABLE.unlink()
+    assert hows(fake_probes()) == {"fentry"}
+    probes_module.KPROBES_ENABLED.unlink()
+    assert hows(fake_probes(how="kprobe")) == {"kprobe"}
+
+
+@pytest.mark.parametrize("step", ["compile", "load", "kretprobe", "kprobe", "open"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_whatever_happens_nothing_is_left(
+    bcc: FakeBcc, step: str, error: type[BaseException]
+) -> None:
+    def fails(at: str, about: str) -> None:
+        if at == step:
+            raise error
+
+    bcc.fails = fails
+    how = "kprobe" if "probe" in step else None
+    with pytest.raises((error, KhoscopeError)), fake_probes(how=how):
+        pytest.fail("attached")
+    assert bcc.made
+    assert bcc.left == 0
+
+
+def test_errors_while_tracing_leave_nothing(bcc: FakeBcc) -> None:
+    with pytest.raises(BrokenPipeError), fake_probes():
+        raise BrokenPipeError
+    assert bcc.left == 0
+
+
+# Following
+
+
+@pytest.mark.parametrize("ring", [True, False])
+def test_records(bcc: FakeBcc, ring: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    bcc.ring = ring
+    monkeypatch.setattr(probes_module, "ENOUGH", 3)
+    size = record_size(40, LAYOUT.size)
+    with fake_probes(frames=40) as probes:
+        assert probes.poll(100).shape == (0, size)
+        bcc.events = [bytes([i]) * size for i in range(5)]
+        first, second = probes.poll(7), probes.poll(8)
+        # A perf buffer gives all that it has.
+        assert [len(first), len(second)] == ([3, 2] if ring else [5, 0])
+        together = np.concatenate([first, second])
+        assert together.tolist() == [[i] * size for i in range(5)]
+    assert bcc.steps("poll") == ["100", "7", "8"]
+
+
+def test_counters(bcc: FakeBcc, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_probes() as probes:
+        bpf = bcc.made[0]
+        # By CPU: made, lost, missed, unseen.
+        dict.update(bpf["counters"], {0: [10, 5], 1: [1, 2], 2: [3, 0], 3: [0, 4]})
+        tasks = [(0, 0), (1, 0), (2, 1), (2, 0)]
+        dict.update(
+            bpf["tasks"],
+            {
+                tid: SimpleNamespace(depth=depth, muted=muted)
+                for tid, (depth, muted) in enumerate(tasks)
+            },
+        )
+        assert probes.counters() == Counters(15, 3, 7, 2)
+        bcc.events = [bytes(record_size(CLIENT_FRAMES, LAYOUT.size))] * 12
+        probes.poll(1)
+        assert probes.drained() == Counters(15, 3, 7, 2)
+        # What was made and not taken is lost, whoever lost it.
+        bpf["counters"][ctypes.c_int(0)][0] = 40
+        assert probes.drained() == Counters(45, 33, 7, 2)
+
+        # The kernel does not run a program inside of itself, and counts it.
+        read, write = os.pipe()
+        bpf.funcs = {b"a": SimpleNamespace(fd=read), b"b": SimpleNamespace(fd=write)}
+        assert probes.counters().missed == 7
+        fdinfo = Path.read_text
+        texts = {f"/proc/self/fdinfo/{read}": "pos:\t0\nrecursion_misses:\t6\nmemlock:\t4096\n"}
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Path,
+                "read_text",
+                lambda path, **more: texts.get(str(path)) or fdinfo(path, **more),
+            )
+            assert probes.counters().missed == 13
+        os.close(read)
+        os.close(write)
+
+
+def test_tasks_that_end_while_they_are_counted(bcc: FakeBcc) -> None:
+    class Vanishing(Table):
+        def __iter__(self) -> Iterator[int]:
+            for tid in range(5000):
+                # bcc asks for the key behind one that is gone, and gets the first again.
+                yield tid % 10
+
+        def __getitem__(self, key: Any) -> Any:
+            if key == 3:
+                return SimpleNamespace(depth=1, muted=0)
+            raise KeyError
+
+    with fake_probes() as probes:
+        bpf = bcc.made[0]
+        dict.update(bpf["counters"], {i: [0] for i in range(4)})
+        bpf.tables["tasks"] = Vanishing(bcc, "tasks")
+        bpf.tables["tasks"].max_entries = 20
+        assert probes.counters().open == 2
+
+
+# Symbols
+
+
+def batch(*stacks: tuple[int, int]) -> Batch:
+    calls = Calls.concatenate([call_of("kho_preserve_pages")] * len(stacks))
+    return Batch(replace(calls, stack=np.array(stacks, np.uint64)), Touches.empty())
+
+
+def test_symbols(bcc: FakeBcc) -> None:
+    bcc.symbols = {
+        1: (b"init", 0x1F, b"/lib/modules/7.2.0/a_client"),
+        2: (b"kho_preserve_pages", 0, b"kernel"),
+        3: (None, 5, b"a_client"),
+    }
+    with fake_probes() as probes:
+        probes.learn(Batch(Calls.empty(), Touches.empty()))
+        assert (bcc.caches, probes.symbols) == (0, {})
+        probes.learn(batch((1, 2), (1, 0)))
+        assert probes.symbols == {1: "init+0x1f [a_client]", 2: "kho_preserve_pages+0x0 [kernel]"}
+        bcc.symbols.clear()
+        # What is known is not asked for again: its module may be gone.
+        probes.learn(batch((2, 1), (3, 4)))
+        assert probes.symbol(1) == "init+0x1f [a_client]"
+        assert [probes.symbol(address) for address in (3, 4, 99)] == ["[unknown]"] * 3
+        assert bcc.caches == 1
+        probes_module.MODULES.write_text("another_client 16384 0 - Live 0xffffffffc0000000\n")
+        bcc.symbols = {5: (b"probe", 2, b"another_client")}
+        probes.learn(batch((5, 0)))
+        assert (probes.symbol(5), bcc.caches) == ("probe+0x2 [another_client]", 2)
+
+
+def test_every_function_has_its_number() -> None:
+    assert [NUMBERS[function.name] for function in FUNCTIONS] == list(range(len(FUNCTIONS)))
