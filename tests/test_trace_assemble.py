@@ -139,7 +139,8 @@ def added(
 def restored(pfn: int, stamp: int, is_folio: bool = False, **values: Any) -> bytes:
     """A block that kho_restore_page() restored."""
     order = stamp & 0x7FFFFFFF if stamp >> 32 == 0x4B484F50 else 255
-    refcounts = [1] * min(1 << min(order, 10), 1024)
+    # As it is right for the stamp's type.
+    refcounts = [1] + [stamp >> 31 & 1] * ((1 << min(order, 10)) - 1)
     # A bool: whatever else is in the register.
     args = (pfn << 12, 0xDEADBEEF00 | is_folio)
     whole = {"stamp": stamp, "args": args, "ret": page_at(pfn), **values}
