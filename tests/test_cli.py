@@ -6,6 +6,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import stat
@@ -22,10 +24,14 @@ import numpy as np
 import pytest
 
 from khoscope import __version__, store
-from khoscope.cli import main
+from khoscope.calls import Losses, Tracing
+from khoscope.cli import main, parser
 from khoscope.columns import Leaves
 from khoscope.snapshot import Handover, Scan, Snapshot, Tree
+from khoscope.trace.record import Recorder
 from tests.synthetic import FIXED, PLAIN, Block, rich, rich_before, snapshot
+from tests.test_trace_assemble import FRAMES, added, assembler, call, page_at, restored
+from tests.test_trace_session import CALLERS, FakeProbes
 
 REPOSITORY = Path(__file__).parent.parent
 NEXT_BOOT = "00000000-0000-0000-0000-000000000002"
@@ -417,6 +423,339 @@ def test_text_fits_and_has_no_colour_outside_a_terminal(run: Run, files: dict[st
         assert [line for line in result.out.splitlines() if len(line) > 80] == []
 
 
+# trace
+
+
+#: Two calls of which all is well: 4 pages that are preserved, an order-3 folio that is restored.
+GOOD = [
+    added(0x100, 2),
+    call(args=(page_at(0x100), 4), tgid=7, tid=8, comm=b"kexecd", stack=(*CALLERS, 0, 0)),
+    restored(0x208, FIXED.stamp.encode(3), call=2, pages=None),
+    call("kho_restore_folio", call=2, args=(0x208000,), ret=page_at(0x208), comm=b"modprobe"),
+]
+#: A block whose refcounts are those of a split one and whose type says contig.
+WRONG = [added(0x300, 2, [1, 1, 1, 1], call=3), call(call=3, args=(page_at(0x300), 4))]
+FAILED = [call("kho_preserve_folio", call=4, args=(page_at(0x400),), ret=2**32 - 12)]
+
+
+def tracing() -> Tracing:
+    attached = {"kho_preserve_pages": "fentry", "kho_restore_folio": "kprobe"}
+    missing = {"kho_radix_add_key": "not in this kernel"}
+    return Tracing(snapshot(FIXED, []), attached, missing, "ring buffer of 16 MiB", 50)
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Recordings by name."""
+    many = [
+        each
+        for number in range(1, 3000)
+        for each in (
+            added(number, call=number),
+            call(call=number, args=(page_at(number), 1), stack=(*CALLERS, 0, 0)),
+        )
+    ]
+    made = {
+        "good": ([GOOD], Losses(made=4)),
+        "wrong": ([GOOD, WRONG, FAILED], Losses(made=7)),
+        "lost": ([GOOD], Losses(made=6, lost=2)),
+        "empty": ([], Losses()),
+        "many": ([many], Losses(made=5998)),
+    }
+    directory = tmp_path_factory.mktemp("traces")
+    for name, (feeds, losses) in made.items():
+        make = assembler()
+        with Recorder(directory / name, tracing().facts) as recorder:
+            for feed in feeds:
+                recorder.add(make.feed_all(feed))
+            recorder.finish(tracing(), CALLERS, losses)
+    return {name: directory / name for name in made}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--snapshot", "x", "trace"],
+        ["--qemu", "x", "trace"],
+        ["--core", "x", "trace"],
+        ["--snapshot", "x", "trace", "--replay", "y"],
+        ["trace", "--record", "x", "--replay", "y"],
+        ["trace", "--only", "preserve,nonsense"],
+        ["trace", "--only", ""],
+        ["trace", "--only", "preserve,"],
+        ["trace", "--buffer", "0"],
+        ["trace", "--buffer", "3"],
+        ["trace", "--buffer", "1048577"],
+        ["trace", "--buffer", "16M"],
+        ["trace", "-d", "0"],
+        ["trace", "-d", "-1"],
+        ["trace", "-d", "nan"],
+        ["trace", "-d", "inf"],
+        ["trace", "-d", "soon"],
+        ["trace", "-i", "0"],
+        ["trace", "-p", "init"],
+        ["trace", "--min-order", "x"],
+        ["trace", "--limit", "-1"],
+        ["trace", "--probe", "uprobe"],
+        ["trace", "--json", "--jsonl"],
+        ["trace", "--json", "--summary"],
+        ["trace", "--jsonl", "--summary"],
+        ["trace", "--before"],
+        ["trace", "extra"],
+    ],
+)
+def test_wrong_arguments_of_trace(run: Run, words: list[str]) -> None:
+    result = run(*words)
+    assert (result.status, result.out) == (2, "")
+    assert "usage: khoscope" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_help_of_trace_has_examples_that_work(run: Run) -> None:
+    result = run("trace", "--help")
+    assert result.status == 0
+    assert [line for line in result.out.splitlines() if len(line) > 80] == []
+    _, _, epilog = result.out.partition("\nexamples:\n")
+    examples = re.findall(r"^  khoscope (trace.*?)(?:  |$)", epilog, re.M)
+    assert len(examples) >= 6
+    options = {word for example in examples for word in shlex.split(example) if word[0] == "-"}
+    assert options >= {"--check", "-d", "--stacks", "--summary", "--record", "--replay", "--before"}
+    for example in examples:
+        parser().parse_args(shlex.split(example))
+    assert "exit status: 0 fine, 1 --check found" in epilog
+
+
+def test_replay(run: Run, traces: dict[str, Path]) -> None:
+    result = run("trace", "--replay", traces["wrong"])
+    assert (result.status, result.err) == (0, "")
+    assert "7.2.0-test, by hand" in result.out
+    assert "fentry: preserve_pages" in result.out
+    assert "kprobe: restore_folio" in result.out
+    assert "left out: radix_add_key (not in this kernel)" in result.out
+    assert "ring buffer of 16 MiB" in result.out
+    assert "a_client_init" in result.out
+    assert "type-mismatch" in result.out
+    assert "ENOMEM" in result.out
+    assert "\033" not in result.out
+    assert "a_client_init" in run("trace", "--replay", traces["good"], "--stacks").out
+
+
+def test_replay_as_json(run: Run, traces: dict[str, Path]) -> None:
+    result = run("trace", "--replay", traces["wrong"], "--json")
+    assert (result.status, result.err) == (0, "")
+    document = result.document
+    assert document["schema"] == "khoscope.trace/1"
+    assert document["kernel"]["release"] == "7.2.0-test"
+    assert document["attached"] == tracing().attached
+    assert document["missing"] == tracing().missing
+    assert document["losses"] == vars(Losses(made=7))
+    assert document["verdict"] == "fail"
+    assert document["counts"] == {"type-mismatch": 1, "wrong-after-restore": 1, "failed": 1}
+    assert len(document["calls"]) == 4
+    lines = run("trace", "--replay", traces["wrong"], "--jsonl").lines
+    assert [line for line in lines if "call" in line][:4] == document["calls"]
+    stacks = run("trace", "--replay", traces["good"], "--json", "--stacks").document["calls"]
+    assert "a_client_init+0x10 [a_client]" in json.dumps(stacks)
+
+
+def test_replay_of_nothing(run: Run, traces: dict[str, Path]) -> None:
+    document = run("trace", "--replay", traces["empty"], "--json").document
+    assert (document["calls"], document["verdict"]) == ([], "pass")
+    for way in ([], ["--summary"], ["--jsonl"]):
+        result = run("trace", "--replay", traces["empty"], *way)
+        assert (result.status, result.err) == (0, "")
+        assert result.out != ""
+
+
+def test_replay_of_totals(run: Run, traces: dict[str, Path]) -> None:
+    result = run("trace", "--replay", traces["wrong"], "--summary")
+    assert (result.status, result.err) == (0, "")
+    assert "a_client_init" in result.out
+    assert "4 calls (1 failed), 3 blocks, 16 pages" in " ".join(result.out.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [("good", 0), ("empty", 0), ("wrong", 1), ("lost", 1), ("many", 0)]
+)
+@pytest.mark.parametrize("way", [[], ["--json"], ["--jsonl"], ["--summary"]])
+def test_status_of_a_trace(
+    run: Run, traces: dict[str, Path], name: str, status: int, way: list[str]
+) -> None:
+    """Without --check it is no verdict that is asked for."""
+    result = run("trace", "--replay", traces[name], "--check", *way)
+    assert (result.status, result.err) == (status, "")
+    assert run("trace", "--replay", traces[name], *way).status == 0
+
+
+def test_what_was_lost_fails(run: Run, traces: dict[str, Path]) -> None:
+    document = run("trace", "--replay", traces["lost"], "--check", "--json").document
+    assert document["counts"] == {"events-lost": 1}
+    assert document["incomplete"] == ["events lost for want of room in the buffer: 2"]
+    text = run("trace", "--replay", traces["lost"], "--check").out
+    assert "events lost for want of room in the buffer: 2" in text
+    assert "INCOMPLETE" in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "calls", "status"),
+    [
+        ([], 4, 1),
+        (["--only", "restore"], 1, 0),
+        (["--only", "restore, preserve"], 4, 1),
+        (["--only", "split,subtree,tree,unpreserve"], 0, 0),
+        (["-p", "7"], 1, 0),
+        (["-p", "8"], 0, 0),
+        (["-c", "modprobe"], 1, 0),
+        (["--comm", os.fsdecode(b"\xff")], 0, 0),
+        # What fails is shown whatever it was about.
+        (["--min-order", "3"], 2, 0),
+        (["--min-order", "3", "--only", "restore"], 1, 0),
+    ],
+)
+def test_what_is_asked_for(
+    run: Run, traces: dict[str, Path], words: list[str], calls: int, status: int
+) -> None:
+    result = run("trace", "--replay", traces["wrong"], "--json", "--check", *words)
+    assert len(result.document["calls"]) == calls
+    assert result.status == status
+
+
+def test_trace_across_the_kexec(run: Run, traces: dict[str, Path], tmp_path: Path) -> None:
+    """What is restored is compared with what was recorded."""
+    for name, block in (("same", Block(0x208000, 3)), ("split", Block.split(0x208000, 3, type=1))):
+        store.save_file(snapshot(FIXED, [block]), tmp_path / name)
+    for name, status in (("same", 0), ("split", 1)):
+        result = run("trace", "--replay", traces["good"], "--check", "--before", tmp_path / name)
+        assert result.status == status
+    run("trace", "--replay", traces["good"], "--before", tmp_path / "no").refused("No such file")
+    result = run("trace", "--replay", traces["good"], "--before", traces["good"])
+    result.refused(str(traces["good"]))
+
+
+def test_text_of_trace_fits(run: Run, traces: dict[str, Path]) -> None:
+    for name in traces:
+        for words in ([], ["--summary"], ["--stacks"]):
+            result = run("trace", "--replay", traces[name], *words)
+            assert "\033" not in result.out
+            assert [line for line in result.out.splitlines() if len(line) > 80] == []
+
+
+@pytest.mark.parametrize("content", [None, b"", b"x" * 100, "truncated", "late", "snapshot"])
+@pytest.mark.parametrize("way", [[], ["--json"], ["--jsonl"], ["--summary", "--check"]])
+def test_bad_recording(
+    run: Run,
+    files: dict[str, Path],
+    traces: dict[str, Path],
+    tmp_path: Path,
+    content: bytes | str | None,
+    way: list[str],
+) -> None:
+    path = tmp_path / "bad"
+    whole = traces["good"].read_bytes()
+    if content == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif content == "late":
+        # Damage that is only seen when a batch is read.
+        at = whole.index(b"touches/000000.call.npy") + 60
+        path.write_bytes(whole[:at] + bytes(8) + whole[at + 8 :])
+    elif content == "snapshot":
+        path.write_bytes(files["good"].read_bytes())
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    result = run("trace", "--replay", path, *way)
+    result.refused(str(path))
+    assert "Traceback" not in result.err
+    run("trace", "--replay", tmp_path).refused(str(tmp_path))
+
+
+# trace, of a kernel that is not there
+
+
+class Live(FakeProbes):
+    """Probes that are told what to give, and say when they are attached."""
+
+    buffer = "ring buffer of 16 MiB"
+
+    def __init__(self, source: object, *options: object) -> None:
+        steps = type(self).steps_of_all
+        super().__init__([*steps, lambda: os.kill(os.getpid(), signal.SIGINT)])
+        self.attached, self.missing = tracing().attached, tracing().missing
+        type(self).options = options
+
+    steps_of_all: list[list[bytes]]
+    options: tuple[object, ...]
+    came = went = 0
+
+    def __enter__(self) -> Live:
+        type(self).came += 1
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        type(self).went += 1
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> type[Live]:
+    """A running kernel that is traced."""
+
+    class Source:
+        def __init__(self, *options: object) -> None:
+            self.abi = FIXED
+            self.layout = assembler()._layout
+
+        def tree(self) -> Snapshot:
+            return tracing().facts
+
+    class OfThisTest(Live):
+        pass
+
+    OfThisTest.steps_of_all = [GOOD, WRONG]
+    monkeypatch.setattr("khoscope.cli._program", lambda args: (None, "test", True))
+    monkeypatch.setattr("khoscope.sources.kernel.KernelSource", Source)
+    monkeypatch.setattr("khoscope.trace.probes.Probes", OfThisTest)
+    for name in ("CLIENT_FRAMES", "STACK_FRAMES"):
+        monkeypatch.setattr(f"khoscope.trace.probes.{name}", FRAMES)
+    return OfThisTest
+
+
+def test_trace(run: Run, kernel: type[Live], tmp_path: Path) -> None:
+    result = run("trace", "--check", "--json", "--record", tmp_path / "a.khotrace")
+    assert (result.status, result.err) == (1, "")
+    assert len(result.document["calls"]) == 3
+    assert (kernel.came, kernel.went) == (1, 1)
+    again = run("trace", "--check", "--json", "--replay", tmp_path / "a.khotrace")
+    assert (again.status, again.out) == (1, result.out)
+    kernel.steps_of_all = [GOOD]
+    assert run("trace", "--check").status == 0
+
+
+def test_options_of_trace(run: Run, kernel: type[Live]) -> None:
+    kernel.steps_of_all = []
+    run("trace", "--probe", "kprobe", "--buffer", "64", "-v", "-p", "5", "-c", "x")
+    wanted, how, _, buffer, verbose = kernel.options
+    assert (how, buffer, verbose) == ("kprobe", 64 << 10, True)
+    assert (getattr(wanted, "tgid", 0), getattr(wanted, "comm", "")) == (5, "x")
+    run("trace")
+    assert kernel.options[1:] == (None, FRAMES, 16 << 20, False)
+
+
+def test_nowhere_to_record(run: Run, kernel: type[Live], tmp_path: Path) -> None:
+    """Nothing is attached for a file that cannot be written."""
+    run("trace", "--record", tmp_path / "no" / "a").refused("No such file or directory")
+    assert kernel.came == 0
+
+
+def test_trace_that_nobody_reads(traces: dict[str, Path]) -> None:
+    for way in ([], ["--json"], ["--jsonl"]):
+        with khoscope("trace", "--replay", traces["many"], *way) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.readline()
+            process.stdout.close()
+            assert process.stderr.read() == ""
+        assert process.returncode == -signal.SIGPIPE
+
+
 # Files that are not what they should be
 
 
@@ -529,6 +868,7 @@ def test_interrupt(files: dict[str, Path]) -> None:
 AS_NOBODY = """
 import os, sys
 import khoscope.sources.kernel, khoscope.sources.open
+import khoscope.trace.probes, khoscope.trace.record, khoscope.trace.session
 from khoscope.cli import main
 if os.geteuid() == 0:
     os.setgroups([])
@@ -539,12 +879,13 @@ try:
     print("can be read")
 except OSError as error:
     print(type(error).__name__)
-sys.exit(main(["tree"]))
+sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_not_root() -> None:
-    command = [sys.executable, "-c", AS_NOBODY]
+@pytest.mark.parametrize("name", ["tree", "trace"])
+def test_not_root(name: str) -> None:
+    command = [sys.executable, "-c", AS_NOBODY, name]
     done = subprocess.run(
         command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60
     )
