@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -72,7 +73,8 @@ class Session:
         """
         self._view.start(self._tracing)
         began = time.monotonic()
-        shown = began
+        step = interval or math.inf
+        end, due = began + (duration or math.inf), began + step
 
         def take(batch: Batch) -> None:
             probes.learn(batch)
@@ -81,16 +83,11 @@ class Session:
             self._show(batch)
 
         with _until_stopped() as stopped:
-            while not stopped():
-                left = POLL / 1000
-                now = time.monotonic()
-                if duration is not None:
-                    left = min(left, began + duration - now)
-                    if left <= 0:
-                        break
-                take(assembler.feed(probes.poll(max(int(left * 1000), 1))))
-                if interval is not None and time.monotonic() - shown >= interval:
-                    shown = time.monotonic()
+            while not stopped() and (now := time.monotonic()) < end:
+                left = min((min(due, end) - now) * 1000, POLL)
+                take(assembler.feed(probes.poll(max(int(left), 1))))
+                if (now := time.monotonic()) >= due:
+                    due = now + step
                     self._count(probes.counters())
                     self._view.interval(self._losses)
             # What has begun is followed to its end, if that comes soon.
