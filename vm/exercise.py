@@ -124,22 +124,23 @@ class Exercise:
     def load(self) -> None:
         self.machine.run(("insmod", "/kernel/kho_exercise.ko"), check=True)
 
-    def preserve(self, scenario: str, number: int | None = None) -> None:
+    def preserve(self, scenario: str, number: int | None = None, *, timeout: float = 60.0) -> None:
         """Makes a scenario; what KHO returned for each of its pieces is in the report.
 
         :param number: how many blocks, of the scenario's orders in turn (without it one of each);
             how many pages, for the scenario ``many``; for ``scratch`` the physical address, a
             multiple of four pages
         """
-        self._write("preserve", scenario if number is None else f"{scenario} {number}")
+        words = scenario if number is None else f"{scenario} {number}"
+        self._write("preserve", words, timeout)
 
     def restore(self, scenario: str) -> None:
         """Restores it, after the kexec; what KHO returned is in the report."""
         self._write("restore", scenario)
 
-    def free(self, scenario: str) -> None:
+    def free(self, scenario: str, *, timeout: float = 60.0) -> None:
         """Frees its memory as its owner would; where that is an oops, the writer dies of it."""
-        self._write("free", scenario)
+        self._write("free", scenario, timeout)
 
     def report(self) -> list[Piece]:
         text = self.machine.run(("cat", f"{_DEBUGFS}/report"), check=True).stdout

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``khoscope trace`` under load, attached many times, killed, and with less than it is used to."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vm.exercise import Exercise, KernelLog, Piece
+from vm.machine import Machine
+from vm.trace import Trace
+
+#: Pages of the load, of the load on a tiny buffer, and of what goes across the kexec.
+MANY, SOME, FEW = 200_000, 5_000, 1_000
+#: So long may preserving or freeing them take while khoscope wants the processors, too.
+TIMEOUT = 300.0
+
+_GUEST = Path(__file__).parent / "guest"
+PYTHON = ("env", "PYTHONPATH=/khoscope", "PYTHONPYCACHEPREFIX=/var/cache/khoscope", "python3")
+
+
+def list_blocks(pages: int) -> int:
+    """Blocks of the list of addresses that the module preserves with so many pages: a vmalloc area
+    of 8 bytes for each, and a chunk for each 511 pages of that."""
+    area = -(-pages * 8 // 4096)
+    return area + -(-area // 511)
+
+
+def events_of(pages: int) -> int:
+    """Events of preserving, or of unpreserving, so many pages one by one, and their list."""
+    return 2 * pages + 1 + list_blocks(pages)
+
+
+#: Events of the module's first piece: a page for its record, and the subtree.
+FIRST = 3
+
+
+@dataclass
+class Story:
+    """What was seen."""
+
+    #: The end of the text, and its size.
+    lines: str = ""
+    size: int = 0
+    tiny: dict[str, Any] = field(default_factory=dict)
+    status: int | None = None
+    #: What the kernel complained of, and what is attached, when all have ended.
+    complaint: str | None = None
+    left: list[int] = field(default_factory=list)
+    killed: int | None = None
+    attached: dict[str, Any] = field(default_factory=dict)
+    crippled: dict[str, Any] = field(default_factory=dict)
+    crippled_status: int | None = None
+    restored: list[Piece] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def story() -> Story:
+    """All of it on one machine, as each trace takes its time to start."""
+    story = Story()
+    with Machine("7.2-fixed", memory=3072) as machine:
+        exercise, log = Exercise(machine), KernelLog(machine)
+        for script in ("attach.py", "crippled.py"):
+            machine.copy_in(_GUEST / script, f"/root/{script}")
+        exercise.load()
+        log.mark()
+        with Trace(machine, "load") as load:
+            exercise.preserve("many", MANY, timeout=TIMEOUT)
+            exercise.free("many", timeout=TIMEOUT)
+        story.lines = machine.run(("tail", "-n", "20", f"{load.directory}/out"), check=True).stdout
+        story.size = int(machine.run(f"wc -l <{load.directory}/out", check=True).stdout)
+        assert load.status == 0, load.errors()
+
+        tiny = Trace(machine, "tiny", "--json", "--check", "--buffer", "4", "--probe", "kprobe")
+        killed = Trace(machine, "killed", "--summary")
+        with tiny, killed:
+            busy = f"echo many {SOME} >/sys/kernel/debug/kho_exercise/preserve"
+            machine.run(f"{busy} & kill -KILL $(cat {killed.directory}/pid); wait $!", check=True)
+            story.killed = killed.wait()
+            story.status = tiny.end()
+        story.tiny = json.loads(tiny.output())
+        exercise.free("many")
+        story.attached = json.loads(
+            machine.run((*PYTHON, "/root/attach.py"), timeout=600, check=True).stdout
+        )
+        story.left = story.attached["before"]
+        story.complaint = log.complaint()
+
+        exercise.preserve("many", FEW)
+        for name in ("contig", "split"):
+            exercise.preserve(name)
+        exercise.preserve("part")
+        machine.load_kexec()
+        machine.execute_kexec()
+        crippled = (*PYTHON, "/root/crippled.py", "trace")
+        options = ("--json", "--check", "--only", "restore,preserve", "--buffer", "1024")
+        with Trace(machine, "crippled", *options, command=crippled) as trace:
+            exercise.load()
+            for name in ("many", "contig", "split", "part"):
+                exercise.restore(name)
+            exercise.preserve("many", FEW)
+        story.crippled, story.crippled_status = json.loads(trace.output()), trace.status
+        story.restored = exercise.report()
+    return story
+
+
+# -- every event is accounted for ------------------------------------------------------------------
+
+
+def test_load_under_default_settings(story: Story) -> None:
+    """400,000 calls as text into a file: each is a line, or is counted as lost."""
+    made = FIRST + 2 * events_of(MANY)
+    found = re.search(
+        r"^([\d,]+) calls \(0 failed\), ([\d,]+) blocks, ([\d,]+) pages$", story.lines, re.MULTILINE
+    )
+    assert found, story.lines
+    calls, blocks, pages = (int(number.replace(",", "")) for number in found.groups())
+    assert blocks == pages
+    lost = re.search(r"events lost: ([\d,]+)", story.lines)
+    missing = int(lost[1].replace(",", "")) if lost else 0
+    assert calls + blocks + missing == made
+    assert ("every event was seen" in story.lines) == (not missing)
+    # A line for each, and a few more.
+    assert calls < story.size
+    print(f"of {made:,} events {missing:,} were lost")
+
+
+def test_tiny_buffer_loses_and_says_how_much(story: Story) -> None:
+    """4 KiB hold a dozen events: what is not there is counted, and no --check passes then."""
+    made, losses = events_of(SOME), story.tiny["losses"]
+    assert story.tiny["buffer"] == "ring buffer of 4 KiB"
+    assert losses["lost"] > 0
+    assert losses["made"] == made
+    seen = story.tiny["summary"]["total"]["calls"] + story.tiny["blocks"]
+    assert seen + losses["lost"] == made
+    assert losses["missed"] == 0
+    assert story.tiny["verdict"] == "fail"
+    assert story.tiny["counts"] == {"events-lost": 1}
+    (finding,) = story.tiny["findings"]
+    assert f"{losses['lost']:,}" in finding["message"]
+    assert story.status == 1
+
+
+# -- nothing stays behind --------------------------------------------------------------------------
+
+
+def test_killed_in_the_middle(story: Story) -> None:
+    """kill -9 while the calls come: the kernel takes its probes away, and the other trace goes on
+    (see above: it has counted every event)."""
+    assert story.killed == 128 + 9
+    assert story.left == [0, 0]
+
+
+def test_attached_and_detached_fifty_times(story: Story) -> None:
+    """
+    No probe is left, nor any BPF program, and the kernel has nothing to complain of.
+
+    Compiling takes seconds, so that of the fifty only a few are whole: by fentry and by kprobes in
+    turn.  The others attach and detach the kprobes of one compiled program.
+    """
+    cycles, again = story.attached["full"], story.attached["again"]
+    assert len(cycles) + len(again) >= 50
+    assert cycles == [[0, 0]] * len(cycles)
+    assert again == [0] * len(again)
+    # That it looked in the right places: while they are attached they are seen there.
+    assert all(functions and programs for functions, programs in story.attached["on"])
+    assert story.complaint is None
+
+
+# -- a kernel that has less ------------------------------------------------------------------------
+
+
+def test_perf_buffer(story: Story) -> None:
+    """Without a ring buffer: 1,000 pages each restored and preserved, none more, none less."""
+    found = story.crippled
+    assert found["buffer"] == "perf buffer of 1 MiB on each CPU"
+    functions = found["summary"]["total"]["functions"]
+    part = 1
+    restored = FEW + 4 + 4 + part
+    assert functions["kho_restore_pages"] == {
+        "calls": restored,
+        "failed": 0,
+        "pages": FEW + 2 * 30 + 5,
+    }
+    assert functions["kho_preserve_pages"] == {"calls": FEW, "failed": 0, "pages": FEW}
+    losses = found["losses"]
+    assert (losses["lost"], losses["missed"], losses["open"]) == (0, 0, 0)
+    assert losses["made"] == found["summary"]["total"]["calls"] + found["blocks"]
+
+
+def test_restore_page_that_is_inlined(story: Story) -> None:
+    """Each call reports its first block, which is checked; of several it says that it has not."""
+    found = story.crippled
+    assert found["missing"]["kho_restore_page"].startswith("inlined")
+    assert found["missing"]["kho_unpreserve_folio"] == "not in this kernel"
+    calls = {
+        call["phys"]: call
+        for call in found["calls"]
+        if call["call"] == "kho_restore_pages" and call["pages"] > 1
+    }
+    for piece in story.restored:
+        if piece.scenario not in ("contig", "split", "part") or piece.state != "restored":
+            continue
+        call = calls[f"{piece.ranges[0][0]:#x}"]
+        (block,) = call["blocks"]
+        tails = block["refcounts"]["zeros"], block["refcounts"]["ones"]
+        first = 4 if piece.scenario == "part" else piece.pages
+        assert block["pages"] == first
+        assert tails == ((0, first - 1) if piece.scenario == "split" else (first - 1, 0))
+        assert call["findings"] == []
+    assert found["losses"]["sampled"] == 1
+    assert [text for text in found["incomplete"] if "not all refcounts" in text]
+    assert found["counts"] == {}
+    assert found["verdict"] == "fail"
+    assert story.crippled_status == 1
