@@ -13,7 +13,7 @@
  *   TYPE_SHIFT                           key bit of the page type; 64: none
  *   STAMP_MAGIC, STAMP_MAGIC_SHIFT, STAMP_ORDER_MASK   union kho_page_info
  * and what the user asked for:
- *   RING_PAGES or PERF_PAGES             size of the ring buffer, or a perf buffer
+ *   RING_PAGES                           size of the ring buffer; without: a perf buffer
  *   STACK_FRAMES                         kernel stack frames kept of each call
  *   ONLY                                 bit mask of the kinds of outermost calls
  *   WANTED_TGID, WANTED_COMM             other tasks are left alone
@@ -404,7 +404,8 @@ enter(void *ctx, int function, int kind, u64 a, u64 b, u64 c, u64 d)
 	struct frame *frame;
 	u32 depth;
 
-	if (!on || !*on)
+	/* A task is known while it is in a call, which is followed to its end. */
+	if (!t && (!on || !*on))
 		return 0;
 
 	if (!t) {

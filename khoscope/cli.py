@@ -213,7 +213,7 @@ do it""",
         metavar="SECONDS",
         help="with --summary: print it every so often",
     )
-    trace.add_argument("-p", "--pid", type=int, help="only calls by this process")
+    trace.add_argument("-p", "--pid", type=_pid, help="only calls by this process")
     trace.add_argument("-c", "--comm", help="only calls by processes of this name")
     trace.add_argument(
         "--only",
@@ -222,7 +222,11 @@ do it""",
         help=f"only calls that {', '.join(Kind)}",
     )
     trace.add_argument(
-        "--min-order", type=int, default=0, metavar="N", help="only blocks of this order and above"
+        "--min-order",
+        type=_order,
+        default=0,
+        metavar="N",
+        help="only blocks of this order and above",
     )
     trace.add_argument(
         "--before", metavar="FILE", type=Path, help="snapshot of the kernel that handed over"
@@ -288,6 +292,20 @@ def _seconds(text: str) -> float:
     number = float(text)
     if not 0 < number < 1e9:
         raise argparse.ArgumentTypeError(f"{text}: not a time that ends")
+    return number
+
+
+def _pid(text: str) -> int:
+    number = int(text)
+    if not 0 < number <= 1 << 22:
+        raise argparse.ArgumentTypeError(f"{text}: not a process")
+    return number
+
+
+def _order(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 64:
+        raise argparse.ArgumentTypeError(f"{text}: not an order")
     return number
 
 

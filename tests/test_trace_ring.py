@@ -6,6 +6,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import threading
 
 import numpy as np
 import pytest
@@ -121,3 +122,13 @@ def test_a_record_of_another_size(kernel: Kernel) -> None:
     kernel.put(bytes(RECORD))
     with pytest.raises(ValueError, match="expected 280"):
         ring.take(0, 1000)
+
+
+def test_a_first_record_that_is_being_written_is_waited_for(kernel: Kernel) -> None:
+    """Else the end of a trace would take it for lost."""
+    ring = Ring(kernel.fd, SIZE, RECORD)
+    kernel.put(record(5), busy=True)
+    writer = threading.Timer(0.1, kernel.commit, [0])
+    writer.start()
+    assert len(ring.take(2000, 1000)) == 1
+    writer.join()

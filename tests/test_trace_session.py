@@ -588,3 +588,9 @@ def test_a_replay_is_as_the_trace_was(
     assert (again.incomplete, again.blocks) == (report.incomplete, report.blocks)
     assert not again.passed
     assert second.getvalue() == first.getvalue() != ""
+
+
+def test_a_snapshot_of_a_kernel_with_other_pages() -> None:
+    before = Before(snapshot(Abi.for_page_shift(14), []))
+    with pytest.raises(KhoscopeError, match="16384 byte pages, this kernel has 4096"):
+        Session(tracing(), Wanted(), Lines(io.StringIO(), str), before)

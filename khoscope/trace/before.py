@@ -39,6 +39,11 @@ class Before:
             )
         self._blocks = Blocks.concatenate(snapshot.outgoing.blocks)
 
+    @property
+    def page_size(self) -> int:
+        """Of the kernel that handed over, bytes."""
+        return self._abi.page_size
+
     def join(self, touches: Touches) -> Touches:
         """The same touches; those that restore a recorded block know what it was."""
         known = np.zeros(len(touches), np.bool_)

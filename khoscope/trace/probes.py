@@ -27,7 +27,7 @@ from ..abi import KHO_PAGE_MAGIC
 from ..calls import FUNCTIONS, NUMBERS, Action, Batch, Function, Kind, Use
 from ..errors import KhoscopeError
 from ..sources.kernel import KernelSource
-from .assemble import record_size
+from .assemble import left_at, record_size
 from .ring import Ring
 from .select import Wanted
 
@@ -144,9 +144,9 @@ class Probes:
         """In words."""
         size = self._pages * _PAGE
         amount = f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
-        return (
-            f"ring buffer of {amount}" if self._has_ring else f"perf buffer of {amount} on each CPU"
-        )
+        if self._has_ring:
+            return f"ring buffer of {amount}"
+        return f"perf buffer of {amount} on each CPU"
 
     def __enter__(self) -> Self:
         probes = self._choose()
@@ -379,6 +379,8 @@ class Probes:
             self._bpf.perf_buffer_poll(milliseconds)
             heard, self._heard = self._heard, []
             records = np.frombuffer(b"".join(heard), np.uint8).reshape(-1, self._size)
+            # Each CPU has its own, and a task may go from one to another in the middle of a call.
+            records = records[np.argsort(left_at(records), kind="stable")]
         self._taken += len(records)
         return records
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import select
+import time
 from typing import Final
 
 import numpy as np
@@ -55,6 +56,19 @@ class Ring:
         start = int(self._consumed[0])
         if start == int(self._produced[0]):
             self._events.poll(milliseconds)
+        slots, length = self._whole(start, most)
+        if not len(slots) and start != int(self._produced[0]):
+            # The first one is being written, which takes no longer than a program runs.
+            time.sleep(milliseconds / 1000)
+            slots, length = self._whole(start, most)
+        if (length != self._record).any():
+            raise ValueError(f"records of {np.unique(length)} bytes, expected {self._record}")
+        records = slots[:, _HEADER:].copy()
+        self._consumed[0] = start + len(records) * (_HEADER + self._record)
+        return records
+
+    def _whole(self, start: int, most: int) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
+        """The slots from ``start`` to the first that is being written, and their lengths."""
         stride = _HEADER + self._record
         count = min((int(self._produced[0]) - start) // stride, most)
         at = start % self._size
@@ -62,10 +76,5 @@ class Ring:
         # A length is read once: the kernel clears the bit when the record is whole.
         length = np.ascontiguousarray(slots[:, :4]).view(np.uint32)[:, 0]
         busy = np.flatnonzero(length & np.uint32(_BUSY))
-        if len(busy):
-            slots, length = slots[: busy[0]], length[: busy[0]]
-        if (length != self._record).any():
-            raise ValueError(f"records of {np.unique(length)} bytes, expected {self._record}")
-        records = slots[:, _HEADER:].copy()
-        self._consumed[0] = start + len(records) * stride
-        return records
+        end = int(busy[0]) if len(busy) else count
+        return slots[:end], length[:end]

@@ -16,6 +16,7 @@ import numpy as np
 
 from .. import checks
 from ..calls import NUMBERS, Action, Batch, Losses, Tracing
+from ..errors import KhoscopeError
 from .assemble import Assembler
 from .before import Before
 from .probes import Counters, Probes
@@ -47,9 +48,16 @@ class Session:
     A trace.
 
     :param before: snapshot of the kernel that handed over.
+    :raises KhoscopeError: if that has pages of another size.
     """
 
     def __init__(self, tracing: Tracing, wanted: Wanted, view: View, before: Before | None) -> None:
+        if before and before.page_size != tracing.facts.abi.page_size:
+            raise KhoscopeError(
+                f"the earlier snapshot has {before.page_size} byte pages, "
+                f"this kernel has {tracing.facts.abi.page_size}",
+                "compare with a snapshot of the kernel that handed over",
+            )
         self._tracing = tracing
         self._wanted = wanted
         self._view = view
@@ -85,7 +93,8 @@ class Session:
         with _until_stopped() as stopped:
             while not stopped() and (now := time.monotonic()) < end:
                 left = min((min(due, end) - now) * 1000, POLL)
-                take(assembler.feed(probes.poll(max(int(left), 1))))
+                if len(records := probes.poll(max(int(left), 1))):
+                    take(assembler.feed(records))
                 if (now := time.monotonic()) >= due:
                     due = now + step
                     self._count(probes.counters())
