@@ -322,24 +322,31 @@ class Probes:
 
     @contextmanager
     def _listening(self) -> Iterator[Callable[[], str]]:
-        """Keep what libbcc and the compiler write to stderr; ``-v`` shows it."""
-        if self._verbose:
-            yield lambda: ""
-            return
+        """
+        Keep what libbcc and the compiler write; ``-v`` shows it, on stderr.
+
+        Some of it they write to stdout, where our own data goes.
+        """
+        sys.stdout.flush()
         sys.stderr.flush()
         with tempfile.TemporaryFile() as heard:
-            saved = os.dup(2)
-            os.dup2(heard.fileno(), 2)
+            saved = {number: os.dup(number) for number in (1, 2)}
+            if not self._verbose:
+                os.dup2(heard.fileno(), 2)
+            os.dup2(2, 1)
 
             def said() -> str:
+                _flush_c()
                 heard.seek(0)
                 return heard.read().decode(errors="replace")
 
             try:
                 yield said
             finally:
-                os.dup2(saved, 2)
-                os.close(saved)
+                _flush_c()
+                for number, copy in saved.items():
+                    os.dup2(copy, number)
+                    os.close(copy)
 
     # -- following --------------------------------------------------------------------------------
 
@@ -467,6 +474,11 @@ def import_bcc() -> Any:
             "install a newer python3-bpfcc; 0.35 is known to work",
         )
     return bcc
+
+
+def _flush_c() -> None:
+    """Write out what the C library has buffered."""
+    ctypes.CDLL(None).fflush(None)
 
 
 _VERIFIER = "the kernel's BPF verifier refuses"
