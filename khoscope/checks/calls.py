@@ -15,7 +15,6 @@ from ..calls import (
     ERRNO_NAMES,
     FUNCTIONS,
     NO_ORDER,
-    NO_PHYS,
     Action,
     Calls,
     Losses,
@@ -162,9 +161,8 @@ def failed(facts: Snapshot, calls: Calls) -> Marked:
         if function.name == "kho_add_subtree":
             text += f" of {calls.name[row].decode(errors='replace')!r}"
         elif not {"nr_pages", "order"}.isdisjoint(function.arguments):
-            text += f" of {calls.pages[row]:,} pages"
-        if calls.phys[row] != NO_PHYS:
-            text += f" at {calls.phys[row]:#x}"
+            pages = int(calls.pages[row])
+            text += f" of {pages:,} page{'' if pages == 1 else 's'}"
         if function.returns == "pointer":
             return f"{text} returned NULL"
         return f"{text} returned {f'-{ERRNO_NAMES[-ret]}' if -ret in ERRNO_NAMES else ret}"
