@@ -148,7 +148,7 @@ class Assembler:
         """Keep what they add to their calls, until those return: of as many as can be open."""
         calls, last, row = np.unique(loose.call[::-1], return_index=True, return_inverse=True)
         tally = _tally(loose[::-1], row, len(calls))
-        for i in np.argsort(-last).tolist():
+        for i in np.argsort(-last, kind="stable").tolist():
             call = int(calls[i])
             self._gone[call] = self._gone.pop(call, 0) + tally[i]
         for call in list(self._gone)[:-MOST_CALLS]:

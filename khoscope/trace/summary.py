@@ -159,7 +159,7 @@ def alike(batch: Batch) -> Alike:
     call = np.repeat(np.arange(len(batch.calls)), np.diff(starts))
     first, group = distinct([call, kind])
     counts = np.bincount(group)
-    order = np.argsort(first)
+    order = np.argsort(first, kind="stable")
     for row, count in zip(first[order].tolist(), counts[order].tolist(), strict=True):
         groups[call[row]].append((int(kind[row]), count))
     return Alike(examples.tolist(), groups)
