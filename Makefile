@@ -51,8 +51,9 @@ kernels: .venv/dev
 vm-test: kernels
 	$(BIN)/pytest -q tests/vm
 
-bench: .venv/dev
+bench: .venv/dev kernels
 	$(BIN)/python benchmarks/bench_tree.py
+	$(BIN)/python -m benchmarks.trace_overhead
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
