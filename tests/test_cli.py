@@ -832,7 +832,8 @@ def test_no_core(run: Run, tmp_path: Path) -> None:
 
 
 def khoscope(*words: object, **more: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "khoscope", *map(str, words)]
+    # What runs in the background of a script ignores Ctrl-C, and so would all that it starts.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "khoscope", *map(str, words)]
     return subprocess.Popen(
         command,
         cwd=REPOSITORY,
