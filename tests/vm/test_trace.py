@@ -194,13 +194,9 @@ def restored_calls(pieces: Iterable[Piece]) -> Iterator[Call]:
         if piece.scenario == "vmalloc":
             yield piece.call, None, piece.pages + 1, piece.ret == 0
         else:
-            asked = piece.pages
-            if piece.scenario == "wrong-call" and piece.call == "kho_restore_pages":
-                asked = 1
-            elif piece.call == "kho_restore_folio" and piece.ret:
-                # It was stamped, so that its order is known even of what was refused.
-                asked = piece.pages
-            yield piece.call, address(piece), asked, piece.ret == 0
+            # A folio's order is that of its stamp, even of one that was refused.
+            single = piece.scenario == "wrong-call" and piece.call == "kho_restore_pages"
+            yield piece.call, address(piece), 1 if single else piece.pages, piece.ret == 0
 
 
 def test_as_many_pieces_as_asked_for(story: Story) -> None:
