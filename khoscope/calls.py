@@ -275,6 +275,12 @@ class Touches(Columns):
         restored = self.action == Action.RESTORE
         return np.where(restored, self.ret != 0, self.ret >= 0)
 
+    @property
+    def sampled(self) -> NDArray[np.bool_]:
+        """Blocks of which the kernel did not try to read all refcounts."""
+        tried = self.looked.astype(np.uint64) + self.blocks.facts.unread
+        return tried < self.blocks.page_count
+
 
 def rows_of(calls: U64, wanted: U64) -> NDArray[np.int64]:
     """i64, where in a column of names of calls each of the wanted ones is; -1: nowhere."""

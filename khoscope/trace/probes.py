@@ -224,7 +224,7 @@ class Probes:
     def _attach(self, probes: list[_Probe], said: Callable[[], str]) -> None:
         try:
             self._bpf = self._compile(probes)
-        except Exception as error:  # bcc raises nothing more special
+        except _BccError as error:
             refused = _refusal(error, said(), self._verbose)
             fentry = any(probe.how == "fentry" for probe in probes)
             if self._how or not fentry or not refused.what.startswith(_VERIFIER):
@@ -234,7 +234,7 @@ class Probes:
             probes = [replace(probe, how="kprobe") for probe in probes]
             try:
                 self._bpf = self._compile(probes)
-            except Exception as again:
+            except _BccError as again:
                 raise _refusal(again, said(), self._verbose) from again
         for probe in probes:
             if probe.how == "fentry" or self._attach_kprobe(probe, said):
@@ -257,7 +257,8 @@ class Probes:
         debug = self._bcc.DEBUG_BPF if self._verbose else 0
         bpf = self._bcc.BPF.__new__(self._bcc.BPF)
         try:
-            bpf.__init__(text=text, cflags=flags, debug=debug)
+            with _bcc_errors():
+                bpf.__init__(text=text, cflags=flags, debug=debug)
         except BaseException:
             # Some may be attached already.
             bpf.cleanup()
@@ -307,14 +308,16 @@ class Probes:
         name = probe.function.name
         try:
             # The return first: a call that is seen to begin is then seen to end.
-            self._bpf.attach_kretprobe(event=name, fn_name=f"leave_{name}")
+            with _bcc_errors():
+                self._bpf.attach_kretprobe(event=name, fn_name=f"leave_{name}")
             try:
-                self._bpf.attach_kprobe(event=name, fn_name=f"enter_{name}")
-            except Exception:
+                with _bcc_errors():
+                    self._bpf.attach_kprobe(event=name, fn_name=f"enter_{name}")
+            except _BccError:
                 # Every return would count as one of which the beginning was missed.
                 self._bpf.detach_kretprobe(event=name)
                 raise
-        except Exception as error:  # bcc raises nothing more special
+        except _BccError as error:
             if "Failed to attach" not in str(error):
                 raise _refusal(error, said(), self._verbose) from error
             return False
@@ -362,13 +365,14 @@ class Probes:
                 ) from error
         else:
             try:
-                # What has no room is counted in the kernel.
-                table.open_perf_buffer(
-                    lambda cpu, data, size: self._heard.append(ctypes.string_at(data, self._size)),
-                    page_cnt=self._pages,
-                    lost_cb=lambda lost: None,
-                )
-            except Exception as error:  # bcc raises nothing more special
+                with _bcc_errors():
+                    # What has no room is counted in the kernel.
+                    table.open_perf_buffer(
+                        lambda cpu, data, _: self._heard.append(ctypes.string_at(data, self._size)),
+                        page_cnt=self._pages,
+                        lost_cb=lambda lost: None,
+                    )
+            except _BccError as error:
                 raise KhoscopeError(
                     f"the events' perf buffers cannot be opened ({error})",
                     "see RLIMIT_MEMLOCK, or take a smaller --buffer",
@@ -481,11 +485,26 @@ def _flush_c() -> None:
     ctypes.CDLL(None).fflush(None)
 
 
+class _BccError(Exception):
+    """Something that bcc could not do."""
+
+
+@contextmanager
+def _bcc_errors() -> Iterator[None]:
+    """bcc raises a bare Exception, whatever it cannot do; anything else is a bug."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise _BccError(str(error)) from error
+
+
 _VERIFIER = "the kernel's BPF verifier refuses"
 _UNPROBED = "cannot be probed (notrace, inlined, or kprobes are blocked)"
 
 
-def _refusal(error: Exception, said: str, verbose: bool) -> KhoscopeError:
+def _refusal(error: _BccError, said: str, verbose: bool) -> KhoscopeError:
     """What bcc's exception, and what it wrote to stderr, mean."""
     text = str(error)
     if "Unable to find kernel headers" in said or "chdir(/lib/modules" in said:

@@ -133,8 +133,7 @@ class Session:
         touches, calls = batch.touches, batch.calls
         judged = touches.succeeded & (touches.action != Action.DELETE)
         pages = touches.blocks.page_count
-        seen = touches.looked.astype(np.uint64) + touches.blocks.facts.unread
-        sampled = int((judged & (seen < pages)).sum())
+        sampled = int((judged & touches.sampled).sum())
         if "kho_restore_page" in self._tracing.missing:
             # Of what kho_restore_pages() restores, only the first block is seen.
             starts = batch.starts()

@@ -25,7 +25,6 @@ from ..calls import (
     Batch,
     Calls,
     Symbols,
-    Touches,
     client,
     frames,
 )
@@ -143,7 +142,7 @@ def alike(batch: Batch) -> Alike:
             blocks.order,
             blocks.type,
             np.where(touches.succeeded, 1, touches.ret),
-            looked & sampled(touches),
+            looked & touches.sampled,
             *(
                 np.where(looked, column, 0)
                 for column in (
@@ -163,11 +162,6 @@ def alike(batch: Batch) -> Alike:
     for row, count in zip(first[order].tolist(), counts[order].tolist(), strict=True):
         groups[call[row]].append((int(kind[row]), count))
     return Alike(examples.tolist(), groups)
-
-
-def sampled(touches: Touches) -> NDArray[np.bool_]:
-    """Blocks of which not all refcounts were read."""
-    return touches.looked < touches.blocks.page_count
 
 
 def findings_by_call(batch: Batch, found: Found) -> list[list[Finding]]:

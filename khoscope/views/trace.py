@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import IO, Any
 
+import numpy as np
+
 from ..abi import BAD_ORDER, KHO_PAGE_CONTIG, TYPE_NAMES
 from ..calls import (
     BIT_CLEAR,
@@ -167,7 +169,8 @@ class Lines(_TraceText):
         self._sums.add(batch, found)
         calls = _Calls(batch, found, self._callers)
         folded = alike(batch)
-        words = [_block_words(batch.touches, row) for row in folded.examples]
+        examples = batch.touches[np.array(folded.examples, np.int64)]
+        words = [_block_words(examples, row) for row in range(len(examples))]
         for i, function in enumerate(calls.function):
             self._caller(calls, i)
             groups = [_group(function, *words[kind], count) for kind, count in folded.groups[i]]
@@ -297,7 +300,7 @@ def _block_words(touches: Touches, row: int) -> tuple[str, bool]:
     elif action != Action.DELETE:
         unread = blocks.facts.unread[row] or not touches.looked[row]
         pattern = "?" if unread else describe(blocks.facts, row).partition(" ")[0]
-        sampled = not unread and touches.looked[row] < 1 << order
+        sampled = not unread and touches.sampled[row]
         text += f" {'~' if sampled else ''}{pattern}"
     if not touches.succeeded[row]:
         text += f" {returned(FUNCTIONS[touches.function[row]].returns, int(touches.ret[row]))}"
