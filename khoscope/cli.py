@@ -427,12 +427,11 @@ def _trace(args: argparse.Namespace) -> int:
         session = Session(recording.tracing, wanted, view, before)
         return _judged(args, session.replay(recording))
 
-    from .sources.kernel import KernelSource, Overrides
     from .trace.assemble import Assembler
     from .trace.probes import BUFFER, CLIENT_FRAMES, STACK_FRAMES, Probes
 
     with Progress(sys.stderr) as progress:
-        source = KernelSource(*_program(args), Overrides(args.type_shift), progress)
+        source = _kernel(args, progress)
         facts = source.tree()
     frames = STACK_FRAMES if args.stacks else CLIENT_FRAMES
     probes = Probes(source, wanted, args.probe, frames, args.buffer or BUFFER, args.verbose)
