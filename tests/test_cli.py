@@ -715,7 +715,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> type[Live]:
         pass
 
     OfThisTest.steps_of_all = [GOOD, WRONG]
-    monkeypatch.setattr("khoscope.cli._program", lambda args: (None, "test", True))
+    monkeypatch.setattr("khoscope.commands.common._program", lambda args: (None, "test", True))
     monkeypatch.setattr("khoscope.sources.kernel.KernelSource", Source)
     monkeypatch.setattr("khoscope.trace.probes.Probes", OfThisTest)
     for name in ("CLIENT_FRAMES", "STACK_FRAMES"):

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+The commands, a module each: ``add`` describes its options, and sets what runs it (``run``, which
+returns the exit status) and, where options may contradict each other, what says so (``refuse``).
+"""
+
+from __future__ import annotations
+
+from . import demo, diff, shell, snapshot, trace, tree, verify
+
+#: In the order in which --help lists them.
+COMMANDS = (tree, verify, snapshot, diff, trace, shell, demo)

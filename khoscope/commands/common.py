@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What commands have in common: their options, the kernel or file that they read, exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import store
+from ..snapshot import Snapshot
+from ..views.progress import Progress
+from ..views.text import LIMIT
+
+if TYPE_CHECKING:
+    from drgn import Program
+
+    from ..sources.kernel import KernelSource
+
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+#: Exit statuses (design: 0 fine, 1 found an error, 2 could not do it).
+FINE, FOUND, UNABLE = 0, 1, 2
+
+
+def output(
+    command: argparse.ArgumentParser, lines: str | None = None
+) -> argparse._MutuallyExclusiveGroup:
+    kind = command.add_mutually_exclusive_group()
+    kind.add_argument("--json", action="store_true", help="one JSON document")
+    if lines:
+        kind.add_argument("--jsonl", action="store_true", help=f"one JSON object per {lines}")
+    command.add_argument(
+        "--limit",
+        type=_limit,
+        default=LIMIT,
+        metavar="N",
+        help=f"rows of each list as text, 0 for all (default {LIMIT})",
+    )
+    return kind
+
+
+def _limit(text: str) -> int | None:
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number or None
+
+
+def before_option(command: argparse.ArgumentParser, help: str) -> None:
+    """``--before FILE``."""
+    command.add_argument("--before", metavar="FILE", type=Path, help=help)
+
+
+def load_before(args: argparse.Namespace) -> Snapshot | None:
+    """The snapshot that ``--before`` names, if it was given."""
+    return store.load_file(args.before) if args.before else None
+
+
+def physical_range(text: str) -> tuple[int, int]:
+    """``ADDR[..END]``, physical."""
+    first, dots, end = text.partition("..")
+    start = int(first, 0)
+    stop = int(end, 0) if dots else start + 1
+    if not 0 <= start < stop <= 1 << 64:
+        raise ValueError(text)
+    return start, stop
+
+
+def _program(args: argparse.Namespace) -> tuple[Program, str, bool]:
+    """The kernel that was asked for, how it is read, and whether it runs meanwhile."""
+    from ..sources.open import open_core, open_live, open_qemu
+
+    if args.qemu:
+        return open_qemu(args.qemu, args.vmlinux), f"QEMU guest at {args.qemu}", True
+    if args.core:
+        return open_core(args.core, args.vmlinux), f"vmcore {args.core}", False
+    return open_live(args.vmlinux), "live kernel, /proc/kcore", True
+
+
+def kernel(args: argparse.Namespace, progress: Progress) -> KernelSource:
+    """The kernel that was asked for."""
+    from ..sources.kernel import KernelSource, Overrides
+
+    return KernelSource(*_program(args), Overrides(args.type_shift), progress)
+
+
+def facts(args: argparse.Namespace, before: Snapshot | None = None) -> Snapshot:
+    """All facts from the source that was asked for."""
+    if args.snapshot:
+        return store.load_file(args.snapshot)
+    with Progress(sys.stderr) as progress:
+        return kernel(args, progress).snapshot(before)

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``khoscope diff``: what changed between two snapshots."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .. import store
+from ..views import json as json_view
+from ..views.text import Text
+from . import common
+
+
+def add(commands: common.Commands) -> None:
+    diff = commands.add_parser("diff", help="what changed between two snapshots")
+    diff.set_defaults(run=_run)
+    common.output(diff, "block")
+    diff.add_argument("a", metavar="A", type=Path)
+    diff.add_argument("b", metavar="B", type=Path)
+
+
+def _run(args: argparse.Namespace) -> int:
+    a, b = store.load_file(args.a), store.load_file(args.b)
+    if args.json:
+        json_view.write_diff(a, b, sys.stdout)
+    elif args.jsonl:
+        json_view.write_diff_lines(a, b, sys.stdout)
+    else:
+        Text(sys.stdout, args.limit).diff(a, b)
+    return common.FINE

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``khoscope shell``: a drgn session."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ..errors import KhoscopeError
+from ..views.progress import Progress
+from . import common
+
+
+def add(commands: common.Commands) -> None:
+    shell = commands.add_parser("shell", help="drgn session with prog and the kho_* helpers")
+    shell.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.snapshot:
+        raise KhoscopeError(
+            "a snapshot holds facts, not memory: drgn has nothing to look at",
+            "give --live, --qemu or --core",
+        )
+    if not sys.stdin.isatty():
+        raise KhoscopeError(
+            "the shell needs a terminal", "for a script, run drgn and `import khoscope` in it"
+        )
+    from ..shell import run
+
+    with Progress(sys.stderr) as progress:
+        source = common.kernel(args, progress)
+    run(source)
+    return common.FINE

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``khoscope snapshot``: write all facts to a file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .. import store
+from ..views import json as json_view
+from ..views.text import Text
+from . import common
+
+
+def add(commands: common.Commands) -> None:
+    snapshot = commands.add_parser("snapshot", help="write all facts to a file")
+    snapshot.set_defaults(run=_run, refuse=_refuse)
+    common.output(snapshot)
+    snapshot.add_argument("file", metavar="FILE", type=Path)
+    common.before_option(snapshot, "also look at the pages that FILE recorded")
+
+
+def _refuse(args: argparse.Namespace) -> str | None:
+    if args.snapshot and args.before:
+        return "a snapshot does not hold the pages of another: --before needs a kernel"
+    return None
+
+
+def _run(args: argparse.Namespace) -> int:
+    before = common.load_before(args)
+    facts = common.facts(args, before)
+    store.save_file(facts, args.file)
+    if args.json:
+        json_view.write_snapshot(facts, args.file, sys.stdout)
+    else:
+        Text(sys.stdout, args.limit).snapshot(facts, args.file)
+    return common.FINE

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``khoscope trace``: follow KHO's calls as they happen."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import checks
+from ..calls import Kind, Symbols, Tracing
+from ..views.progress import Progress
+from . import common
+
+if TYPE_CHECKING:
+    from ..trace.session import View
+
+#: The clock of ``bpf_ktime_get_ns()``.
+CLOCK = time.CLOCK_MONOTONIC
+
+
+def add(commands: common.Commands) -> None:
+    trace = commands.add_parser(
+        "trace",
+        help="follow preserve, unpreserve, split and restore as they happen",
+        description="""\
+Follow KHO's calls as they happen, and check every block: the refcounts of its
+pages against the type that is recorded or stamped.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""\
+examples:
+  khoscope trace                       one line per call, until Ctrl-C
+  khoscope trace --check -d 30         for 30 seconds, then say how it went
+  khoscope trace --stacks -c kexecd    with kernel stacks, of one command only
+  khoscope trace --summary -i 1        totals and latencies, every second
+  khoscope trace --only restore --before before.khosnap
+                                       after the kexec: against what was there
+                                       before it
+  khoscope trace --record a.khotrace   keep it
+  khoscope trace --replay a.khotrace   show and check it, anywhere
+
+exit status: 0 fine, 1 --check found an error or missed something, 2 could not
+do it""",
+    )
+    trace.set_defaults(run=_run, refuse=_refuse)
+    kind = common.output(trace, "call")
+    kind.add_argument("--summary", action="store_true", help="totals by client, not each call")
+    trace.add_argument(
+        "--check", action="store_true", help="exit status 1 if anything was wrong, or missed"
+    )
+    trace.add_argument("--stacks", action="store_true", help="the kernel stack of each call")
+    trace.add_argument(
+        "-d", "--duration", type=_seconds, metavar="SECONDS", help="end after so long"
+    )
+    trace.add_argument(
+        "-i",
+        "--interval",
+        type=_seconds,
+        metavar="SECONDS",
+        help="with --summary: print it every so often",
+    )
+    trace.add_argument("-p", "--pid", type=_pid, help="only calls by this process")
+    trace.add_argument("-c", "--comm", help="only calls by processes of this name")
+    trace.add_argument(
+        "--only",
+        type=_kinds,
+        metavar="KIND,…",
+        help=f"only calls that {', '.join(Kind)}",
+    )
+    trace.add_argument(
+        "--min-order",
+        type=_order,
+        default=0,
+        metavar="N",
+        help="only blocks of this order and above",
+    )
+    common.before_option(trace, "snapshot of the kernel that handed over")
+    files = trace.add_mutually_exclusive_group()
+    files.add_argument(
+        "--record", metavar="FILE", type=Path, help="write the events to a file, too"
+    )
+    files.add_argument("--replay", metavar="FILE", type=Path, help="show recorded events")
+    trace.add_argument("--probe", choices=["fentry", "kprobe"], help="this kind of probe only")
+    trace.add_argument(
+        "--buffer",
+        type=_kibibytes,
+        metavar="KIB",
+        help="size of the event buffer, a power of two (default 16384)",
+    )
+    trace.add_argument(
+        "-v", "--verbose", action="store_true", help="what the compiler and the verifier say"
+    )
+
+
+def _refuse(args: argparse.Namespace) -> str | None:
+    if args.snapshot or args.qemu or args.core:
+        return "trace follows the running kernel, or a recording (--replay)"
+    if args.replay:
+        live = {"-d": args.duration, "-i": args.interval, "--probe": args.probe}
+        live |= {"--buffer": args.buffer, "--type-shift": args.type_shift}
+        for option, value in live.items():
+            if value is not None:
+                return f"{option} is for the running kernel, not for a recording"
+    return None
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 1e9:
+        raise argparse.ArgumentTypeError(f"{text}: not a time that ends")
+    return number
+
+
+def _pid(text: str) -> int:
+    number = int(text)
+    if not 0 < number <= 1 << 22:
+        raise argparse.ArgumentTypeError(f"{text}: not a process")
+    return number
+
+
+def _order(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 64:
+        raise argparse.ArgumentTypeError(f"{text}: not an order")
+    return number
+
+
+def _kibibytes(text: str) -> int:
+    number = int(text)
+    if not 4 <= number <= 1 << 20:
+        raise argparse.ArgumentTypeError(f"{text}: choose 4 to {1 << 20}")
+    return number << 10
+
+
+def _kinds(text: str) -> frozenset[Kind]:
+    words = [word.strip() for word in text.split(",")]
+    wrong = [word for word in words if word not in list(Kind)]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r}: choose among {', '.join(Kind)}")
+    return frozenset(map(Kind, words))
+
+
+def _run(args: argparse.Namespace) -> int:
+    from ..trace.before import Before
+    from ..trace.record import Recorder, load
+    from ..trace.select import Wanted
+    from ..trace.session import Session
+
+    wanted = Wanted(args.only or frozenset(Kind), args.pid, args.comm, args.min_order)
+    earlier = common.load_before(args)
+    before = Before(earlier) if earlier else None
+    if args.replay:
+        recording = load(args.replay)
+        view = _trace_view(args, recording.symbols)
+        session = Session(recording.tracing, wanted, view, before)
+        return _judged(args, session.replay(recording))
+
+    from ..trace.assemble import Assembler
+    from ..trace.probes import BUFFER, CLIENT_FRAMES, STACK_FRAMES, Probes
+
+    with Progress(sys.stderr) as progress:
+        source = common.kernel(args, progress)
+        facts = source.tree()
+    frames = STACK_FRAMES if args.stacks else CLIENT_FRAMES
+    probes = Probes(source, wanted, args.probe, frames, args.buffer or BUFFER, args.verbose)
+    assembler = Assembler(source.abi, source.layout, frames)
+    interval = args.interval or (None if args.summary else 1.0)
+    with contextlib.ExitStack() as stack:
+        # A file that cannot be written is found out before anything is attached.
+        recorder = stack.enter_context(Recorder(args.record, facts)) if args.record else None
+        stack.enter_context(probes)
+        started = time.clock_gettime_ns(CLOCK)
+        tracing = Tracing(facts, probes.attached, probes.missing, probes.buffer, started)
+        session = Session(tracing, wanted, _trace_view(args, probes.symbol), before)
+        report = session.live(probes, assembler, recorder, args.duration, interval)
+    return _judged(args, report)
+
+
+def _trace_view(args: argparse.Namespace, symbols: Symbols) -> View:
+    from ..views import trace
+
+    if args.json:
+        return trace.JsonView(sys.stdout, symbols, args.stacks)
+    if args.jsonl:
+        return trace.JsonLines(sys.stdout, symbols, args.stacks)
+    if args.summary:
+        return trace.SummaryView(sys.stdout, symbols, args.limit)
+    return trace.Lines(sys.stdout, symbols, args.stacks, args.limit)
+
+
+def _judged(args: argparse.Namespace, report: checks.Report) -> int:
+    return common.FINE if not args.check or report.passed else common.FOUND
