@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .abi import BAD_ORDER, U64, Abi
+from .abi import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, NO_TYPE, U64, Abi
+from .clients import Claims, Liveupdate, Luo, Owner, Vmalloc
 from .columns import CHUNK_BLOCKS, Blocks, Columns, Leaves, Nodes
 
 
@@ -40,6 +41,8 @@ class Kernel:
     :param tainted: ``tainted_mask``.
     :param log: lines of the kernel log about KHO gone wrong and bad pages (kernel/printk).
     :param page_flags: names of the ``enum pageflags`` bits, by bit.
+    :param page_types: names of the ``enum pagetype`` values, by the top byte of ``page_type``.
+    :param command_line: ``saved_command_line``.
     """
 
     release: str
@@ -48,6 +51,8 @@ class Kernel:
     tainted: int
     log: list[str]
     page_flags: list[str] = field(default_factory=list)
+    page_types: dict[int, str] = field(default_factory=dict)
+    command_line: str = ""
 
 
 @dataclass(frozen=True)
@@ -224,12 +229,37 @@ class Side:
     :param blobs: the FDT ("fdt") and the subtrees (by name) as they were, where readable.
     :param blocks: the tree's blocks with the facts of their struct pages; empty where these were
         not read.
+    :param luo: what LUO has in it; None: nothing, or not looked at.
+    :param vmallocs: the vmalloc areas that known structures lead to.
+    :param owners: whose memory this is, as far as memory can tell.
+    :param claims: stream of the memory of each.
     """
 
     fdt: Fdt
     tree: Tree
     blobs: dict[str, bytes] = field(default_factory=dict)
     blocks: Iterable[Blocks] = ()
+    luo: Luo | None = None
+    vmallocs: list[Vmalloc] = field(default_factory=list)
+    owners: list[Owner] = field(default_factory=list)
+    claims: Iterable[Claims] = ()
+
+
+@dataclass(frozen=True)
+class KexecImage:
+    """
+    What the next kexec starts (``struct kimage *kexec_image``).
+
+    :param loaded: whether there is one.
+    :param file_mode: loaded with kexec_file_load(), not with kexec_load().
+    :param kho_fdt: ``kho.fdt``, ``phys_addr_t``; 0: it will be handed nothing.
+    :param size: of its segments in memory, bytes.
+    """
+
+    loaded: bool
+    file_mode: bool = False
+    kho_fdt: int = 0
+    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -276,6 +306,9 @@ class Snapshot:
     :param ram: u64, shape (n, 2): first and last-plus-one physical address of each range of
         System RAM (``iomem_resource``).
     :param scratch: u64, shape (n, 2): address and size of each area (``kho_scratch``).
+    :param scratch_free: pages of each area that the buddy allocator holds; empty: not counted.
+    :param image: the kexec image; None: not looked at.
+    :param liveupdate: LUO in this kernel; None: it has none, or was not looked at.
     :param outgoing: what this kernel is about to hand over.
     :param incoming: what it was handed; its tree is evidence, never proof.  None: not a KHO boot.
     :param stamps: stream of the stamped pages, found by scanning all struct pages; sorted by
@@ -300,6 +333,9 @@ class Snapshot:
     watching: Watched | None = None
     watched: Iterable[Blocks] = ()
     evidence: Iterable[Leaves] = ()
+    scratch_free: list[int] = field(default_factory=list)
+    image: KexecImage | None = None
+    liveupdate: Liveupdate | None = None
 
 
 class KeySet:
@@ -334,6 +370,38 @@ class KeySet:
         byte = self.leaves.bitmap[leaf[found], bit >> 3]
         found[found] = (byte >> (bit & 7).astype(np.uint8)) & 1 != 0
         return found
+
+    @functools.cached_property
+    def orders(self) -> list[int]:
+        """The orders of which there may be blocks."""
+        low = (self.leaves.key & ~np.uint64(self._abi.type_bit)) == 0
+        _, orders, _ = self._abi.kho_radix_decode_keys(self.leaves.key[~low])
+        # One leaf holds the highest orders together: their order bits are bits of its own.
+        mixed = range(self._abi.order_0_log2 - self._abi.bitmap_size_log2 + 1, 64)
+        every = {*orders.tolist(), *(mixed if low.any() else ())}
+        return sorted(order for order in every if order <= self._abi.order_0_log2)
+
+    def covered(self, phys: U64) -> NDArray[np.bool_]:
+        """Which addresses lie in a block."""
+        abi = self._abi
+        found = np.zeros(len(phys), np.bool_)
+        for order in self.orders:
+            for page_type in (KHO_PAGE_CONTIG, KHO_PAGE_SPLIT) if abi.type_bit else (NO_TYPE,):
+                found |= self.contains(abi.kho_radix_encode_keys(phys, order, page_type))
+        return found
+
+    def covers(self, phys: int, size: int) -> bool:
+        """Whether all of some memory lies in blocks."""
+        step = self._abi.page_size
+        end = phys + size
+        if end > 1 << 64:
+            return False
+        for start in range(phys & -step, end, step * CHUNK_BLOCKS):
+            last = min(start + step * CHUNK_BLOCKS, end)
+            pages = np.arange(start, last, step, dtype=np.uint64)
+            if not self.covered(pages).all():
+                return False
+        return True
 
 
 def rows(stream: Iterable[Columns]) -> int:

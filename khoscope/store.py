@@ -23,7 +23,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Generic, Self, TypeVar
@@ -34,12 +34,14 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from .abi import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE, Abi
+from .clients import Claims, Liveupdate, Luo, Owner, Vmalloc
 from .columns import Blocks, Columns, Leaves, Nodes, Pages
 from .errors import KhoscopeError
 from .snapshot import (
     Fdt,
     Handover,
     Kernel,
+    KexecImage,
     Scan,
     Side,
     Snapshot,
@@ -115,6 +117,9 @@ class _SideMeta:
     fdt: Fdt
     tree: TreeState
     blobs: list[str]
+    luo: Luo | None = None
+    vmallocs: list[Vmalloc] = field(default_factory=list)
+    owners: list[Owner] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,9 @@ class _Meta:
     watching: Watched | None
     #: Chunks of each stream.
     chunks: dict[str, int]
+    scratch_free: list[int] = field(default_factory=list)
+    image: KexecImage | None = None
+    liveupdate: Liveupdate | None = None
 
 
 @dataclass(frozen=True)
@@ -194,9 +202,12 @@ def put(snapshot: Snapshot, writer: Writer) -> None:
         put_stream(f"{name}/nodes", side.tree.nodes)
         put_stream(f"{name}/leaves", side.tree.leaves)
         put_stream(f"{name}/blocks", side.blocks)
+        put_stream(f"{name}/claims", side.claims)
         for i, blob in enumerate(side.blobs.values()):
             writer.member(f"{name}/blobs/{i:06d}.bin", blob[:BLOB_LIMIT])
-        return _SideMeta(side.fdt, side.tree.state, list(side.blobs))
+        return _SideMeta(
+            side.fdt, side.tree.state, list(side.blobs), side.luo, side.vmallocs, side.owners
+        )
 
     def put_stream(name: str, stream: Iterable[Columns]) -> None:
         chunks[name] = writer.stream(name, stream)
@@ -220,6 +231,9 @@ def put(snapshot: Snapshot, writer: Writer) -> None:
         snapshot.scan,
         snapshot.watching,
         chunks,
+        snapshot.scratch_free,
+        snapshot.image,
+        snapshot.liveupdate,
     )
     writer.json("meta.json", meta)
 
@@ -343,6 +357,10 @@ def get(archive: Archive) -> Snapshot:
             Tree(of.tree, streams.nodes(f"{name}/nodes"), streams.leaves(f"{name}/leaves")),
             archive.blobs(name, of.blobs),
             streams.blocks(f"{name}/blocks", "key"),
+            of.luo,
+            of.vmallocs,
+            of.owners,
+            streams.claims(f"{name}/claims", len(of.owners)),
         )
 
     return Snapshot(
@@ -360,6 +378,9 @@ def get(archive: Archive) -> Snapshot:
         meta.watching,
         streams.blocks("watched", "key"),
         streams.leaves("evidence"),
+        meta.scratch_free,
+        meta.image,
+        meta.liveupdate,
     )
 
 
@@ -570,6 +591,16 @@ class _Streams:
     def blocks(self, name: str, sorted_by: str) -> Iterable[Blocks]:
         highest = self.abi.order_0_log2
         return self._stream(name, lambda at: self.archive.blocks(at, highest), sorted_by)
+
+    def claims(self, name: str, owners: int) -> Iterable[Claims]:
+        def read(at: str) -> Claims:
+            claims = Claims(**self.archive.columns(at, Claims))
+            with self.archive.damage():
+                if (claims.owner >= owners).any():
+                    raise ValueError(f"{name}: a claim of nobody")
+            return claims
+
+        return self._stream(name, read)
 
     def _stream(self, name: str, read: Callable[[str], C], order: str | None = None) -> Stored[C]:
         return Stored(lambda: self._chunks(name, read, order))

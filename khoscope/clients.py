@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Facts about KHO's clients: the structures that lead to preserved memory, and whose memory that is.
+
+Read from memory that may be corrupt: what is wrong with a structure is in its ``problems``, in
+words, and what could be read of it is there all the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .abi import U64
+from .columns import Columns
+
+
+class Kind(StrEnum):
+    """What kind of thing owns preserved memory."""
+
+    FDT = "KHO FDT"
+    SUBTREE = "subtree"
+    LUO = "LUO"
+    SESSION = "session"
+    FILE = "file"
+    VMALLOC_CHUNK = "vmalloc chunk"
+    VMALLOC_PAGE = "vmalloc page"
+    RESERVE_MEM = "reserve_mem"
+    KHO_TEST = "kho_test"
+    VM_STRUCT = "vm_struct"
+
+
+@dataclass(frozen=True)
+class Owner:
+    """
+    Somebody whose memory is preserved.
+
+    :param name: for people: which one of its kind, and what of it.
+    :param session: LUO session that it belongs to.
+    :param token: token of the file in that session.
+    """
+
+    kind: Kind
+    name: str
+    session: str | None = None
+    token: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Claims(Columns):
+    """
+    Memory that belongs to owners, sorted by address.
+
+    :param phys: u64, ``phys_addr_t``.
+    :param size: u64, bytes.
+    :param owner: u32, index into :attr:`Side.owners <khoscope.snapshot.Side.owners>`.
+    """
+
+    phys: U64
+    size: U64
+    owner: NDArray[np.uint32]
+
+    DTYPES: ClassVar[dict[str, str]] = {"phys": "<u8", "size": "<u8", "owner": "<u4"}
+
+
+@dataclass(frozen=True)
+class Vmalloc:
+    """
+    A ``struct kho_vmalloc`` and its chain of ``struct kho_vmalloc_chunk``.
+
+    The pages of both are claims of the owners of kind VMALLOC_CHUNK and VMALLOC_PAGE with the same
+    name.
+
+    :param name: whose it is.
+    :param phys: ``phys_addr_t`` of the descriptor.
+    :param first: ``phys_addr_t`` of the first chunk.
+    :param flags: ``KHO_VMALLOC_*``.
+    :param order: of each entry.
+    :param chunks: chunks in the chain, as far as it could be followed.
+    :param listed: pages that they list.
+    """
+
+    name: str
+    phys: int
+    first: int
+    total_pages: int
+    flags: int
+    order: int
+    chunks: int
+    listed: int
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Memfd:
+    """
+    A ``struct memfd_luo_ser``.
+
+    :param phys: ``phys_addr_t`` of the structure.
+    :param pos: file position, bytes.
+    :param size: of the file, bytes.
+    :param seals: ``F_SEAL_*``.
+    :param nr_folios: entries of the list of folios.
+    :param folios: the list, as a vmalloc area; None: the file is empty.
+    :param pages: pages of these folios.
+    """
+
+    phys: int
+    pos: int
+    size: int
+    seals: int
+    flags: int
+    nr_folios: int
+    folios: Vmalloc | None
+    pages: int
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LuoFile:
+    """
+    A file in a session (``struct luo_file``, or ``struct luo_file_ser``).
+
+    :param handler: ``compatible`` of its handler.
+    :param data: ``serialized_data``: what the handler makes of it, mostly a physical address.
+    :param retrieve_status: as in ``struct luo_file``; None where only the serialized form is there.
+    :param memfd: what ``data`` leads to, where the handler is known and it is still there.
+    """
+
+    handler: str
+    token: int
+    data: int
+    retrieve_status: int | None = None
+    memfd: Memfd | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LuoSession:
+    """
+    A session (``struct luo_session``, or ``struct luo_session_ser``).
+
+    :param retrieved: as in ``struct luo_session``; None where only the serialized form is there.
+    :param count: files that it says to have.
+    """
+
+    name: str
+    retrieved: bool | None
+    count: int
+    files: list[LuoFile] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Flb:
+    """
+    File-lifecycle-bound data (``struct liveupdate_flb``, or ``struct luo_flb_ser``).
+
+    :param name: its ``compatible``.
+    :param count: files that depend on it.
+    """
+
+    name: str
+    data: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Luo:
+    """
+    What the Live Update Orchestrator hands over, or was handed (``struct luo_ser``).
+
+    :param phys: ``phys_addr_t`` of the ``struct luo_ser``.
+    :param compatible: its ABI; None: not readable.
+    :param liveupdate_num: live updates up to the next kernel, or up to this one.
+    :param live: the sessions are those of the kernel's lists, not of the serialized form.
+    :param raw: the structure's bytes in hex where the ABI is not known.
+    """
+
+    phys: int
+    compatible: str | None
+    liveupdate_num: int | None = None
+    live: bool = False
+    sessions: list[LuoSession] = field(default_factory=list)
+    flbs: list[Flb] = field(default_factory=list)
+    raw: str | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Liveupdate:
+    """
+    LUO in this kernel (``luo_global``).
+
+    :param enabled: ``luo_global.enabled``.
+    :param handlers: ``compatible`` of each registered file handler.
+    """
+
+    enabled: bool
+    handlers: list[str] = field(default_factory=list)
