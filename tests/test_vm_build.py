@@ -205,6 +205,21 @@ def test_options_that_did_not_come_true() -> None:
     assert kernel.unmet(wanted, config) == ["CONFIG_D=y", "CONFIG_E=n"]
 
 
+def test_a_variant_is_its_kernel_but_for_its_options() -> None:
+    assert kernel._patches("7.2-nodebug") == kernel._patches("7.2-fixed")
+    fixed, variant = (kernel._wanted(name).splitlines() for name in ("7.2-fixed", "7.2-nodebug"))
+    assert set(fixed) - set(variant) == {
+        "CONFIG_KEXEC_HANDOVER_DEBUG=y",
+        'CONFIG_LOCALVERSION="-khoscope-fixed"',
+    }
+    assert set(variant) - set(fixed) == {
+        "CONFIG_KEXEC_HANDOVER_DEBUG=n",
+        'CONFIG_LOCALVERSION="-khoscope-nodebug"',
+    }
+    entries = {kernel._kernel_entry(name, Path("source-1"), {}) for name in kernel.NAMES}
+    assert len(entries) == len(kernel.NAMES)
+
+
 def test_mirror_from_both_formats_of_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(debian, "APT", tmp_path)
     (tmp_path / "sources.list.d").mkdir()

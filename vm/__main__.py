@@ -54,9 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     builder.add_argument(
         "kernel",
         nargs="*",
-        choices=[*kernel.KERNELS, []],
+        choices=[*kernel.NAMES, []],
         metavar="KERNEL",
-        help=f"which of {', '.join(kernel.KERNELS)} (all)",
+        help=f"which of {', '.join(kernel.NAMES)} (all)",
     )
     builder.add_argument(
         "--source",
@@ -72,9 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     one = argparse.ArgumentParser(add_help=False, parents=[boots])
     one.add_argument(
         "kernel",
-        choices=list(kernel.KERNELS),
+        choices=kernel.NAMES,
         metavar="KERNEL",
-        help=f"one of {', '.join(kernel.KERNELS)}",
+        help=f"one of {', '.join(kernel.NAMES)}",
     )
     commands.add_parser("shell", parents=[one], help="boot to a root shell; Ctrl-D ends the VM")
     runner = commands.add_parser(

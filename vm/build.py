@@ -11,7 +11,7 @@ from vm import cache, kernel, root
 
 def kernels() -> int:
     """List the kernels: built or not, release, size."""
-    for name in kernel.KERNELS:
+    for name in kernel.NAMES:
         found = kernel.find(name)
         if found is None:
             print(f"{name:<12}not built")
@@ -22,7 +22,7 @@ def kernels() -> int:
 
 def build(names: Sequence[str], source: Path | None) -> int:
     """Build the named kernels, or all, and the guest's root."""
-    wanted = names or list(kernel.KERNELS)
+    wanted = names or kernel.NAMES
     if source is not None:
         with cache.locked():
             kernel.select(source)
@@ -33,7 +33,7 @@ def build(names: Sequence[str], source: Path | None) -> int:
             for name in wanted:
                 kernel.build(name)
             root.build()
-            if all(map(kernel.find, kernel.KERNELS)):
+            if all(map(kernel.find, kernel.NAMES)):
                 kernel.clean()
     print(f"cache: {cache.directory()}, {_mib(cache.size(cache.directory()))}")
     return 0

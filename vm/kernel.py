@@ -21,6 +21,14 @@ KERNELS: dict[str, list[str]] = {
     "7.2-fixed": ["7.2/rfc", "7.2/fix"],
 }
 
+#: Kernels that let happen what those refuse: the one of them that each is but for these options.
+VARIANTS: dict[str, tuple[str, list[str]]] = {
+    "7.2-nodebug": ("7.2-fixed", ["CONFIG_KEXEC_HANDOVER_DEBUG=n"]),
+}
+
+#: All that are built.
+NAMES = [*KERNELS, *VARIANTS]
+
 #: Where the source comes from when nobody says otherwise.
 SUITE = "trixie-backports"
 PACKAGE = "linux-source-7.2"
@@ -46,6 +54,11 @@ class Kernel:
     name: str
     release: str
     share: Path
+
+
+def patched_as(name: str) -> str:
+    """The one of KERNELS that it is, or is a variant of."""
+    return VARIANTS[name][0] if name in VARIANTS else name
 
 
 def find(name: str) -> Kernel | None:
@@ -110,7 +123,7 @@ _Files = dict[str, bytes]
 
 
 def _kernel_entry(name: str, source: Path, patches: _Files) -> Path:
-    parts = (_RECIPE, _compiler(), source.name, name, _CONFIG, patches)
+    parts = (_RECIPE, _compiler(), source.name, name, _CONFIG, patches, *_options(name))
     return cache.entry(f"kernel-{name}", cache.digest(*parts))
 
 
@@ -121,12 +134,28 @@ def _share_entry(kernel: Path, module: _Files) -> Path:
 
 def _patches(name: str) -> _Files:
     found: _Files = {}
-    for directory in KERNELS[name]:
+    for directory in KERNELS[patched_as(name)]:
         patches = sorted((_PATCHES / directory).glob("*.patch"))
         if not patches:
             raise BuildError(f"{name}: no patches in {_PATCHES / directory}.")
         found |= {patch.name: patch.read_bytes() for patch in patches}
     return found
+
+
+def _options(name: str) -> list[str]:
+    """What the kernel is configured with besides, or instead of, vm/kernel.config."""
+    return VARIANTS[name][1] if name in VARIANTS else []
+
+
+def _wanted(name: str) -> str:
+    """What the kernel is configured with, on top of tinyconfig."""
+    options = _options(name)
+    replaced = {option.partition("=")[0] for option in options}
+    lines = _CONFIG.read_text().splitlines()
+    lines = [line for line in lines if line.partition("=")[0] not in replaced]
+    suffix = name.partition("-")[2]
+    lines += [*options, f'CONFIG_LOCALVERSION="-khoscope-{suffix}"']
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _module_files() -> _Files:
@@ -261,15 +290,14 @@ def _compile(name: str, source: Path, patches: _Files, to: Path, log: Log) -> No
 
     with log.step("configuring"):
         make("tinyconfig")
-        suffix = name.partition("-")[2]
-        wanted = f'{_CONFIG.read_text()}CONFIG_LOCALVERSION="-khoscope-{suffix}"\n'
+        wanted = _wanted(name)
         with (tree / ".config").open("a") as config:
             config.write(wanted)
         make("olddefconfig")
         missing = unmet(wanted, (tree / ".config").read_text())
         if missing:
             raise BuildError(
-                f"{name}: this source does not give what vm/kernel.config asks for:\n  "
+                f"{name}: this source does not give what is asked for:\n  "
                 + "\n  ".join(missing)
             )
     with log.step(f"compiling on {os.cpu_count()} processors"):

@@ -611,8 +611,8 @@ async def _until_port(ports: EventListener, *, is_open: bool) -> None:
 def _built(kernel: kernels.Kernel | str) -> kernels.Kernel:
     if not isinstance(kernel, str):
         return kernel
-    if kernel not in kernels.KERNELS:
-        raise MachineError(f"no kernel is called {kernel}; there are: {', '.join(kernels.KERNELS)}")
+    if kernel not in kernels.NAMES:
+        raise MachineError(f"no kernel is called {kernel}; there are: {', '.join(kernels.NAMES)}")
     found = kernels.find(kernel)
     if found is None:
         raise MachineError(f"kernel {kernel} is not built; run: python -m vm build {kernel}")
