@@ -297,8 +297,7 @@ def _compile(name: str, source: Path, patches: _Files, to: Path, log: Log) -> No
         missing = unmet(wanted, (tree / ".config").read_text())
         if missing:
             raise BuildError(
-                f"{name}: this source does not give what is asked for:\n  "
-                + "\n  ".join(missing)
+                f"{name}: this source does not give what is asked for:\n  " + "\n  ".join(missing)
             )
     with log.step(f"compiling on {os.cpu_count()} processors"):
         make("all")
