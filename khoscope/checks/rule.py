@@ -84,6 +84,7 @@ SCOPES = {
     "handover": "(before, after) → messages",
     "abi": "(abi) → messages, for what a kernel does whatever its tree holds",
     "kernel": "(snapshot) → messages",
+    "next": "(snapshot, NextKernel) → messages, for what the next kernel makes of it",
     "tree": "(snapshot) → blocks with marked rows, for what no single chunk shows",
     "blocks": "(snapshot, a chunk of blocks) → marked rows",
     "pairs": "(handover.Pairs) → marked rows",

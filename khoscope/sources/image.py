@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Read what a kernel image says about the handovers that its kernel takes.
+
+Kernel source: ``Documentation/arch/x86/boot.rst`` for the bzImage; the strings are those of
+``include/linux/kho/abi/`` and ``linux_banner``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from ..errors import KhoscopeError
+from ..image import NextKernel
+from .decompress import LIMIT, PIECE, Damaged, decompress
+
+#: Where kernels are in a package, a root, /boot or a build directory.
+_PLACES: Final = [
+    *("bzImage", "vmlinuz", "vmlinuz-*", "vmlinux", "arch/x86/boot/bzImage"),
+    *("boot/vmlinuz-*", "lib/modules/*/vmlinuz", "usr/lib/modules/*/vmlinuz"),
+    *("usr/lib/debug/boot/vmlinux-*", "usr/lib/debug/lib/modules/*/vmlinux"),
+]
+#: Images in one directory that are looked into; different strings of a kind in one image.
+_MANY: Final = 16
+
+#: The boot sector and the setup header up to payload_length; an ELF header is shorter.
+_HEADER: Final = 0x250
+
+_HINT: Final = "give a bzImage (vmlinuz) or vmlinux, or a directory with one kernel in it"
+
+#: Each as a C string, but for the release, which is in the middle of one.
+_STRINGS: Final = {
+    "release": re.compile(rb"Linux version ([!-~]{1,64}) \("),
+    **{
+        name: re.compile(rb"(%b-v[0-9]{1,9})\0" % name.encode()) for name in ("kho", "luo", "memfd")
+    },
+}
+#: No match is longer, nor with the byte before it.
+_LONGEST: Final = 128
+
+
+def read_image(path: Path) -> NextKernel:
+    """
+    The kernel in a bzImage, a vmlinux, or a directory that has one kernel in it.
+
+    :raises KhoscopeError: if there is none, or several, or it is damaged or cannot be read.
+    """
+    with _told(path):
+        images = _images(path) if path.is_dir() else [path]
+    if not images:
+        raise KhoscopeError(f"{path}: no kernel image in this directory", _HINT)
+    if len(images) > _MANY:
+        raise KhoscopeError(f"{path}: {len(images)} kernel images", "give one of them")
+    kernels: dict[NextKernel, NextKernel] = {}
+    for kernel in map(_read, images):
+        # A vmlinux next to its bzImage is the same kernel.
+        kernels.setdefault(dataclasses.replace(kernel, path="", compression=None), kernel)
+    if len(kernels) > 1:
+        which = ", ".join(f"{k.path} ({k.release})" for k in kernels.values())
+        raise KhoscopeError(f"{path}: several kernels: {which}", "give one of these files")
+    return next(iter(kernels.values()))
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Whatever keeps a file from being read, in two lines."""
+    try:
+        yield
+    except OSError as error:
+        raise KhoscopeError(f"{path}: {error.strerror}", _HINT) from error
+    except Damaged as error:
+        raise KhoscopeError(f"{path}: not a whole kernel image: {error}", _HINT) from error
+    except ModuleNotFoundError as error:
+        raise KhoscopeError(
+            f"{path}: to unpack it takes the Python package {error.name}",
+            f"pip install {error.name}, or give the kernel's vmlinux",
+        ) from error
+
+
+def _images(directory: Path) -> list[Path]:
+    """The kernel images in a directory, each file once."""
+    found: dict[Path, Path] = {}
+    for place in _PLACES:
+        for path in sorted(directory.glob(place)):
+            if path.is_file():
+                found.setdefault(path.resolve(), path)
+    return list(found.values())
+
+
+def _read(path: Path) -> NextKernel:
+    with _told(path):
+        # A pipe would keep us waiting, a device has no end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise KhoscopeError(f"{path}: not a regular file", _HINT)
+        with path.open("rb") as file:
+            start = file.read(_HEADER)
+            if start.startswith(b"\x7fELF"):
+                compression, pieces = None, _segments(file, start)
+            elif start[0x202:0x206] == b"HdrS":
+                compression, pieces = decompress(_payload(file, start))
+            else:
+                raise KhoscopeError(f"{path}: neither a bzImage nor a vmlinux", _HINT)
+            found = _strings(pieces)
+    if len(found["release"]) != 1:
+        raise KhoscopeError(f"{path}: not one Linux kernel in it, by its banner", _HINT)
+    (release,) = found.pop("release")
+    return NextKernel(str(path), compression, release, **found)
+
+
+def _payload(file: BinaryIO, start: bytes) -> bytes:
+    """The compressed kernel in a bzImage; `start` has the whole setup header."""
+    if len(start) < _HEADER:
+        raise Damaged("it ends in its header")
+    (version,) = struct.unpack_from("<H", start, 0x206)
+    if version < 0x0208:
+        raise Damaged(f"boot protocol {version:#06x} does not say where the payload is")
+    # setup_sects, of which 0 means 4; the boot sector is not counted.
+    setup = ((start[0x1F1] or 4) + 1) * 512
+    offset, length = struct.unpack_from("<II", start, 0x248)
+    if length > LIMIT:
+        raise Damaged(f"its payload has {length:,} bytes")
+    return b"".join(_range(file, setup + offset, length))
+
+
+def _segments(file: BinaryIO, start: bytes) -> Iterator[bytes]:
+    """What an ELF file has to load: not its debug info."""
+    # 64 bit, little endian, ET_EXEC or ET_DYN: no object file, and no dump of memory, which has
+    # everybody's strings.
+    if start[4:6] != b"\2\1" or start[16:18] not in (b"\2\0", b"\3\0") or len(start) < 64:
+        raise Damaged("an ELF file, but no 64-bit little-endian vmlinux")
+    (table,) = struct.unpack_from("<Q", start, 32)
+    size, count = struct.unpack_from("<HH", start, 54)
+    if size != 56:
+        raise Damaged(f"program headers of {size} bytes")
+    headers = b"".join(_range(file, table, size * count))
+    loaded = [
+        (offset, length)
+        for kind, _, offset, _, _, length, _, _ in struct.iter_unpack("<IIQQQQQQ", headers)
+        if kind == 1
+    ]
+    total = sum(length for _, length in loaded)
+    if total > LIMIT:
+        raise Damaged(f"{total:,} bytes to load")
+    for offset, length in loaded:
+        yield from _range(file, offset, length)
+
+
+def _range(file: BinaryIO, offset: int, length: int) -> Iterator[bytes]:
+    """A range of a file, piece by piece, if all of it is there."""
+    size = os.fstat(file.fileno()).st_size
+    if offset + length > size:
+        raise Damaged(f"it has {size:,} bytes, and needs {offset + length:,}")
+    file.seek(offset)
+    while length:
+        piece = file.read(min(length, PIECE))
+        if not piece:
+            raise Damaged("it shrank while it was read")
+        length -= len(piece)
+        yield piece
+
+
+def _strings(pieces: Iterable[bytes]) -> dict[str, tuple[str, ...]]:
+    """The strings that tell about a kernel, each once, by what they are."""
+    found: dict[str, set[str]] = {name: set() for name in _STRINGS}
+    before = b"\0"
+    for piece in pieces:
+        text = before + piece
+        for name, pattern in _STRINGS.items():
+            for match in pattern.finditer(text):
+                if name == "release" or _begins(text, match.start()):
+                    found[name].add(match[1].decode("ascii"))
+            if len(found[name]) > _MANY:
+                raise Damaged(f"more than {_MANY} different {name} strings")
+        before = text[-_LONGEST:]
+    return {name: tuple(sorted(each)) for name, each in found.items()}
+
+
+def _begins(text: bytes, at: int) -> bool:
+    """Whether a string begins there; at the very start it has been seen with what is before it."""
+    return at > 0 and not 0x20 <= text[at - 1] < 0x7F
