@@ -14,23 +14,28 @@ import re
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Final, Generic, TypeVar
 
 import numpy as np
 from drgn import FaultError, Object, Program, Type, cast, offsetof, sizeof
 from drgn.helpers.linux.ioport import for_each_resource
+from drgn.helpers.linux.list import list_for_each_entry
 from drgn.helpers.linux.mm import phys_to_virt, virt_to_phys
 from drgn.helpers.linux.printk import get_printk_records
 
 from .. import __version__
 from ..abi import COMPATIBLES_WITHOUT_TYPES, POSTED_TYPE_SHIFT, U64, Abi, Stamp
+from ..clients import Liveupdate
 from ..columns import Blocks, Columns, Leaves
 from ..errors import KhoscopeError
 from ..fdt import parse_root_fdt
+from ..runs import PageRuns, Seen
 from ..snapshot import (
     Fdt,
     Handover,
     Kernel,
+    KexecImage,
     KeySet,
     Scan,
     Side,
@@ -47,6 +52,8 @@ from .walk import READ_SIZE, READS, in_ranges, settle, walk
 IORESOURCE_SYSTEM_RAM: Final = 0x01000000
 #: More scratch areas than nodes any kernel supports (MAX_NUMNODES is 1024): a corrupt count.
 SCRATCH_LIMIT: Final = 1 << 12
+#: More file handlers than any kernel has: a corrupt list.
+HANDLER_LIMIT: Final = 1 << 8
 
 #: What a kernel says when KHO or the page allocator finds something broken.
 TROUBLE = re.compile(
@@ -182,11 +189,31 @@ class KernelSource:
         :raises KhoscopeError: if KHO is off.
         """
         self._require_kho()
+        return self.outline()
+
+    @told()
+    def outline(self) -> Snapshot:
+        """
+        What :meth:`tree` gives, whether KHO is on or off: without it, there is no tree.
+        """
         if self._moves:
             _, tree = settle(self._walk_outgoing, lambda _: None)
         else:
             tree = self._walk_outgoing()
         return self._snapshot(tree, self._kernel())
+
+    @told()
+    def status(self) -> Snapshot:
+        """
+        :meth:`outline`, how full scratch is, and what is stamped, which can be only after a KHO
+        boot: looking for it takes a scan of all struct pages.
+        """
+        facts = replace(self.outline(), scratch_free=self._scratch_free())
+        if not facts.handover.is_kho_boot:
+            return facts
+        scan = _Scan(self)
+        facts = spool(replace(facts, stamps=_Lazy(scan.stamps)))
+        return replace(facts, scan=scan.result())
 
     @told()
     def snapshot(self, before: Snapshot | None = None) -> Snapshot:
@@ -213,6 +240,7 @@ class KernelSource:
                 facts,
                 outgoing=replace(facts.outgoing, blocks=blocks),
                 stamps=_Lazy(scan.stamps),
+                scratch_free=self._scratch_free(),
             )
             if before is not None:
                 recorded = before.outgoing.tree
@@ -244,6 +272,14 @@ class KernelSource:
     def stamps(self) -> Iterator[Blocks]:
         """Every stamped page; a scan of all struct pages."""
         return _Scan(self).stamps()
+
+    def pages(self, start: int, end: int) -> Iterator[PageRuns]:
+        """The struct pages of the pfns [start, end), window by window, each a row."""
+        with told():
+            for window in self._pages.pages(start, end):
+                yield window
+                done = int(window.phys[-1]) >> self.abi.page_shift
+                self._progress("reading struct pages", done - start, end - start)
 
     def scratch(self) -> U64:
         """``kho_scratch``: u64, shape (n, 2), address and size of each area."""
@@ -290,6 +326,8 @@ class KernelSource:
             self.scratch(),
             Side(fdt, tree, blobs),
             self._incoming(),
+            image=self._image(),
+            liveupdate=self._liveupdate(),
         )
 
     def _incoming(self) -> Side | None:
@@ -320,6 +358,51 @@ class KernelSource:
                 raw = b"".join(page for page in pages if page is not None)
                 yield Leaves(leaves.key[read], np.frombuffer(raw, np.uint8).reshape(sum(read), -1))
 
+    def _scratch_free(self) -> list[int]:
+        """Pages of each scratch area that the buddy allocator holds, as far as can be read."""
+        shift = self.abi.page_shift
+        ram_end = int(self.ram[-1, 1])
+        return [
+            sum(
+                int(((pages.buddy != PageRuns.ALLOCATED) & (pages.seen == Seen.READ)).sum())
+                # Nothing of a corrupt area beyond RAM.
+                for pages in self.pages(first >> shift, min(first + size, ram_end) >> shift)
+            )
+            for first, size in self.scratch().tolist()
+        ]
+
+    def _image(self) -> KexecImage | None:
+        """``kexec_image``; None: this kernel has none of its members that KHO is about."""
+        try:
+            image = self.prog["kexec_image"]
+            if not image:
+                return KexecImage(False)
+            known = min(image.nr_segments.value_(), image.segment.type_.length or 0)
+            return KexecImage(
+                True,
+                bool(image.file_mode),
+                image.kho.fdt.value_(),
+                sum(image.segment[i].memsz.value_() for i in range(known)),
+            )
+        except (KeyError, AttributeError):
+            return None
+
+    def _liveupdate(self) -> Liveupdate | None:
+        """``luo_global`` and the file handlers; None: this kernel has no LUO."""
+        try:
+            enabled = bool(self.prog["luo_global"].enabled)
+            handlers = self.prog["luo_file_handler_list"].address_of_()
+        except (KeyError, AttributeError):
+            return None
+        listed = list_for_each_entry("struct liveupdate_file_handler", handlers, "list")
+        return Liveupdate(
+            enabled,
+            [
+                handler.compatible.string_().decode("ascii", "backslashreplace")
+                for handler in islice(listed, HANDLER_LIMIT)
+            ],
+        )
+
     def _kernel(self) -> Kernel:
         uts = self.prog["init_uts_ns"].name
         boot_id = uuid.UUID(bytes=bytes(self.prog["sysctl_bootid"].value_()))
@@ -340,6 +423,11 @@ class KernelSource:
             self.prog["tainted_mask"].value_(),
             log,
             [names.get(bit, "") for bit in range(last)],
+            {
+                value: name.removeprefix("PGTY_")
+                for name, value in _enumerators(self.prog, "enum pagetype").items()
+            },
+            self.prog["saved_command_line"].string_().decode("utf-8", "backslashreplace"),
         )
 
     def _read_ram(self) -> U64:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..abi import BAD_ORDER, NO_TYPE, U64, Abi
 from ..columns import CHUNK_BLOCKS, Blocks, Pages
+from ..runs import PageRuns, Seen, page_types
 
 #: Reads ``size`` bytes at a kernel virtual address; None: that memory cannot be read.
 ReadVirt = Callable[[int, int], bytes | None]
@@ -150,6 +151,37 @@ class PageReader:
         if rows:
             yield Blocks.concatenate(waiting)
 
+    def pages(self, start: int, end: int) -> Iterator[PageRuns]:
+        """
+        The pages [start, end), pfns, each a row; window by window.
+
+        What is a free block is marked at its first page only: windows are whole regions of
+        MAX_PAGE_ORDER, which no free block crosses.
+        """
+        region = 1 << self._abi.max_page_order
+        step = max(WINDOW, region)
+        for low in range(start & -region, end, step):
+            high = min(low + step, -(-end // region) * region)
+            yield self._region(low, high)[max(start - low, 0) : end - low]
+
+    def _region(self, start: int, end: int) -> PageRuns:
+        pfn = np.arange(start, end, dtype=np.uint64)
+        found = PageRuns.nothing(pfn << np.uint64(self._abi.page_shift), Seen.UNREAD)
+        for at, raw in self._readable(start, min(end, self._ram_end), lambda _: None):
+            pages = StructPages(self._layout, raw)
+            to = slice(at - start, at - start + len(pages.flags))
+            private, tail = pages.private, pages.is_tail
+            found.seen[to] = Seen.READ
+            found.stamp[to] = np.where(self._abi.stamp.is_stamp(private), private, 0)
+            found.flags[to] = np.where(tail, 0, pages.flags)
+            found.refcount[to] = pages.refcount
+            found.page_type[to] = page_types(pages.page_type)
+            last = Pages.COMPOUND_TAIL if tail[-1] else Pages.NOT_COMPOUND
+            found.compound[to] = np.append(pages.compound_order(), np.int8(last))
+        buddy = self._buddy(start, end)
+        found.buddy[:] = np.where(found.seen == Seen.READ, buddy, PageRuns.ALLOCATED)
+        return found
+
     def _stamped(self, start: int, pages: StructPages) -> Blocks:
         abi = self._abi
         private = pages.private
@@ -227,19 +259,30 @@ class PageReader:
             if len(part):
                 pfn = start[part]
                 first = int(pfn[0]) >> order << order
-                facts.free[part] = self._free_pages(first, first + (1 << order))[pfn - first]
+                buddy = self._buddy(first, first + (1 << order))[pfn - first]
+                facts.free[part] = buddy != PageRuns.ALLOCATED
         for row in suspect[facts.free[suspect] == 0][:LIST_LOOKS].tolist():
             facts.free[row] = self._on_a_list(int(start[row]))
 
-    def _free_pages(self, start: int, end: int) -> NDArray[np.bool_]:
-        """Which pages of an aligned region of MAX_PAGE_ORDER the buddy allocator holds."""
-        free = np.zeros(end - start, np.bool_)
+    def _buddy(self, start: int, end: int) -> NDArray[np.int8]:
+        """
+        Of which order the free block is that holds each page; ``PageRuns.ALLOCATED``: none does.
+
+        :param start: of a region of MAX_PAGE_ORDER, pfn; ``end`` likewise.
+        """
+        index = np.arange(end - start)
+        head = np.full(end - start, -1)
+        reach = np.zeros(end - start, np.int64)
+        order = np.zeros(end - start, np.int8)
         for at, raw in self._readable(start, min(end, self._ram_end), lambda _: None):
             pages = StructPages(self._layout, raw)
-            for i in np.flatnonzero(pages.is_buddy).tolist():
-                order = min(int(pages.private[i]), self._abi.max_page_order)
-                free[at - start + i : at - start + i + (1 << order)] = True
-        return free
+            heads = np.flatnonzero(pages.is_buddy)
+            to = heads + (at - start)
+            order[to] = np.minimum(pages.private[heads], np.uint64(self._abi.max_page_order))
+            reach[to] = to + (1 << order[to].astype(np.int64))
+            head[to] = to
+        free = index < np.maximum.accumulate(reach)
+        return np.where(free, order[np.maximum.accumulate(head)], PageRuns.ALLOCATED)
 
     def _on_a_list(self, pfn: int) -> bool:
         """
