@@ -123,8 +123,8 @@ _Files = dict[str, bytes]
 
 
 def _kernel_entry(name: str, source: Path, patches: _Files) -> Path:
-    parts = (_RECIPE, _compiler(), source.name, name, _CONFIG, patches, *_options(name))
-    return cache.entry(f"kernel-{name}", cache.digest(*parts))
+    parts = (_RECIPE, _compiler(), source.name, name, _CONFIG, patches)
+    return cache.entry(f"kernel-{name}", cache.digest(*parts, *_options(name)))
 
 
 def _share_entry(kernel: Path, module: _Files) -> Path:
