@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import store
+from ..carry import retrieve
 from ..snapshot import Snapshot
 from ..views.progress import Progress
 from ..views.text import LIMIT
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 #: Exit statuses (design: 0 fine, 1 found an error, 2 could not do it).
 FINE, FOUND, UNABLE = 0, 1, 2
+
+#: Instead of a file after --before; a file of that name is ``./carried``.
+CARRIED = "carried"
 
 
 def output(
@@ -49,13 +53,19 @@ def _limit(text: str) -> int | None:
 
 
 def before_option(command: argparse.ArgumentParser, help: str) -> None:
-    """``--before FILE``."""
-    command.add_argument("--before", metavar="FILE", type=Path, help=help)
+    """``--before FILE``, or the one that ``khoscope carry`` handed over."""
+    command.add_argument(
+        "--before",
+        metavar="FILE",
+        help=f"{help}; {CARRIED!r}: the one that khoscope carry handed over",
+    )
 
 
 def load_before(args: argparse.Namespace) -> Snapshot | None:
     """The snapshot that ``--before`` names, if it was given."""
-    return store.load_file(args.before) if args.before else None
+    if args.before is None:
+        return None
+    return store.load_file(retrieve() if args.before == CARRIED else Path(args.before))
 
 
 def physical_range(text: str) -> tuple[int, int]:

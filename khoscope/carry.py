@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Evidence without a disk: a snapshot in a memfd that LUO hands to the next kernel.
+
+All else in khoscope only reads.  This is the exception: :func:`carry` has the kernel preserve one
+memfd of khoscope's own, for as long as khoscope keeps the session open, and :func:`retrieve` takes
+it out of LUO again.  What comes back is a snapshot file like any other, and believed as little.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final
+
+from . import store
+from .errors import KhoscopeError
+from .liveupdate import LIVEUPDATE, LiveUpdate, Session
+from .snapshot import Snapshot
+
+#: The session's name.
+SESSION = "khoscope"
+#: u64, the memfd's token in it: the same in ASCII.
+TOKEN = int.from_bytes(b"khoscope", "big")
+
+#: What :func:`retrieve` keeps, for this boot: a session is retrieved once.
+DIRECTORY = Path("/run/khoscope")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+#: ``include/uapi/linux/memfd.h``; Python has no name for it.  Asked for on hardened systems
+#: (``vm.memfd_noexec``), and LUO preserves the seal.
+MFD_NOEXEC_SEAL = 0x0008
+
+#: Bytes, enough for most snapshots: only a larger one is taken twice.
+SLACK = 1 << 20
+#: Times that a memfd may turn out to be too small.
+ATTEMPTS = 3
+
+Said = Mapping[int | None, tuple[str, str]]
+
+_NOT_PERMITTED = (f"{LIVEUPDATE}: permission denied", "run khoscope as root")
+_OPEN: Final[Said] = {
+    errno.ENOENT: (
+        f"LUO is off: there is no {LIVEUPDATE}",
+        "boot a kernel that has CONFIG_LIVEUPDATE, with kho=on liveupdate=on",
+    ),
+    errno.EACCES: _NOT_PERMITTED,
+    errno.EPERM: _NOT_PERMITTED,
+    errno.EBUSY: (
+        f"{LIVEUPDATE} is busy: only one process may have it open",
+        f"`fuser {LIVEUPDATE}` says which one; run khoscope again when that has closed it",
+    ),
+    errno.EIO: (
+        "the kernel could not read the LUO sessions that it was handed, and refuses LUO since",
+        "the kernel's log says what was wrong; only a reboot gets LUO back",
+    ),
+}
+_CREATE: Final[Said] = {
+    errno.EEXIST: (
+        f"there is a LUO session {SESSION} already: another khoscope carry runs",
+        "end that one first, or leave it to carry what it has",
+    ),
+}
+_PRESERVE: Final[Said] = {
+    errno.ENOENT: (
+        "this kernel's LUO does not preserve memfds",
+        "it needs CONFIG_LIVEUPDATE_MEMFD; use `khoscope snapshot` and a disk",
+    ),
+    errno.ENOMEM: (
+        "there is not enough memory for the snapshot",
+        "free some, or use `khoscope snapshot` and a disk",
+    ),
+}
+_RETRIEVE: Final[Said] = {
+    errno.ENOENT: (
+        "nothing was carried: this kernel was not handed a LUO session of khoscope's",
+        "before the kexec, run `khoscope carry` and see that nothing ends it",
+    ),
+    errno.EINVAL: (
+        "somebody else is retrieving what was carried",
+        "run khoscope again in a moment",
+    ),
+}
+_RETRIEVE_FD: Final[Said] = {
+    errno.ENOENT: (
+        f"the LUO session {SESSION} holds no snapshot",
+        "it was not made by khoscope carry; it has been finished",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Carried:
+    """
+    What the next kernel will get.
+
+    :param facts: read back from the memfd.
+    :param size: of the snapshot, bytes.
+    :param room: of the memfd, bytes.
+    """
+
+    facts: Snapshot
+    size: int
+    room: int
+
+
+@contextlib.contextmanager
+def carry(take: Callable[[], Snapshot]) -> Iterator[Carried]:
+    """
+    Preserve a snapshot for as long as the context lasts.
+
+    The memfd is preserved first and written afterwards, so that the snapshot holds the memfd's own
+    blocks, too: a preserved memfd keeps its size and its folios, but may be written
+    (``shmem_freeze()``).
+
+    :param take: takes a snapshot, anew each time.
+    :raises KhoscopeError: if LUO does not take it, or the tree grows faster than it is read.
+    """
+    size = 0
+    for _ in range(ATTEMPTS):
+        room = _room(size)
+        with (
+            _session() as session,
+            _memfd(room) as memfd,
+            tempfile.SpooledTemporaryFile(max_size=store.SPOOL_MEMORY) as file,
+        ):
+            with _told("cannot preserve a memfd", _PRESERVE):
+                session.preserve_fd(memfd.fileno(), TOKEN)
+            store.save(take(), file)
+            size = file.tell()
+            if size <= room:
+                _fill(memfd, room - size, file)
+                facts = store.load_file(Path(f"/proc/self/fd/{memfd.fileno()}"))
+                yield Carried(facts, size, room)
+                return
+    raise KhoscopeError(
+        f"what is preserved grows faster than khoscope can read it ({ATTEMPTS} attempts)",
+        "let the clients of KHO come to rest, and run it again",
+    )
+
+
+def _room(size: int) -> int:
+    """Bytes for a snapshot that had `size` last time: a larger memfd is more blocks, and others
+    may come to it."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    return -(-(size * 5 // 4 + SLACK) // page) * page
+
+
+def _session() -> Session:
+    with _told(f"cannot create the LUO session {SESSION}", _CREATE), _device() as device:
+        return device.create_session(SESSION)
+
+
+def _device() -> LiveUpdate:
+    with _told(f"cannot open {LIVEUPDATE}", _OPEN):
+        return LiveUpdate()
+
+
+def _memfd(room: int) -> IO[bytes]:
+    """A memfd of that size; LUO gives its holes pages of zeros when it preserves it."""
+    with _told("cannot make a memfd", _PRESERVE):
+        fd = os.memfd_create(SESSION, os.MFD_CLOEXEC | MFD_NOEXEC_SEAL)
+        memfd = open(fd, "r+b")  # noqa: SIM115 - the caller closes it
+        memfd.truncate(room)
+    return memfd
+
+
+def _fill(memfd: IO[bytes], at: int, file: IO[bytes]) -> None:
+    """
+    Write the file so that it ends where the memfd ends.
+
+    A zip's directory is at its end, and what is before its beginning is nobody's business.
+    """
+    file.seek(0)
+    memfd.seek(at)
+    with _told("cannot write to the memfd", {}):
+        shutil.copyfileobj(file, memfd)
+        memfd.flush()
+
+
+def retrieve() -> Path:
+    """
+    The snapshot file that the previous kernel's :func:`carry` handed to this one.
+
+    The first time it is taken out of LUO, which it leaves for good, and kept in
+    :data:`DIRECTORY`, mode 0600, until this kernel ends.
+
+    :raises KhoscopeError: if there is none, or LUO does not give it.
+    """
+    with _told(f"cannot look into {DIRECTORY}", {errno.EACCES: _NOT_PERMITTED}):
+        path = DIRECTORY / f"carried-{BOOT_ID.read_text().strip()}.khosnap"
+        there = path.exists()
+    if not there:
+        with _told(f"cannot make {DIRECTORY}", {errno.EACCES: _NOT_PERMITTED}):
+            DIRECTORY.mkdir(mode=0o700, exist_ok=True)
+        # What the kernel has handed back it does not hand back again: first a place for it.
+        with store.NewFile(path) as new:
+            _copy(new)
+    return path
+
+
+def _copy(new: store.NewFile) -> None:
+    with _told(f"cannot retrieve the LUO session {SESSION}", _RETRIEVE), _device() as device:
+        session = device.retrieve_session(SESSION)
+    with session:
+        with _told("cannot retrieve the snapshot", _RETRIEVE_FD):
+            fd = session.retrieve_fd(TOKEN)
+        with open(fd, "rb") as memfd, new.told():
+            shutil.copyfileobj(memfd, new.file)
+        new.finish()
+        with _told(f"cannot finish the LUO session {SESSION}", {}):
+            session.finish()
+
+
+@contextlib.contextmanager
+def _told(what: str, said: Said) -> Iterator[None]:
+    """
+    What the system says becomes two clear lines.
+
+    :param what: could not be done.
+    :param said: by errno, what it means and what to do.
+    """
+    try:
+        yield
+    except OSError as error:
+        other = (f"{what}: {error.strerror}", "the kernel's log may say why")
+        raise KhoscopeError(*said.get(error.errno, other)) from error
