@@ -31,6 +31,8 @@ _LZO_BLOCK: Final = 256 << 10
 _LZO_HAS_FILTER: Final = 0x800
 _LZO_MAGIC: Final = b"\x89LZO\0\r\n\x1a\n"
 
+_ENDS: Final = "its payload ends too early"
+
 
 class Damaged(Exception):
     """A kernel image that no boot loader could start, or that unpacks to absurd sizes."""
@@ -79,6 +81,8 @@ def gunzip(data: bytes) -> Iterator[bytes]:
         yield inflate.flush()
     except zlib.error as error:
         raise Damaged(str(error)) from error
+    if not inflate.eof:
+        raise Damaged(_ENDS)
 
 
 def bunzip2(data: bytes) -> Iterator[bytes]:
@@ -104,6 +108,7 @@ def _fed(unpack: bz2.BZ2Decompressor | lzma.LZMADecompressor, data: bytes) -> It
     # bz2's own error is a bare OSError.
     except (OSError, lzma.LZMAError) as error:
         raise Damaged(str(error)) from error
+    raise Damaged(_ENDS)
 
 
 def unzstd(data: bytes) -> Iterator[bytes]:
@@ -182,7 +187,7 @@ def _fields(layout: str, data: bytes, at: int) -> tuple[int, ...]:
     try:
         return struct.unpack_from(layout, data, at)
     except struct.error as error:
-        raise Damaged("its payload ends too early") from error
+        raise Damaged(_ENDS) from error
 
 
 #: By the magic numbers of ``compressed_formats`` (decompress.c).

@@ -1,0 +1,635 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Kernel images: what they say, in every format, and files that are none."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import lzma
+import os
+import re
+import shutil
+import struct
+import sys
+import tracemalloc
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import lz4.block
+import lzallright
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from khoscope.checks import RULES, Severity
+from khoscope.checks import image as image_rules
+from khoscope.clients import Luo, LuoFile, LuoSession
+from khoscope.errors import KhoscopeError
+from khoscope.image import NextKernel
+from khoscope.snapshot import Fdt, Snapshot, Subtree
+from khoscope.sources import image
+from khoscope.sources.decompress import LIMIT, PIECE
+from khoscope.sources.image import read_image
+from tests.synthetic import FIXED, PLAIN, snapshot
+
+RELEASE = "7.2.12-test"
+BANNER = b"\0\0Linux version 7.2.12-test (root@host) (gcc) #1 SMP\n\0"
+TEXT = BANNER + b"kho-v5\0kho\0luo-v5\0memfd-v2\0memfd-\0"
+#: What is in the strings of code that only talks about these things.
+DECOYS = b"xkho-v1\0-luo-v1\0kho-v2 \0memfd-v1x\0luo-v\0kho-v1234567890\0%s version %s (%s)\0"
+
+EXEC, CORE = 2, 4
+LZ4_CHUNK = 8 << 20
+LZO_BLOCK = 256 << 10
+
+
+# Images as the kernel's build makes them
+
+
+def elf(loaded: Iterable[bytes], rest: bytes = b"", kind: int = EXEC) -> bytes:
+    """A 64-bit ELF file with segments to load, and something else."""
+    segments = list(loaded)
+    at = 64 + 56 * (len(segments) + 1)
+    # The first is a note that has the rest.
+    headers = struct.pack("<IIQQQQQQ", 4, 0, at, 0, 0, len(rest), 0, 1)
+    data = rest
+    for segment in segments:
+        headers += struct.pack(
+            "<IIQQQQQQ", 1, 5, at + len(data), 0, 0, len(segment), len(segment) + 99, 4096
+        )
+        data += segment
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH",
+        *(b"\x7fELF\2\1\1", kind, 62, 1, 0, 64, 0, 0, 64, 56, len(segments) + 1, 64, 0, 0),
+    )
+    return header + headers + data
+
+
+def lz4_legacy(data: bytes) -> bytes:
+    packed = b"\x02\x21\x4c\x18"
+    for at in range(0, len(data), LZ4_CHUNK):
+        block = lz4.block.compress(data[at : at + LZ4_CHUNK], store_size=False)
+        packed += struct.pack("<I", len(block)) + block
+    return packed
+
+
+def lzop(data: bytes, version: int = 0x1040, filtered: bool = False) -> bytes:
+    new = version >= 0x940
+    packed = b"\x89LZO\0\r\n\x1a\n" + struct.pack(">HHH", version, 0x20A0, 0x0940)
+    packed += b"\1\5" if new else b"\1"
+    packed += struct.pack(">II", 0x801, 1) if filtered else struct.pack(">I", 1)
+    packed += struct.pack(">III", 0o100644, 1, 0) if new else struct.pack(">II", 0o100644, 1)
+    packed += b"\4name" + bytes(4)
+    for at in range(0, len(data), LZO_BLOCK):
+        plain = data[at : at + LZO_BLOCK]
+        block = min(lzallright.LZOCompressor().compress(plain), plain, key=len)
+        packed += struct.pack(">III", len(plain), len(block), 0) + block
+    return packed + bytes(4)
+
+
+def gzip(data: bytes) -> bytes:
+    packer = zlib.compressobj(9, wbits=31)
+    return packer.compress(data) + packer.flush()
+
+
+X86 = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "dict_size": 1 << 20}]
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip,
+    "bzip2": bz2.compress,
+    "lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE),
+    "xz": lambda data: lzma.compress(data, lzma.FORMAT_XZ, lzma.CHECK_CRC32, filters=X86),
+    "lzo": lzop,
+    "lz4": lz4_legacy,
+    "zstd": lambda data: zstandard.ZstdCompressor(write_checksum=True).compress(data),
+}
+in_every_format = pytest.mark.parametrize("name", PACKERS)
+
+
+def pack(name: str, data: bytes) -> bytes:
+    """Without the size at the end, which gzip has there and others do not."""
+    packed = PACKERS[name](data)
+    return packed[:-4] if name == "gzip" else packed
+
+
+def payload(name: str, data: bytes, size: int | None = None) -> bytes:
+    """As ``size_append`` leaves it."""
+    return pack(name, data) + struct.pack("<I", len(data) if size is None else size)
+
+
+def bzimage(packed: bytes, sectors: int = 3, length: int | None = None) -> bytes:
+    """A boot sector, the setup, some code, the payload, some more."""
+    header = bytearray(((sectors or 4) + 1) * 512)
+    header[0x1F1] = sectors
+    header[0x1FE:0x200] = b"\x55\xaa"
+    header[0x202:0x206] = b"HdrS"
+    struct.pack_into("<H", header, 0x206, 0x020F)
+    length = len(packed) if length is None else length
+    struct.pack_into("<II", header, 0x248, 0x40, length)
+    return bytes(header) + b"\xcc" * 0x40 + packed + b"\xcc" * 0x80
+
+
+VMLINUX = elf([b"\xcc" * 100, TEXT + DECOYS], b"kho-v9\0luo-v9\0" + BANNER.replace(b"7", b"6"))
+#: An image is whole if it unpacks to this.
+UNPACKED = elf([b"\xcc" * 5000, TEXT, DECOYS])
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[bytes], Path]:
+    def written(data: bytes) -> Path:
+        path = tmp_path / "image"
+        path.write_bytes(data)
+        return path
+
+    return written
+
+
+Write = Callable[[bytes], Path]
+
+
+def expected(path: Path, compression: str | None) -> NextKernel:
+    return NextKernel(str(path), compression, RELEASE, ("kho-v5",), ("luo-v5",), ("memfd-v2",))
+
+
+def refusal(path: Path) -> str:
+    """What is said of a file that is refused, with a hint and on one line."""
+    with pytest.raises(KhoscopeError) as caught:
+        read_image(path)
+    assert caught.value.hint
+    assert str(path) in caught.value.what
+    assert "\n" not in caught.value.what
+    return caught.value.what
+
+
+# What an image says
+
+
+@in_every_format
+@pytest.mark.parametrize("sectors", [0, 1, 64])
+def test_bzimage(name: str, sectors: int, write: Write) -> None:
+    path = write(bzimage(payload(name, UNPACKED), sectors))
+    assert read_image(path) == expected(path, name)
+
+
+@in_every_format
+def test_more_than_one_block(name: str, write: Write) -> None:
+    data = elf([os.urandom(LZO_BLOCK), bytes(LZ4_CHUNK), os.urandom(PIECE), TEXT])
+    path = write(bzimage(payload(name, data)))
+    assert read_image(path) == expected(path, name)
+
+
+@pytest.mark.parametrize("version", [0x0900, 0x0940, 0x1040])
+@pytest.mark.parametrize("filtered", [False, True])
+def test_lzop_headers(version: int, filtered: bool, write: Write) -> None:
+    packed = lzop(UNPACKED, version, filtered) + struct.pack("<I", len(UNPACKED))
+    path = write(bzimage(packed))
+    assert read_image(path) == expected(path, "lzo")
+
+
+def test_vmlinux(write: Write) -> None:
+    path = write(VMLINUX)
+    assert read_image(path) == expected(path, None)
+
+
+def test_in_words() -> None:
+    kernel = NextKernel("bzImage", "zstd", RELEASE, ("kho-v4", "kho-v5"), ("luo-v5",), ())
+    assert kernel.in_words == f"{RELEASE}, bzImage (zstd), kho-v4 and kho-v5, luo-v5"
+    assert NextKernel("v", None, RELEASE).in_words == f"{RELEASE}, vmlinux, no KHO"
+
+
+def test_none_and_several(write: Write) -> None:
+    found = read_image(write(elf([BANNER + DECOYS])))
+    assert (found.kho, found.luo, found.memfd) == ((), (), ())
+    found = read_image(write(elf([TEXT, b"\0kho-v4\0", b"luo-v5\0kho-v5\0"])))
+    assert (found.kho, found.luo) == (("kho-v4", "kho-v5"), ("luo-v5",))
+
+
+@pytest.mark.parametrize("piece", [1, 2, 7, 16, 127, 128, 129, 1000])
+def test_strings_across_pieces(piece: int, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image, "PIECE", piece)
+    for shift in range(min(piece, 40)):
+        path = write(elf([bytes(shift) + TEXT + DECOYS]))
+        assert read_image(path) == expected(path, None)
+
+
+# Directories
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "bzImage",
+        "vmlinuz",
+        "vmlinuz-7.2.12-test",
+        "boot/vmlinuz-7.2.12-test",
+        "lib/modules/7.2.12-test/vmlinuz",
+        "usr/lib/modules/7.2.12-test/vmlinuz",
+        "arch/x86/boot/bzImage",
+    ],
+)
+def test_package(place: str, tmp_path: Path) -> None:
+    path = tmp_path / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bzimage(payload("zstd", UNPACKED)))
+    (path.parent / "config-7.2.12-test").write_text("CONFIG_KHO=y\n")
+    assert read_image(tmp_path) == expected(path, "zstd")
+
+
+def test_same_kernel_in_many_places(tmp_path: Path) -> None:
+    """A build directory, or a package with copies and links."""
+    (tmp_path / "vmlinux").write_bytes(VMLINUX)
+    (tmp_path / "bzImage").write_bytes(bzimage(payload("xz", UNPACKED)))
+    (tmp_path / "boot").mkdir()
+    shutil.copy(tmp_path / "bzImage", tmp_path / "boot/vmlinuz-7.2.12-test")
+    (tmp_path / "vmlinuz").symlink_to("boot/vmlinuz-7.2.12-test")
+    (tmp_path / "vmlinuz-loop").symlink_to("vmlinuz-loop")
+    (tmp_path / "vmlinuz-gone").symlink_to("nowhere")
+    assert read_image(tmp_path) == expected(tmp_path / "bzImage", "xz")
+
+
+def test_no_kernel_in_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "vmlinuz").mkdir()
+    assert "no kernel image in this directory" in refusal(tmp_path)
+
+
+def test_several_kernels_in_a_directory(tmp_path: Path) -> None:
+    for release in ("7.2.12-test", "7.3.4-other"):
+        data = UNPACKED.replace(RELEASE.encode(), release.encode())
+        (tmp_path / f"vmlinuz-{release}").write_bytes(bzimage(payload("gzip", data)))
+    what = refusal(tmp_path)
+    for release in ("7.2.12-test", "7.3.4-other"):
+        assert f"{tmp_path}/vmlinuz-{release} ({release})" in what
+
+
+def test_same_release_with_another_abi(tmp_path: Path) -> None:
+    (tmp_path / "vmlinux").write_bytes(VMLINUX)
+    (tmp_path / "bzImage").write_bytes(
+        bzimage(payload("gzip", UNPACKED.replace(b"kho-v5", b"kho-v4")))
+    )
+    assert "several kernels" in refusal(tmp_path)
+
+
+def test_too_many_to_look_into(tmp_path: Path) -> None:
+    for number in range(17):
+        (tmp_path / f"vmlinuz-{number}").write_bytes(b"not looked into")
+    assert "17 kernel images" in refusal(tmp_path)
+
+
+def test_damaged_one_in_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "vmlinuz").write_bytes(b"")
+    assert str(tmp_path / "vmlinuz") in refusal(tmp_path)
+
+
+# What is none
+
+
+def test_no_file(tmp_path: Path) -> None:
+    assert "No such file" in refusal(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    assert "symbolic links" in refusal(tmp_path / "loop")
+
+
+def test_no_regular_file(tmp_path: Path) -> None:
+    """Neither is waited for, nor read for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a regular file" in refusal(tmp_path / "pipe")
+    assert "not a regular file" in refusal(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"", "neither a bzImage nor a vmlinux"),
+        (b"Linux version 7.2 (", "neither"),
+        (PACKERS["gzip"](VMLINUX), "neither"),
+        (b"\x7fELF", "no 64-bit little-endian vmlinux"),
+        (elf([TEXT])[:63], "no 64-bit"),
+        (elf([TEXT], kind=CORE), "no 64-bit little-endian vmlinux"),
+        (b"\x7fELF\1" + VMLINUX[5:], "no 64-bit"),
+        (elf([]), "not one Linux kernel"),
+        (elf([b"#!/bin/sh\0kho-v5\0"]), "not one Linux kernel"),
+        (elf([TEXT, TEXT.replace(b"7.2", b"7.3")]), "not one Linux kernel"),
+        (elf([TEXT, b"".join(b"\0kho-v%d\0" % n for n in range(20))]), "more than 16"),
+        (elf([TEXT])[:-1], "it has"),
+        (VMLINUX[:54] + b"\x40\0" + VMLINUX[56:], "program headers of 64 bytes"),
+        (VMLINUX[:32] + b"\xff" * 8 + VMLINUX[40:], "it has"),
+        (bzimage(b"")[:0x24F], "it ends in its header"),
+        (bzimage(b""), "in no format"),
+        (bzimage(b"\x7fELF"), "in no format"),
+        (bzimage(b"\x1f"), "in no format"),
+        (bzimage(b"\x1f\x8b"), "too early"),
+        (bzimage(payload("xz", elf([]))), "not one Linux kernel"),
+        (bzimage(b"", length=1 << 30), "its payload has 1,073,741,824 bytes"),
+        (bzimage(b"", length=1 << 20), "it has"),
+    ],
+)
+def test_no_image(data: bytes, what: str, write: Write) -> None:
+    assert what in refusal(write(data))
+
+
+def test_boot_protocol_that_has_no_payload(write: Write) -> None:
+    data = bytearray(bzimage(payload("gzip", UNPACKED)))
+    data[0x206:0x208] = b"\x07\x02"
+    assert "boot protocol 0x0207" in refusal(write(bytes(data)))
+
+
+def test_absurd_segment(tmp_path: Path) -> None:
+    """A sparse file can have as many bytes as it likes."""
+    path = tmp_path / "vmlinux"
+    data = bytearray(elf([TEXT]))
+    struct.pack_into("<Q", data, 64 + 56 + 32, LIMIT + 1)
+    path.write_bytes(data)
+    os.truncate(path, LIMIT * 2)
+    assert f"{LIMIT + 1:,} bytes to load" in refusal(path)
+
+
+@in_every_format
+def test_absurd_size(name: str, write: Write) -> None:
+    path = write(bzimage(payload(name, UNPACKED, LIMIT + 1)))
+    assert f"says that it unpacks to {LIMIT + 1:,} bytes" in refusal(path)
+
+
+@in_every_format
+def test_bomb(name: str, write: Write) -> None:
+    """It unpacks to more than it says: given up before it is in memory."""
+    path = write(bzimage(payload(name, bytes(32 << 20), 1000)))
+    tracemalloc.start()
+    try:
+        assert "more than the 1,000 bytes" in refusal(path)
+        assert tracemalloc.get_traced_memory()[1] < 24 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@in_every_format
+@pytest.mark.parametrize("wrong", [-1, 1])
+def test_other_size_than_it_says(name: str, wrong: int, write: Write) -> None:
+    packed = PACKERS[name](UNPACKED)
+    packed = packed[:-4] if name == "gzip" else packed
+    packed += struct.pack("<I", len(UNPACKED) + wrong)
+    what = refusal(write(bzimage(packed)))
+    assert (
+        f"{len(UNPACKED) + wrong:,} that it says" in what
+        or "more than the" in what
+        or ("incorrect length check" in what)
+    )
+
+
+@in_every_format
+def test_truncated_file(name: str, write: Write) -> None:
+    """Cut anywhere up to the end of the payload."""
+    whole = bzimage(payload(name, UNPACKED), sectors=1)
+    for length in range(0, len(whole) - 0x80, 3):
+        refusal(write(whole[:length]))
+
+
+@in_every_format
+def test_truncated_payload(name: str, write: Write) -> None:
+    """Cut anywhere, and the header knows nothing of it."""
+    packed = pack(name, UNPACKED)
+    for length in range(2, len(packed)):
+        refusal(write(bzimage(packed[:length] + struct.pack("<I", len(UNPACKED)), sectors=1)))
+
+
+def test_truncated_vmlinux(write: Write) -> None:
+    whole = elf([TEXT])
+    for length in range(len(whole)):
+        refusal(write(whole[:length]))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "what"),
+    [
+        ([(5, b"")], "a block of 5 bytes"),
+        ([(0, b"")], "a block of 0 bytes"),
+        ([(2**32 - 1, b"x" * 20)], "a block of 4,294,967,295 bytes"),
+        ([(4, b"\xff" * 4)], "Decompression failed"),
+        ([(None, bytes(10)), (None, bytes(10))], "a short block is not the last one"),
+    ],
+)
+def test_damaged_lz4(blocks: list[tuple[int | None, bytes]], what: str, write: Write) -> None:
+    packed = b"\x02\x21\x4c\x18"
+    for size, block in blocks:
+        data = lz4.block.compress(block, store_size=False) if size is None else block
+        packed += struct.pack("<I", len(data) if size is None else size) + data
+    assert what in refusal(write(bzimage(packed + struct.pack("<I", 10))))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "what"),
+    [
+        ([(8, 0, b"")], "a block of 0 bytes for 8"),
+        ([(8, 9, bytes(9))], "a block of 9 bytes for 8"),
+        ([(LZO_BLOCK + 1, 9, bytes(9))], "a block of 9 bytes for 262,145"),
+        ([(100, 50, b"")], "a block of 50 bytes for 100"),
+        ([(100, 9, b"\xff" * 9)], "LZO: "),
+        ([(100, 4, b"\x12x\x11\0")], "LZO: "),
+        ([(100, 5, b"\x12x\x11\0\0")], "a block of 1 bytes, not the 100"),
+        ([(1, 1, b"x"), (1, 1, b"y")], "a block of 1 bytes for 1"),
+    ],
+)
+def test_damaged_lzo(blocks: list[tuple[int, int, bytes]], what: str, write: Write) -> None:
+    packed = lzop(b"")[:-4]
+    for size, length, data in blocks:
+        packed += struct.pack(">III", size, length, 0) + data
+    assert what in refusal(write(bzimage(packed + bytes(4) + struct.pack("<I", 200))))
+
+
+def test_no_lzop_header(write: Write) -> None:
+    assert "no lzop header" in refusal(write(bzimage(b"\x89LZX" + bytes(50))))
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("zstd", "zstandard"), ("lz4", "lz4"), ("lzo", "lzallright")]
+)
+def test_package_that_is_not_there(
+    name: str, package: str, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(bzimage(payload(name, UNPACKED)))
+    monkeypatch.setitem(sys.modules, package, None)
+    assert f"takes the Python package {package}" in refusal(path)
+
+
+# Whatever a file holds: a kernel, or a refusal
+
+
+def is_told(path: Path) -> None:
+    """A kernel, or two lines; anything else that is raised is a failure."""
+    with contextlib.suppress(KhoscopeError):
+        assert re.fullmatch(r"[!-~]{1,64}", read_image(path).release)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz") / "image"
+
+
+IMAGES = [VMLINUX, *(bzimage(payload(name, UNPACKED), 1) for name in PACKERS)]
+
+
+@given(
+    which=st.sampled_from(IMAGES),
+    changes=st.lists(
+        st.tuples(st.integers(0, len(max(IMAGES, key=len)) - 1), st.integers(0, 255)), max_size=6
+    ),
+    length=st.none() | st.integers(0, len(max(IMAGES, key=len))),
+)
+def test_damaged(
+    scratch: Path, which: bytes, changes: list[tuple[int, int]], length: int | None
+) -> None:
+    data = bytearray(which)
+    for at, value in changes:
+        data[at % len(data)] = value
+    scratch.write_bytes(data[:length])
+    is_told(scratch)
+
+
+@given(
+    name=st.sampled_from(sorted(PACKERS)),
+    kept=st.integers(2, 60),
+    rest=st.binary(max_size=200),
+    size=st.integers(0, 2**32 - 1) | st.integers(0, 300),
+)
+def test_garbage_after_a_magic(scratch: Path, name: str, kept: int, rest: bytes, size: int) -> None:
+    packed = PACKERS[name](UNPACKED)[:kept] + rest + struct.pack("<I", size)
+    scratch.write_bytes(bzimage(packed, 1))
+    is_told(scratch)
+
+
+@given(
+    sectors=st.integers(0, 255),
+    offset=st.integers(0, 2**32 - 1) | st.integers(0, 2000),
+    length=st.integers(0, 2**32 - 1) | st.integers(0, 2000),
+)
+def test_damaged_setup_header(scratch: Path, sectors: int, offset: int, length: int) -> None:
+    data = bytearray(IMAGES[1])
+    data[0x1F1] = sectors
+    struct.pack_into("<II", data, 0x248, offset, length)
+    scratch.write_bytes(data)
+    is_told(scratch)
+
+
+@given(
+    fields=st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 2000), min_size=6, max_size=6),
+    count=st.integers(0, 2**16 - 1) | st.integers(0, 5),
+    table=st.integers(0, 2**64 - 1) | st.integers(0, 200),
+)
+def test_damaged_program_header(scratch: Path, fields: list[int], count: int, table: int) -> None:
+    data = bytearray(VMLINUX)
+    struct.pack_into("<Q", data, 32, table)
+    struct.pack_into("<H", data, 56, count)
+    struct.pack_into("<IIQQQQQQ", data, 64 + 56, 1, 5, *fields)
+    scratch.write_bytes(data)
+    is_told(scratch)
+
+
+# image-abi-differs
+
+NEXT = NextKernel("bzImage", "zstd", "7.3.4-next", ("kho-v4",), ("luo-v5",), ("memfd-v2",))
+NOTHING = "it boots as if nothing was handed over"
+
+
+def handing_over(luo: Luo | None = None, fdt: Fdt | None = None) -> Snapshot:
+    facts = snapshot(PLAIN, [], fdt=fdt)
+    return replace(facts, outgoing=replace(facts.outgoing, luo=luo))
+
+
+def session(*handlers: str) -> Luo:
+    files = [LuoFile(handler, token, 0x1000) for token, handler in enumerate(handlers)]
+    return Luo(0x9000, "luo-v5", 1, True, [LuoSession("vm", False, len(files), files)])
+
+
+def messages(facts: Snapshot, kernel: NextKernel) -> list[str]:
+    return [message.text for message in image_rules.image_abi_differs(facts, kernel)]
+
+
+def test_rule_is_registered() -> None:
+    rule = RULES["image-abi-differs"]
+    assert rule.finders == {"next": image_rules.image_abi_differs}
+    assert rule.severity == Severity.ERROR
+    assert rule.sentence.endswith("than this one hands over.")
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        handing_over(),
+        handing_over(session()),
+        handing_over(session("memfd-v2", "vfio-v1")),
+        handing_over(session("memfd-v2", "memfd-v2")),
+    ],
+)
+def test_silent_if_the_next_kernel_takes_it(facts: Snapshot) -> None:
+    assert messages(facts, NEXT) == []
+
+
+def test_silent_without_luo_on_either_side() -> None:
+    """What this kernel does not hand over the next one need not take."""
+    assert messages(handing_over(), replace(NEXT, luo=(), memfd=())) == []
+    assert messages(handing_over(), replace(NEXT, luo=("luo-v6",))) == []
+    assert messages(handing_over(session()), replace(NEXT, memfd=("memfd-v3",))) == []
+
+
+@pytest.mark.parametrize(
+    ("kernel", "said"),
+    [
+        (replace(NEXT, kho=()), f"7.3.4-next has no KHO: {NOTHING}"),
+        (
+            replace(NEXT, kho=("kho-v5",)),
+            f"7.3.4-next takes kho-v5, this kernel hands over kho-v4: {NOTHING}",
+        ),
+        (
+            replace(NEXT, kho=("kho-v5", "kho-v6")),
+            f"7.3.4-next takes kho-v5 or kho-v6, this kernel hands over kho-v4: {NOTHING}",
+        ),
+        (
+            replace(NEXT, kho=("kho-v4", "kho-v5")),
+            "7.3.4-next has kho-v4 and kho-v5 in it: which it takes cannot be told",
+        ),
+        (
+            replace(NEXT, luo=()),
+            "7.3.4-next has no LUO: nobody retrieves what the sessions preserve, it stays "
+            "reserved until the next boot",
+        ),
+        (
+            replace(NEXT, luo=("luo-v6",)),
+            "7.3.4-next takes luo-v6, this kernel hands over luo-v5: the next kernel panics",
+        ),
+        (
+            replace(NEXT, memfd=()),
+            "7.3.4-next has no memfd handler: no session can be retrieved",
+        ),
+        (
+            replace(NEXT, memfd=("memfd-v3",)),
+            "7.3.4-next takes memfd-v3, this kernel hands over memfd-v2: no session can be "
+            "retrieved",
+        ),
+    ],
+)
+def test_fires(kernel: NextKernel, said: str) -> None:
+    assert messages(handing_over(session("memfd-v2", "memfd-v2")), kernel) == [said]
+
+
+def test_another_kho_does_not_get_to_luo() -> None:
+    """A kernel that takes nothing has no LUO state to panic over."""
+    said = messages(handing_over(session()), replace(NEXT, kho=("kho-v5",), luo=("luo-v6",)))
+    assert len(said) == 1
+    assert NOTHING in said[0]
+
+
+def test_what_cannot_be_read_is_never_right() -> None:
+    said = messages(handing_over(fdt=Fdt(0x2000, problems=["no compatible"])), NEXT)
+    assert said == ["the KHO compatible of this kernel cannot be read, to compare it"]
+    unread = ["the LUO compatible of this kernel cannot be read, to compare it"]
+    assert messages(handing_over(Luo(0x9000, None)), NEXT) == unread
+    # A subtree that was not decoded, as in an older snapshot.
+    fdt = Fdt(0x2000, "kho-v4", 0x1000, [Subtree("LUO", 0x9000, 32)])
+    assert messages(handing_over(fdt=fdt), NEXT) == unread
+
+
+def test_the_fixed_kernel_after_the_series() -> None:
+    fixed = replace(NEXT, kho=("kho-v5",))
+    assert messages(snapshot(FIXED, []), fixed) == []
+    assert len(messages(snapshot(PLAIN, []), fixed)) == 1
