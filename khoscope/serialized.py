@@ -72,6 +72,8 @@ MEMFD_LUO_SER: Final = np.dtype(
         ("folios", KHO_VMALLOC),
     ]
 )
+#: Where in it ``folios`` stands.
+MEMFD_FOLIOS_AT: Final = MEMFD_LUO_SER.itemsize - KHO_VMALLOC.itemsize
 #: ``struct memfd_luo_folio_ser``: the pfn in the low 52 bits, flags in the high 12.
 MEMFD_LUO_FOLIO_SER: Final = np.dtype([("pfn_and_flags", "<u8"), ("index", "<u8")])
 MEMFD_PFN_BITS: Final = 52

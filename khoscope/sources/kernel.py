@@ -45,6 +45,7 @@ from ..snapshot import (
     Watched,
 )
 from ..store import BLOB_LIMIT, BLOBS_SIZE, spool
+from .clients import with_clients, with_vm_structs
 from .pages import PageLayout, PageReader
 from .walk import READ_SIZE, READS, in_ranges, settle, walk
 
@@ -203,12 +204,17 @@ class KernelSource:
         return self._snapshot(tree, self._kernel())
 
     @told()
+    def clients(self) -> Snapshot:
+        """:meth:`outline`, and what the structures of KHO's clients lead to."""
+        return self._with_clients(self.outline())
+
+    @told()
     def status(self) -> Snapshot:
         """
-        :meth:`outline`, how full scratch is, and what is stamped, which can be only after a KHO
+        :meth:`clients`, how full scratch is, and what is stamped, which can be only after a KHO
         boot: looking for it takes a scan of all struct pages.
         """
-        facts = replace(self.outline(), scratch_free=self._scratch_free())
+        facts = replace(self.clients(), scratch_free=self._scratch_free())
         if not facts.handover.is_kho_boot:
             return facts
         scan = _Scan(self)
@@ -234,11 +240,12 @@ class KernelSource:
         scan = _Scan(self)
 
         def read(tree: Tree) -> Snapshot:
-            facts = self._snapshot(tree, kernel)
+            facts = self._with_clients(self._snapshot(tree, kernel))
+            outgoing = with_vm_structs(self.prog, self.abi, self.layout.pages, facts.outgoing)
             blocks = _Lazy(lambda: map(self._pages.with_pages, tree.blocks(self.abi)))
             facts = replace(
                 facts,
-                outgoing=replace(facts.outgoing, blocks=blocks),
+                outgoing=replace(outgoing, blocks=blocks),
                 stamps=_Lazy(scan.stamps),
                 scratch_free=self._scratch_free(),
             )
@@ -338,6 +345,13 @@ class KernelSource:
         # Its pages went back to the page allocator after the boot: no second look can agree.
         tree = walk(self.abi, fdt.memory_map or 0, self.ram, self.read_phys)
         return Side(fdt, tree, blobs)
+
+    def _with_clients(self, facts: Snapshot) -> Snapshot:
+        def of(side: Side, outgoing: bool) -> Side:
+            return with_clients(self.prog, self.abi, self.ram, self.read_phys, side, outgoing)
+
+        incoming = None if facts.incoming is None else of(facts.incoming, False)
+        return replace(facts, outgoing=of(facts.outgoing, True), incoming=incoming)
 
     def _walk_outgoing(self) -> Tree:
         return walk(self.abi, self.phys(self._tree.root), self.ram, self.read_phys)
