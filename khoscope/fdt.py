@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-The KHO root FDT, read with libfdt: one page, values in CPU byte order (not big endian).
+Flattened device trees (FDT), read with libfdt: KHO's own, and those of its clients.
 
+What FDT itself has is big endian; the values of KHO's properties are in CPU byte order.
 Kernel source: ``kho_out_fdt_setup`` and ``kho_add_subtree`` in kexec_handover.c.
 """
 
 from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
 
 import libfdt
 import numpy as np
@@ -13,8 +20,84 @@ import numpy as np
 from . import serialized
 from .snapshot import Fdt, Subtree
 
+#: ``FDT_MAGIC``, as it stands in memory.
+MAGIC: Final = bytes.fromhex("d00dfeed")
 #: sizeof(struct fdt_header): libfdt reads that much without asking.
-_HEADER_SIZE = 40
+_HEADER_SIZE: Final = 40
+#: sizeof(struct fdt_property): tag, length and offset of the name, before the value.
+_PROPERTY: Final = struct.Struct(">III")
+#: The version that kernels write: older ones keep names and values in other places.
+_VERSION: Final = 17
+#: What is larger is no client's state, and libfdt's checks take minutes if it is hostile.
+_SIZE_LIMIT: Final = 1 << 20
+#: ``FDT_MAX_DEPTH`` (drivers/of/fdt.c): what the kernel itself takes for too deep.
+_DEPTH_LIMIT: Final = 64
+#: The specification has 31.  Properties share their names: long ones would come many times.
+_NAME_LIMIT: Final = 255
+
+
+class Unreadable(ValueError):
+    """Bytes that are no FDT; says why."""
+
+
+@dataclass(frozen=True)
+class Property:
+    """
+    A property.
+
+    :param name: with what is not ASCII escaped.
+    :param offset: of the value in the FDT, bytes.
+    """
+
+    name: str
+    value: bytes
+    offset: int
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node; names and order as they stand in the FDT."""
+
+    name: str
+    properties: list[Property] = field(default_factory=list)
+    children: list[Node] = field(default_factory=list)
+
+    def property(self, name: str) -> Property | None:
+        """As :c:func:`fdt_getprop` finds it: the first of that name."""
+        return next((p for p in self.properties if p.name == name), None)
+
+    def child(self, name: str) -> Node | None:
+        """The first of that name."""
+        return next((node for node in self.children if node.name == name), None)
+
+
+@dataclass(frozen=True)
+class DeviceTree:
+    """
+    An FDT.
+
+    :param size: ``totalsize``, bytes.
+    :param reserved: its memory reservations, ``phys_addr_t`` and size.
+    :param problems: what no kernel would write, in words.
+    """
+
+    root: Node
+    size: int
+    reserved: list[tuple[int, int]]
+    problems: list[str]
+
+
+def read(blob: bytes) -> DeviceTree:
+    """
+    Read an FDT.
+
+    :raises Unreadable: if it is none, or reaches beyond the bytes that are there.
+    """
+    fdt = _open(blob)
+    root, problems = _nodes(fdt)
+    problems += _names_twice(root, "")
+    reserved = [tuple(fdt.get_mem_rsv(i)) for i in range(fdt.num_mem_rsv())]
+    return DeviceTree(root, fdt.totalsize(), reserved, problems)
 
 
 def parse_root_fdt(phys: int, blob: bytes | None) -> Fdt:
@@ -27,65 +110,30 @@ def parse_root_fdt(phys: int, blob: bytes | None) -> Fdt:
     """
     if blob is None:
         return Fdt(phys, problems=["its page cannot be read"])
-    problems: list[str] = []
-    compatible = memory_map = None
-    subtrees: list[Subtree] = []
     try:
-        fdt = _open(blob)
-        raw = _property(fdt, 0, "compatible")
-        if raw is None:
-            problems.append("no compatible")
-        else:
-            compatible = raw.rstrip(b"\0").decode("ascii", "backslashreplace")
-        memory_map = _u64(fdt, 0, "preserved-memory-map", problems)
-        node = fdt.first_subnode(0, [libfdt.FDT_ERR_NOTFOUND])
-        while node >= 0:
-            name, is_ascii = _name(fdt, node)
-            found: list[str] = [] if is_ascii else ["its name is not ASCII"]
-            subtrees.append(
-                Subtree(
-                    name,
-                    _u64(fdt, node, "preserved-data", found),
-                    _u64(fdt, node, "blob-size", found),
-                )
-            )
-            problems += [f"subtree {name!r}: {problem}" for problem in found]
-            node = fdt.next_subnode(node, [libfdt.FDT_ERR_NOTFOUND])
-    except libfdt.FdtException as error:
-        problems.append(f"not a readable FDT ({libfdt.strerror(error.err)})")
-    return Fdt(phys, compatible, memory_map, subtrees, problems)
-
-
-def _open(blob: bytes) -> libfdt.FdtRo:
-    """An FDT of which libfdt has checked that it stays within what was read."""
-    if len(blob) < _HEADER_SIZE:
-        raise libfdt.FdtException(-libfdt.FDT_ERR_TRUNCATED)
-    fdt = libfdt.FdtRo(blob)
-    libfdt.check_err(libfdt.fdt_check_full(fdt.as_bytearray(), len(blob)))
-    return fdt
-
-
-def _name(fdt: libfdt.FdtRo, node: int) -> tuple[str, bool]:
-    """A node's name, and whether it is ASCII; what is not is escaped."""
-    # libfdt gives bytes that are no text as surrogates, which nothing can print or keep.
-    raw = fdt.get_name(node).encode("utf-8", "surrogateescape")
-    return raw.decode("ascii", "backslashreplace"), raw.isascii()
-
-
-def _property(fdt: libfdt.FdtRo, node: int, name: str) -> bytes | None:
-    value = fdt.getprop(node, name, [libfdt.FDT_ERR_NOTFOUND])
-    return None if isinstance(value, int) else bytes(value)
-
-
-def _u64(fdt: libfdt.FdtRo, node: int, name: str, problems: list[str]) -> int | None:
-    raw = _property(fdt, node, name)
-    if raw is None:
-        problems.append(f"no {name}")
-    elif len(raw) != 8:
-        problems.append(f"{name} has {len(raw)} bytes, not 8")
-    else:
-        return int.from_bytes(raw, "little")
-    return None
+        tree = read(blob)
+    except Unreadable as error:
+        return Fdt(phys, problems=[f"not a readable FDT ({error})"])
+    problems: list[str] = []
+    compatible = tree.root.property("compatible")
+    if compatible is None:
+        problems.append("no compatible")
+    memory_map = _u64(tree.root, "preserved-memory-map", problems)
+    subtrees: list[Subtree] = []
+    for node in tree.root.children:
+        found: list[str] = []
+        at, size = _u64(node, "preserved-data", found), _u64(node, "blob-size", found)
+        if at is not None and _overlap(at, size or 1, phys, len(blob)):
+            found.append(f"preserved-data {at:#x} points into the root FDT itself")
+        subtrees.append(Subtree(node.name, at, size))
+        problems += [f"subtree {node.name!r}: {problem}" for problem in found]
+    return Fdt(
+        phys,
+        None if compatible is None else _escaped(compatible.value.rstrip(b"\0")),
+        memory_map,
+        subtrees,
+        problems + tree.problems,
+    )
 
 
 def reserve_mem_areas(blobs: dict[str, bytes]) -> list[tuple[str, int, int]]:
@@ -95,16 +143,12 @@ def reserve_mem_areas(blobs: dict[str, bytes]) -> list[tuple[str, int, int]]:
     :param blobs: of a side.
     :return: name, ``phys_addr_t`` and size in bytes of each area; nothing where it is unreadable.
     """
-    fdt = _known(blobs, serialized.MEMBLOCK, serialized.MEMBLOCK_COMPATIBLE)
+    root = _known(blobs, serialized.MEMBLOCK, serialized.MEMBLOCK_COMPATIBLE)
     found: list[tuple[str, int, int]] = []
-    if fdt is None:
-        return found
-    node = fdt.first_subnode(0, [libfdt.FDT_ERR_NOTFOUND])
-    while node >= 0:
-        start, size = (_u64(fdt, node, name, []) for name in ("start", "size"))
+    for node in root.children if root else ():
+        start, size = (_u64(node, name, []) for name in ("start", "size"))
         if start is not None and size:
-            found.append((_name(fdt, node)[0], start, size))
-        node = fdt.next_subnode(node, [libfdt.FDT_ERR_NOTFOUND])
+            found.append((node.name, start, size))
     return found
 
 
@@ -116,29 +160,129 @@ def kho_test_folios(blobs: dict[str, bytes]) -> tuple[np.void, int, int] | None:
     :return: the ``struct kho_vmalloc`` of its list of folios, the descriptor's offset in the blob,
         and how many folios there are; None: it is not there, or unreadable.
     """
-    fdt = _known(blobs, serialized.KHO_TEST, serialized.KHO_TEST_COMPATIBLE)
-    if fdt is None:
+    root = _known(blobs, serialized.KHO_TEST, serialized.KHO_TEST_COMPATIBLE)
+    data = root.child("data") if root else None
+    if data is None:
         return None
-    node = fdt.path_offset("/data", [libfdt.FDT_ERR_NOTFOUND])
-    if node < 0:
+    desc, count = data.property("folios_info"), data.property("nr_folios")
+    if desc is None or count is None or len(desc.value) != serialized.KHO_VMALLOC.itemsize:
         return None
-    desc, count = _property(fdt, node, "folios_info"), _property(fdt, node, "nr_folios")
-    if desc is None or count is None or len(desc) != serialized.KHO_VMALLOC.itemsize:
-        return None
-    offset = bytes(fdt.as_bytearray()).find(desc)
-    number = int.from_bytes(count, "little")
-    return serialized.one(serialized.KHO_VMALLOC, desc), offset, number
+    number = int.from_bytes(count.value, "little")
+    return serialized.one(serialized.KHO_VMALLOC, desc.value), desc.offset, number
 
 
-def _known(blobs: dict[str, bytes], name: str, compatible: str) -> libfdt.FdtRo | None:
-    """The FDT of a subtree whose layout is known; None: it is not there, or another."""
+def _open(blob: bytes) -> libfdt.FdtRo:
+    """An FDT of which libfdt has checked that it stays within what was read."""
+    if len(blob) < _HEADER_SIZE:
+        raise Unreadable(f"{len(blob)} bytes hold no header")
+    try:
+        fdt = libfdt.FdtRo(blob)
+        if fdt.totalsize() > _SIZE_LIMIT:
+            raise Unreadable(f"it says to have {fdt.totalsize():,} bytes")
+        if fdt.version() < _VERSION:
+            raise Unreadable(f"version {fdt.version()}, kernels write {_VERSION}")
+        libfdt.check_err(libfdt.fdt_check_full(fdt.as_bytearray(), len(blob)))
+    except libfdt.FdtException as error:
+        raise Unreadable(libfdt.strerror(error.err)) from None
+    return fdt
+
+
+def _nodes(fdt: libfdt.FdtRo) -> tuple[Node, list[str]]:
+    """The root node of an FDT with all below it, and what is wrong with them."""
+    problems: list[str] = []
+    way: list[Node] = []
+    left_out = at = depth = 0
+    while at >= 0 and depth >= 0:
+        if depth < _DEPTH_LIMIT:
+            # libfdt gives bytes that are no text as surrogates, which nothing can print or keep.
+            name = _name(fdt.get_name(at).encode("utf-8", "surrogateescape"), "node", problems)
+            node = Node(name, list(_properties(fdt, at, problems)))
+            del way[depth:]
+            if way:
+                way[-1].children.append(node)
+            way.append(node)
+        else:
+            left_out += 1
+        at, depth = libfdt.fdt_next_node(fdt.as_bytearray(), at, depth)
+    if left_out:
+        problems.append(f"{left_out:,} nodes below the {_DEPTH_LIMIT}th level are left out")
+    return way[0], problems
+
+
+def _properties(fdt: libfdt.FdtRo, node: int, problems: list[str]) -> Iterator[Property]:
+    """
+    The properties of a node.
+
+    :param node: its offset in the structure block.
+    """
+    blob = fdt.as_bytearray()
+    strings = fdt.off_dt_strings()
+    at = fdt.first_property_offset(node, [libfdt.FDT_ERR_NOTFOUND])
+    while at >= 0:
+        # The binding has no answer to a property whose name is not UTF-8.
+        start = fdt.off_dt_struct() + at
+        _, length, name = _PROPERTY.unpack_from(blob, start)
+        value = start + _PROPERTY.size
+        first = strings + name
+        end = blob.find(b"\0", first, first + _NAME_LIMIT + 1)
+        raw = bytes(blob[first : end if end >= 0 else first + _NAME_LIMIT + 1])
+        yield Property(_name(raw, "property", problems), bytes(blob[value : value + length]), value)
+        at = fdt.next_property_offset(at, [libfdt.FDT_ERR_NOTFOUND])
+
+
+def _name(raw: bytes, what: str, problems: list[str]) -> str:
+    """What a name reads like."""
+    if len(raw) > _NAME_LIMIT:
+        problems.append(f"the name of a {what} has more than {_NAME_LIMIT} bytes: cut")
+        raw = raw[:_NAME_LIMIT]
+    name = _escaped(raw)
+    if not raw.isascii():
+        problems.append(f"{what} {name!r}: its name is not ASCII")
+    return name
+
+
+def _escaped(raw: bytes) -> str:
+    return raw.decode("ascii", "backslashreplace")
+
+
+def _names_twice(node: Node, path: str) -> Iterator[str]:
+    """Names that one node has twice: the kernel finds the first, whatever the second holds."""
+    for what, names in (
+        ("property", [p.name for p in node.properties]),
+        ("node", [child.name for child in node.children]),
+    ):
+        for name, times in Counter(names).items():
+            if times > 1:
+                yield f"{what} {path + '/' + name!r} is there {times} times"
+    for child in node.children:
+        yield from _names_twice(child, f"{path}/{child.name}")
+
+
+def _u64(node: Node, name: str, problems: list[str]) -> int | None:
+    """A value in CPU byte order."""
+    found = node.property(name)
+    if found is None:
+        problems.append(f"no {name}")
+    elif len(found.value) != 8:
+        problems.append(f"{name} has {len(found.value)} bytes, not 8")
+    else:
+        return int.from_bytes(found.value, "little")
+    return None
+
+
+def _overlap(phys: int, size: int, other: int, other_size: int) -> bool:
+    return phys < other + other_size and other < phys + size
+
+
+def _known(blobs: dict[str, bytes], name: str, compatible: str) -> Node | None:
+    """The root of a subtree whose layout is known; None: it is not there, or another."""
     blob = blobs.get(f"subtree {name}")
     if blob is None:
         return None
     try:
-        fdt = _open(blob)
-        raw = _property(fdt, 0, "compatible")
-    except libfdt.FdtException:
+        root = read(blob).root
+    except Unreadable:
         # Whoever asks what it says gets it shown as what it is: unknown bytes.
         return None
-    return fdt if raw is not None and serialized.text(raw) == compatible else None
+    found = root.property("compatible")
+    return root if found is not None and serialized.text(found.value) == compatible else None

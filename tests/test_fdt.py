@@ -136,7 +136,7 @@ def test_node_name_that_is_no_text() -> None:
     raw = blob(subtrees={"LUO": data(1, 2)}).replace(b"LUO\0", b"L\xffO\0")
     found = parse_root_fdt(AT, raw)
     assert found.subtrees == [Subtree("L\\xffO", 1, 2)]
-    assert found.problems == ["subtree 'L\\\\xffO': its name is not ASCII"]
+    assert found.problems == ["node 'L\\\\xffO': its name is not ASCII"]
 
 
 def is_told(found: Fdt) -> bool:

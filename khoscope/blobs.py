@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+The blobs of a side, decoded: KHO's root FDT and what its subtrees lead to.
+
+Nothing is read here: a Snapshot holds the blobs as they were.  What is not known, or of another
+version, stays bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, Final
+
+import numpy as np
+
+from . import serialized
+from .clients import Vmalloc
+from .fdt import MAGIC, DeviceTree, Node, Property, Unreadable, read
+from .serialized import KHO_VMALLOC, KHO_VMALLOC_FLAGS
+from .snapshot import KeySet, Side, Snapshot, Subtree
+
+#: Counts are numbers, addresses and patterns of bits are "0x…", structures are dicts.
+Value = int | str | list[str] | dict[str, "Value"]
+
+_U32: Final = np.dtype("<u4")
+_U64: Final = np.dtype("<u8")
+
+#: Properties of the root FDT, in CPU byte order (abi/kexec_handover.h).
+_ROOT: Final[Mapping[str, np.dtype[Any]]] = {
+    "preserved-memory-map": _U64,
+    "preserved-data": _U64,
+    "blob-size": _U64,
+}
+#: Properties of FDTs by the compatible of their root, in CPU byte order.
+_PROPERTIES: Final[Mapping[str, Mapping[str, np.dtype[Any]]]] = {
+    serialized.MEMBLOCK_COMPATIBLE: {"start": _U64, "size": _U64},
+    serialized.KHO_TEST_COMPATIBLE: {
+        "magic": _U32,
+        "nr_folios": _U32,
+        "folios_info": KHO_VMALLOC,
+        "csum": _U32,
+    },
+}
+#: What is no count: an address, or a pattern of bits.
+_HEX: Final = frozenset(
+    {
+        "preserved-memory-map",
+        "preserved-data",
+        "start",
+        "magic",
+        "csum",
+        "first",
+        "sessions_pa",
+        "flbs_pa",
+    }
+)
+
+
+class Kind(StrEnum):
+    """What a blob is."""
+
+    ROOT = "KHO root FDT"
+    FDT = "FDT"
+    LUO = "struct luo_ser"
+    KEXEC_METADATA = "struct kho_kexec_metadata"
+    UNKNOWN = "unknown"
+
+
+#: Structures by the names of their subtrees: layout, and the member that says which it is.
+_STRUCTURES: Final[Mapping[str, tuple[Kind, np.dtype[Any], str, Value]]] = {
+    serialized.LUO: (Kind.LUO, serialized.LUO_SER, "compatible", serialized.LUO_COMPATIBLE),
+    serialized.KEXEC_METADATA: (
+        Kind.KEXEC_METADATA,
+        serialized.KHO_KEXEC_METADATA,
+        "version",
+        serialized.KEXEC_METADATA_VERSION,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Area:
+    """
+    A ``struct kho_vmalloc`` in a blob.
+
+    :param where: path of the property that holds it.
+    :param chain: what it leads to; None: not followed.
+    """
+
+    where: str
+    decoded: dict[str, Value]
+    chain: Vmalloc | None
+
+
+@dataclass(frozen=True)
+class Blob:
+    """
+    A blob.
+
+    :param name: of the subtree; None: the root FDT.
+    :param phys: ``phys_addr_t``; None: not known.
+    :param size: bytes; None: not known.
+    :param raw: as far as it was kept; None: not at all.
+    :param preserved: whether preserved blocks hold all of it; None: that is not known.
+    :param fields: of the structure that it is.
+    :param tree: the FDT that it is.
+    :param values: what the FDT's properties mean, by their offsets.
+    :param areas: each vmalloc area that it describes.
+    """
+
+    name: str | None
+    phys: int | None
+    size: int | None
+    raw: bytes | None
+    preserved: bool | None
+    kind: Kind = Kind.UNKNOWN
+    fields: dict[str, Value] | None = None
+    tree: DeviceTree | None = None
+    values: dict[int, Value] = field(default_factory=dict)
+    areas: list[Area] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+class Blobs:
+    """
+    The blobs of a side of a snapshot.
+
+    :param outgoing: it is the outgoing side.  Of the incoming one the tree is evidence only: what
+        it does not hold may have been preserved all the same.
+    """
+
+    def __init__(self, facts: Snapshot, side: Side, outgoing: bool) -> None:
+        self._facts = facts
+        self._side = side
+        self._outgoing = outgoing
+        self._keys = KeySet(facts.abi, side.tree.leaves)
+
+    def root(self) -> Blob:
+        """The root FDT."""
+        fdt, raw = self._side.fdt, self._side.blobs.get("fdt")
+        try:
+            tree = None if raw is None else read(raw)
+        except Unreadable:
+            # Which is one of its problems.
+            tree = None
+        size = None if raw is None else len(raw)
+        return Blob(
+            None,
+            fdt.phys or None,
+            tree.size if tree else size,
+            raw[: tree.size] if raw and tree else raw,
+            self._preserved(fdt.phys, size),
+            Kind.ROOT,
+            tree=tree,
+            values=_values(tree.root, _ROOT) if tree else {},
+            problems=list(fdt.problems),
+        )
+
+    def names(self) -> list[str]:
+        """Those of the subtrees, in the root FDT's order."""
+        return [subtree.name for subtree in self._side.fdt.subtrees]
+
+    def subtrees(self) -> Iterator[Blob]:
+        """The blobs of all subtrees, in the root FDT's order."""
+        return map(self._subtree, self._side.fdt.subtrees)
+
+    def subtree(self, name: str) -> Blob:
+        """
+        A subtree's blob.
+
+        :param name: one of :meth:`names`.
+        """
+        return self._subtree(self._side.fdt.subtrees[self.names().index(name)])
+
+    def _subtree(self, subtree: Subtree) -> Blob:
+        raw, problems = self._raw(subtree)
+        blob = Blob(
+            subtree.name,
+            subtree.phys,
+            subtree.size,
+            raw,
+            self._preserved(subtree.phys, subtree.size),
+            problems=problems,
+        )
+        return blob if raw is None else self._decode(blob, raw)
+
+    def _raw(self, subtree: Subtree) -> tuple[bytes | None, list[str]]:
+        """What was kept of a subtree's blob, and why that is not all of it."""
+        phys, size = subtree.phys, subtree.size
+        if phys is None or size is None:
+            return None, ["the root FDT does not say where it is, or how large"]
+        if size == 0:
+            return None, ["empty: blob-size is 0"]
+        if sum(subtree.name == other.name for other in self._side.fdt.subtrees) > 1:
+            return None, ["not the only subtree of this name: which bytes are whose is not known"]
+        raw = self._side.blobs.get(f"subtree {subtree.name}")
+        if raw is None:
+            return None, [
+                "it could not be read" if self._in_ram(phys, size) else "it is not in RAM: not read"
+            ]
+        if len(raw) < size:
+            return raw, [f"only the first {len(raw):,} of {size:,} bytes were kept"]
+        return raw, []
+
+    def _in_ram(self, phys: int, size: int) -> bool:
+        return any(first <= phys and phys + size <= end for first, end in self._facts.ram.tolist())
+
+    def _preserved(self, phys: int | None, size: int | None) -> bool | None:
+        if not phys or not size:
+            return None
+        covered = self._keys.covers(phys, size)
+        return covered if covered or self._outgoing else None
+
+    def _decode(self, blob: Blob, raw: bytes) -> Blob:
+        # What is an FDT is shown as one, whatever its name: LUO's blob was one once.
+        if raw.startswith(MAGIC) or blob.name in (serialized.MEMBLOCK, serialized.KHO_TEST):
+            return self._fdt(blob, raw)
+        known = _STRUCTURES.get(blob.name or "")
+        return _structure(blob, raw, known) if known else blob
+
+    def _fdt(self, blob: Blob, raw: bytes) -> Blob:
+        try:
+            tree = read(raw)
+        except Unreadable as error:
+            return replace(blob, problems=[*blob.problems, f"not a readable FDT ({error})"])
+        found = tree.root.property("compatible")
+        compatible = "" if found is None else serialized.text(found.value)
+        known = _PROPERTIES.get(compatible, {})
+        problems = [*blob.problems, *tree.problems, *_odd(tree.root, known)]
+        if not known and blob.name in (serialized.MEMBLOCK, serialized.KHO_TEST):
+            problems.append(f"compatible {compatible!r} is not known: values as they stand")
+        return replace(
+            blob,
+            kind=Kind.FDT,
+            tree=tree,
+            values=_values(tree.root, known),
+            areas=list(self._areas(tree.root, known)),
+            problems=problems,
+        )
+
+    def _areas(self, root: Node, known: Mapping[str, np.dtype[Any]]) -> Iterator[Area]:
+        for path, found in _properties(root):
+            if known.get(found.name) == KHO_VMALLOC == _layout(known, found):
+                desc = serialized.one(KHO_VMALLOC, found.value)
+                chains = (
+                    chain
+                    for chain in self._side.vmallocs
+                    if (chain.first, chain.total_pages) == (desc["first"], desc["total_pages"])
+                )
+                yield Area(path, fields(KHO_VMALLOC, found.value), next(chains, None))
+
+
+def fields(layout: np.dtype[Any], raw: bytes) -> dict[str, Value]:
+    """The members of the structure that bytes begin with."""
+    record = serialized.one(layout, raw)
+    found: dict[str, Value] = {}
+    for name in layout.names or ():
+        value = record[name].item()
+        if isinstance(value, bytes):
+            found[name] = serialized.text(value)
+        elif name == "flags":
+            found[name] = serialized.bits(value, KHO_VMALLOC_FLAGS)
+        else:
+            found[name] = _number(name, value)
+    return found
+
+
+def _structure(blob: Blob, raw: bytes, known: tuple[Kind, np.dtype[Any], str, Value]) -> Blob:
+    kind, layout, version, supported = known
+    if len(raw) < layout.itemsize:
+        problem = f"{len(raw)} bytes are no {kind}: that has {layout.itemsize}"
+        return replace(blob, problems=[*blob.problems, problem])
+    found = fields(layout, raw)
+    if found[version] != supported:
+        problem = f"{version} is {found[version]!r}, only {supported!r} is known: not decoded"
+        return replace(blob, problems=[*blob.problems, problem])
+    return replace(blob, kind=kind, fields=found)
+
+
+def _properties(node: Node, path: str = "") -> Iterator[tuple[str, Property]]:
+    """All properties of a tree, with their paths."""
+    for found in node.properties:
+        yield f"{path}/{found.name}", found
+    for child in node.children:
+        yield from _properties(child, f"{path}/{child.name}")
+
+
+def _layout(known: Mapping[str, np.dtype[Any]], found: Property) -> np.dtype[Any] | None:
+    """What a property holds; None: not known, or it has another length."""
+    layout = known.get(found.name)
+    return layout if layout is not None and layout.itemsize == len(found.value) else None
+
+
+def _odd(root: Node, known: Mapping[str, np.dtype[Any]]) -> Iterator[str]:
+    """Known properties with other lengths than their values have."""
+    for path, found in _properties(root):
+        layout = known.get(found.name)
+        if layout is not None and layout.itemsize != len(found.value):
+            yield f"property {path!r} has {len(found.value)} bytes, not {layout.itemsize}"
+
+
+def _values(root: Node, known: Mapping[str, np.dtype[Any]]) -> dict[int, Value]:
+    """What properties mean, by their offsets."""
+    values = {found.offset: _value(known, found) for _, found in _properties(root)}
+    return {offset: value for offset, value in values.items() if value is not None}
+
+
+def _value(known: Mapping[str, np.dtype[Any]], found: Property) -> Value | None:
+    layout = _layout(known, found)
+    if layout is None:
+        return _guess(found.value)
+    if layout.names:
+        return fields(layout, found.value)
+    return _number(found.name, int.from_bytes(found.value, "little"))
+
+
+def _guess(raw: bytes) -> Value | None:
+    """
+    What a value that is not known looks like: strings as dtc recognises them, or a number of 4 or 8
+    bytes, in CPU byte order as all of KHO's.
+    """
+    parts = raw[:-1].split(b"\0")
+    if raw.endswith(b"\0") and all(part and part.isascii() for part in parts):
+        texts = [part.decode("ascii") for part in parts]
+        if all(text.isprintable() for text in texts):
+            return texts if len(texts) > 1 else texts[0]
+    if len(raw) in (4, 8):
+        return f"{int.from_bytes(raw, 'little'):#x}"
+    return None
+
+
+def _number(name: str, value: int) -> Value:
+    return f"{value:#x}" if name in _HEX else value

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``khoscope fdt``: the root FDT and what its subtrees lead to."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .. import store
+from ..blobs import Blob, Blobs
+from ..errors import KhoscopeError
+from ..snapshot import Snapshot
+from ..views.fdt import FdtText, write_json
+from ..views.progress import Progress
+from ..views.text import printable
+from . import common
+
+#: The sides as users name them, and in words.
+SIDES = {"out": "outgoing", "in": "incoming"}
+
+
+def add(commands: common.Commands) -> None:
+    fdt = commands.add_parser("fdt", help="the root FDT and the subtrees, decoded")
+    fdt.set_defaults(run=_run, refuse=_refuse)
+    fdt.add_argument(
+        "side",
+        nargs="?",
+        metavar="in|out",
+        help="what this kernel was handed, or what it is about to hand over (default)",
+    )
+    fdt.add_argument("subtree", nargs="?", metavar="SUBTREE", help="only this one")
+    common.output(fdt).add_argument(
+        "--raw", action="store_true", help="write the bytes of the root FDT, or of the subtree"
+    )
+
+
+def _asked(args: argparse.Namespace) -> tuple[str, str | None]:
+    """Side and subtree: either may be left out."""
+    return (args.side, args.subtree) if args.side in SIDES else ("out", args.side)
+
+
+def _refuse(args: argparse.Namespace) -> str | None:
+    if args.subtree is None or args.side in SIDES:
+        return None
+    return f"argument in|out: {args.side!r} is neither"
+
+
+def _run(args: argparse.Namespace) -> int:
+    side, subtree = _asked(args)
+    if args.raw and sys.stdout.isatty():
+        raise KhoscopeError(
+            "these bytes are nothing for a terminal",
+            "send them to a file or a program: khoscope fdt --raw | dtc -I dtb",
+        )
+    facts = _facts(args)
+    blobs = _blobs(facts, side)
+    if subtree is not None:
+        shown = [_subtree(blobs, side, subtree)]
+    elif args.raw:
+        shown = [blobs.root()]
+    else:
+        shown = [blobs.root(), *blobs.subtrees()]
+    if args.raw:
+        _write(shown[0])
+    elif args.json:
+        write_json(facts, side, shown, sys.stdout)
+    else:
+        FdtText(sys.stdout, args.limit).fdt(facts, side, shown)
+    return common.FINE
+
+
+def _facts(args: argparse.Namespace) -> Snapshot:
+    if args.snapshot:
+        return store.load_file(args.snapshot)
+    with Progress(sys.stderr) as progress:
+        return common.kernel(args, progress).tree()
+
+
+def _blobs(facts: Snapshot, side: str) -> Blobs:
+    if side == "out":
+        return Blobs(facts, facts.outgoing, outgoing=True)
+    if facts.incoming is None:
+        raise KhoscopeError(
+            "this kernel was not handed anything: there is no incoming FDT",
+            "ask in a kernel that was kexec'ed with KHO on, or for what goes out",
+        )
+    return Blobs(facts, facts.incoming, outgoing=False)
+
+
+def _subtree(blobs: Blobs, side: str, name: str) -> Blob:
+    every = blobs.names()
+    if name not in every:
+        there = ", ".join(map(printable, every)) or "none"
+        raise KhoscopeError(
+            f"the {SIDES[side]} FDT has no subtree {name!r}", f"these are there: {there}"
+        )
+    return blobs.subtree(name)
+
+
+def _write(blob: Blob) -> None:
+    """The bytes; what is missing of them is said."""
+    if blob.raw:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(blob.raw)
+    if not blob.raw or len(blob.raw) < (blob.size or 0):
+        raise KhoscopeError(
+            f"the bytes are not all there: {'; '.join(blob.problems)}",
+            "without --raw it says what is known",
+        )

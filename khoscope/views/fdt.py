@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Views of ``khoscope fdt``.
+
+A tree is device-tree source that dtc makes the same properties of.  Numbers are byte strings, as
+they stand in memory, with what they mean in a comment: ``<…>`` would be big endian, which KHO's
+values are not.  What is said about a tree is a ``//`` comment, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import IO, Any
+
+from ..blobs import Area, Blob, Value
+from ..fdt import DeviceTree, Node, Property
+from ..snapshot import Snapshot
+from . import json
+from .text import WIDTH, Text, counted, printable
+
+_INDENT = " " * 4
+#: Bytes of a line of a dump, or of a byte string.
+_ROW = 16
+
+
+class FdtText(Text):
+    """Writes blobs as text."""
+
+    def fdt(self, facts: Snapshot, which: str, blobs: Iterable[Blob]) -> None:
+        """``khoscope fdt``."""
+        self.line(f"// {facts.kernel.release}, {facts.taken.source}, {which}")
+        self.line(f"// read {facts.taken.time} by khoscope {facts.taken.khoscope}")
+        if which == "in":
+            self.line("// What clients have taken back by now may hold anything.")
+        for blob in blobs:
+            self.line()
+            self.blob(blob)
+
+    def blob(self, blob: Blob) -> None:
+        """A blob, with what is wrong with it first."""
+        self.line(self.paint("bold", f"// {_title(blob)}"))
+        if blob.preserved is False:
+            self.line(self.paint("red", "// not preserved: the next kernel may find anything"))
+        for problem in islice(blob.problems, self._limit):
+            self.wrapped(printable(problem), "//   ", self.paint("red", "// problem: "))
+        self._more(len(blob.problems), len(blob.problems), "problems")
+        if blob.tree:
+            self.tree_source(blob.tree, blob.values)
+        elif blob.fields:
+            for name, value in blob.fields.items():
+                self.line(f"{name:<16}  {printable(_words(value))}".rstrip())
+        elif blob.raw:
+            self.dump(blob.raw)
+        for area in blob.areas:
+            self.area(area)
+
+    def tree_source(self, tree: DeviceTree, values: dict[int, Value]) -> None:
+        """An FDT as device-tree source."""
+        self.line("/dts-v1/;")
+        for phys, size in tree.reserved:
+            self.line(f"/memreserve/ {phys:#x} {size:#x};")
+        self.line()
+        self._node(tree.root, values, "")
+
+    def _node(self, node: Node, values: dict[int, Value], indent: str) -> None:
+        self.line(f"{indent}{printable(node.name) or '/'} {{")
+        inside = indent + _INDENT
+        for found in node.properties:
+            self._property(found, values.get(found.offset), inside)
+        for i, child in enumerate(node.children):
+            if i or node.properties:
+                self.line()
+            self._node(child, values, inside)
+        self.line(f"{indent}}};")
+
+    def _property(self, found: Property, value: Value | None, indent: str) -> None:
+        name = indent + printable(found.name)
+        if not found.value:
+            self.line(f"{name};")
+            return
+        strings = _strings(found.value, value)
+        if strings:
+            self.line(f"{name} = {strings};")
+            return
+        rows = [row.hex(" ") for row in _rows(found.value)]
+        source = f"{name} = [" + f"\n{indent}{_INDENT}".join(rows) + "];"
+        comment = "" if value is None else f"/* {_words(value)} */"
+        if comment and len(rows) == 1 and len(source) + 1 + len(comment) <= WIDTH:
+            self.line(f"{source} {comment}")
+            return
+        if comment:
+            self.line(indent + comment)
+        self.line(source)
+
+    def dump(self, raw: bytes) -> None:
+        """Bytes, in hex and as text."""
+        rows = -(-len(raw) // _ROW)
+        for i, row in enumerate(islice(_rows(raw), self._limit)):
+            text = "".join(chr(c) if 0x20 <= c < 0x7F else "." for c in row)
+            self.line(f"{_ROW * i:08x}  {row.hex(' '):<{3 * _ROW - 1}}  {text}")
+        self._more(rows, rows, f"rows of {_ROW} bytes")
+
+    def area(self, area: Area) -> None:
+        """A vmalloc area and its chain."""
+        self.line(f"// {printable(area.where)}: struct kho_vmalloc")
+        self.wrapped(_words(area.decoded), "//   ", "//   ")
+        if area.chain is None:
+            self.line("//   its chain was not followed")
+            return
+        chunks = counted(area.chain.chunks, "chunk")
+        self.line(f"//   its chain: {chunks}, {counted(area.chain.listed, 'page')} listed")
+        for problem in islice(area.chain.problems, self._limit):
+            self.wrapped(printable(problem), "//   ", self.paint("red", "//   problem: "))
+        self._more(len(area.chain.problems), len(area.chain.problems), "problems")
+
+
+def _title(blob: Blob) -> str:
+    name = "root FDT" if blob.name is None else printable(blob.name)
+    size = "size unknown" if blob.size is None else counted(blob.size, "byte")
+    phys = "" if blob.phys is None else f" at {blob.phys:#014x}"
+    preserved = ", preserved" if blob.preserved else ""
+    kind = "" if blob.name is None else f"{blob.kind}, "
+    return f"{name}: {kind}{size}{phys}{preserved}"
+
+
+def _rows(raw: bytes) -> Iterable[bytes]:
+    return (raw[at : at + _ROW] for at in range(0, len(raw), _ROW))
+
+
+def _strings(raw: bytes, value: Value | None) -> str:
+    """A value as strings of device-tree source; empty: it is none."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or "".join(f"{text}\0" for text in texts).encode() != raw:
+        return ""
+    quoted = (text.replace("\\", r"\\").replace('"', r"\"") for text in texts)
+    return ", ".join(f'"{text}"' for text in quoted)
+
+
+def _words(value: Value) -> str:
+    """A value as text."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_words(each)}" for name, each in value.items())
+    if isinstance(value, list):
+        return " ".join(value) or "none"
+    return str(value)
+
+
+def write_json(facts: Snapshot, which: str, blobs: list[Blob], out: IO[str]) -> None:
+    """
+    ``fdt --json``, schema khoscope.fdt/1.
+
+    :param blobs: the root FDT and all subtrees, or the one subtree that was asked for.
+    """
+    rows = [(blob.name, _row(blob)) for blob in blobs]
+    document = {
+        "schema": "khoscope.fdt/1",
+        **json.about(facts),
+        "side": which,
+        "fdt": next((row for name, row in rows if name is None), None),
+        "subtrees": [{"name": name, **row} for name, row in rows if name is not None],
+    }
+    json.write(document, out)
+
+
+def _row(blob: Blob) -> dict[str, Any]:
+    """A blob; its bytes where they are nothing that is known."""
+    return {
+        "phys": _address(blob.phys),
+        "size": blob.size,
+        "kept": len(blob.raw or b""),
+        "preserved": blob.preserved,
+        "kind": str(blob.kind),
+        "decoded": blob.fields,
+        "tree": _tree_row(blob.tree.root, blob.values) if blob.tree else None,
+        "raw": blob.raw.hex() if blob.raw and not blob.tree else None,
+        "vmallocs": [_area_row(area) for area in blob.areas],
+        "problems": blob.problems,
+    }
+
+
+def _tree_row(node: Node, values: dict[int, Value]) -> dict[str, Any]:
+    """A node; of names that are there twice the first, as the kernel finds it."""
+    row: dict[str, Any] = {"properties": {}, "nodes": {}}
+    for found in node.properties:
+        value = {"raw": found.value.hex(), "decoded": values.get(found.offset)}
+        row["properties"].setdefault(found.name, value)
+    for child in node.children:
+        row["nodes"].setdefault(child.name, _tree_row(child, values))
+    return row
+
+
+def _area_row(area: Area) -> dict[str, Any]:
+    chain = area.chain and {
+        "chunks": area.chain.chunks,
+        "listed": area.chain.listed,
+        "problems": area.chain.problems,
+    }
+    return {"property": area.where, "decoded": area.decoded, "chain": chain}
+
+
+def _address(phys: int | None) -> str | None:
+    return None if phys is None else f"{phys:#x}"
