@@ -7,13 +7,18 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from vm.machine import Machine
 
-#: The scenarios that `python -m vm scenario` takes across a kexec: all that the module knows but
-#: ``scratch``, which needs an address of the running kernel and is refused before there is
-#: anything to take across.
+#: The scenarios that `python -m vm scenario` takes across a kexec. The module knows more:
+#:
+#: - ``scratch`` needs an address of the running kernel, and all kernels but 7.2-nodebug refuse it;
+#: - ``huge`` is a block above MAX_PAGE_ORDER;
+#: - ``vmalloc-pages`` are the pages of an area, without ``kho_preserve_vmalloc()``;
+#: - ``slab`` is the page of an object of ``kmalloc()``;
+#: - ``blob`` is the blob of a subtree, ``blob-lost`` one that nobody has preserved, and ``blob-at``
+#:   one at an address of the running kernel.
 SCENARIOS = (
     "contig",
     "split",
@@ -31,6 +36,11 @@ SCENARIOS = (
     "wrong-call",
     "many",
 )
+
+#: What :meth:`Exercise.damage` can do to a ``struct kho_vmalloc`` and its chunks: the last one
+#: leads to the first, or to where no memory is; the first page that is listed is not preserved; a
+#: page is listed that ``total_pages`` does not count, or the other way round.
+Damage = Literal["loop", "outside-ram", "unpreserved", "too-many", "too-few"]
 
 _DEBUGFS = "/sys/kernel/debug/kho_exercise"
 _SCRATCH = "/sys/kernel/debug/kho/out/scratch_"
@@ -65,6 +75,10 @@ class Piece:
     #: Physical ranges, as (first byte, first byte after); none where the pages are scattered and
     #: too many for the report.
     ranges: tuple[tuple[int, int], ...]
+    #: Physical address of the ``struct kho_vmalloc`` of an area that was preserved as such.
+    descriptor: int | None
+    #: The name of the subtree whose blob it is.
+    subtree: str | None
 
     @classmethod
     def parse(cls, line: str) -> Piece:
@@ -73,8 +87,6 @@ class Piece:
         if "physes" in fields:
             starts = [int(phys, 16) for phys in fields["physes"]]
             ranges = tuple((start, start + _PAGE) for start in starts)
-        elif fields["scenario"] == "many" and fields["pages"] > 1:
-            ranges = ()
         else:
             start = int(fields["phys"], 16)
             ranges = ((start, start + fields["pages"] * _PAGE),)
@@ -88,6 +100,8 @@ class Piece:
             compound=fields["compound"],
             refs=tuple((value, count) for value, count in fields["refs"]),
             ranges=ranges,
+            descriptor=int(fields["descriptor"], 16) if "descriptor" in fields else None,
+            subtree=fields.get("subtree"),
         )
 
     @property
@@ -128,11 +142,23 @@ class Exercise:
         """Makes a scenario; what KHO returned for each of its pieces is in the report.
 
         :param number: how many blocks, of the scenario's orders in turn (without it one of each);
-            how many pages, for the scenario ``many``; for ``scratch`` the physical address, a
-            multiple of four pages
+            how many pages, for ``many``, ``vmalloc`` and ``vmalloc-pages``; how many subtrees, for
+            ``blob``, which ends with the first that KHO refuses; the physical address, for
+            ``scratch`` (a multiple of four pages) and ``blob-at`` (of one page)
         """
         words = scenario if number is None else f"{scenario} {number}"
         self._write("preserve", words, timeout)
+
+    def damage(self, scenario: str, how: Damage) -> None:
+        """Writes to what describes the scenario's preserved vmalloc areas.
+
+        :meth:`free` mends them first. A kexec does not: then the next kernel gets them.
+        """
+        self._write("break", f"{scenario} {how}")
+
+    def mend(self, scenario: str) -> None:
+        """Takes back all that :meth:`damage` has done."""
+        self._write("break", f"{scenario} mend")
 
     def restore(self, scenario: str) -> None:
         """Restores it, after the kexec; what KHO returned is in the report."""

@@ -46,5 +46,5 @@ def test_ranges_of_a_piece() -> None:
     assert piece.ranges == ((0x1E88000, 0x1E8D000),)
     scattered = _LINE.replace('"phys":"0x1e88000"', '"phys":"0x1000","physes":["0x1000","0x5000"]')
     assert Piece.parse(scattered % "[[1,2]]").ranges == ((0x1000, 0x2000), (0x5000, 0x6000))
-    unknown = _LINE.replace('"part"', '"many"')
+    unknown = _LINE.replace('"phys":"0x1e88000"', '"phys":"0x1000","physes":[]')
     assert Piece.parse(unknown % "[[1,5]]").ranges == ()

@@ -4,21 +4,31 @@
  *
  * In /sys/kernel/debug/kho_exercise:
  *
- *   preserve  write "NAME", "NAME N", "many N" or "scratch PHYS": allocates the
- *             memory of a scenario and has KHO preserve it. N is how many blocks
- *             of the scenarios that are made of some, of all its orders in turn
- *             (else one of each), and how many pages "many" has. May be done
+ *   preserve  write "NAME", "NAME N", "many N", "scratch PHYS" or "blob-at PHYS":
+ *             allocates the memory of a scenario and has KHO preserve it. N is
+ *             how many blocks of the scenarios that are made of some, of all its
+ *             orders in turn (else one of each); how many pages "many" has, and
+ *             "vmalloc" if it is not to have its usual number; how many subtrees
+ *             "blob" adds, if KHO does not refuse one before that. May be done
  *             again: the pieces add up.
+ *   break     write "NAME HOW": writes to the descriptions of the scenario's
+ *             preserved vmalloc areas. HOW is "loop" (the last chunk leads to the
+ *             first), "outside-ram" (it leads to where no memory is),
+ *             "unpreserved" (the first page that is listed is so no more),
+ *             "too-many" (a page is listed that total_pages does not count),
+ *             "too-few" (total_pages counts one that is not listed) or "mend",
+ *             which takes all of that back.
  *   restore   write "NAME", after the kexec: restores what was handed over.
  *   free      write "NAME": frees the memory as its owner would, after having it
- *             unpreserved if it was preserved in this kernel. On a kernel that
- *             restores wrongly this trips the checks of CONFIG_DEBUG_VM.
+ *             mended and unpreserved if it was preserved in this kernel. On a
+ *             kernel that restores wrongly this trips the checks of
+ *             CONFIG_DEBUG_VM.
  *   report    read: one JSON object per piece and line.
  *   time      write "ORDER ROUNDS": preserves and unpreserves one block that often;
  *             read: how long both took in total, as one line of JSON.
  *
  * A piece is the memory of one preserve call, or one vmalloc area, or all pages
- * of one "many N". A write fails if there is no such scenario (EINVAL), this
+ * of one "many N", or the blob of a subtree. A write fails if there is no such scenario (EINVAL), this
  * kernel cannot have it (EOPNOTSUPP), there is no memory for it (ENOMEM), or
  * there is nothing of it to restore or to free (ENOENT). What KHO returned is no
  * failure of the write, except of one to "time". The report has it:
@@ -31,11 +41,15 @@
  *   ret      what it returned; 0 for a pointer and -ENOENT for NULL
  *   phys     of the first page
  *   pages    how many there are
- *   physes   of each page, if they are not contiguous and not too many
+ *   physes   of each page, if that does not follow from the first; empty if they
+ *            are too many
  *   order    of the allocation, or of each if there are several
  *   compound is the first page part of a compound page now?
  *   refs     the reference counts now, page after page, as run lengths:
  *            [[1,1],[0,3]] are a page with 1 and three with 0
+ *   descriptor  physical address of the struct kho_vmalloc of an area that was
+ *            preserved as such; it is in a preserved page
+ *   subtree  name of the subtree whose blob this is
  *
  * What was made is recorded in preserved pages, which the module finds again
  * after the kexec as the KHO subtree "kho_exercise". The same code builds
@@ -62,6 +76,7 @@
 #include <linux/platform_device.h>
 #include <linux/sched/signal.h>
 #include <linux/seq_file.h>
+#include <linux/slab.h>
 #include <linux/sizes.h>
 #include <linux/string.h>
 #include <linux/uaccess.h>
@@ -69,15 +84,21 @@
 
 #define SUBTREE "kho_exercise"
 
+/* Room for the name of one more: SUBTREE, scenario, number. */
+#define SUBTREE_NAME 48
+
 /* Changes with the layout of struct record or struct piece. */
 #define RECORD_VERSION 1
 
 /* Longer lists of page addresses are left out of the report. */
-#define REPORTED_ADDRESSES 64
+#define REPORTED_ADDRESSES 4096
 
 #define DMA_ORDER (const_ilog2(SZ_64K) - PAGE_SHIFT)
 #define HUGE_ORDER (PMD_SHIFT - PAGE_SHIFT)
 #define VMALLOC_PAGES 64
+
+/* Beyond what any machine here has, within what a physical address can be. */
+#define OUTSIDE_RAM BIT_ULL(45)
 
 /* Of a block of 8. */
 #define PART_PAGES 5
@@ -286,6 +307,69 @@ static const struct kind folios = {
 
 /* Areas of vmalloc() */
 
+static struct kho_vmalloc_chunk *last_chunk(const struct piece *p)
+{
+	const struct kho_vmalloc *v = &p->area_handover;
+	struct kho_vmalloc_chunk *chunk = phys_to_virt(v->first.phys);
+	/* Counted, as the link of the last one may be wrong. */
+	unsigned long links = (p->pages >> v->order) / ARRAY_SIZE(chunk->phys);
+
+	while (links--)
+		chunk = phys_to_virt(chunk->hdr.next.phys);
+
+	return chunk;
+}
+
+static int break_loop(struct piece *p)
+{
+	last_chunk(p)->hdr.next.phys = p->area_handover.first.phys;
+	return 0;
+}
+
+static int break_outside_ram(struct piece *p)
+{
+	last_chunk(p)->hdr.next.phys = OUTSIDE_RAM;
+	return 0;
+}
+
+static int break_unpreserved(struct piece *p)
+{
+	kho_unpreserve_pages(page_of(p, 0), 1UL << p->area_handover.order);
+	return 0;
+}
+
+static int break_too_many(struct piece *p)
+{
+	p->area_handover.total_pages = p->pages - 1;
+	return 0;
+}
+
+static int break_too_few(struct piece *p)
+{
+	p->area_handover.total_pages = p->pages + 1;
+	return 0;
+}
+
+static int mend(struct piece *p)
+{
+	last_chunk(p)->hdr.next.phys = 0;
+	p->area_handover.total_pages = p->pages;
+	/* If it is preserved, this changes nothing. */
+	return kho_preserve_pages(page_of(p, 0), 1UL << p->area_handover.order);
+}
+
+static const struct damage {
+	const char *name;
+	int (*inflict)(struct piece *p);
+} damages[] = {
+	{ "loop", break_loop },
+	{ "outside-ram", break_outside_ram },
+	{ "unpreserved", break_unpreserved },
+	{ "too-many", break_too_many },
+	{ "too-few", break_too_few },
+	{ "mend", mend },
+};
+
 static int preserve_area(struct piece *p)
 {
 	return called(p, "kho_preserve_vmalloc",
@@ -294,6 +378,8 @@ static int preserve_area(struct piece *p)
 
 static void unpreserve_area(struct piece *p)
 {
+	/* KHO follows the chain, and frees it. */
+	mend(p);
 	kho_unpreserve_vmalloc(&p->area_handover);
 	called(p, "kho_unpreserve_vmalloc", 0);
 }
@@ -359,6 +445,74 @@ static const struct kind single = {
 	.restore = restore_each,
 };
 
+/* Blobs of subtrees */
+
+static void subtree_name(const struct piece *p, char *name, size_t size)
+{
+	snprintf(name, size, SUBTREE "-%s-%u", p->scenario, p->number);
+}
+
+static int add_subtree(struct piece *p)
+{
+	char name[SUBTREE_NAME];
+
+	subtree_name(p, name, sizeof(name));
+
+	return called(p, "kho_add_subtree",
+		      kho_add_subtree(name, phys_to_virt(p->phys), PAGE_SIZE));
+}
+
+static void remove_subtree(struct piece *p)
+{
+	kho_remove_subtree(phys_to_virt(p->phys));
+	called(p, "kho_remove_subtree", 0);
+}
+
+static int retrieve_subtree(struct piece *p)
+{
+	char name[SUBTREE_NAME];
+	phys_addr_t phys;
+	int err;
+
+	subtree_name(p, name, sizeof(name));
+	err = kho_retrieve_subtree(name, &phys, NULL);
+	if (!err && phys != p->phys)
+		err = -ESTALE;
+
+	return called(p, "kho_retrieve_subtree", err);
+}
+
+static int preserve_blob(struct piece *p)
+{
+	if (!preserve_pages(p) && add_subtree(p))
+		kho_unpreserve_pages(page_of(p, 0), p->pages);
+
+	return p->ret;
+}
+
+static void unpreserve_blob(struct piece *p)
+{
+	unpreserve_pages(p);
+	remove_subtree(p);
+}
+
+static int restore_blob(struct piece *p)
+{
+	return retrieve_subtree(p) ?: restore_pages(p);
+}
+
+static const struct kind blobs = {
+	.preserve = preserve_blob,
+	.unpreserve = unpreserve_blob,
+	.restore = restore_blob,
+};
+
+/* KHO takes the address of a blob, and leaves it to the caller to preserve it. */
+static const struct kind lost_blobs = {
+	.preserve = add_subtree,
+	.unpreserve = remove_subtree,
+};
+
 /* The record */
 
 static struct record *add_record(void)
@@ -412,6 +566,11 @@ static struct piece *new_piece(const struct scenario *s)
 	p->state = UNPRESERVED;
 
 	return p;
+}
+
+static struct piece *last_piece(void)
+{
+	return &last_record->pieces[last_record->nr_pieces - 1];
 }
 
 /* That KHO refuses the memory is for the report, and no error. */
@@ -488,6 +647,20 @@ static void free_area(struct piece *p)
 	vfree(p->area);
 }
 
+/* Nothing maps the pages after the kexec. */
+static void free_area_or_pages(struct piece *p)
+{
+	if (p->handed_over)
+		free_blocks(p);
+	else
+		free_area(p);
+}
+
+static void free_object(struct piece *p)
+{
+	kfree(p->area);
+}
+
 /* As what restore_mistaken() has asked for. */
 static void free_mistaken(struct piece *p)
 {
@@ -503,7 +676,8 @@ static void free_mistaken(struct piece *p)
 
 static void split(const struct scenario *s, struct piece *p)
 {
-	split_page(page_of(p, 0), p->order);
+	for (unsigned long i = 0; i < p->pages; i += 1UL << p->order)
+		split_page(page_of(p, i), p->order);
 	p->split = true;
 }
 
@@ -623,7 +797,7 @@ static int make_neighbours(const struct scenario *s, unsigned long unused)
 		return PTR_ERR(p);
 
 	for (int tries = 0; tries < 1024 && !buddy; tries++) {
-		page = alloc_pages(GFP_KERNEL, order);
+		page = alloc_pages(MAY_FAIL, order);
 		if (!page)
 			break;
 		buddy = find_buddy(&blocks, page, order);
@@ -643,6 +817,9 @@ static int make_neighbours(const struct scenario *s, unsigned long unused)
 
 	p->pages = 2UL << order;
 	p->order = order;
+
+	if (s->before)
+		s->before(s, p);
 
 	return preserve(s, p);
 }
@@ -674,28 +851,29 @@ static int make_dma(const struct scenario *s, unsigned long unused)
 	return preserve(s, p);
 }
 
-static int make_vmalloc(const struct scenario *s, unsigned long unused)
+static int make_vmalloc(const struct scenario *s, unsigned long n)
 {
+	const unsigned long pages = n ?: VMALLOC_PAGES;
 	struct piece *p = new_piece(s);
 
 	if (IS_ERR(p))
 		return PTR_ERR(p);
 
-	p->area = vmalloc(VMALLOC_PAGES * PAGE_SIZE);
-	p->list = vmalloc_array(VMALLOC_PAGES, sizeof(*p->list));
+	p->area = __vmalloc(array_size(pages, PAGE_SIZE), MAY_FAIL);
+	p->list = vmalloc_array(pages, sizeof(*p->list));
 	if (!p->area || !p->list) {
 		vfree(p->area);
 		vfree(p->list);
 		return -ENOMEM;
 	}
 
-	for (int i = 0; i < VMALLOC_PAGES; i++) {
+	for (unsigned long i = 0; i < pages; i++) {
 		struct page *page = vmalloc_to_page(p->area + i * PAGE_SIZE);
 
 		p->list[i] = page_to_phys(page);
 	}
 	p->phys = p->list[0];
-	p->pages = VMALLOC_PAGES;
+	p->pages = pages;
 
 	return preserve(s, p);
 }
@@ -753,6 +931,53 @@ static int make_many(const struct scenario *s, unsigned long n)
 		cond_resched();
 	}
 	p->phys = p->list[0];
+
+	return preserve(s, p);
+}
+
+static int make_slab(const struct scenario *s, unsigned long unused)
+{
+	struct piece *p = new_piece(s);
+
+	if (IS_ERR(p))
+		return PTR_ERR(p);
+
+	p->area = kmalloc(PAGE_SIZE / 4, GFP_KERNEL);
+	if (!p->area)
+		return -ENOMEM;
+	p->phys = PAGE_ALIGN_DOWN(virt_to_phys(p->area));
+	p->pages = 1;
+
+	return preserve(s, p);
+}
+
+/* Ends with the first that KHO refuses. */
+static int make_blobs(const struct scenario *s, unsigned long n)
+{
+	bool refused = false;
+	int err = 0;
+
+	for (unsigned long i = 0; i < (n ?: 1) && !err && !refused; i++) {
+		err = make_block(s, 0, 1);
+		refused = !err && last_piece()->ret;
+	}
+
+	return err;
+}
+
+/* A blob in memory that is somebody else's. */
+static int make_blob_at(const struct scenario *s, unsigned long phys)
+{
+	struct piece *p;
+
+	if (!PAGE_ALIGNED(phys) || !pfn_to_online_page(PHYS_PFN(phys)))
+		return -EINVAL;
+
+	p = new_piece(s);
+	if (IS_ERR(p))
+		return PTR_ERR(p);
+	p->phys = phys;
+	p->pages = 1;
 
 	return preserve(s, p);
 }
@@ -819,6 +1044,7 @@ static const struct scenario scenarios[] = {
 	}, {
 		.name = "vmalloc",
 		.kind = &areas,
+		.argument = MAYBE_A_COUNT,
 		.make = make_vmalloc,
 		.free = free_area,
 	}, {
@@ -907,6 +1133,47 @@ static const struct scenario scenarios[] = {
 		.make = make_many,
 		.free = free_blocks,
 	}, {
+		/* Two blocks in one call, which are more than the allocator has in one. */
+		.name = "huge",
+		.kind = &contiguous,
+		.make = make_neighbours,
+		.before = split,
+		.free = free_blocks,
+		.first_order = MAX_PAGE_ORDER,
+	}, {
+		/* The pages of an area, without kho_preserve_vmalloc(). */
+		.name = "vmalloc-pages",
+		.kind = &single,
+		.argument = MAYBE_A_COUNT,
+		.make = make_vmalloc,
+		.free = free_area_or_pages,
+	}, {
+		/* The page of an object of kmalloc(). */
+		.name = "slab",
+		.kind = &contiguous,
+		.make = make_slab,
+		.free = free_object,
+		.never_restored = true,
+	}, {
+		.name = "blob",
+		.kind = &blobs,
+		.argument = MAYBE_A_COUNT,
+		.make = make_blobs,
+		.free = free_blocks,
+	}, {
+		/* Of a subtree, and not preserved. */
+		.name = "blob-lost",
+		.kind = &lost_blobs,
+		.make = make_blobs,
+		.free = free_blocks,
+		.never_restored = true,
+	}, {
+		.name = "blob-at",
+		.kind = &lost_blobs,
+		.argument = AN_ADDRESS,
+		.make = make_blob_at,
+		.never_restored = true,
+	}, {
 		/* Only KHO's own debugging refuses it. */
 		.name = "scratch",
 		.kind = &contiguous,
@@ -957,6 +1224,28 @@ static int restore_scenario(const struct scenario *s, unsigned long unused)
 	}
 
 	return found ? 0 : -ENOENT;
+}
+
+static int break_scenario(const struct scenario *s, const struct damage *d)
+{
+	bool found = false;
+	struct record *r;
+	struct piece *p;
+	int err = 0;
+
+	if (s->kind != &areas)
+		return -EINVAL;
+
+	guard(mutex)(&lock);
+
+	for_each_piece(r, p) {
+		if (!p->recorded || !is_of(p, s))
+			continue;
+		found = true;
+		err = err ?: d->inflict(p);
+	}
+
+	return found ? err : -ENOENT;
 }
 
 /* A piece that it is on us to free, or to take out of the tree. */
@@ -1081,27 +1370,71 @@ static const struct file_operations command_fops = {
 	.write = command_write,
 };
 
-/* The report */
-
-static bool is_contiguous(const struct piece *p)
+static const struct damage *find_damage(const char *name)
 {
-	for (unsigned long i = 0; i < p->pages; i++)
-		if (phys_of(p, i) != p->phys + PFN_PHYS(i))
-			return false;
+	for (int i = 0; i < ARRAY_SIZE(damages); i++)
+		if (!strcmp(damages[i].name, name))
+			return &damages[i];
 
-	return true;
+	return NULL;
 }
+
+static ssize_t break_write(struct file *file, const char __user *from,
+			   size_t size, loff_t *pos)
+{
+	const struct scenario *s;
+	const struct damage *d;
+	struct words words;
+	int err;
+
+	err = read_words(&words, from, size);
+	if (err)
+		return err;
+
+	s = find_scenario(words.first);
+	d = words.second ? find_damage(words.second) : NULL;
+	if (!s || !d)
+		return -EINVAL;
+
+	err = break_scenario(s, d);
+
+	return err ?: size;
+}
+
+static const struct file_operations break_fops = {
+	.owner = THIS_MODULE,
+	.open = simple_open,
+	.write = break_write,
+};
+
+/* The report */
 
 static void show_addresses(struct seq_file *m, const struct piece *p)
 {
+	const unsigned long n = p->pages <= REPORTED_ADDRESSES ? p->pages : 0;
 	const char *separator = "";
 
 	seq_puts(m, ",\"physes\":[");
-	for (unsigned long i = 0; i < p->pages; i++) {
+	for (unsigned long i = 0; i < n; i++) {
 		seq_printf(m, "%s\"%#llx\"", separator, (u64)phys_of(p, i));
 		separator = ",";
 	}
 	seq_puts(m, "]");
+}
+
+static bool is_blob(const struct piece *p)
+{
+	const struct kind *kind = find_scenario(p->scenario)->kind;
+
+	return kind == &blobs || kind == &lost_blobs;
+}
+
+static void show_subtree(struct seq_file *m, const struct piece *p)
+{
+	char name[SUBTREE_NAME];
+
+	subtree_name(p, name, sizeof(name));
+	seq_printf(m, ",\"subtree\":\"%s\"", name);
 }
 
 /* The reference counts, page after page: each, and how many pages have it. */
@@ -1133,8 +1466,13 @@ static void show_piece(struct seq_file *m, const struct piece *p)
 		   p->scenario, p->number, state_names[p->state]);
 	seq_printf(m, ",\"call\":\"%s\",\"phys\":\"%#llx\",\"pages\":%llu",
 		   p->call, (u64)p->phys, p->pages);
-	if (!gone && p->pages <= REPORTED_ADDRESSES && !is_contiguous(p))
+	if (!gone && p->list)
 		show_addresses(m, p);
+	if ((p->recorded || p->state == HANDED_OVER) && p->area_handover.first.phys)
+		seq_printf(m, ",\"descriptor\":\"%#llx\"",
+			   (u64)__pa(&p->area_handover));
+	if (is_blob(p))
+		show_subtree(m, p);
 	seq_printf(m, ",\"order\":%u,\"ret\":%d,\"compound\":%s,\"refs\":[",
 		   p->order, p->ret,
 		   !gone && PageCompound(page_of(p, 0)) ? "true" : "false");
@@ -1330,6 +1668,7 @@ static int __init kho_exercise_init(void)
 	for (int i = 0; i < ARRAY_SIZE(commands); i++)
 		debugfs_create_file(commands[i].name, 0200, dir,
 				    (void *)&commands[i], &command_fops);
+	debugfs_create_file("break", 0200, dir, NULL, &break_fops);
 	debugfs_create_file("report", 0400, dir, NULL, &report_fops);
 	debugfs_create_file("time", 0600, dir, NULL, &time_fops);
 

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the tests write into memfds, so that they know each page when they see it again."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def content(token: int, size: int, offset: int = 0) -> bytes:
+    """
+    `size` bytes of the file with this token: each of its u64 is the token's low half, then its
+    own number in the file.
+
+    :param offset: in bytes, a multiple of 8.
+    """
+    numbers = np.arange(offset // 8, (offset + size + 7) // 8, dtype=np.uint64)
+    return (numbers | np.uint64((token & 0xFFFFFFFF) << 32)).tobytes()[:size]

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A program that runs in a guest beside what the guest is told to do."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from vm.machine import Machine, MachineError, Result
+
+# Job control, so that SIGINT is not ignored.
+_START = """
+directory=$1; shift
+mkdir "$directory" && cd "$directory" || exit
+set -m
+(
+    "$@" >out 2>err &
+    echo $! >pid
+    wait $!
+    echo $? >status.new
+    mv status.new status
+) </dev/null >/dev/null 2>&1 &
+until [ -s pid ]; do sleep 0.1; done
+"""
+
+_UNTIL_ON = "until [ -s out ] || [ -e status ]; do sleep 0.2; done; [ ! -e status ]"
+_UNTIL_ENDED = "until [ -e status ]; do sleep 0.2; done; cat status"
+
+
+class Job:
+    """
+    A program that has been started. That it prints something is the sign that it is on.
+
+    :param directory: in the guest, where its output goes; it must be new.
+    :param words: what to run.
+    """
+
+    def __init__(self, machine: Machine, directory: str, words: Sequence[str]) -> None:
+        self.machine = machine
+        self.directory = directory
+        self.words = tuple(words)
+        #: The exit status, when it has ended: 128 + N if signal N has killed it.
+        self.status: int | None = None
+        machine.run(("bash", "-c", _START, "bash", directory, *words), check=True)
+
+    def until_on(self, timeout: float) -> None:
+        """:raise MachineError: it has ended instead."""
+        if self._shell(_UNTIL_ON, timeout).returncode:
+            raise MachineError(f"{shlex.join(self.words)} is not on:\n{self.errors()}")
+
+    def end(self, signal: str = "INT", *, timeout: float = 300.0) -> int:
+        """Sends it a signal and waits until it has ended; returns its exit status."""
+        self.machine.run(f"kill -{signal} $(cat {self.directory}/pid)", check=True)
+        return self.wait(timeout=timeout)
+
+    def wait(self, *, timeout: float = 300.0) -> int:
+        """Waits until it has ended by itself; returns its exit status."""
+        self.status = int(self._shell(_UNTIL_ENDED, timeout).stdout)
+        return self.status
+
+    def output(self) -> str:
+        """What it has printed."""
+        return self._shell("cat out").stdout
+
+    def errors(self) -> str:
+        """What it has printed to stderr."""
+        return self._shell("cat err").stdout
+
+    def _shell(self, script: str, timeout: float = 60.0) -> Result:
+        return self.machine.run(f"cd {self.directory} && {{ {script}; }}", timeout=timeout)

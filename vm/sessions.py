@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Inside the guest: a LUO session that holds memfds of known content. Driven by vm/luo.py.
+
+    python3 -m vm.sessions hold NAME TOKEN:SIZE:THP ...      until it is killed, or the kexec
+    python3 -m vm.sessions retrieve NAME TOKEN ...           and finish the session
+
+THP is what of transparent huge pages the memfd is made with, a word for `shmem_enabled`. Both
+print one line of JSON, an object with each token and
+
+    size    of the file, in bytes
+    same    is the content what was written?
+    ranges  where its pages are, in the file's order: [[first byte, first byte after], ...]
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from khoscope.liveupdate import LiveUpdate
+from vm.content import content
+
+PAGE = mmap.PAGESIZE
+SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+
+# Of an entry of /proc/PID/pagemap.
+_PFN = np.uint64((1 << 55) - 1)
+
+
+def make(token: int, size: int, thp: str) -> int:
+    """A memfd with the token's content."""
+    fd = os.memfd_create(f"token-{token}", os.MFD_ALLOW_SEALING)
+    SHMEM_ENABLED.write_text(thp)
+    data = memoryview(content(token, size))
+    while data:
+        data = data[os.write(fd, data) :]
+    return fd
+
+
+def describe(fd: int, token: int) -> dict[str, Any]:
+    size = os.fstat(fd).st_size
+    if not size:
+        return {"size": 0, "same": True, "ranges": []}
+    # Not through mmap.mmap(): it would hold the file, and be held by the array.
+    data = np.memmap(os.fdopen(os.dup(fd), "rb"), np.uint8, "r")
+    # Comparing brings every page into the page table.
+    same = data.tobytes() == content(token, size)
+    return {"size": size, "same": same, "ranges": ranges(data)}
+
+
+def ranges(data: np.memmap[Any, Any]) -> list[tuple[int, int]]:
+    """The physical ranges of what is mapped, in its order."""
+    first = data.ctypes.data // PAGE
+    count = -(-data.size // PAGE)
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek(8 * first)
+        pfns = np.frombuffer(file.read(8 * count), np.uint64) & _PFN
+    pieces = np.split(pfns, np.flatnonzero(np.diff(pfns) != 1) + 1)
+    return [(int(piece[0]) * PAGE, (int(piece[-1]) + 1) * PAGE) for piece in pieces]
+
+
+def say(described: dict[int, dict[str, Any]]) -> None:
+    print(json.dumps(described), flush=True)
+
+
+def hold(name: str, *files: str) -> None:
+    with LiveUpdate() as device:
+        session = device.create_session(name)
+    described = {}
+    for word in files:
+        token, size, thp = word.split(":")
+        fd = make(int(token), int(size), thp)
+        session.preserve_fd(fd, int(token))
+        # Not before: to be preserved they may have moved.
+        described[int(token)] = describe(fd, int(token))
+    say(described)
+    signal.pause()
+
+
+def retrieve(name: str, *tokens: str) -> None:
+    with LiveUpdate() as device, device.retrieve_session(name) as session:
+        fds = {int(token): session.retrieve_fd(int(token)) for token in tokens}
+        session.finish()
+        say({token: describe(fd, token) for token, fd in fds.items()})
+
+
+if __name__ == "__main__":
+    {"hold": hold, "retrieve": retrieve}[sys.argv[1]](*sys.argv[2:])
