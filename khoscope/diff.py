@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .columns import Blocks, Pages, aligned
 from .errors import KhoscopeError
-from .snapshot import Side, Snapshot
+from .snapshot import KexecImage, Side, Snapshot
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,24 @@ def _single_facts(s: Snapshot) -> dict[str, str]:
         "RAM": ", ".join(f"{x:#x}..{y:#x}" for x, y in s.ram.tolist()),
         "scratch": ", ".join(f"{x:#x}+{y:#x}" for x, y in s.scratch.tolist()),
     }
+    if s.kernel.command_line:
+        found["command line"] = s.kernel.command_line
+    if s.image is not None:
+        found["kexec image"] = _image(s.image)
+    if s.liveupdate is not None:
+        found["LUO enabled"] = str(s.liveupdate.enabled)
+        found["LUO file handlers"] = ", ".join(s.liveupdate.handlers) or "none"
     found |= _side_facts("outgoing", s.outgoing)
     if s.incoming is not None:
         found |= _side_facts("incoming", s.incoming)
     return found
+
+
+def _image(image: KexecImage) -> str:
+    if not image.loaded:
+        return "none"
+    call = "kexec_file_load" if image.file_mode else "kexec_load"
+    return f"{image.size} bytes by {call}, KHO FDT {image.kho_fdt:#x}"
 
 
 def _side_facts(which: str, side: Side) -> dict[str, str]:

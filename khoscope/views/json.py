@@ -9,7 +9,7 @@ are read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -75,6 +75,11 @@ def about(facts: Snapshot) -> dict[str, Any]:
 
 
 def totals(tree: Tree, abi: Abi) -> list[dict[str, Any]]:
+    """A tree's blocks, pages and bytes by order and type."""
+    return counts(tree.totals(abi), abi)
+
+
+def counts(totals: Mapping[tuple[int, int], int], abi: Abi) -> list[dict[str, Any]]:
     """Blocks, pages and bytes by order and type."""
     return [
         {
@@ -84,7 +89,7 @@ def totals(tree: Tree, abi: Abi) -> list[dict[str, Any]]:
             "pages": blocks << order if order != BAD_ORDER else None,
             "bytes": blocks << order + abi.page_shift if order != BAD_ORDER else None,
         }
-        for (order, kind), blocks in sorted(tree.totals(abi).items())
+        for (order, kind), blocks in sorted(totals.items())
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -105,10 +105,14 @@ class Text:
         self.blocks(wanted.apply(tree.blocks(abi), abi.page_shift))
 
     def totals(self, tree: Tree, abi: Abi) -> None:
+        """A tree's blocks by order and type."""
+        self.counts(tree.totals(abi), abi)
+
+    def counts(self, totals: Mapping[tuple[int, int], int], abi: Abi) -> None:
         """Blocks by order and type."""
         rows: list[list[Any]] = []
         blocks = pages = 0
-        for (order, kind), count in sorted(tree.totals(abi).items()):
+        for (order, kind), count in sorted(totals.items()):
             blocks += count
             if order == BAD_ORDER:
                 rows.append(["bad key", "", f"{count:,}", "", ""])

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The state of KHO in one kernel, summed up."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from .abi import BAD_ORDER
+from .columns import Blocks
+from .snapshot import KeySet, Side, Snapshot, Subtree, rows
+
+#: Where each fact was read, in the kernel's own names.
+READ_FROM: Final = {
+    "kho": "kho_enable",
+    "handover": "kho_in",
+    "kho_abi": "kho_out.fdt",
+    "kho_abi_in": "kho_in.fdt_phys",
+    "liveupdate": "luo_global.enabled",
+    "luo_abi": "kho_out.fdt, LUO",
+    "luo_abi_in": "kho_in.fdt_phys, LUO",
+    "handlers": "luo_file_handler_list",
+    "scratch": "kho_scratch",
+    "preserved": "kho_out.radix_tree",
+    "unclaimed": "page->private",
+    "tree": "kho_out.radix_tree",
+    "subtrees": "kho_out.fdt",
+    "subtrees_in": "kho_in.fdt_phys",
+    "sessions": "luo_session_global.outgoing",
+    "sessions_in": "luo_session_global.incoming",
+    "image": "kexec_image",
+    "taint": "tainted_mask",
+}
+
+#: A letter for each bit of ``tainted_mask`` (``taint_flags`` in kernel/panic.c).
+TAINTS: Final = "PFSRMBUDAWCIOELKXTNJ"
+
+#: What the kernel says when it turns KHO off by itself.
+_DISABLED = re.compile(r"KHO: .*disabling", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Whether KHO is on, and why."""
+
+    on: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """
+    A scratch area.
+
+    :param free: bytes that the buddy allocator holds; None: not counted.
+    """
+
+    phys: int
+    size: int
+    free: int | None
+
+
+@dataclass(frozen=True)
+class Status:
+    """
+    What there is to say in one screen.
+
+    :param preserved: outgoing blocks by (order, type).
+    :param unclaimed: stamped blocks by (order, type); None: not looked for, after a KHO boot.
+    :param tree_pages: pages of the outgoing tree's own nodes.
+    :param per_byte: bytes preserved per byte of tree; None: there is no tree.
+    :param subtrees: outgoing subtrees, and whether blocks cover all of each blob; None: the FDT
+        does not say where it is.
+    :param taint: letters, as in the kernel's own messages.
+    """
+
+    kho: Switch
+    scratch: list[Scratch]
+    preserved: dict[tuple[int, int], int]
+    unclaimed: dict[tuple[int, int], int] | None
+    tree_pages: int
+    per_byte: float | None
+    subtrees: list[tuple[Subtree, bool | None]]
+    taint: str
+
+
+def status(facts: Snapshot) -> Status:
+    """Sum up what is known of a kernel."""
+    side = facts.outgoing
+    preserved = side.tree.totals(facts.abi)
+    tree_pages = rows(side.tree.nodes)
+    pages = sum(count << order for (order, _), count in preserved.items() if order != BAD_ORDER)
+    looked = facts.scan is not None or not facts.handover.is_kho_boot
+    return Status(
+        kho_switch(facts),
+        _scratch(facts),
+        preserved,
+        _totals(facts.stamps) if looked else None,
+        tree_pages,
+        pages / tree_pages if tree_pages else None,
+        _subtrees(facts, side),
+        taint_letters(facts.kernel.tainted),
+    )
+
+
+def kho_switch(facts: Snapshot) -> Switch:
+    """Whether KHO is on: ``kho_enable``, which ``kho=`` sets and a failing set-up clears."""
+    if not facts.kho_enable:
+        return Switch(False, _why_off(facts))
+    if not facts.outgoing.tree.state.root:
+        return Switch(False, "enabled, but there is no tree: it was not, or not yet, set up")
+    if not facts.kernel.command_line:
+        return Switch(True, "why is not recorded")
+    if _kho_parameter(facts.kernel.command_line):
+        return Switch(True, "kho=on on the command line")
+    return Switch(True, "the default of this kernel (CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT)")
+
+
+def _why_off(facts: Snapshot) -> str:
+    for line in facts.kernel.log:
+        if _DISABLED.search(line):
+            return f"the kernel says {line!r}"
+    if not facts.kernel.command_line:
+        return "why is not recorded"
+    asked = _kho_parameter(facts.kernel.command_line)
+    if asked is None:
+        return "the command line does not have kho=on"
+    if asked:
+        return "although kho=on is on the command line: its set-up failed, see the kernel's log"
+    return "the command line turns it off with kho="
+
+
+def _kho_parameter(command_line: str) -> bool | None:
+    """What the last ``kho=`` that ``kstrtobool()`` understands says; None: there is none."""
+    # What follows is for init.
+    words, _, _ = f" {command_line} ".partition(" -- ")
+    asked = None
+    for value in re.findall(r"(?<=\s)kho=(\S*)", f"{words} "):
+        if re.match(r"[yYtT1]|[oO][nN]", value):
+            asked = True
+        elif re.match(r"[nNfF0]|[oO][fF]", value):
+            asked = False
+    return asked
+
+
+def _scratch(facts: Snapshot) -> list[Scratch]:
+    free: list[int | None] = [pages << facts.abi.page_shift for pages in facts.scratch_free]
+    # Of a file, the two need not fit.
+    free += [None] * len(facts.scratch)
+    return [Scratch(phys, size, free[i]) for i, (phys, size) in enumerate(facts.scratch.tolist())]
+
+
+def _totals(stream: Iterable[Blocks]) -> dict[tuple[int, int], int]:
+    """Blocks by (order, type)."""
+    counted: Counter[tuple[int, int]] = Counter()
+    for chunk in stream:
+        both = np.stack([chunk.order.astype(np.int16), chunk.type.astype(np.int16)])
+        kinds, counts = np.unique(both, axis=1, return_counts=True)
+        for order, kind, count in zip(*kinds.tolist(), counts.tolist(), strict=True):
+            counted[order, kind] += count
+    return dict(counted)
+
+
+def _subtrees(facts: Snapshot, side: Side) -> list[tuple[Subtree, bool | None]]:
+    keys = KeySet(facts.abi, side.tree.leaves)
+    return [
+        (
+            subtree,
+            None
+            if subtree.phys is None or subtree.size is None
+            else keys.covers(subtree.phys, subtree.size),
+        )
+        for subtree in side.fdt.subtrees
+    ]
+
+
+def taint_letters(mask: int) -> str:
+    """As in ``print_tainted()``, without the blanks; a bit without a letter is a ?."""
+    return "".join(
+        TAINTS[bit] if bit < len(TAINTS) else "?"
+        for bit in range(mask.bit_length())
+        if mask >> bit & 1
+    )

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``khoscope status``: one screen, and on each line where it was read."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from itertools import islice
+from typing import IO, Any
+
+from ..clients import Luo
+from ..snapshot import KexecImage, Side, Snapshot, Subtree
+from ..status import READ_FROM, Status
+from . import json
+from .text import WIDTH, Text, counted, human, printable, types_in_words
+
+#: Columns of the name of a fact.
+NAME = 12
+NOT_RECORDED = "not recorded"
+
+
+def write_json(facts: Snapshot, status: Status, out: IO[str]) -> None:
+    """Schema khoscope.status/1."""
+    incoming = facts.incoming
+    live = facts.liveupdate
+    totals = json.counts
+    document: dict[str, Any] = {
+        "schema": "khoscope.status/1",
+        **json.about(facts),
+        "kho": {"on": status.kho.on, "why": status.kho.why, "enabled": facts.kho_enable},
+        "command_line": facts.kernel.command_line or None,
+        "compatible": {
+            "kho": facts.outgoing.fdt.compatible,
+            "kho_incoming": incoming.fdt.compatible if incoming else None,
+            "luo": _luo_compatible(facts.outgoing),
+            "luo_incoming": _luo_compatible(incoming),
+            "handlers": live.handlers if live else None,
+        },
+        "liveupdate": live.enabled if live else None,
+        "scratch": [
+            {"phys": f"{area.phys:#x}", "size": area.size, "free": area.free}
+            for area in status.scratch
+        ],
+        "preserved": totals(status.preserved, facts.abi),
+        "unclaimed": None if status.unclaimed is None else totals(status.unclaimed, facts.abi),
+        "tree": {"pages": status.tree_pages, "preserved_per_byte": status.per_byte},
+        "subtrees": [{**_subtree(s), "preserved": preserved} for s, preserved in status.subtrees],
+        "subtrees_incoming": [_subtree(s) for s in incoming.fdt.subtrees] if incoming else None,
+        "sessions": _sessions(facts.outgoing.luo),
+        "sessions_incoming": _sessions(incoming.luo if incoming else None),
+        "image": _image(facts.image),
+        "taint": status.taint,
+        "read_from": READ_FROM,
+    }
+    json.write(document, out)
+
+
+def _luo_compatible(side: Side | None) -> str | None:
+    return side.luo.compatible if side and side.luo else None
+
+
+def _subtree(subtree: Subtree) -> dict[str, Any]:
+    phys = None if subtree.phys is None else f"{subtree.phys:#x}"
+    return {"name": subtree.name, "phys": phys, "size": subtree.size}
+
+
+def _sessions(luo: Luo | None) -> list[dict[str, Any]] | None:
+    if luo is None:
+        return None
+    return [
+        {"name": session.name, "files": session.count, "retrieved": session.retrieved}
+        for session in luo.sessions
+    ]
+
+
+def _image(image: KexecImage | None) -> dict[str, Any] | None:
+    if image is None:
+        return None
+    return {
+        "loaded": image.loaded,
+        "file_mode": image.file_mode,
+        "kho_fdt": f"{image.kho_fdt:#x}",
+        "size": image.size,
+    }
+
+
+class StatusText(Text):
+    """The same for people."""
+
+    def status(self, facts: Snapshot, status: Status) -> None:
+        self.line(self.paint("bold", f"{facts.kernel.release}, {facts.taken.source}"))
+        self.line(f"read {facts.taken.time} by khoscope {facts.taken.khoscope}")
+        self.line()
+        self.fact("KHO", f"{'on' if status.kho.on else 'off'}: {status.kho.why}", "kho")
+        self.fact("this boot", _boot(facts), "handover")
+        self._abi(facts)
+        self._scratch(status)
+        self._blocks(facts, status)
+        self._subtrees(facts, status)
+        self._luo(facts)
+        self.fact("image", _image_in_words(facts.image), "image")
+        taint = f"{facts.kernel.tainted:#x} ({status.taint})" if status.taint else "no"
+        self.fact("tainted", taint, "taint")
+
+    def fact(self, name: str, value: str, read_from: str) -> None:
+        """A fact, and at the right where it was read."""
+        self.facts(name, [value], read_from)
+
+    def facts(self, name: str, values: list[str], read_from: str) -> None:
+        """What was read in one place, a fact a line."""
+        source = f"[{READ_FROM[read_from]}]"
+        lines = [line for value in values for line in textwrap.wrap(value, WIDTH - NAME) or [""]]
+        room = WIDTH - NAME - len(source)
+        at = next((i for i, line in enumerate(lines) if len(line) < room), len(lines))
+        for i, line in enumerate([*lines, ""] if at == len(lines) else lines):
+            text = f"{name if i == 0 else '':<{NAME}}{line}"
+            if i == at:
+                text = f"{text:<{NAME + room}}{self.paint('dim', source)}"
+            self.line(text)
+
+    def _abi(self, facts: Snapshot) -> None:
+        out = facts.outgoing.fdt.compatible
+        self.fact("KHO ABI", f"{_named(out)}, {types_in_words(facts.abi)}", "kho_abi")
+        if facts.incoming:
+            self.fact("", f"{_named(facts.incoming.fdt.compatible)} handed over", "kho_abi_in")
+        live = facts.liveupdate
+        state = "this kernel has none, or it is not recorded"
+        if live:
+            state = "on" if live.enabled else "off"
+        self.fact("LUO", state, "liveupdate")
+        if facts.outgoing.luo:
+            self.fact("LUO ABI", _named(facts.outgoing.luo.compatible), "luo_abi")
+        if facts.incoming and facts.incoming.luo:
+            self.fact("", f"{_named(facts.incoming.luo.compatible)} handed over", "luo_abi_in")
+        if live:
+            files = ", ".join(map(printable, live.handlers)) or "none"
+            self.fact("file ABIs", files, "handlers")
+
+    def _scratch(self, status: Status) -> None:
+        areas = []
+        for area in status.scratch:
+            full = "how full is not recorded"
+            if area.free is not None and area.size:
+                used = area.size - area.free
+                full = f"{used / area.size:4.0%} in use"
+            areas.append(f"{area.phys:#014x} {human(area.size):>9}  {full}")
+        self.facts("scratch", self._some(areas, "areas") or ["none"], "scratch")
+
+    def _some(self, values: list[str], what: str) -> list[str]:
+        """As many as are to be shown."""
+        shown = list(islice(values, self._limit))
+        if len(values) > len(shown):
+            hidden = f"{len(values) - len(shown):,} more {what}"
+            shown.append(f"… {hidden} (--limit 0 shows all)")
+        return shown
+
+    def _blocks(self, facts: Snapshot, status: Status) -> None:
+        cost = "there is no tree"
+        if status.per_byte is not None:
+            cost = (
+                f"{counted(status.tree_pages, 'page')}, "
+                f"{status.per_byte:,.1f} bytes preserved per byte of it"
+            )
+        self.fact("tree", cost, "tree")
+        self._totals("preserved", status.preserved, facts, "preserved")
+        if status.unclaimed is None:
+            self.fact("unclaimed", NOT_RECORDED, "unclaimed")
+        elif facts.handover.is_kho_boot:
+            self._totals("unclaimed", status.unclaimed, facts, "unclaimed")
+
+    def _totals(
+        self, name: str, totals: Mapping[tuple[int, int], int], facts: Snapshot, read_from: str
+    ) -> None:
+        if not totals:
+            self.fact(name, "no blocks", read_from)
+            return
+        self.fact(name, "", read_from)
+        self.counts(totals, facts.abi)
+
+    def _subtrees(self, facts: Snapshot, status: Status) -> None:
+        words = {True: "preserved", False: "not preserved", None: ""}
+        out = [f"{_place(s)}  {words[preserved]}" for s, preserved in status.subtrees]
+        self.facts("subtrees", self._some(out, "subtrees") or ["none"], "subtrees")
+        if facts.incoming:
+            handed = [_place(subtree) for subtree in facts.incoming.fdt.subtrees]
+            shown = self._some(handed, "subtrees") or ["none"]
+            self.facts("handed over", shown, "subtrees_in")
+
+    def _luo(self, facts: Snapshot) -> None:
+        if facts.outgoing.luo:
+            self._sessions("sessions", facts.outgoing.luo, "sessions")
+        if facts.incoming and facts.incoming.luo:
+            self._sessions("handed over", facts.incoming.luo, "sessions_in")
+
+    def _sessions(self, name: str, luo: Luo, read_from: str) -> None:
+        states = {None: "", True: ", retrieved", False: ", not retrieved"}
+        incoming = read_from == "sessions_in"
+        sessions = [
+            f"{printable(session.name)}: {counted(session.count, 'file')}"
+            + (states[session.retrieved] if incoming else "")
+            for session in luo.sessions
+        ]
+        self.facts(name, self._some(sessions, "sessions") or ["none"], read_from)
+
+
+def _boot(facts: Snapshot) -> str:
+    came = facts.handover
+    if not came.is_kho_boot:
+        return "not a handover"
+    previous = printable(came.previous_release) or "an unnamed kernel"
+    return f"a handover from {previous}, {counted(came.kexec_count, 'kexec')} since the cold boot"
+
+
+def _named(compatible: str | None) -> str:
+    return printable(compatible) if compatible else "no compatible"
+
+
+def _place(subtree: Subtree) -> str:
+    where = "no address" if subtree.phys is None else f"{subtree.phys:#014x}"
+    size = "no size" if subtree.size is None else f"{subtree.size:,} bytes"
+    return f"{printable(subtree.name):<16} {where} {size:>12}"
+
+
+def _image_in_words(image: KexecImage | None) -> str:
+    if image is None:
+        return NOT_RECORDED
+    if not image.loaded:
+        return "none is loaded"
+    how = "kexec_file_load" if image.file_mode else "kexec_load"
+    handed = "with the handover" if image.kho_fdt else "without the handover: it would be lost"
+    return f"{human(image.size)}, loaded by {how}, {handed}"

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The state of KHO in one screen."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from khoscope import diff, store
+from khoscope.abi import BAD_ORDER
+from khoscope.cli import main
+from khoscope.clients import Liveupdate, Luo, LuoFile, LuoSession
+from khoscope.columns import Nodes
+from khoscope.snapshot import (
+    Fdt,
+    Handover,
+    KexecImage,
+    Scan,
+    Snapshot,
+    Subtree,
+    TreeState,
+)
+from khoscope.status import READ_FROM, kho_switch, status, taint_letters
+from khoscope.views.status import StatusText
+from tests.synthetic import FIXED, PLAIN, Block, rich, snapshot
+
+
+def text(facts: Snapshot, limit: int | None = 20) -> list[str]:
+    out = io.StringIO()
+    StatusText(out, limit).status(facts, status(facts))
+    return out.getvalue().splitlines()
+
+
+def with_kernel(facts: Snapshot, **more: Any) -> Snapshot:
+    return replace(facts, kernel=replace(facts.kernel, **more))
+
+
+def full() -> Snapshot:
+    """A kernel with something to say on every line."""
+    facts = rich()
+    sessions = [
+        LuoSession("guests", True, 2, [LuoFile("memfd-v2", 1, 0x1000)]),
+        LuoSession("disks", False, 1),
+    ]
+    incoming = facts.incoming
+    assert incoming is not None
+    handed = replace(incoming, luo=Luo(0x7000, "luo-v4", 2, True, sessions))
+    outgoing = replace(facts.outgoing, luo=Luo(0x5000, "luo-v5", 3, True, sessions[1:]))
+    return replace(
+        with_kernel(facts, command_line="root=/dev/vda kho=on liveupdate=on"),
+        outgoing=outgoing,
+        incoming=handed,
+        scratch_free=[1 << 11, 1 << 12],
+        image=KexecImage(True, True, 0x2000, 12 << 20),
+        liveupdate=Liveupdate(True, ["memfd-v2"]),
+    )
+
+
+def off(command_line: str = "quiet", **more: Any) -> Snapshot:
+    facts = snapshot(PLAIN, [], state=TreeState(0), fdt=Fdt(0, problems=["there is none"]))
+    return replace(with_kernel(facts, command_line=command_line, **more), kho_enable=False)
+
+
+# On or off, and why
+
+
+@pytest.mark.parametrize(
+    ("command_line", "why"),
+    [
+        ("kho=on", "kho=on on the command line"),
+        ("quiet kho=off kho=Y root=/dev/vda", "kho=on on the command line"),
+        ("kho=1", "kho=on on the command line"),
+        ("quiet", "CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT"),
+        ("xkho=on init=/x kho=maybe", "CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT"),
+        ("quiet -- kho=on", "CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT"),
+        ("", "not recorded"),
+    ],
+)
+def test_on(command_line: str, why: str) -> None:
+    switch = kho_switch(with_kernel(snapshot(FIXED, []), command_line=command_line))
+    assert switch.on
+    assert why in switch.why
+
+
+@pytest.mark.parametrize(
+    ("command_line", "log", "why"),
+    [
+        ("quiet", [], "does not have kho=on"),
+        ("quiet -- kho=on", [], "does not have kho=on"),
+        ("kho=on kho=off", [], "turns it off"),
+        ("kho=n", [], "turns it off"),
+        ("kho=on", [], "its set-up failed"),
+        ("", [], "not recorded"),
+        (
+            "kho=on",
+            ["KHO: Failed to reserve scratch area, disabling kexec handover"],
+            "Failed to reserve scratch area",
+        ),
+        ("kho=off", ["KHO: exec from: 7.2.0 failed"], "turns it off"),
+    ],
+)
+def test_off(command_line: str, log: list[str], why: str) -> None:
+    switch = kho_switch(off(command_line, log=log))
+    assert not switch.on
+    assert why in switch.why
+
+
+def test_on_without_a_tree() -> None:
+    facts = snapshot(FIXED, [], state=TreeState(0))
+    assert not kho_switch(facts).on
+    assert "no tree" in kho_switch(facts).why
+
+
+# What is summed up
+
+
+def test_totals_and_the_tree_s_cost() -> None:
+    facts = rich()
+    found = status(facts)
+    assert found.preserved == facts.outgoing.tree.totals(FIXED)
+    assert found.unclaimed == {(0, 1): 1, (1, 1): 1, (2, 0): 1}
+    nodes = Nodes.concatenate(facts.outgoing.tree.nodes)
+    assert found.tree_pages == len(nodes) > 0
+    assert found.per_byte == pytest.approx(619 / len(nodes))
+
+
+def test_bad_orders_have_no_pages() -> None:
+    facts = snapshot(
+        FIXED,
+        [Block(0, BAD_ORDER, key=0)],
+        handover=Handover(True, "", 1),
+        stamps=[Block(0x1000, BAD_ORDER, key=0)],
+    )
+    found = status(facts)
+    assert found.preserved == {(BAD_ORDER, 0): 1}
+    assert found.unclaimed == {(BAD_ORDER, 0): 1}
+    assert found.per_byte is None
+    assert sum("bad key" in line for line in text(facts)) == 2
+
+
+def test_stamps_that_nobody_looked_for() -> None:
+    handed = snapshot(FIXED, [], handover=Handover(True, "7.2.0", 1))
+    assert status(replace(handed, scan=None)).unclaimed is None
+    assert status(handed).unclaimed == {}
+    # Without a handover there cannot be any.
+    assert status(replace(snapshot(FIXED, []), scan=None)).unclaimed == {}
+    assert status(replace(handed, scan=Scan(1, 0))).unclaimed == {}
+
+
+def test_scratch_of_a_file_that_does_not_fit() -> None:
+    facts = snapshot(FIXED, [], scratch=[(1 << 29, 1 << 24), (3 << 30, 1 << 24)])
+    assert [area.free for area in status(facts).scratch] == [None, None]
+    free = replace(facts, scratch_free=[16])
+    assert [area.free for area in status(free).scratch] == [16 << 12, None]
+    assert len(status(replace(facts, scratch_free=[1, 2, 3])).scratch) == 2
+
+
+def test_subtrees_are_preserved_or_not() -> None:
+    subtrees = [
+        Subtree("whole", 0x100000, 8192),
+        Subtree("half", 0x101000, 8192),
+        Subtree("nowhere", None, 4),
+        Subtree("above", 2**64 - 4096, 8192),
+    ]
+    facts = snapshot(FIXED, [Block(0x100000, 1)], fdt=Fdt(0x2000, "kho-v5", 0x1000, subtrees))
+    assert [preserved for _, preserved in status(facts).subtrees] == [True, False, None, False]
+
+
+def test_taint() -> None:
+    assert taint_letters(0) == ""
+    assert taint_letters(1 << 5 | 1 << 12) == "BO"
+    assert taint_letters(1 << 19 | 1 << 20) == "J?"
+
+
+# What is shown
+
+
+def test_text() -> None:
+    shown = text(full())
+    assert max(map(len, shown)) <= 80
+    words = "\n".join(shown)
+    for line in (
+        r"KHO         on: kho=on on the command line                          [kho_enable]",
+        r"this boot   a handover from 7.2.0-test, 3 kexecs since the cold boot    [kho_in]",
+        r"scratch     0x000020000000    16 MiB   50% in use                  [kho_scratch]",
+        r"            0x0000c0000000    16 MiB    0% in use",
+        r"LUO ABI     luo-v5                                            [kho_out.fdt, LUO]",
+        r"file ABIs   memfd-v2                                     [luo_file_handler_list]",
+        r"sessions    disks: 1 file                          [luo_session_global.outgoing]",
+        r"handed over guests: 2 files, retrieved             [luo_session_global.incoming]",
+        r"            disks: 1 file, not retrieved",
+        r"image       12 MiB, loaded by kexec_file_load, with the handover   [kexec_image]",
+        r"tainted     0x20 (B)                                              [tainted_mask]",
+    ):
+        assert line in words
+    # Each place that is read from is named.
+    assert {f"[{source}]" for source in READ_FROM.values()} <= {
+        word for line in shown for word in [line[line.find("[") :]]
+    }
+
+
+def test_text_when_off() -> None:
+    shown = text(replace(off(), image=KexecImage(False), liveupdate=Liveupdate(False)))
+    assert "KHO         off: the command line does not have kho=on" in "\n".join(shown)
+    assert any(line.startswith("this boot   not a handover") for line in shown)
+    assert any(line.startswith("LUO         off") for line in shown)
+    assert any(line.startswith("scratch     none") for line in shown)
+    assert any(line.startswith("tree        there is no tree") for line in shown)
+    assert any(line.startswith("preserved   no blocks") for line in shown)
+    assert any(line.startswith("image       none is loaded") for line in shown)
+    assert not any("unclaimed" in line for line in shown)
+
+
+def test_an_image_that_hands_nothing_over() -> None:
+    shown = text(replace(full(), image=KexecImage(True, False, 0, 4096)))
+    assert any("kexec_load, without the handover: it would be lost" in line for line in shown)
+
+
+def test_many_are_cut_short() -> None:
+    luo = Luo(0x5000, "luo-v5", 1, True, [LuoSession(f"s{n}", None, 1) for n in range(30)])
+    facts = full()
+    facts = replace(facts, outgoing=replace(facts.outgoing, luo=luo))
+    assert sum("1 file" in line for line in text(facts, 5)) == 5 + 1
+    assert any("25 more sessions (--limit 0 shows all)" in line for line in text(facts, 5))
+    assert sum("1 file" in line for line in text(facts, None)) == 30 + 1
+
+
+def test_names_cannot_steer_the_terminal() -> None:
+    luo = Luo(0x5000, "luo\033[2J", 1, True, [LuoSession("\033]0;x\n" + "y" * 200, None, 1)])
+    facts = full()
+    facts = replace(facts, outgoing=replace(facts.outgoing, luo=luo))
+    shown = text(facts)
+    assert "\033" not in "".join(shown)
+    assert max(map(len, shown)) <= 80
+
+
+def document(facts: Snapshot, path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    store.save_file(facts, path)
+    assert main(["--snapshot", str(path), "status", "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(full(), tmp_path / "full", capsys)
+    assert found["schema"] == "khoscope.status/1"
+    assert found["kho"] == {"on": True, "why": "kho=on on the command line", "enabled": True}
+    assert found["compatible"] == {
+        "kho": "kho-v5",
+        "kho_incoming": "kho-v5",
+        "luo": "luo-v5",
+        "luo_incoming": "luo-v4",
+        "handlers": ["memfd-v2"],
+    }
+    assert found["scratch"][0] == {"phys": "0x20000000", "size": 1 << 24, "free": 1 << 23}
+    assert sum(total["blocks"] for total in found["preserved"]) == 41
+    assert sum(total["blocks"] for total in found["unclaimed"]) == 3
+    assert found["subtrees"][0] == {
+        "name": "LUO",
+        "phys": "0x5000",
+        "size": 4096,
+        "preserved": False,
+    }
+    assert found["sessions"] == [{"name": "disks", "files": 1, "retrieved": False}]
+    assert found["sessions_incoming"][0]["retrieved"] is True
+    assert found["image"] == {
+        "loaded": True,
+        "file_mode": True,
+        "kho_fdt": "0x2000",
+        "size": 12 << 20,
+    }
+    assert found["taint"] == "B"
+    assert found["read_from"] == READ_FROM
+
+
+def test_json_of_what_is_not_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(snapshot(PLAIN, [Block(0x1000)]), tmp_path / "bare", capsys)
+    for name in ("command_line", "liveupdate", "image", "sessions", "subtrees_incoming"):
+        assert found[name] is None
+    assert found["compatible"]["handlers"] is None
+    assert main(["--snapshot", str(tmp_path / "bare"), "status"]) == 0
+    shown = capsys.readouterr().out
+    assert "image       not recorded" in shown
+    assert "KHO         on: why is not recorded" in shown
+
+
+def test_diff_compares_these_facts() -> None:
+    a = full()
+    b = replace(
+        with_kernel(a, command_line="quiet"),
+        image=KexecImage(False),
+        liveupdate=Liveupdate(False),
+    )
+    assert diff.facts(a, a) == []
+    assert {change.what: (change.a, change.b) for change in diff.facts(a, b)} == {
+        "command line": ("root=/dev/vda kho=on liveupdate=on", "quiet"),
+        "kexec image": ("12582912 bytes by kexec_file_load, KHO FDT 0x2000", "none"),
+        "LUO enabled": ("True", "False"),
+        "LUO file handlers": ("memfd-v2", "none"),
+    }
+    old = replace(a, image=None, liveupdate=None)
+    assert {change.b for change in diff.facts(a, old)} == {"absent"}
