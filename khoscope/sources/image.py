@@ -77,7 +77,7 @@ def _told(path: Path) -> Iterator[None]:
     except OSError as error:
         raise KhoscopeError(f"{path}: {error.strerror}", _HINT) from error
     except Damaged as error:
-        raise KhoscopeError(f"{path}: not a whole kernel image: {error}", _HINT) from error
+        raise KhoscopeError(f"{path}: no kernel image to read: {error}", _HINT) from error
     except ModuleNotFoundError as error:
         raise KhoscopeError(
             f"{path}: to unpack it takes the Python package {error.name}",
@@ -109,10 +109,11 @@ def _read(path: Path) -> NextKernel:
             else:
                 raise KhoscopeError(f"{path}: neither a bzImage nor a vmlinux", _HINT)
             found = _strings(pieces)
-    if len(found["release"]) != 1:
-        raise KhoscopeError(f"{path}: not one Linux kernel in it, by its banner", _HINT)
-    (release,) = found.pop("release")
-    return NextKernel(str(path), compression, release, **found)
+    releases = found.pop("release")
+    if len(releases) != 1:
+        which = " and ".join(releases) or "none"
+        raise KhoscopeError(f"{path}: should have one Linux kernel in it, has {which}", _HINT)
+    return NextKernel(str(path), compression, releases[0], **found)
 
 
 def _payload(file: BinaryIO, start: bytes) -> bytes:
