@@ -38,7 +38,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MFD_NOEXEC_SEAL = 0x0008
 
 #: Bytes, enough for most snapshots: only a larger one is taken twice.
-SLACK = 1 << 20
+SLACK = 256 << 10
 #: Times that a memfd may turn out to be too small.
 ATTEMPTS = 3
 
@@ -212,6 +212,8 @@ def _copy(new: store.NewFile) -> None:
         with _told("cannot retrieve the snapshot", _RETRIEVE_FD):
             fd = session.retrieve_fd(TOKEN)
         with open(fd, "rb") as memfd, new.told():
+            # It comes with the position that it had when it was handed over.
+            memfd.seek(0)
             shutil.copyfileobj(memfd, new.file)
         new.finish()
         with _told(f"cannot finish the LUO session {SESSION}", {}):

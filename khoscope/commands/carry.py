@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import signal
 import sys
+from collections.abc import Iterator
 from types import FrameType
 
 from ..carry import carry
@@ -48,28 +49,35 @@ def _refuse(args: argparse.Namespace) -> str | None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    with contextlib.ExitStack() as stack:
-        with Progress(sys.stderr) as progress:
-            source = common.kernel(args, progress)
-            carried = stack.enter_context(carry(source.snapshot))
-        if args.json:
-            view.write_json(carried, sys.stdout)
-        else:
-            view.write_text(carried, Text(sys.stdout))
-        sys.stdout.flush()
-        number = _wait()
-    print("khoscope: nothing is carried any more", file=sys.stderr)
-    # Once more, without us in between.
-    signal.raise_signal(number)
+    try:
+        with contextlib.ExitStack() as stack:
+            with Progress(sys.stderr) as progress:
+                source = common.kernel(args, progress)
+                carried = stack.enter_context(carry(source.snapshot))
+            stack.enter_context(_stoppable())
+            if args.json:
+                view.write_json(carried, sys.stdout)
+            else:
+                view.write_text(carried, Text(sys.stdout))
+            sys.stdout.flush()
+            while True:
+                signal.pause()
+    except _Stopped as stopped:
+        print("khoscope: nothing is carried any more", file=sys.stderr)
+        # Once more, without us in between.
+        signal.raise_signal(stopped.number)
     return common.FINE
 
 
 class _Stopped(Exception):
-    """By which signal."""
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
-def _wait() -> int:
-    """:return: the signal that ended it, Ctrl-C's or SIGTERM; one that is ignored does not."""
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise :class:`_Stopped`, once; what is ignored stays so."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
@@ -84,7 +92,6 @@ def _wait() -> int:
         if handler is not signal.SIG_IGN:
             signal.signal(number, stop)
     try:
-        while True:
-            signal.pause()
-    except _Stopped as stopped:
-        return int(stopped.args[0])
+        yield
+    finally:
+        restore()

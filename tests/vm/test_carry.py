@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""khoscope carry, through a real kexec and against a real LUO."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from khoscope.carry import SESSION, TOKEN
+from tests.vm.test_khoscope import HEALTHY, TIMEOUT, _refused, guest
+from vm.exercise import Exercise
+from vm.machine import Machine
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Machine]:
+    with Machine("7.2-fixed") as machine:
+        yield machine
+
+
+def tree(machine: Machine) -> Any:
+    return json.loads(guest(machine, "tree", "--json"))["blocks"]
+
+
+def start(machine: Machine) -> Any:
+    """Carry in the background; what it says of it."""
+    # A background job ignores Ctrl-C, and so would all that it starts.
+    script = """
+    rm -f /run/carry.*
+    env --default-signal=INT khoscope carry --json >/run/carry.out 2>/run/carry.err </dev/null &
+    echo $! >/run/carry.pid
+    until grep -qx } /run/carry.out; do kill -0 $! || exit 1; sleep 0.2; done
+    cat /run/carry.out
+    """
+    return json.loads(machine.run(script, timeout=TIMEOUT, check=True).stdout)
+
+
+def stop(machine: Machine, signal: str) -> str:
+    """What it says when a signal ends it."""
+    script = f"""
+    kill -{signal} $(cat /run/carry.pid)
+    while kill -0 $(cat /run/carry.pid) 2>/dev/null; do sleep 0.2; done
+    cat /run/carry.err
+    """
+    return machine.run(script, timeout=TIMEOUT, check=True).stdout
+
+
+def test_nothing_is_carried_to_a_cold_boot(machine: Machine) -> None:
+    for command in ("verify", "snapshot /root/x.khosnap"):
+        result = machine.run(f"khoscope {command} --before carried", timeout=TIMEOUT)
+        _refused(result, "nothing was carried", "khoscope carry")
+
+
+@pytest.mark.parametrize("signal", ["INT", "TERM"])
+def test_it_leaves_nothing_behind(machine: Machine, signal: str) -> None:
+    before = tree(machine)
+    document = start(machine)
+    assert document["session"] == SESSION
+    assert document["token"] == f"{TOKEN:#x}"
+    meanwhile = tree(machine)
+    assert {b["key"] for b in before} < {b["key"] for b in meanwhile}
+    pages = sum(b["pages"] for b in meanwhile) - sum(b["pages"] for b in before)
+    assert pages * 4096 > document["memfd_bytes"]
+    # It has recorded itself.
+    assert sum(row["blocks"] for row in document["totals"]) == len(meanwhile)
+    assert stop(machine, signal).startswith("khoscope: nothing is carried any more\n")
+    assert tree(machine) == before
+
+
+def test_only_one_carries(machine: Machine) -> None:
+    start(machine)
+    result = machine.run("khoscope carry", timeout=TIMEOUT)
+    _refused(result, "another khoscope carry runs", "end that one first")
+    stop(machine, "TERM")
+
+
+def test_the_device_is_busy(machine: Machine) -> None:
+    hold = "exec 9<>/dev/liveupdate; khoscope carry 9>&-"
+    _refused(machine.run(hold, timeout=TIMEOUT), "/dev/liveupdate is busy", "fuser")
+    hold = "exec 9<>/dev/liveupdate; khoscope verify --before carried 9>&-"
+    _refused(machine.run(hold, timeout=TIMEOUT), "/dev/liveupdate is busy", "fuser")
+
+
+def test_not_root(machine: Machine) -> None:
+    words = "setpriv --reuid 65534 --clear-groups khoscope verify --before carried"
+    _refused(machine.run(words, timeout=TIMEOUT), "permission denied", "as root")
+
+
+def test_luo_is_off() -> None:
+    with Machine("7.2-fixed", append="liveupdate=off") as machine:
+        for command in ("carry", "verify --before carried"):
+            result = machine.run(f"khoscope {command}", timeout=TIMEOUT)
+            _refused(result, "LUO is off", "CONFIG_LIVEUPDATE", "liveupdate=on")
+
+
+def test_across_a_kexec() -> None:
+    """The carried snapshot says what a file says, before the clients restore and after it."""
+    with Machine("7.2-fixed") as machine:
+        exercise = Exercise(machine)
+        exercise.load()
+        for name in HEALTHY:
+            exercise.preserve(name)
+        pieces = {f"{p.ranges[0][0]:#x}" for p in exercise.report()}
+        start(machine)
+        # While it carries: both have recorded the same blocks.
+        guest(machine, "snapshot", "/root/before.khosnap")
+        machine.load_kexec()
+        machine.execute_kexec()
+
+        handed = verify(machine, "carried")
+        assert handed["handover"]["is_kho_boot"]
+        assert handed["verdict"] == "pass"
+        assert handed["fates"].get("lost", 0) == 0
+        assert pieces <= unclaimed(handed)
+        of_file = verify(machine, "/root/before.khosnap")
+        for part in ("verdict", "counts", "findings"):
+            assert of_file[part] == handed[part], part
+        assert sum(of_file["fates"].values()) == sum(handed["fates"].values())
+
+        modes = machine.run("stat -c '%a %F' /run/khoscope /run/khoscope/*", check=True).stdout
+        assert modes.splitlines() == ["700 directory", "600 regular file"]
+        exercise.load()
+        for name in HEALTHY:
+            exercise.restore(name)
+        restored = verify(machine, "carried")
+        assert restored["verdict"] == "pass"
+        assert not pieces & unclaimed(restored)
+        # LUO has let go of it.
+        machine.run("rm /run/khoscope/*", check=True)
+        again = machine.run("khoscope verify --before carried", timeout=TIMEOUT)
+        _refused(again, "nothing was carried")
+        # And this kernel carries for the next.
+        start(machine)
+        stop(machine, "TERM")
+
+
+def verify(machine: Machine, before: str) -> Any:
+    return json.loads(guest(machine, "verify", "--json", "--before", before))
+
+
+def unclaimed(found: Any) -> set[str]:
+    return {f["phys"] for f in found["findings"] if f["rule"] == "not-restored"}
