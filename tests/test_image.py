@@ -227,14 +227,18 @@ def test_strings_across_pieces(piece: int, write: Write, monkeypatch: pytest.Mon
         "lib/modules/7.2.12-test/vmlinuz",
         "usr/lib/modules/7.2.12-test/vmlinuz",
         "arch/x86/boot/bzImage",
+        "vmlinux",
+        "usr/lib/debug/boot/vmlinux-7.2.12-test",
+        "usr/lib/debug/lib/modules/7.2.12-test/vmlinux",
     ],
 )
 def test_package(place: str, tmp_path: Path) -> None:
     path = tmp_path / place
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(bzimage(payload("zstd", UNPACKED)))
-    (path.parent / "config-7.2.12-test").write_text("CONFIG_KHO=y\n")
-    assert read_image(tmp_path) == expected(path, "zstd")
+    compression = None if "vmlinux" in place else "zstd"
+    path.write_bytes(bzimage(payload(compression, UNPACKED)) if compression else VMLINUX)
+    (path.parent / "config-7.2.12-test").write_text("CONFIG_KEXEC_HANDOVER=y\n")
+    assert read_image(tmp_path) == expected(path, compression)
 
 
 def test_same_kernel_in_many_places(tmp_path: Path) -> None:
