@@ -73,18 +73,19 @@ def _facts(args: argparse.Namespace) -> Snapshot:
     if args.snapshot:
         return store.load_file(args.snapshot)
     with Progress(sys.stderr) as progress:
-        return common.kernel(args, progress).tree()
+        return common.kernel(args, progress).clients()
 
 
-def _blobs(facts: Snapshot, side: str) -> Blobs:
-    if side == "out":
-        return Blobs(facts, facts.outgoing, outgoing=True)
-    if facts.incoming is None:
+def _blobs(facts: Snapshot, name: str) -> Blobs:
+    side = facts.outgoing if name == "out" else facts.incoming
+    if side is None:
         raise KhoscopeError(
             "this kernel was not handed anything: there is no incoming FDT",
             "ask in a kernel that was kexec'ed with KHO on, or for what goes out",
         )
-    return Blobs(facts, facts.incoming, outgoing=False)
+    if not side.fdt.phys:
+        raise KhoscopeError("KHO is off in this kernel: it has no root FDT", "boot it with kho=on")
+    return Blobs(facts, side, outgoing=side is facts.outgoing)
 
 
 def _subtree(blobs: Blobs, side: str, name: str) -> Blob:

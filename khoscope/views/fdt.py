@@ -39,7 +39,7 @@ class FdtText(Text):
 
     def blob(self, blob: Blob) -> None:
         """A blob, with what is wrong with it first."""
-        self.line(self.paint("bold", f"// {_title(blob)}"))
+        self.wrapped(self.paint("bold", _title(blob)), "//   ", "// ")
         if blob.preserved is False:
             self.line(self.paint("red", "// not preserved: the next kernel may find anything"))
         for problem in islice(blob.problems, self._limit):
@@ -84,11 +84,14 @@ class FdtText(Text):
             self.line(f"{name} = {strings};")
             return
         rows = [row.hex(" ") for row in _rows(found.value)]
-        source = f"{name} = [" + f"\n{indent}{_INDENT}".join(rows) + "];"
+        source = f"{name} = [{rows[0]}];"
         comment = "" if value is None else f"/* {_words(value)} */"
-        if comment and len(rows) == 1 and len(source) + 1 + len(comment) <= WIDTH:
-            self.line(f"{source} {comment}")
-            return
+        if len(rows) > 1 or len(source) > WIDTH:
+            # Each row in a line of its own, below the name.
+            start = f"\n{indent}{_INDENT}"
+            source = f"{name} ={start}[" + f"{start} ".join(rows) + "];"
+        elif len(source) + len(comment) < WIDTH:
+            source, comment = f"{source} {comment}".rstrip(), ""
         if comment:
             self.line(indent + comment)
         self.line(source)
@@ -118,7 +121,7 @@ class FdtText(Text):
 def _title(blob: Blob) -> str:
     name = "root FDT" if blob.name is None else printable(blob.name)
     size = "size unknown" if blob.size is None else counted(blob.size, "byte")
-    phys = "" if blob.phys is None else f" at {blob.phys:#014x}"
+    phys = "" if blob.phys is None else f" at {blob.phys:#x}"
     preserved = ", preserved" if blob.preserved else ""
     kind = "" if blob.name is None else f"{blob.kind}, "
     return f"{name}: {kind}{size}{phys}{preserved}"
