@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo check packages kernels lint unit vm-test bench clean
+.PHONY: demo check packages kernels lint unit fuzz vm-test bench clean
 
 demo: .venv/demo
 	$(BIN)/khoscope demo
@@ -44,6 +44,10 @@ lint: .venv/dev
 
 unit: .venv/dev
 	$(BIN)/pytest -q --ignore tests/vm
+
+# What unit throws at the readers, 20 times over.
+fuzz: .venv/dev
+	$(BIN)/pytest -q --ignore tests/vm -m fuzz --hypothesis-profile long
 
 kernels: .venv/dev
 	$(BIN)/python -m vm build

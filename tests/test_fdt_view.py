@@ -23,6 +23,7 @@ from khoscope.clients import Vmalloc
 from khoscope.fdt import Node, Property, parse_root_fdt, read
 from khoscope.snapshot import Side, Snapshot
 from khoscope.views.fdt import FdtText, write_json
+from tests.fuzz import fuzz
 from tests.synthetic import FIXED, Block, snapshot
 from tests.test_fdt import blob as root_fdt
 from tests.test_fdt import data, u64
@@ -594,11 +595,13 @@ def changed(raw: bytes, changes: list[tuple[float, int]]) -> bytes:
     return bytes(found)
 
 
+@fuzz
 @given(BLOB_NAMES, st.binary(min_size=1, max_size=200))
 def test_any_bytes(name: str, raw: bytes) -> None:
     views_hold(facts_of({name: raw}))
 
 
+@fuzz
 @given(BLOB_NAMES, st.sampled_from([KHO_TEST, MEMBLOCK, LUO, METADATA]), CHANGES, st.integers(0, 9))
 def test_damaged_blobs(
     name: str, raw: bytes, changes: list[tuple[float, int]], missing: int
@@ -606,6 +609,7 @@ def test_damaged_blobs(
     views_hold(facts_of({name: changed(raw, changes)[: len(raw) - missing]}))
 
 
+@fuzz
 @given(CHANGES)
 def test_a_damaged_root_fdt(changes: list[tuple[float, int]]) -> None:
     blobs = {"LUO": LUO, "kho_test": KHO_TEST}

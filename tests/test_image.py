@@ -33,6 +33,7 @@ from khoscope.snapshot import Fdt, Snapshot, Subtree
 from khoscope.sources import image
 from khoscope.sources.decompress import LIMIT, PIECE
 from khoscope.sources.image import read_image
+from tests.fuzz import fuzz
 from tests.synthetic import FIXED, PLAIN, snapshot
 
 RELEASE = "7.2.12-test"
@@ -473,6 +474,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 IMAGES = [VMLINUX, *(bzimage(payload(name, UNPACKED), 1) for name in PACKERS)]
 
 
+@fuzz
 @given(
     which=st.sampled_from(IMAGES),
     changes=st.lists(
@@ -490,6 +492,7 @@ def test_damaged(
     is_told(scratch)
 
 
+@fuzz
 @given(
     name=st.sampled_from(sorted(PACKERS)),
     kept=st.integers(2, 60),
@@ -502,6 +505,7 @@ def test_garbage_after_a_magic(scratch: Path, name: str, kept: int, rest: bytes,
     is_told(scratch)
 
 
+@fuzz
 @given(
     sectors=st.integers(0, 255),
     offset=st.integers(0, 2**32 - 1) | st.integers(0, 2000),
@@ -515,6 +519,7 @@ def test_damaged_setup_header(scratch: Path, sectors: int, offset: int, length: 
     is_told(scratch)
 
 
+@fuzz
 @given(
     fields=st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 2000), min_size=6, max_size=6),
     count=st.integers(0, 2**16 - 1) | st.integers(0, 5),
