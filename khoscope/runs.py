@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from .abi import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, NO_TYPE, U64, Abi
 from .columns import Blocks, Columns, Pages
 from .errors import KhoscopeError
+from .owners import UNKNOWN, Owners
 from .snapshot import KeySet, Snapshot
 
 #: Pages of a snapshot that are gone through at once.
@@ -62,6 +63,7 @@ class PageRuns(Columns):
     :param order: u8, order of that block, and of those that cover the other pages; ``BAD_ORDER``:
         none does.
     :param type: i8, type of these blocks.
+    :param owner: i32, index into the outgoing side's owners; ``owners.UNKNOWN``.
     """
 
     phys: U64
@@ -76,6 +78,7 @@ class PageRuns(Columns):
     key: U64
     order: NDArray[np.uint8]
     type: NDArray[np.int8]
+    owner: NDArray[np.int32]
 
     #: No type is 0: ``page_type`` counts mappings where its highest bit is clear.
     UNTYPED: ClassVar[int] = 0
@@ -95,6 +98,7 @@ class PageRuns(Columns):
         "key": "<u8",
         "order": "|u1",
         "type": "|i1",
+        "owner": "<i4",
     }
 
     @classmethod
@@ -109,6 +113,7 @@ class PageRuns(Columns):
         runs.buddy[:] = cls.ALLOCATED
         runs.order[:] = BAD_ORDER
         runs.type[:] = NO_TYPE
+        runs.owner[:] = UNKNOWN
         return runs
 
 
@@ -130,11 +135,14 @@ def runs(facts: Snapshot, first: int, end: int, look: Look) -> Iterator[PageRuns
     """
     shift = facts.abi.page_shift
     keys = KeySet(facts.abi, facts.outgoing.tree.leaves)
+    owners = Owners.of_side(facts.outgoing, shift)
     names = np.uint64((1 << len(facts.kernel.page_flags)) - 1)
     carry = PageRuns.empty()
     for chunk in _pages(facts.ram, first >> shift, -(-end >> shift), shift, look):
         chunk.flags[:] &= names
-        _cover(facts.abi, keys, chunk)
+        if chunk.seen[0] != Seen.OUTSIDE_RAM:
+            _cover(facts.abi, keys, chunk)
+            chunk.owner[:] = owners.at(chunk.phys, chunk.phys + np.uint64(facts.abi.page_size))
         joined = _join(PageRuns.concatenate([carry, chunk]), shift)
         if len(joined) > 1:
             yield joined[:-1]
@@ -165,8 +173,6 @@ def _outside(start: int, end: int, shift: int) -> Iterator[PageRuns]:
 
 def _cover(abi: Abi, keys: KeySet, pages: PageRuns) -> None:
     """Which preserved block covers each page of RAM; where several do, the largest."""
-    if pages.seen[0] == Seen.OUTSIDE_RAM:
-        return
     base = np.uint64(~(abi.leaf_bits - 1) & (1 << 64) - 1)
     for order in keys.orders:
         for page_type in (KHO_PAGE_CONTIG, KHO_PAGE_SPLIT) if abi.type_bit else (NO_TYPE,):

@@ -6,7 +6,7 @@ returns the exit status) and, where options may contradict each other, what says
 
 from __future__ import annotations
 
-from . import carry, demo, diff, fdt, shell, snapshot, status, trace, tree, verify
+from . import carry, demo, diff, fdt, pages, shell, snapshot, status, trace, tree, verify
 
 #: In the order in which --help lists them.
-COMMANDS = (status, tree, fdt, verify, snapshot, carry, diff, trace, shell, demo)
+COMMANDS = (status, tree, pages, fdt, verify, snapshot, carry, diff, trace, shell, demo)

@@ -127,7 +127,7 @@ def write_tree(
     }
     if nodes:
         lists["nodes"] = (row for chunk in tree.nodes for row in node_rows(chunk))
-    _write_document(head, lists, out)
+    write_document(head, lists, out)
 
 
 def node_rows(nodes: Nodes) -> Iterator[dict[str, Any]]:
@@ -206,7 +206,7 @@ def write_diff(a: Snapshot, b: Snapshot, out: IO[str]) -> None:
         "counts": dict(diff.count(diff.blocks(a, b))),
     }
     rows = (row for change in diff.blocks(a, b) for row in _change_rows(change))
-    _write_document(head, {"blocks": rows}, out)
+    write_document(head, {"blocks": rows}, out)
 
 
 def write_diff_lines(a: Snapshot, b: Snapshot, out: IO[str]) -> None:
@@ -221,7 +221,7 @@ def write(document: dict[str, Any], out: IO[str]) -> None:
     out.write("\n")
 
 
-def _write_document(
+def write_document(
     head: dict[str, Any], lists: dict[str, Iterable[dict[str, Any]]], out: IO[str]
 ) -> None:
     """A document whose lists are written as they come, a thousand rows at a time."""

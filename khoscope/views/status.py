@@ -140,9 +140,9 @@ class StatusText(Text):
         areas = []
         for area in status.scratch:
             full = "how full is not recorded"
-            if area.free is not None and area.size:
+            if area.free is not None:
                 used = area.size - area.free
-                full = f"{used / area.size:4.0%} in use"
+                full = f"{used / max(area.size, 1):4.0%} in use"
             areas.append(f"{area.phys:#014x} {human(area.size):>9}  {full}")
         self.facts("scratch", self._some(areas, "areas") or ["none"], "scratch")
 
@@ -200,6 +200,9 @@ class StatusText(Text):
             + (states[session.retrieved] if incoming else "")
             for session in luo.sessions
         ]
+        sessions += [printable(problem) for problem in luo.problems]
+        if luo.raw is not None:
+            sessions.append("not known: nothing of this ABI is decoded")
         self.facts(name, self._some(sessions, "sessions") or ["none"], read_from)
 
 

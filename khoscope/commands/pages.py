@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``khoscope pages``: the struct pages of a range of memory."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .. import store
+from ..runs import recorded, runs
+from ..views import pages as view
+from ..views.progress import Progress
+from . import common
+
+
+def add(commands: common.Commands) -> None:
+    command = commands.add_parser(
+        "pages",
+        help="the struct pages of a range of memory",
+        description="""\
+The struct pages of a range of memory: refcount, flags, stamp, whether it is free,
+and which preserved block covers it. Pages of which all is equal are one row.
+
+A page on a per-cpu free list looks allocated. A snapshot file has the pages of
+blocks only: all of the first one, of the others the refcount, where they agree.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""\
+examples:
+  khoscope pages 0x3a200000                  the page that holds this address
+  khoscope pages 0x3a200000..0x3a400000      those of 2 MiB
+  khoscope pages 0..0x40000000 --jsonl       those of 1 GiB, a run a line""",
+    )
+    command.set_defaults(run=_run)
+    common.output(command, "run of equal pages")
+    command.add_argument(
+        "range", metavar="PHYS[..PHYS]", type=common.physical_range, help="first address, and end"
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    first, end = args.range
+    with Progress(sys.stderr) as progress:
+        if args.snapshot:
+            facts = store.load_file(args.snapshot)
+            look = recorded(facts)
+        else:
+            source = common.kernel(args, progress)
+            facts = source.clients()
+            look = source.pages
+        found = runs(facts, first, end, look)
+        if args.json:
+            view.write_json(facts, args.range, found, sys.stdout)
+        elif args.jsonl:
+            view.write_lines(facts, found, sys.stdout)
+        else:
+            view.PagesText(sys.stdout, args.limit).pages(facts, found)
+    return common.FINE
