@@ -190,32 +190,35 @@ def _open(blob: bytes) -> libfdt.FdtRo:
 def _nodes(fdt: libfdt.FdtRo) -> tuple[Node, list[str]]:
     """The root node of an FDT with all below it, and what is wrong with them."""
     problems: list[str] = []
+    blob = fdt.as_bytearray()
     way: list[Node] = []
     left_out = at = depth = 0
     while at >= 0 and depth >= 0:
         if depth < _DEPTH_LIMIT:
             # libfdt gives bytes that are no text as surrogates, which nothing can print or keep.
             name = _name(fdt.get_name(at).encode("utf-8", "surrogateescape"), "node", problems)
-            node = Node(name, list(_properties(fdt, at, problems)))
+            node = Node(name, list(_properties(fdt, blob, at, problems)))
             del way[depth:]
             if way:
                 way[-1].children.append(node)
             way.append(node)
         else:
             left_out += 1
-        at, depth = libfdt.fdt_next_node(fdt.as_bytearray(), at, depth)
+        at, depth = libfdt.fdt_next_node(blob, at, depth)
     if left_out:
         problems.append(f"{left_out:,} nodes below the {_DEPTH_LIMIT}th level are left out")
     return way[0], problems
 
 
-def _properties(fdt: libfdt.FdtRo, node: int, problems: list[str]) -> Iterator[Property]:
+def _properties(
+    fdt: libfdt.FdtRo, blob: bytearray, node: int, problems: list[str]
+) -> Iterator[Property]:
     """
     The properties of a node.
 
+    :param blob: the FDT's bytes: the binding makes a new copy whenever it is asked for them.
     :param node: its offset in the structure block.
     """
-    blob = fdt.as_bytearray()
     strings = fdt.off_dt_strings()
     at = fdt.first_property_offset(node, [libfdt.FDT_ERR_NOTFOUND])
     while at >= 0:

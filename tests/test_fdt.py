@@ -3,13 +3,25 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Iterator
+from typing import Final
+
 import libfdt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khoscope.fdt import parse_root_fdt
+from khoscope.fdt import (
+    Node,
+    Unreadable,
+    kho_test_folios,
+    parse_root_fdt,
+    read,
+    reserve_mem_areas,
+)
 from khoscope.snapshot import Fdt, Subtree
+from tests.fuzz import fuzz
 
 PAGE = 4096
 AT = 0x2000
@@ -146,6 +158,7 @@ def is_told(found: Fdt) -> bool:
     return whole or bool(found.problems)
 
 
+@fuzz
 @given(st.binary(max_size=200))
 def test_garbage(raw: bytes) -> None:
     found = parse_root_fdt(AT, raw)
@@ -153,6 +166,7 @@ def test_garbage(raw: bytes) -> None:
     assert found.problems
 
 
+@fuzz
 @given(
     st.lists(
         st.tuples(st.integers(0, int.from_bytes(GOOD[4:8], "big") - 1), st.integers(0, 255)),
@@ -167,9 +181,207 @@ def test_damaged(changes: list[tuple[int, int]]) -> None:
     assert is_told(parse_root_fdt(AT, bytes(raw)))
 
 
+@fuzz
 @given(st.integers(0, 9), st.integers(0, 2**32 - 1))
 def test_damaged_header(field: int, value: int) -> None:
     """The header's fields say where everything is."""
     raw = bytearray(GOOD)
     raw[4 * field : 4 * field + 4] = value.to_bytes(4, "big")
     assert is_told(parse_root_fdt(AT, bytes(raw)))
+
+
+def test_two_subtrees_of_a_name() -> None:
+    raw = blob(subtrees={"LUO": data(1, 2), "LUX": data(3, 4)}).replace(b"LUX\0", b"LUO\0")
+    found = parse_root_fdt(AT, raw)
+    assert [each.name for each in found.subtrees] == ["LUO", "LUO"]
+    assert found.problems == ["node '/LUO' is there 2 times"]
+
+
+@pytest.mark.parametrize(
+    ("phys", "size", "inside"),
+    [
+        (AT, 1, True),
+        (AT + PAGE - 1, 1, True),
+        (AT - 1, 2, True),
+        (0, 1 << 40, True),
+        (AT + 8, 0, True),
+        (AT - 1, 1, False),
+        (AT + PAGE, 1 << 40, False),
+    ],
+)
+def test_subtree_that_points_into_the_root_fdt(phys: int, size: int, inside: bool) -> None:
+    found = parse_root_fdt(AT, blob(subtrees={"LUO": data(phys, size)}))
+    problem = f"subtree 'LUO': preserved-data {phys:#x} points into the root FDT itself"
+    assert found.problems == ([problem] if inside else [])
+
+
+# Any FDT
+
+BEGIN_NODE, END_NODE, PROP, NOP, END = (struct.pack(">I", tag) for tag in (1, 2, 3, 4, 9))
+ROOT: Final = BEGIN_NODE + bytes(4)
+
+
+def encode(structure: bytes, strings: bytes = b"", version: int = 17) -> bytes:
+    """An FDT with the structure block as it is given, closed."""
+    structure += END_NODE + END
+    at = 40 + 16
+    header = (
+        0xD00DFEED,
+        at + len(structure) + len(strings),
+        at,
+        at + len(structure),
+        40,
+        version,
+        16,
+        0,
+        len(strings),
+        len(structure),
+    )
+    return struct.pack(">10I", *header) + bytes(16) + structure + strings
+
+
+def prop(name: int, value: bytes = b"") -> bytes:
+    """:param name: its offset in the strings."""
+    return PROP + struct.pack(">II", len(value), name) + value + bytes(-len(value) % 4)
+
+
+def nodes(root: Node) -> Iterator[Node]:
+    yield root
+    for child in root.children:
+        yield from nodes(child)
+
+
+def test_offsets_are_those_of_the_values() -> None:
+    raw = encode(ROOT + prop(0, b"one") + NOP + prop(2) + prop(2, b"four!"), b"a\0b\0")
+    tree = read(raw)
+    assert [(p.name, p.value) for p in tree.root.properties] == [
+        ("a", b"one"),
+        ("b", b""),
+        ("b", b"four!"),
+    ]
+    for each in tree.root.properties:
+        assert raw[each.offset : each.offset + len(each.value)] == each.value
+    assert tree.root.property("b") == tree.root.properties[1]
+    assert tree.problems == ["property '/b' is there 2 times"]
+    assert tree.size == len(raw)
+    assert read(raw + b"more") == tree
+
+
+def test_what_is_nested_too_deep() -> None:
+    """libfdt follows any depth; recursion and indentation do not."""
+    deep = 87_000
+    tree = read(encode(ROOT + (BEGIN_NODE + b"a\0\0\0") * deep + END_NODE * deep))
+    assert len(list(nodes(tree.root))) == 64
+    assert tree.problems == [f"{deep - 63:,} nodes below the 64th level are left out"]
+
+
+def test_a_mebibyte_of_nodes() -> None:
+    many = 87_000
+    tree = read(encode(ROOT + (BEGIN_NODE + b"a\0\0\0" + END_NODE) * many))
+    assert len(tree.root.children) == many
+    assert tree.problems == [f"node '/a' is there {many} times"]
+
+
+def test_more_than_a_mebibyte() -> None:
+    with pytest.raises(Unreadable, match="it says to have 1,200,072 bytes"):
+        read(encode(ROOT + (BEGIN_NODE + b"a\0\0\0" + END_NODE) * 100_000))
+
+
+def test_an_old_version() -> None:
+    with pytest.raises(Unreadable, match="version 16, kernels write 17"):
+        read(encode(ROOT, version=16))
+
+
+def test_long_names() -> None:
+    """Properties share their names: the tree would be much larger than the FDT."""
+    name = b"n" * (1 << 19)
+    raw = encode(
+        ROOT + prop(0) * 40_000 + BEGIN_NODE + name[:1000] + bytes(4) + END_NODE, name + b"\0"
+    )
+    tree = read(raw)
+    assert {each.name for each in tree.root.properties} == {"n" * 255}
+    assert [child.name for child in tree.root.children] == ["n" * 255]
+    assert "the name of a property has more than 255 bytes: cut" in tree.problems
+    assert "the name of a node has more than 255 bytes: cut" in tree.problems
+    limit = encode(ROOT + prop(0), name[:255] + b"\0")
+    assert read(limit).problems == []
+
+
+def test_property_name_that_is_no_text() -> None:
+    tree = read(encode(ROOT + prop(0, b"x"), b"\xfe\xff\0"))
+    assert [each.name for each in tree.root.properties] == ["\\xfe\\xff"]
+    assert tree.problems == ["property '\\\\xfe\\\\xff': its name is not ASCII"]
+
+
+SOME = encode(
+    ROOT + prop(0, b"one") + BEGIN_NODE + b"x\0\0\0" + prop(2, u64(5)) + END_NODE + NOP,
+    b"a\0b\0",
+)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, len(SOME) - 1), st.integers(0, 255)), min_size=1, max_size=6),
+    st.integers(0, 8),
+)
+def test_any_damaged_fdt(changes: list[tuple[int, int]], missing: int) -> None:
+    """Either it is no FDT, or all of it lies within the bytes."""
+    raw = bytearray(SOME)
+    for at, value in changes:
+        raw[at] = value
+    raw = raw[: len(raw) - missing]
+    try:
+        tree = read(bytes(raw))
+    except Unreadable:
+        return
+    assert tree.size <= len(raw)
+    for node in nodes(tree.root):
+        for each in node.properties:
+            assert raw[each.offset : each.offset + len(each.value)] == each.value
+
+
+# What known subtrees lead to
+
+DESC = u64(0x7000) + (5).to_bytes(4, "little") + b"\1\0\0\0"
+
+
+def kho_test(data: dict[str, bytes], compatible: bytes = b"kho-test-v1\0") -> dict[str, bytes]:
+    return {"subtree kho_test": blob({"compatible": compatible}, {"data": data})}
+
+
+def test_kho_test_folios() -> None:
+    blobs = kho_test({"nr_folios": b"\3\0\0\0", "folios_info": DESC})
+    found = kho_test_folios(blobs)
+    assert found is not None
+    desc, offset, count = found
+    assert (desc["first"], desc["total_pages"], desc["flags"], desc["order"]) == (0x7000, 5, 1, 0)
+    assert blobs["subtree kho_test"][offset : offset + 16] == DESC
+    assert count == 3
+
+
+@pytest.mark.parametrize(
+    "blobs",
+    [
+        {},
+        {"subtree kho_test": b"\xd0\x0d\xfe\xed"},
+        {"subtree kho_test": blob({"compatible": b"kho-test-v1\0"})},
+        kho_test({"nr_folios": b"\3\0\0\0"}),
+        kho_test({"folios_info": DESC}),
+        kho_test({"nr_folios": b"\3\0\0\0", "folios_info": DESC[:-1]}),
+        kho_test({"nr_folios": b"\3\0\0\0", "folios_info": DESC}, b"kho-test-v2\0"),
+    ],
+)
+def test_no_kho_test_folios(blobs: dict[str, bytes]) -> None:
+    assert kho_test_folios(blobs) is None
+
+
+def test_reserve_mem_areas() -> None:
+    areas = {
+        "one": {"start": u64(0x1000), "size": u64(0x2000)},
+        "empty": {"start": u64(0x1000), "size": u64(0)},
+        "odd": {"start": u64(0x1000), "size": bytes(7)},
+        "none": {},
+    }
+    raw = blob({"compatible": b"memblock-v1\0"}, areas)
+    assert reserve_mem_areas({"subtree memblock": raw}) == [("one", 0x1000, 0x2000)]
+    assert reserve_mem_areas({"subtree memblock": raw[:50]}) == []
+    assert reserve_mem_areas({}) == []
