@@ -93,6 +93,12 @@ _RETRIEVE_FD: Final[Said] = {
         "it was not made by khoscope carry; it has been finished",
     ),
 }
+_COPY: Final[Said] = {
+    errno.ENOSPC: (
+        f"{DIRECTORY} has no space for what was carried, and LUO hands it over only once",
+        "it is lost; next time make room in /run before --before carried",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -211,10 +217,11 @@ def _copy(new: store.NewFile) -> None:
     with session:
         with _told("cannot retrieve the snapshot", _RETRIEVE_FD):
             fd = session.retrieve_fd(TOKEN)
-        with open(fd, "rb") as memfd, new.told():
+        with open(fd, "rb") as memfd, _told("cannot copy the snapshot", _COPY):
             # It comes with the position that it had when it was handed over.
             memfd.seek(0)
             shutil.copyfileobj(memfd, new.file)
+            new.file.flush()
         new.finish()
         with _told(f"cannot finish the LUO session {SESSION}", {}):
             session.finish()

@@ -8,6 +8,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -277,6 +278,20 @@ def test_luo_refuses_to_give_back(luo: Luo, step: str, number: int, what: str, h
     assert what in caught.value.what
     assert hint in caught.value.hint
     assert luo.devices == 0
+    assert list(carry.DIRECTORY.iterdir()) == []
+
+
+def test_no_space_for_it(luo: Luo, monkeypatch: pytest.MonkeyPatch) -> None:
+    with carry.carry(rich_before):
+        luo.kexec()
+
+    def full(source: object, target: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(KhoscopeError, match="no space for what was carried, and LUO hands") as c:
+        retrieve()
+    assert "/run" in c.value.hint
     assert list(carry.DIRECTORY.iterdir()) == []
 
 
