@@ -13,6 +13,7 @@ import pytest
 from khoscope.abi import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
 from khoscope.calls import BIT_CLEAR, BIT_SET, BIT_UNKNOWN, Action, Batch, Calls, Losses
 from khoscope.checks import Finding, Found, Report, check_batch, end_trace, run, start_trace
+from khoscope.checks.rule import TRACE, of_scopes
 from khoscope.columns import Pages
 from tests.synthetic import (
     FIXED,
@@ -25,7 +26,7 @@ from tests.synthetic import (
     snapshot,
     touches_of,
 )
-from tests.test_checks import TRACE_SCOPES, Fires, assert_fires, assert_silent, rules_in
+from tests.test_checks import Fires, assert_fires, assert_silent
 
 CONTIG, SPLIT = KHO_PAGE_CONTIG, KHO_PAGE_SPLIT
 AT = 0x40000
@@ -213,17 +214,17 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
 
 
 def test_every_rule_of_a_trace_has_cases() -> None:
-    assert FIRES.keys() == SILENT.keys() == set(rules_in(TRACE_SCOPES))
+    assert FIRES.keys() == SILENT.keys() == of_scopes(TRACE)
 
 
-@pytest.mark.parametrize("name", rules_in(TRACE_SCOPES))
+@pytest.mark.parametrize("name", sorted(of_scopes(TRACE)))
 def test_rule_fires(name: str) -> None:
     assert FIRES[name]
     for case in FIRES[name]:
         assert_fires(name, case)
 
 
-@pytest.mark.parametrize("name", rules_in(TRACE_SCOPES))
+@pytest.mark.parametrize("name", sorted(of_scopes(TRACE)))
 def test_rule_is_silent(name: str) -> None:
     assert SILENT[name]
     for make in SILENT[name]:

@@ -246,7 +246,7 @@ def test_filters(
 def test_verify_passes(run: Run, files: dict[str, Path]) -> None:
     result = run("--snapshot", files["good"], "verify")
     assert (result.status, result.err) == (0, "")
-    assert result.out.splitlines()[-1] == "PASS: 0 errors, 0 warnings"
+    assert result.out.splitlines()[-1] == "PASS: safe to kexec (0 errors, 0 warnings)"
     result = run("--snapshot", files["good"], "verify", "--json")
     assert result.status == 0
     document = result.document
@@ -261,7 +261,9 @@ def test_verify_finds(run: Run, files: dict[str, Path]) -> None:
     assert "error: wrong-after-restore (23)" in result.out
     assert "1/0 now, 7.2.0-test as the next kernel" in result.out
     assert "… 21 more" in result.out
-    assert result.out.splitlines()[-1] == "FAIL: 23 errors, 0 warnings, first wrong-after-restore"
+    assert result.out.splitlines()[-1] == (
+        "FAIL: not safe to kexec: wrong-after-restore: 1/0 now,… (23 errors, 0 warnings)"
+    )
     result = run("--snapshot", files["plain"], "verify", "--json")
     assert result.status == 1
     assert result.document["verdict"] == "fail"
@@ -288,7 +290,7 @@ def test_verify_of_what_was_not_all_seen(run: Run, files: dict[str, Path]) -> No
     ):
         result = run(*words)
         result.refused("no verdict")
-        assert result.out.splitlines()[-1].startswith("INCOMPLETE: 0 errors")
+        assert result.out.splitlines()[-1].startswith("INCOMPLETE: no verdict: ")
         assert "incomplete: " in result.out
         result = run(*words, "--json")
         result.refused("no verdict")

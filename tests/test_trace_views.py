@@ -30,7 +30,7 @@ from khoscope.calls import (
     Touches,
     Tracing,
 )
-from khoscope.checks import RULES, Found, Report
+from khoscope.checks import RULES, About, Found, Report
 from khoscope.checks.run import KEPT
 from khoscope.columns import Blocks, Pages
 from khoscope.trace.summary import NOT_RETURNED, Callers, Summary, bucket, bucket_range
@@ -192,7 +192,7 @@ def found_of(
     calls: dict[int, int] | None = None, touches: dict[int, int] | None = None
 ) -> tuple[Found, Report]:
     """So many findings by row of calls, and of touches; and the report that has them all."""
-    found, report = Found(), Report()
+    found, report = Found(), Report(About.TRACE)
     for rule, wanted, rows in (
         (ERROR, touches or {}, found.touches),
         (WARNING, calls or {}, found.calls),
@@ -481,7 +481,7 @@ bash[412] fill [kho_exercise]
     assert sum(line.startswith("  → ") for line in end) == 2
     assert end[-2:] == [
         "incomplete: events lost for want of room in the buffer: 3",
-        "FAIL: 4 errors, 1 warning, first mixed-refcounts",
+        "FAIL: mixed-refcounts: no type fits: the pages are 1/mixe… (4 errors, 1 warning)",
     ]
 
 
@@ -490,10 +490,11 @@ def test_an_empty_trace_passes() -> None:
         out = io.StringIO()
         view = kind(out, symbols)
         view.start(tracing())
-        view.end(Report(), Losses())
+        view.end(Report(About.TRACE), Losses())
         assert out.getvalue().endswith(
             "\n0 calls (0 failed), 0 blocks, 0 pages\n"
-            "every event was seen, every refcount was read\n\nPASS: 0 errors, 0 warnings\n"
+            "every event was seen, every refcount was read\n\n"
+            "PASS: nothing wrong was seen (0 errors, 0 warnings)\n"
         )
 
 
@@ -569,7 +570,7 @@ def test_findings_that_are_not_all_there_are_said_to_be_so() -> None:
         view = kind(out, symbols)
         view.start(tracing())
         view.batch(batch_of([call]), found)
-        view.end(Report(), Losses())
+        view.end(Report(About.TRACE), Losses())
         assert said in out.getvalue()
     summary.reset()
     assert not summary.cut_short
@@ -664,7 +665,7 @@ def test_summary_view() -> None:
     view.interval(Losses())
     view.batch(batch_of(calls[1:]), Found())
     view.interval(Losses(lost=1))
-    view.end(Report(), Losses(lost=1, made=5))
+    view.end(Report(About.TRACE), Losses(lost=1, made=5))
     assert out.getvalue()[start:] == SUMMARY
     assert max(map(len, out.getvalue().splitlines())) <= 80
 
@@ -732,7 +733,7 @@ add             2  contig         1        4   16 KiB
 3 calls (2 failed), 2 blocks, 5 pages
 5 events: 4 seen, 1 lost
 
-PASS: 0 errors, 0 warnings
+PASS: nothing wrong was seen (0 errors, 0 warnings)
 """
 
 

@@ -9,19 +9,40 @@ explanation stand with the function, so that a new check is one function.
 
 from __future__ import annotations
 
-from .rule import RULES, Finding, Rule, Severity
-from .run import Found, Report, check, check_batch, compare, end_trace, start_trace
+from .changes import Changes, changes
+from .rule import (
+    ACROSS,
+    EVERYTHING,
+    ONE_KERNEL,
+    RULES,
+    Asked,
+    Finding,
+    Rule,
+    Severity,
+    in_order,
+    of_scopes,
+)
+from .run import About, Found, Report, check, check_batch, compare, end_trace, start_trace
 
 __all__ = [
+    "ACROSS",
+    "EVERYTHING",
+    "ONE_KERNEL",
     "RULES",
+    "About",
+    "Asked",
+    "Changes",
     "Finding",
     "Found",
     "Report",
     "Rule",
     "Severity",
+    "changes",
     "check",
     "check_batch",
     "compare",
     "end_trace",
+    "in_order",
+    "of_scopes",
     "start_trace",
 ]

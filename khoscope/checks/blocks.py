@@ -37,6 +37,7 @@ from .rule import Marked, Message, Severity, also, rule
     Either the kernel cannot store the type, or the block was split after it was preserved:
     unpreserve it, and preserve it again as it is now (kho_split_preserved_pages() does both).
     """,
+    kernel="kho_preserve_pages kho_restore_page",
 )
 def type_mismatch(facts: Snapshot, blocks: Blocks) -> Marked:
     """The recorded type says one refcount pattern and the struct pages show the other."""
@@ -61,6 +62,7 @@ def type_mismatch(facts: Snapshot, blocks: Blocks) -> Marked:
     was two unsplit blocks, or a part of one, when it was preserved with one call comes back
     wrong under either type, in every kernel. Preserve each block by itself and whole.
     """,
+    kernel="kho_restore_page kho_init_pages kho_init_folio",
 )
 def mixed_refcounts(facts: Snapshot, blocks: Blocks) -> Marked:
     """No type describes the block: neither 1/0 nor 1/1, heads at 0 included."""
@@ -81,6 +83,7 @@ def mixed_refcounts(facts: Snapshot, blocks: Blocks) -> Marked:
     page state" when the block is freed, and leak; tails that come back at 0 instead of 1 hit
     VM_BUG_ON_PAGE. Do not kexec with this memory preserved, or restore and never free it.
     """,
+    kernel="kho_restore_page kho_init_pages kho_init_folio",
 )
 def wrong_after_restore(facts: Snapshot, blocks: Blocks) -> Marked:
     """What the next kernel's restore will set differs from what is there now; it is assumed to
@@ -106,6 +109,7 @@ def wrong_after_restore(facts: Snapshot, blocks: Blocks) -> Marked:
     reserves the block all the same: nobody restores it and it leaks, or the wrong owner restores
     what somebody else is using now. Unpreserve before freeing, splitting or resizing.
     """,
+    kernel="kho_preserved_memory_reserve kho_restore_page",
 )
 def stale_entry(facts: Snapshot, blocks: Blocks) -> Marked:
     """The block's pages are free or no longer what was preserved; a folio whose order changed."""
@@ -146,6 +150,7 @@ def _judged(blocks: Blocks) -> NDArray[np.bool_]:
     memory will be overwritten. Without CONFIG_KEXEC_HANDOVER_DEBUG the kernel does not refuse it.
     Preserve memory that was not allocated from scratch (CMA, movable).
     """,
+    kernel="kho_populate kho_scratch_overlap",
 )
 def in_scratch(facts: Snapshot, blocks: Blocks) -> Marked:
     """A preserved block or a subtree blob lies in a scratch area."""
@@ -188,6 +193,7 @@ def subtree_in_scratch(facts: Snapshot) -> Iterator[Message]:
     reserve it and write a stamp into a struct page that may not exist: expect a crash early in
     the boot. The tree was written over, or a device's memory was preserved as if it were RAM.
     """,
+    kernel="kho_preserved_memory_reserve kho_get_preserved_page",
 )
 def outside_ram(facts: Snapshot, blocks: Blocks) -> Marked:
     """The address is beyond or between RAM, or in a hole."""
@@ -212,18 +218,49 @@ def outside_ram(facts: Snapshot, blocks: Blocks) -> Marked:
     for such a key order and address are nonsense, and that is what it will reserve. A page of the
     tree was written over, or another kernel's keys are in it.
     """,
+    kernel="kho_radix_decode_key",
 )
 def bad_key(facts: Snapshot, blocks: Blocks) -> Marked:
     """No order bit, two meanings, or an order out of range."""
-    span = int(facts.ram[-1, 1]) if len(facts.ram) else 0
-    limit = facts.abi.order_limit(span)
 
     def say(row: int) -> str:
         if blocks.order[row] == BAD_ORDER:
             return f"key {blocks.key[row]:#x} has no order bit that this kernel knows"
         return f"key {blocks.key[row]:#x}: order {blocks.order[row]} is more than all RAM"
 
-    return Marked(blocks.order > limit, say)
+    return Marked(blocks.order > _order_limit(facts), say)
+
+
+def _order_limit(facts: Snapshot) -> int:
+    """The highest order of which a block fits into RAM."""
+    return facts.abi.order_limit(int(facts.ram[-1, 1]) if len(facts.ram) else 0)
+
+
+@rule(
+    "huge-order",
+    Severity.WARNING,
+    "blocks",
+    """
+    The page allocator neither gives nor takes more than MAX_PAGE_ORDER at once, so this is no
+    single allocation: kho_preserve_pages() has made one block of neighbours, of which restore keeps
+    only the first one's refcount, or it is a gigantic folio. Freed in the next kernel as the one
+    block that it has become, it is more than the allocator can take back. Preserve each allocation
+    by itself; give a gigantic folio back to whoever made it (hugetlb, CMA). Memory whose pages are
+    all held for themselves, like what reserve_mem= sets aside, may be of any size.
+    """,
+    kernel="__kho_preserve_pages_order kho_restore_page",
+)
+def huge_order(facts: Snapshot, blocks: Blocks) -> Marked:
+    """A block above MAX_PAGE_ORDER that is not just single pages in a row."""
+    most = facts.abi.max_page_order
+    huge = (blocks.order > most) & (blocks.order <= _order_limit(facts))
+    return Marked(
+        huge & ~is_split(blocks.facts),
+        lambda row: (
+            f"the page allocator has no block above order {most}; "
+            f"the pages are {_describe(blocks, row)}"
+        ),
+    )
 
 
 @rule(
@@ -236,13 +273,13 @@ def bad_key(facts: Snapshot, blocks: Blocks) -> Marked:
     was split and preserved again without kho_split_preserved_pages() ends like this: unpreserve
     it as what it was.
     """,
+    kernel="kho_radix_walk_tree kho_preserved_memory_reserve",
 )
-def both_types(facts: Snapshot) -> Iterator[tuple[Blocks, Marked]]:
+def both_types(facts: Snapshot, every: KeySet) -> Iterator[tuple[Blocks, Marked]]:
     """The same block is recorded as contig and as split."""
     bit = np.uint64(facts.abi.type_bit)
     if not bit:
         return
-    every = KeySet(facts.abi, facts.outgoing.tree.leaves)
     for i in np.flatnonzero((every.leaves.key & bit) == 0):
         leaf = every.leaves[i : i + 1]
         twin = int(every.leaf(leaf.key | bit)[0])
@@ -267,11 +304,11 @@ def both_types(facts: Snapshot) -> Iterator[tuple[Blocks, Marked]]:
     second destroys what the first restored, and both think they own the memory. Two clients
     preserve the same pages, or one preserved a part and the whole.
     """,
+    kernel="kho_preserved_memory_reserve kho_restore_page",
 )
-def overlap(facts: Snapshot) -> Iterator[tuple[Blocks, Marked]]:
+def overlap(facts: Snapshot, every: KeySet) -> Iterator[tuple[Blocks, Marked]]:
     """Two recorded blocks share pages."""
     abi = facts.abi
-    every = KeySet(abi, facts.outgoing.tree.leaves)
     if not len(every.leaves):
         return
     _, orders, _ = abi.kho_radix_decode_keys(every.leaves.key)

@@ -36,6 +36,7 @@ from .rule import Marked, Message, Severity, also, rule
     whichever owner, takes the block out of the tree for both, and its memory is lost at the kexec
     without a word. Let one owner preserve it once.
     """,
+    kernel="kho_radix_add_page",
 )
 def preserved_twice(facts: Snapshot, touches: Touches) -> Marked:
     """A block was preserved that was preserved already: its single bit was set."""
@@ -58,6 +59,7 @@ def preserved_twice(facts: Snapshot, touches: Touches) -> Marked:
     (kho_split_preserved_pages() is for that). The old entry then goes through the kexec.
     Unpreserve exactly what was preserved, as it was.
     """,
+    kernel="kho_radix_del_page",
 )
 def unpreserved_unknown(facts: Snapshot, touches: Touches) -> Marked:
     """A block was unpreserved that was not preserved: its bit was clear."""
@@ -109,6 +111,7 @@ def restored_wrong(facts: Snapshot, touches: Touches) -> Marked:
     asked for, which somebody else may own, or skips blocks, which leak. Restore with the function,
     the address and the count that the memory was preserved with.
     """,
+    kernel="kho_restore_page kho_restore_pages kho_restore_folio",
 )
 def wrong_restore_call(facts: Snapshot, touches: Touches) -> Marked:
     """Pages were restored as a folio, a folio as pages, or another count than was preserved."""
@@ -151,6 +154,7 @@ def wrong_restore_call(facts: Snapshot, touches: Touches) -> Marked:
     kho_restore_pages() and kho_restore_vmalloc() had restored until then stays, and leaks. See
     dmesg for a WARN at the same time.
     """,
+    kernel="kho_preserve_folio kho_preserve_pages kho_add_subtree kho_restore_page",
 )
 def failed(facts: Snapshot, calls: Calls) -> Marked:
     """A call returned an error or NULL."""
@@ -180,6 +184,7 @@ def failed(facts: Snapshot, calls: Calls) -> Marked:
     tasks nested deeper, or were more, than are followed. Trace fewer calls (--only, -p, -c) or
     take a larger buffer.
     """,
+    kernel="bpf_ringbuf_output",
 )
 def events_lost(losses: Losses) -> Iterator[Message]:
     """Events were lost, or calls not followed to their end."""

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..abi import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
+from ..clients import LuoSession
 from ..columns import Blocks, Pages
+from ..serialized import LUO
 from ..snapshot import KeySet, Snapshot
 from .pattern import (
     describe,
@@ -24,7 +26,7 @@ from .pattern import (
     type_name,
     typed,
 )
-from .rule import Marked, Message, Severity, rule
+from .rule import Marked, Message, Severity, also, rule
 
 
 class Fate(IntEnum):
@@ -148,6 +150,7 @@ def _reused(before: Blocks, after: Blocks, now: Snapshot) -> NDArray[np.bool_]:
     booted by firmware, kexec'ed without KHO, refused the handover (dmesg | grep KHO), or another
     kexec came in between. The other findings across the kexec mean little then.
     """,
+    kernel="kho_populate kho_in_kexec_metadata luo_early_startup",
 )
 def not_a_handover(before: Snapshot, after: Snapshot) -> Iterator[Message]:
     """This kernel did not come from a handover, or not from the snapshot's kernel."""
@@ -169,6 +172,11 @@ def not_a_handover(before: Snapshot, after: Snapshot) -> Iterator[Message]:
             f"kexec_count is {after.handover.kexec_count}, expected {expected} after the "
             "snapshot's kernel"
         )
+    if before.outgoing.luo is None or after.incoming is None or after.incoming.luo is None:
+        return
+    number, came = before.outgoing.luo.liveupdate_num, after.incoming.luo.liveupdate_num
+    if None not in (number, came) and came != number:
+        yield Message(f"LUO counts live update {came}, the snapshot's kernel had made it {number}")
 
 
 @rule(
@@ -176,12 +184,15 @@ def not_a_handover(before: Snapshot, after: Snapshot) -> Iterator[Message]:
     Severity.ERROR,
     "pairs",
     """
-    The new kernel never got this block: it was unpreserved after the snapshot, or the tree was
-    damaged on the way. Its memory has gone to the page allocator and holds other data by now.
+    The new kernel never got this block, subtree or session: it was unpreserved, removed or closed
+    after the snapshot, or the tree or the FDT was damaged on the way. Its memory has gone to the
+    page allocator and holds other data by now.
     """,
+    kernel="kho_mem_retrieve kho_retrieve_subtree luo_session_deserialize",
 )
 def lost(pairs: Pairs) -> Marked:
-    """A block of the snapshot has neither a stamp nor a sign of having been restored."""
+    """A block of the snapshot has neither a stamp nor a sign of having been restored; or a subtree,
+    session or file of it did not come."""
     return Marked(
         pairs.fate == Fate.LOST,
         lambda row: (
@@ -200,6 +211,7 @@ def lost(pairs: Pairs) -> Marked:
     pages than were preserved. The two kernels do not agree on the key layout, or the stamp was
     written over.
     """,
+    kernel="kho_restore_page",
 )
 def order_changed(pairs: Pairs) -> Marked:
     """The stamp's order differs from the recorded order."""
@@ -221,6 +233,7 @@ def order_changed(pairs: Pairs) -> Marked:
     split, they get 1 and freeing the block trips "Bad page state". Do not let its owner restore
     it; if it is restored already, do not free it.
     """,
+    kernel="kho_restore_page",
 )
 def type_changed(pairs: Pairs) -> Marked:
     """The stamp's type differs from the recorded type, or from the pattern the pages had."""
@@ -251,6 +264,7 @@ def type_changed(pairs: Pairs) -> Marked:
     a tail hits VM_BUG_ON_PAGE, or frees memory that somebody still uses. Keep the owner from
     freeing it until the next cold boot.
     """,
+    kernel="kho_restore_page kho_init_pages kho_init_folio",
 )
 def wrong_refcounts(pairs: Pairs) -> Marked:
     """Restored, and the refcounts are not what they were before."""
@@ -266,16 +280,79 @@ def wrong_refcounts(pairs: Pairs) -> Marked:
     Severity.WARNING,
     "pairs",
     """
-    The stamp is still there: no client has asked for the block. Once all clients are done, what is
-    left is a leak until the next reboot.
+    No client has asked for the block: its stamp is still there; nobody has retrieved the session.
+    Once all clients are done, what is left is a leak until the next reboot.
     """,
+    kernel="kho_preserved_memory_reserve kho_restore_page luo_session_retrieve",
 )
 def not_restored(pairs: Pairs) -> Marked:
-    """The stamp is still there: nobody has claimed the block."""
+    """The stamp is still there: nobody has claimed the block, or retrieved the session."""
     return Marked(
         pairs.fate == Fate.NOT_RESTORED,
         lambda row: f"not claimed by anybody; the pages are {describe(pairs.after, row)}",
     )
+
+
+@also("lost", "handover")
+def client_lost(before: Snapshot, after: Snapshot) -> Iterator[Message]:
+    """A subtree, a session or a file of the snapshot did not come."""
+    if after.incoming is not None and after.incoming.fdt.problems:
+        # Nobody knows what is in it; bad-fdt speaks of that.
+        return
+    came = set() if after.incoming is None else {s.name for s in after.incoming.fdt.subtrees}
+    for subtree in before.outgoing.fdt.subtrees:
+        if subtree.name not in came:
+            yield Message(f"subtree {subtree.name!r} was not handed over", subtree.phys)
+    for was, now in _sessions(before, after):
+        name = f"session {was.name!r}"
+        if now is None:
+            yield Message(f"{name} ({_files(was.count)}) was not handed over")
+        # Those of a session that was retrieved may be finished, and gone.
+        elif not now.retrieved and now.count < was.count:
+            yield Message(f"{name} came with {now.count:,} of {_files(was.count)}")
+
+
+@also("not-restored", "handover")
+def session_not_retrieved(before: Snapshot, after: Snapshot) -> Iterator[Message]:
+    """A session came and nobody has retrieved it, or a file of it could not be."""
+    for was, now in _sessions(before, after):
+        if now is None:
+            continue
+        name = f"session {was.name!r}"
+        if not now.retrieved:
+            yield Message(f"{name} ({_files(now.count)}) came, and nobody has retrieved it")
+        for file in now.files:
+            if file.retrieve_status is not None and file.retrieve_status < 0:
+                yield Message(
+                    f"{name}, token {file.token:#x}: its handler {file.handler} "
+                    f"failed to retrieve it ({file.retrieve_status})"
+                )
+
+
+def _sessions(before: Snapshot, after: Snapshot) -> Iterator[tuple[LuoSession, LuoSession | None]]:
+    """
+    The sessions of the snapshot, and what came of them; None: it did not come.
+
+    Those of which that is not known are left out: once LUO has read what it was handed, a session
+    that it does not have may as well be finished and gone.
+    """
+    if before.outgoing.luo is None:
+        return
+    handed = after.incoming
+    luo = None if handed is None else handed.luo
+    sessions = {} if luo is None else {session.name: session for session in luo.sessions}
+    if luo is None:
+        none = handed is None or LUO not in {subtree.name for subtree in handed.fdt.subtrees}
+    else:
+        none = not luo.live and luo.raw is None and not luo.problems
+    for session in before.outgoing.luo.sessions:
+        now = sessions.get(session.name)
+        if now is not None or none:
+            yield session, now
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count:,} files"
 
 
 @rule(
@@ -286,6 +363,7 @@ def not_restored(pairs: Pairs) -> Marked:
     It was preserved after the snapshot was taken, or the tree was damaged between the snapshot
     and the kexec. Take the snapshot as late as possible before the kexec.
     """,
+    kernel="kho_preserved_memory_reserve",
 )
 def unexpected(before: Snapshot, recorded: KeySet, stamps: Blocks) -> Marked:
     """A stamped page that no snapshot block accounts for."""

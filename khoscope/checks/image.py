@@ -23,6 +23,7 @@ from .rule import Message, Severity, rule
     back. Kexec into a kernel that takes what this one hands over. It needs kho=on on its command
     line, which no image tells.
     """,
+    kernel="kho_populate luo_early_startup",
 )
 def image_abi_differs(facts: Snapshot, kernel: NextKernel) -> Iterator[Message]:
     """The next kernel takes another KHO, LUO or memfd ABI than this one hands over."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from ..abi import COMPATIBLES_WITHOUT_TYPES, Abi
-from ..snapshot import Side, Snapshot
+from ..snapshot import Fdt, Side, Snapshot, Subtree
 from .rule import Message, Severity, rule
 
 #: ``TAINT_BAD_PAGE`` (include/linux/panic.h), a bit of ``tainted_mask``.
@@ -25,6 +25,7 @@ TAINT_BAD_PAGE = 5
     split memory with this kernel; use one that keeps the type inside the stored bits
     (kernel-patches/7.2/fix).
     """,
+    kernel="kho_radix_add_page kho_radix_walk_tree",
 )
 def type_not_stored(abi: Abi) -> Iterator[Message]:
     """The kernel puts a type bit where its tree cannot store it."""
@@ -44,6 +45,7 @@ def type_not_stored(abi: Abi) -> Iterator[Message]:
     types that is handed such a tree restores every block its own way; one with types takes all
     blocks of an old tree for contig. Kexec only into a kernel with the same patches.
     """,
+    kernel="kho_populate",
 )
 def abi_not_bumped(abi: Abi) -> Iterator[Message]:
     """The kernel's key layout has a type but its compatible is one that kernels without types
@@ -62,16 +64,20 @@ def abi_not_bumped(abi: Abi) -> Iterator[Message]:
     memory; if a subtree is malformed, its owner does not find its state. Do not kexec; find who
     wrote over the page.
     """,
+    kernel="kho_populate kho_mem_retrieve kho_retrieve_subtree",
 )
 def bad_fdt(facts: Snapshot) -> Iterator[Message]:
     """Root FDT unreadable, wrong compatible, missing or malformed properties."""
-    yield from _fdt_trouble("outgoing", facts.outgoing)
+    yield from _fdt_trouble(facts, "outgoing", facts.outgoing)
     if facts.incoming is not None:
-        yield from _fdt_trouble("incoming", facts.incoming)
+        yield from _fdt_trouble(facts, "incoming", facts.incoming)
 
 
-def _fdt_trouble(which: str, side: Side) -> Iterator[Message]:
+def _fdt_trouble(facts: Snapshot, which: str, side: Side) -> Iterator[Message]:
     fdt = side.fdt
+    for subtree in fdt.subtrees:
+        if astray := misplaced(facts, fdt, subtree):
+            yield Message(f"{which} root FDT: subtree {subtree.name!r}: {astray}", subtree.phys)
     for problem in fdt.problems:
         yield Message(f"{which} root FDT: {problem}", fdt.phys)
     if fdt.compatible is not None and not re.fullmatch(r"kho-v\d+", fdt.compatible):
@@ -84,6 +90,79 @@ def _fdt_trouble(which: str, side: Side) -> Iterator[Message]:
         )
 
 
+def misplaced(facts: Snapshot, fdt: Fdt, subtree: Subtree) -> str | None:
+    """Why a subtree's blob cannot be where it is said to be, in words."""
+    start, size = subtree.phys, subtree.size
+    if start is None or not size:
+        return None
+    where = f"its blob, {start:#x} and {size:,} bytes,"
+    if fdt.phys and start < fdt.phys + facts.abi.page_size and start + size > fdt.phys:
+        return f"{where} lies in the FDT itself"
+    if not any(first <= start and start + size <= end for first, end in facts.ram.tolist()):
+        return f"{where} is not all in RAM"
+    return None
+
+
+@rule(
+    "fdt-nearly-full",
+    Severity.WARNING,
+    "kernel",
+    """
+    The root FDT has one page, and kho_add_subtree() returns -ENOMEM when nothing fits into it any
+    more: the client that comes last hands nothing over, and not all of them say so. Find out who
+    adds so many subtrees, or such long names.
+    """,
+    kernel="kho_add_subtree",
+)
+def fdt_nearly_full(facts: Snapshot) -> Iterator[Message]:
+    """The one-page root FDT has less than 10 % left."""
+    fdt, page = facts.outgoing.fdt, facts.abi.page_size
+    # struct fdt_header: magic, totalsize, both big-endian. It is packed after each change.
+    header = facts.outgoing.blobs.get("fdt", b"")[:8]
+    if fdt.problems or len(header) < 8:
+        return
+    used = int.from_bytes(header[4:], "big")
+    if 10 * (page - used) < page:
+        yield Message(
+            f"{used:,} of its {page:,} bytes are used, by {len(fdt.subtrees)} subtrees", fdt.phys
+        )
+
+
+@rule(
+    "image-without-kho",
+    Severity.ERROR,
+    "kernel",
+    """
+    The next kernel will not be told that anything was handed over: it boots as after a cold start
+    and reuses all preserved memory. kho_fill_kimage() gives the FDT only to images that
+    kexec_file_load() loads while KHO is on. Load it again, with kexec -s -l.
+    """,
+    kernel="kho_fill_kimage",
+)
+def image_without_kho(facts: Snapshot) -> Iterator[Message]:
+    """A kexec image is loaded with kho.fdt = 0: the handover would be lost."""
+    image = facts.image
+    if image is not None and image.loaded and not image.kho_fdt and facts.kho_enable:
+        how = "kexec_file_load(), before KHO was on" if image.file_mode else "kexec_load()"
+        yield Message(f"the image was loaded with {how}: nothing will be handed over")
+
+
+@rule(
+    "no-image",
+    Severity.INFO,
+    "kernel",
+    """
+    kexec has nothing to boot. Load the next kernel with kexec_file_load() (kexec -s -l), and check
+    again: what is loaded decides whether the handover arrives.
+    """,
+    kernel="kernel_kexec",
+)
+def no_image(facts: Snapshot) -> Iterator[Message]:
+    """Nothing is loaded yet."""
+    if facts.image is not None and not facts.image.loaded:
+        yield Message("no kexec image is loaded yet")
+
+
 @rule(
     "bad-node",
     Severity.ERROR,
@@ -93,6 +172,7 @@ def _fdt_trouble(which: str, side: Side) -> Iterator[Message]:
     node very early in its boot, reserve whatever its bits say, or crash. Somebody wrote over a
     page of the tree. Do not kexec with handover.
     """,
+    kernel="kho_radix_walk_tree",
 )
 def bad_node(facts: Snapshot) -> Iterator[Message]:
     """A table entry that is unaligned, outside RAM, or reaches a node already visited."""
@@ -112,6 +192,7 @@ def bad_node(facts: Snapshot) -> Iterator[Message]:
     refcounts end in: bad pages leak, and what was freed wrongly may be in use twice. Read the log
     (dmesg) around these lines.
     """,
+    kernel="bad_page",
 )
 def kernel_tainted(facts: Snapshot) -> Iterator[Message]:
     """Bad-page taint, or "Bad page state" / KHO warnings in the log."""

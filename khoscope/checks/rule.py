@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -63,6 +63,7 @@ class Rule:
 
     :param sentence: when it fires; the docstring of its function.
     :param explain: what will happen, in which kernel, and what to do.
+    :param kernel: functions of the kernel that make it so.
     :param finders: its functions by scope, one of SCOPES.
     """
 
@@ -70,39 +71,101 @@ class Rule:
     severity: Severity
     sentence: str
     explain: str
+    kernel: tuple[str, ...]
     finders: dict[str, Callable[..., Any]]
+
+    @property
+    def reads(self) -> list[str]:
+        """The facts that it looks at, in words."""
+        return [SCOPES[scope].reads for scope in self.finders]
+
+    @property
+    def is_across(self) -> bool:
+        """Whether it compares what is before a kexec with what is after it."""
+        return not ACROSS.isdisjoint(self.finders)
 
     def finding(self, message: str, phys: int | None = None, order: int | None = None) -> Finding:
         return Finding(self.name, self.severity, message, self.explain, phys, order)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """
+    What somebody wants to know.
+
+    :param rules: names of the rules that are to run; None: all.
+    :param fail_on: the least severity that makes a report a failure.
+    """
+
+    rules: frozenset[str] | None = None
+    fail_on: Severity = Severity.ERROR
+
+
+#: What somebody wants to know who does not say so.
+EVERYTHING = Asked()
+
 #: All rules by name.
 RULES: dict[str, Rule] = {}
 
-#: What a rule's function is given and gives back, by scope.
+
+@dataclass(frozen=True)
+class Scope:
+    """
+    What a rule looks at.
+
+    :param takes: what its function is given and gives back.
+    :param reads: the facts, in words.
+    """
+
+    takes: str
+    reads: str
+
+
 SCOPES = {
-    "handover": "(before, after) → messages",
-    "abi": "(abi) → messages, for what a kernel does whatever its tree holds",
-    "kernel": "(snapshot) → messages",
-    "next": "(snapshot, NextKernel) → messages, for what the next kernel makes of it",
-    "tree": "(snapshot) → blocks with marked rows, for what no single chunk shows",
-    "blocks": "(snapshot, a chunk of blocks) → marked rows",
-    "pairs": "(handover.Pairs) → marked rows",
-    "stamps": "(before, its keys, a chunk of stamps) → marked rows",
-    "calls": "(snapshot, a chunk of Calls) → marked rows",
-    "touches": "(snapshot, a chunk of Touches) → marked rows of its blocks",
-    "losses": "(Losses) → messages",
+    "handover": Scope(
+        "(before, after) → messages", "what one kernel handed over and the other got"
+    ),
+    "next": Scope("(snapshot, NextKernel) → messages", "the next kernel's image (--next)"),
+    "abi": Scope("(abi) → messages, whatever the tree holds", "the key layout, KHO's ABI"),
+    "kernel": Scope("(snapshot) → messages", "root FDT, tree entries, kexec image, kernel log"),
+    "clients": Scope(
+        "(snapshot, KeySet of its tree) → messages", "what the clients hand over, the tree"
+    ),
+    "tree": Scope(
+        "(snapshot, KeySet of its tree) → blocks with marked rows, for what no chunk shows",
+        "the tree",
+    ),
+    "blocks": Scope("(snapshot, a chunk of blocks) → marked rows", "blocks and their struct pages"),
+    "pairs": Scope("(handover.Pairs) → marked rows", "struct pages before and after the kexec"),
+    "stamps": Scope("(before, its keys, a chunk of stamps) → marked rows", "stamped pages"),
+    "calls": Scope("(snapshot, a chunk of Calls) → marked rows", "calls (trace)"),
+    "touches": Scope(
+        "(snapshot, a chunk of Touches) → marked rows of its blocks",
+        "what calls do to blocks (trace)",
+    ),
+    "losses": Scope("(Losses) → messages", "what trace did not see"),
 }
+
+#: Scopes that every kernel has; those that take an earlier snapshot, too; those of a trace.
+ONE_KERNEL = {"abi", "kernel", "clients", "tree", "blocks"}
+ACROSS = {"handover", "pairs", "stamps"}
+TRACE = {"calls", "touches", "losses"}
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def rule(name: str, severity: Severity, scope: str, explain: str) -> Callable[[F], F]:
-    """Register a function as a rule; its docstring is the rule's sentence."""
+def rule(
+    name: str, severity: Severity, scope: str, explain: str, *, kernel: str
+) -> Callable[[F], F]:
+    """
+    Register a function as a rule; its docstring is the rule's sentence.
+
+    :param kernel: functions of the kernel behind it, with blanks between them.
+    """
 
     def register(find: F) -> F:
-        sentence = " ".join((find.__doc__ or "").split())
-        RULES[name] = Rule(name, severity, sentence, " ".join(explain.split()), {scope: find})
+        sentence, why = (" ".join(text.split()) for text in (find.__doc__ or "", explain))
+        RULES[name] = Rule(name, severity, sentence, why, tuple(kernel.split()), {scope: find})
         return find
 
     return register
@@ -118,8 +181,15 @@ def also(name: str, scope: str) -> Callable[[F], F]:
     return register
 
 
-def of_scope(scope: str) -> Iterator[tuple[Rule, Callable[..., Any]]]:
-    """The rules that have something to look for in a scope, in their order."""
-    for each in RULES.values():
-        if scope in each.finders:
-            yield each, each.finders[scope]
+def in_order() -> list[Rule]:
+    """Errors first; what concerns the whole kernel before single blocks."""
+    scopes, severities = list(SCOPES), list(Severity)
+    return sorted(
+        RULES.values(),
+        key=lambda r: (severities.index(r.severity), scopes.index(next(iter(r.finders)))),
+    )
+
+
+def of_scopes(scopes: Iterable[str]) -> set[str]:
+    """The names of the rules that have something to look for in any of some scopes."""
+    return {name for name, each in RULES.items() if not each.finders.keys().isdisjoint(scopes)}

@@ -4,24 +4,50 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..abi import BAD_ORDER, Abi
 from ..calls import NO_PHYS, Action, Batch, Calls, Losses
 from ..columns import Blocks, aligned
 from ..errors import KhoscopeError
+from ..image import NextKernel
+from ..owners import Owners
 from ..snapshot import KeySet, Snapshot
 from . import blocks as blocks_rules
 from . import calls as _calls_rules  # noqa: F401 - registers its rules
+from . import clients as _clients_rules  # noqa: F401 - registers its rules
 from . import handover as handover_rules
+from . import image as _image_rules  # noqa: F401 - registers its rules
 from . import kernel as _kernel_rules  # noqa: F401 - registers its rules
-from .rule import RULES, SCOPES, Finding, Marked, Message, Rule, Severity, of_scope
+from .rule import (
+    EVERYTHING,
+    RULES,
+    Asked,
+    Finding,
+    Marked,
+    Message,
+    Rule,
+    Severity,
+    in_order,
+    of_scopes,
+)
 
 #: Findings that are kept of each rule; all are counted.
 KEPT = 1000
+
+
+class About(Enum):
+    """What a report is the answer to."""
+
+    KEXEC = "is it safe to kexec"
+    ARRIVAL = "did everything arrive"
+    TRACE = "was anything wrong while it was traced"
 
 
 @dataclass
@@ -29,42 +55,72 @@ class Report:
     """
     What the rules found.
 
-    :param findings: the first KEPT of each rule, in the order of the rules.
+    :param kept: the first KEPT findings of each rule.
     :param counts: how many each rule has, all of them.
     :param blocks: blocks that were looked at: outgoing ones, or those that calls touched.
     :param fates: across a kexec, how many of the recorded blocks were restored and so on.
+    :param owners: the same by whose they are; empty where the earlier snapshot knows of nobody.
     :param incomplete: why this is not the whole truth; a report with any is never a pass.
+    :param rules: names of the rules that have run.
+    :param left_out: names of those that would have, and were not asked for.
     """
 
+    about: About = About.KEXEC
+    asked: Asked = EVERYTHING
     kept: dict[str, list[Finding]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     blocks: int = 0
     fates: Counter[str] | None = None
+    owners: dict[str, Counter[str]] = field(default_factory=dict)
     incomplete: list[str] = field(default_factory=list)
+    rules: set[str] = field(default_factory=set)
+    left_out: set[str] = field(default_factory=set)
 
     @property
     def findings(self) -> list[Finding]:
-        return [f for rule in self._ordered() for f in self.kept.get(rule.name, ())]
-
-    def _ordered(self) -> list[Rule]:
-        """Errors first; what concerns the whole kernel before single blocks."""
-        scopes, severities = list(SCOPES), list(Severity)
-        return sorted(
-            RULES.values(),
-            key=lambda r: (severities.index(r.severity), scopes.index(next(iter(r.finders)))),
-        )
+        """Those that are kept; errors first, and what concerns the whole kernel before blocks."""
+        return [f for rule in in_order() for f in self.kept.get(rule.name, ())]
 
     @property
     def errors(self) -> int:
-        return sum(n for name, n in self.counts.items() if RULES[name].severity == Severity.ERROR)
+        return self._count(Severity.ERROR)
 
     @property
     def warnings(self) -> int:
-        return sum(n for name, n in self.counts.items() if RULES[name].severity == Severity.WARNING)
+        return self._count(Severity.WARNING)
+
+    def _count(self, severity: Severity) -> int:
+        return sum(n for name, n in self.counts.items() if RULES[name].severity == severity)
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.errors or (self.warnings and self.asked.fail_on == Severity.WARNING))
 
     @property
     def passed(self) -> bool:
-        return not self.errors and not self.incomplete
+        return not self.failed and not self.incomplete
+
+    @property
+    def reason(self) -> Finding | None:
+        """The finding that a failure is told by: after a kexec first what that did."""
+        if not self.failed:
+            return None
+        worst = Severity.ERROR if self.errors else Severity.WARNING
+        found = [f for f in self.findings if f.severity == worst]
+        if self.about == About.ARRIVAL:
+            return next((f for f in found if RULES[f.rule].is_across), found[0])
+        return found[0]
+
+    def finders(self, scope: str) -> list[tuple[Rule, Callable[..., Any]]]:
+        """The rules that have something to look for in a scope and were asked for."""
+        found = []
+        for each in RULES.values():
+            if scope in each.finders:
+                wanted = self.asked.rules is None or each.name in self.asked.rules
+                (self.rules if wanted else self.left_out).add(each.name)
+                if wanted:
+                    found.append((each, each.finders[scope]))
+        return found
 
     def add_messages(self, rule: Rule, messages: Iterable[Message]) -> None:
         for message in messages:
@@ -122,26 +178,58 @@ class Found:
     touches: dict[int, list[Finding]] = field(default_factory=dict)
 
 
-def _start(abi: Abi) -> Report:
+def _start(abi: Abi, about: About, asked: Asked) -> Report:
     """A report that says what is wrong with the kernel itself."""
-    report = Report()
-    for rule, find in of_scope("abi"):
+    report = Report(about, asked)
+    for rule, find in report.finders("abi"):
         report.add_messages(rule, find(abi))
     return report
 
 
-def check(facts: Snapshot) -> Report:
-    """Run the rules about one kernel."""
-    report = _start(facts.abi)
-    for rule, find in of_scope("kernel"):
+def check(
+    facts: Snapshot, next_kernel: NextKernel | None = None, asked: Asked = EVERYTHING
+) -> Report:
+    """Run the rules about one kernel, and about the next one if that is known."""
+    return _check(facts, next_kernel, About.KEXEC, asked)
+
+
+def _check(facts: Snapshot, next_kernel: NextKernel | None, about: About, asked: Asked) -> Report:
+    report = _start(facts.abi, about, asked)
+    for rule, find in report.finders("kernel"):
         report.add_messages(rule, find(facts))
-    for rule, find in of_scope("tree"):
-        for blocks, marked in find(facts):
+    if next_kernel is not None:
+        for rule, find in report.finders("next"):
+            report.add_messages(rule, find(facts, next_kernel))
+    seen = [_check_tree(facts, report), _check_blocks(facts, report)]
+    moved = facts.outgoing.tree.state.moved
+    if moved and any(seen):
+        report.incomplete.append(f"{moved} blocks came or went while the tree was read")
+    return report
+
+
+def _check_tree(facts: Snapshot, report: Report) -> bool:
+    """Run the rules that look something up in the tree; whether there are any."""
+    clients, tree = report.finders("clients"), report.finders("tree")
+    if not clients and not tree:
+        return False
+    keys = KeySet(facts.abi, facts.outgoing.tree.leaves)
+    for rule, find in clients:
+        report.add_messages(rule, find(facts, keys))
+    for rule, find in tree:
+        for blocks, marked in find(facts, keys):
             report.add_marked(rule, blocks, marked)
+    return True
+
+
+def _check_blocks(facts: Snapshot, report: Report) -> bool:
+    """Run the rules about blocks; whether there are any."""
+    rules = report.finders("blocks")
+    if not rules:
+        return False
     unjudged = 0
     for blocks in facts.outgoing.blocks:
         report.blocks += len(blocks)
-        for rule, find in of_scope("blocks"):
+        for rule, find in rules:
             report.add_marked(rule, blocks, find(facts, blocks))
         unjudged += blocks_rules.unjudged(facts, blocks)
     if unjudged:
@@ -149,18 +237,37 @@ def check(facts: Snapshot) -> Report:
     held = sum(int(leaves.counts().sum()) for leaves in facts.outgoing.tree.leaves)
     if held != report.blocks:
         report.incomplete.append(f"the tree holds {held} blocks, the facts are of {report.blocks}")
-    moved = facts.outgoing.tree.state.moved
-    if moved:
-        report.incomplete.append(f"{moved} blocks came or went while the tree was read")
-    return report
+    return True
 
 
-def compare(before: Snapshot, after: Snapshot) -> Report:
+def compare(
+    before: Snapshot,
+    after: Snapshot,
+    next_kernel: NextKernel | None = None,
+    asked: Asked = EVERYTHING,
+) -> Report:
     """
     Run the rules about one kernel on the new one, and those across the kexec on both.
 
     :raises KhoscopeError: if ``after`` was not taken with an eye on ``before``'s blocks.
     """
+    _require_comparable(before, after)
+    report = _check(after, next_kernel, About.ARRIVAL, asked)
+    for rule, find in report.finders("handover"):
+        report.add_messages(rule, find(before, after))
+    unjudged = _compare_blocks(before, after, report)
+    _compare_stamps(before, after, report)
+    state = before.outgoing.tree.state
+    compared = report.rules & of_scopes({"pairs", "stamps"})
+    if compared and (unjudged or state.moved or state.problem_count):
+        report.incomplete.append(
+            f"the earlier snapshot is not whole: {unjudged} blocks without struct pages, "
+            f"{state.moved} that moved, {state.problem_count} bad tree entries"
+        )
+    return report
+
+
+def _require_comparable(before: Snapshot, after: Snapshot) -> None:
     watching = after.watching
     if watching is None or (watching.time, watching.boot_id) != (
         before.taken.time,
@@ -175,10 +282,15 @@ def compare(before: Snapshot, after: Snapshot) -> Report:
             f"the snapshots have pages of {before.abi.page_size} and {after.abi.page_size} bytes",
             "compare with a snapshot of the kernel that handed over",
         )
-    report = check(after)
-    for rule, find in of_scope("handover"):
-        report.add_messages(rule, find(before, after))
+
+
+def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> int:
+    """Run the rules about what became of each block; how many nobody could judge before."""
+    rules = report.finders("pairs")
+    if not rules:
+        return 0
     report.fates = Counter()
+    owners = Owners.of_side(before.outgoing, before.abi.page_shift)
     evidence = handover_rules.Evidence(before, after)
     unjudged = 0
     for was, now in aligned(before.outgoing.blocks, after.watched):
@@ -189,33 +301,59 @@ def compare(before: Snapshot, after: Snapshot) -> Report:
             )
         unjudged += blocks_rules.unjudged(before, was)
         pairs = handover_rules.pair(was, now, after, evidence)
-        for fate, count in zip(*np.unique(pairs.fate, return_counts=True), strict=True):
-            report.fates[handover_rules.FATE_NAMES[handover_rules.Fate(fate)]] += int(count)
-        for rule, find in of_scope("pairs"):
-            report.add_marked(rule, was, find(pairs))
-    recorded = KeySet(before.abi, before.outgoing.tree.leaves)
-    for stamps in after.stamps:
-        for rule, find in of_scope("stamps"):
-            report.add_marked(rule, stamps, find(before, recorded, stamps))
-    state = before.outgoing.tree.state
-    if unjudged or state.moved or state.problem_count:
-        report.incomplete.append(
-            f"the earlier snapshot is not whole: {unjudged} blocks without struct pages, "
-            f"{state.moved} that moved, {state.problem_count} bad tree entries"
-        )
+        whose = owners.of(was)
+        _add_fates(report, pairs.fate, whose, owners)
+        for rule, find in rules:
+            report.add_marked(rule, was, _owned(find(pairs), whose, owners))
     if report.fates["unread"]:
         report.incomplete.append(
             f"the pages of {report.fates['unread']} recorded blocks could not be read"
         )
+    return unjudged
+
+
+def _add_fates(
+    report: Report, fates: NDArray[np.int8], whose: NDArray[np.int64], owners: Owners
+) -> None:
+    """Count the fates of some blocks, all together and by owner."""
+    assert report.fates is not None
+    for fate, name in handover_rules.FATE_NAMES.items():
+        theirs = whose[fates == fate]
+        if not len(theirs):
+            continue
+        report.fates[name] += len(theirs)
+        if owners.owners:
+            for owner, count in zip(*np.unique(theirs, return_counts=True), strict=True):
+                report.owners.setdefault(owners.name(int(owner)), Counter())[name] += int(count)
+
+
+def _owned(marked: Marked, whose: NDArray[np.int64], owners: Owners) -> Marked:
+    """The same rows, and whose they are in front of what is said of them."""
+
+    def say(row: int) -> str:
+        owner = int(whose[row])
+        return marked.say(row) if owner < 0 else f"{owners.name(owner)}: {marked.say(row)}"
+
+    return Marked(marked.rows, say)
+
+
+def _compare_stamps(before: Snapshot, after: Snapshot, report: Report) -> None:
+    """Run the rules about stamps."""
+    rules = report.finders("stamps")
+    if not rules:
+        return
+    recorded = KeySet(before.abi, before.outgoing.tree.leaves)
+    for stamps in after.stamps:
+        for rule, find in rules:
+            report.add_marked(rule, stamps, find(before, recorded, stamps))
     if after.scan is None or after.scan.unread:
         unread = after.scan.unread if after.scan else "all"
         report.incomplete.append(f"{unread} struct pages could not be searched for stamps")
-    return report
 
 
 def start_trace(facts: Snapshot) -> Report:
     """A report on a trace of this kernel; what is in its tree already is not looked at."""
-    return _start(facts.abi)
+    return _start(facts.abi, About.TRACE, EVERYTHING)
 
 
 def check_batch(facts: Snapshot, batch: Batch, report: Report) -> Found:
@@ -228,16 +366,16 @@ def check_batch(facts: Snapshot, batch: Batch, report: Report) -> Found:
     found = Found()
     calls, touches = batch.calls, batch.touches
     report.blocks += len(touches)
-    for rule, find in of_scope("calls"):
+    for rule, find in report.finders("calls"):
         for row, each in report.add_marked(rule, calls, find(facts, calls), KEPT).items():
             found.calls.setdefault(row, []).append(each)
-    for rule, find in of_scope("touches"):
+    for rule, find in report.finders("touches"):
         marked = find(facts, touches)
         for row, each in report.add_marked(rule, touches.blocks, marked, KEPT).items():
             found.touches.setdefault(row, []).append(each)
     rows = np.flatnonzero((touches.action == Action.ADD) & touches.succeeded)
     added = touches.blocks[rows]
-    for rule, find in of_scope("blocks"):
+    for rule, find in report.finders("blocks"):
         for at, each in report.add_marked(rule, added, find(facts, added), KEPT).items():
             found.touches.setdefault(int(rows[at]), []).append(each)
     return found
@@ -245,7 +383,7 @@ def check_batch(facts: Snapshot, batch: Batch, report: Report) -> Found:
 
 def end_trace(report: Report, losses: Losses) -> None:
     """Add what was not seen: any of it, and the report is not the whole truth."""
-    for rule, find in of_scope("losses"):
+    for rule, find in report.finders("losses"):
         report.add_messages(rule, find(losses))
     for count, what in (
         (losses.lost, "events lost for want of room in the buffer"),

@@ -4,31 +4,164 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 from .. import checks
 from ..errors import KhoscopeError
+from ..image import NextKernel
+from ..snapshot import Snapshot
 from ..views import json as json_view
+from ..views import watch as watch_view
+from ..views.progress import Progress
 from ..views.text import Text
 from . import common
+from .checks import rule_name
 
 
 def add(commands: common.Commands) -> None:
-    verify = commands.add_parser("verify", help="run the checks")
-    verify.set_defaults(run=_run)
+    verify = commands.add_parser(
+        "verify",
+        help="run the checks",
+        description="""\
+Run the checks (khoscope checks lists them), and say whether it is safe to kexec;
+with --before, in the new kernel, whether everything arrived.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""\
+examples:
+  khoscope verify                                is it safe to kexec?
+  khoscope verify --next /boot/vmlinuz-7.2.1     into this kernel?
+  khoscope verify --fail-on warning --skip kernel-tainted
+  khoscope verify --only blob-not-preserved,broken-vmalloc
+  khoscope verify --watch 10                     tell what changes, until Ctrl-C
+  khoscope verify --before before.khosnap        after the kexec
+
+exit status: 0 fine, 1 a check failed, 2 no verdict, or could not do it""",
+    )
+    verify.set_defaults(run=_run, refuse=_refuse)
     common.output(verify)
     common.before_option(verify, "snapshot of the kernel that handed over")
+    verify.add_argument(
+        "--next",
+        metavar="FILE",
+        type=Path,
+        help="the kernel that is to be booted: a bzImage, a vmlinux, or a directory with one",
+    )
+    verify.add_argument("--only", type=_rules, metavar="RULE,…", help="run only these checks")
+    verify.add_argument("--skip", type=_rules, metavar="RULE,…", help="run all but these checks")
+    verify.add_argument(
+        "--fail-on",
+        type=checks.Severity,
+        choices=[checks.Severity.ERROR, checks.Severity.WARNING],
+        default=checks.Severity.ERROR,
+        metavar="SEVERITY",
+        help="what makes the exit status 1: error (default), or warning and error",
+    )
+    verify.add_argument(
+        "--watch",
+        type=_seconds,
+        metavar="SECONDS",
+        help="run the checks again every so often, and print what changes, until Ctrl-C",
+    )
+
+
+def _rules(text: str) -> frozenset[str]:
+    """Names of rules."""
+    return frozenset(rule_name(name.strip()) for name in text.split(","))
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 1e6:
+        raise argparse.ArgumentTypeError(f"{text}: not a time to wait")
+    return number
+
+
+def _refuse(args: argparse.Namespace) -> str | None:
+    if args.watch and (args.snapshot or args.core):
+        return "--watch is for a kernel that runs: a file does not change"
+    possible = _possible(args)
+    for name in sorted((args.only or frozenset()) - possible):
+        rule = checks.RULES[name]
+        needs = "--before" if rule.is_across else "--next" if "next" in rule.finders else None
+        return f"{name} needs {needs}" if needs else f"{name} is a check of khoscope trace"
+    if not _wanted(args, possible):
+        return "--only and --skip leave no check to run"
+    return None
+
+
+def _possible(args: argparse.Namespace) -> frozenset[str]:
+    """The rules that have something to look at."""
+    across = checks.ACROSS if args.before else set()
+    return frozenset(
+        checks.of_scopes(checks.ONE_KERNEL | across | ({"next"} if args.next else set()))
+    )
+
+
+def _wanted(args: argparse.Namespace, possible: frozenset[str]) -> frozenset[str]:
+    return (args.only or possible) - (args.skip or frozenset())
 
 
 def _run(args: argparse.Namespace) -> int:
     before = common.load_before(args)
+    next_kernel = _read_next(args.next) if args.next else None
+    asked = checks.Asked(_wanted(args, _possible(args)), args.fail_on)
+
+    def report(facts: Snapshot) -> checks.Report:
+        if before is None:
+            return checks.check(facts, next_kernel, asked)
+        return checks.compare(before, facts, next_kernel, asked)
+
+    if args.watch:
+        return _watch(args, before, next_kernel, report)
     facts = common.facts(args, before)
-    report = checks.check(facts) if before is None else checks.compare(before, facts)
+    found = report(facts)
     if args.json:
-        json_view.write_verify(facts, report, sys.stdout)
+        json_view.write_verify(facts, found, sys.stdout, next_kernel)
     else:
-        Text(sys.stdout, args.limit).verify(facts, report)
-    if report.errors:
+        Text(sys.stdout, args.limit).verify(facts, found, next_kernel)
+    return _status(found)
+
+
+def _read_next(path: Path) -> NextKernel:
+    from ..sources.image import read_image
+
+    return read_image(path)
+
+
+def _watch(
+    args: argparse.Namespace,
+    before: Snapshot | None,
+    next_kernel: NextKernel | None,
+    report: Callable[[Snapshot], checks.Report],
+) -> int:
+    """Run the checks again and again; a kernel that cannot be read any more ends it."""
+    view = watch_view.Lines(sys.stdout) if args.json else watch_view.Watch(sys.stdout, args.limit)
+    # Nobody wants to see a bar every few seconds.
+    source = common.kernel(args, Progress(io.StringIO()))
+    last: checks.Report | None = None
+    try:
+        while True:
+            facts = source.snapshot(before)
+            now = report(facts)
+            if last is None:
+                view.start(facts, now, next_kernel)
+            elif changes := checks.changes(last, now):
+                view.changed(facts.taken, now, changes)
+            last = now
+            sys.stdout.flush()
+            time.sleep(args.watch)
+    except KeyboardInterrupt:
+        if last is None:
+            raise
+        return _status(last)
+
+
+def _status(report: checks.Report) -> int:
+    if report.failed:
         return common.FOUND
     if report.incomplete:
         raise KhoscopeError(

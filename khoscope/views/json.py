@@ -16,8 +16,9 @@ from typing import IO, Any
 
 from .. import diff
 from ..abi import BAD_ORDER, TYPE_NAMES, Abi
-from ..checks import Finding, Report
+from ..checks import Finding, Report, in_order
 from ..columns import Blocks, Nodes
+from ..image import NextKernel
 from ..snapshot import Snapshot, Tree
 from .select import Filter
 
@@ -166,14 +167,26 @@ def verdict(report: Report) -> dict[str, Any]:
         "incomplete": report.incomplete,
         "blocks": report.blocks,
         "fates": None if report.fates is None else dict(report.fates),
+        "owners": {owner: dict(fates) for owner, fates in report.owners.items()},
+        "rules": [rule.name for rule in in_order() if rule.name in report.rules],
         "counts": dict(report.counts),
         "findings": [finding(f) for f in report.findings],
     }
 
 
-def write_verify(facts: Snapshot, report: Report, out: IO[str]) -> None:
+def verify(facts: Snapshot, report: Report, next_kernel: NextKernel | None) -> dict[str, Any]:
+    """What ``verify --json`` says, schema khoscope.verify/1."""
+    document = {"schema": "khoscope.verify/1", **about(facts)}
+    if next_kernel is not None:
+        document["next"] = vars(next_kernel)
+    return {**document, **verdict(report)}
+
+
+def write_verify(
+    facts: Snapshot, report: Report, out: IO[str], next_kernel: NextKernel | None = None
+) -> None:
     """``verify --json``, schema khoscope.verify/1."""
-    write({"schema": "khoscope.verify/1", **about(facts), **verdict(report)}, out)
+    write(verify(facts, report, next_kernel), out)
 
 
 def write_snapshot(facts: Snapshot, path: Path, out: IO[str]) -> None:

@@ -14,15 +14,18 @@ from tabulate import tabulate
 
 from .. import diff
 from ..abi import BAD_ORDER, Abi
-from ..checks import RULES, Finding, Report, Severity
+from ..checks import RULES, About, Finding, Report, Severity
 from ..checks.pattern import describe, type_name
 from ..columns import Blocks
+from ..image import NextKernel
 from ..snapshot import Snapshot, Tree
 from .select import Filter
 
 WIDTH = 80
 #: Rows of a list that are shown unless --limit says otherwise.
 LIMIT = 20
+#: What a table has room for of the name of an owner.
+OWNER_WIDTH = 30
 
 #: What could steer a terminal: snapshots and kernel logs are not trusted.  Colours are our own.
 _CONTROL = re.compile(r"(?!\033\[\d*m)[\x00-\x09\x0b-\x1f\x7f-\x9f]")
@@ -163,13 +166,30 @@ class Text:
         )
         self._more(total, total, "blocks")
 
-    def verify(self, facts: Snapshot, report: Report) -> None:
+    def verify(
+        self, facts: Snapshot, report: Report, next_kernel: NextKernel | None = None
+    ) -> None:
         """``khoscope verify``."""
         self.header(facts)
+        if next_kernel is not None:
+            self.wrapped(f"next kernel: {printable(next_kernel.in_words)}", "  ", "")
         self.line(f"{report.blocks:,} outgoing blocks checked")
         if report.fates is not None:
             self.line(_fates(report))
+        if report.owners:
+            self._owners(report)
         self.conclusion(report)
+
+    def _owners(self, report: Report) -> None:
+        """What became of whose blocks."""
+        names = list(report.fates or ())
+        rows = [
+            [shortened(printable(owner), OWNER_WIDTH), *(f"{fates[name]:,}" for name in names)]
+            for owner, fates in islice(report.owners.items(), self._limit)
+        ]
+        self.line()
+        self.table(rows, ["owner", *names], ["left", *("right" for _ in names)])
+        self._more(len(report.owners), len(report.owners), "owners")
 
     def conclusion(self, report: Report) -> None:
         """What was found, what was not seen, and what that comes to."""
@@ -226,15 +246,15 @@ class Text:
             self.wrapped(rule.explain, "    ", "  → ")
 
     def verdict(self, report: Report) -> None:
-        """The last line."""
-        said = f"{counted(report.errors, 'error')}, {counted(report.warnings, 'warning')}"
-        if report.passed:
-            self.line(self.paint("green", "PASS") + f": {said}")
-        elif report.errors:
-            first = next(f for f in report.findings if f.severity == Severity.ERROR)
-            self.line(self.paint("red", "FAIL") + f": {said}, first {first.rule}")
-        else:
-            self.line(self.paint("red", "INCOMPLETE") + f": {said}, not everything was seen")
+        """The last line: what to do, and why."""
+        word = "FAIL" if report.failed else "INCOMPLETE" if report.incomplete else "PASS"
+        counts = f"{counted(report.errors, 'error')}, {counted(report.warnings, 'warning')}"
+        if report.left_out:
+            every = len(report.rules) + len(report.left_out)
+            counts += f"; {len(report.rules)} of {every} rules"
+        room = WIDTH - len(f"{word}:  ({counts})")
+        said = shortened(printable(_verdict(report)), room)
+        self.line(f"{self.paint('green' if word == 'PASS' else 'red', word)}: {said} ({counts})")
 
     def snapshot(self, facts: Snapshot, path: Path) -> None:
         """``khoscope snapshot``."""
@@ -279,6 +299,38 @@ class Text:
 def counted(number: int, what: str) -> str:
     """A number of things."""
     return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
+def shortened(text: str, room: int) -> str:
+    """As much of a line as there is room for."""
+    return text if len(text) <= room else text[: room - 1].rstrip() + "…"
+
+
+def _verdict(report: Report) -> str:
+    """What a report comes to, in words."""
+    reason = report.reason
+    if reason is not None:
+        return f"{_failure(report, reason)}{reason.rule}: {reason.message}"
+    if report.incomplete:
+        return f"no verdict: {report.incomplete[0]}"
+    if report.left_out:
+        return "nothing found"
+    if report.about == About.KEXEC:
+        return "safe to kexec" + (", once an image is loaded" if report.counts["no-image"] else "")
+    if report.about == About.ARRIVAL:
+        return "everything that was recorded arrived"
+    return "nothing wrong was seen"
+
+
+def _failure(report: Report, reason: Finding) -> str:
+    if report.about == About.TRACE:
+        return ""
+    if report.about == About.KEXEC:
+        return "not safe to kexec: "
+    if RULES[reason.rule].is_across:
+        return "not intact: "
+    seen = not report.incomplete and not report.left_out
+    return f"{'intact, but ' if seen else ''}not safe to kexec: "
 
 
 def _fates(report: Report) -> str:

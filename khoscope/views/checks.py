@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The catalogue of checks."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+from typing import IO
+
+from ..checks import Rule
+from . import json as rows
+from .text import SEVERITY_COLOURS, Text
+
+#: Widths of the columns that have sentences in them.
+_SENTENCE, _READS = 26, 20
+
+
+class Checks(Text):
+    """The catalogue as text."""
+
+    def overview(self, rules: Iterable[Rule]) -> None:
+        """All of them in a table."""
+        self.table(
+            (
+                [
+                    rule.name,
+                    str(rule.severity),
+                    textwrap.fill(rule.sentence, _SENTENCE),
+                    textwrap.fill("; ".join(rule.reads), _READS),
+                ]
+                for rule in rules
+            ),
+            ["check", "severity", "fires when", "reads"],
+            ["left"] * 4,
+        )
+        self.line()
+        self.line("khoscope checks CHECK explains one.")
+
+    def explain(self, rule: Rule) -> None:
+        """One of them, with all that is known of it."""
+        severity = self.paint(SEVERITY_COLOURS[rule.severity], str(rule.severity))
+        self.line(f"{self.paint('bold', rule.name)}, {severity}")
+        self.line()
+        for head, text in (
+            ("fires when", rule.sentence),
+            ("reads", "; ".join(rule.reads)),
+            ("kernel", ", ".join(f"{function}()" for function in rule.kernel)),
+        ):
+            self.wrapped(text, " " * 12, f"{head:12}")
+        self.line()
+        self.wrapped(rule.explain)
+
+
+def write_checks(rules: Iterable[Rule], out: IO[str]) -> None:
+    """As JSON, schema khoscope.checks/1."""
+    rows.write(
+        {
+            "schema": "khoscope.checks/1",
+            "checks": [
+                {
+                    "rule": rule.name,
+                    "severity": str(rule.severity),
+                    "sentence": rule.sentence,
+                    "reads": rule.reads,
+                    "kernel": list(rule.kernel),
+                    "explain": rule.explain,
+                }
+                for rule in rules
+            ],
+        },
+        out,
+    )

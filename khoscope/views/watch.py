@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``khoscope verify --watch``: what there is, and then what changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from itertools import islice
+from typing import IO, Any
+
+from ..checks import RULES, Changes, Finding, Report
+from ..image import NextKernel
+from ..snapshot import Snapshot, Taken
+from . import json as rows
+from .text import SEVERITY_COLOURS, Text, where
+
+
+class Watch(Text):
+    """As text: first everything, then a paragraph for each time that something has changed."""
+
+    def start(self, facts: Snapshot, report: Report, next_kernel: NextKernel | None) -> None:
+        """The first round."""
+        self.verify(facts, report, next_kernel)
+
+    def changed(self, taken: Taken, report: Report, changes: Changes) -> None:
+        """Another round."""
+        self.line()
+        self.line(self.paint("bold", taken.time))
+        self._findings("+", changes.came)
+        self._findings("-", changes.went)
+        for name, (was, now) in changes.counts.items():
+            self.line(f"  ~ {RULES[name].severity}: {name}: {was:,} → {now:,}")
+        if changes.verdict:
+            self.verdict(report)
+
+    def _findings(self, sign: str, findings: list[Finding]) -> None:
+        for finding in islice(findings, self._limit):
+            severity = self.paint(SEVERITY_COLOURS[finding.severity], str(finding.severity))
+            text = f"{finding.rule}: {where(finding)}{finding.message}"
+            self.wrapped(text, "      ", f"  {sign} {severity}: ")
+        self._more(len(findings), len(findings), sign)
+
+
+class Lines:
+    """
+    As JSON, one object a line.
+
+    The first is that of ``verify --json``. Those that follow have ``time`` and ``change``: ``"+"``
+    or ``"-"`` with a finding that came or went; ``"count"`` with ``rule``, ``was`` and ``now``
+    where a rule has more findings than are kept; ``"verdict"`` with what ``verify --json`` has of
+    it, but for the findings.
+    """
+
+    def __init__(self, out: IO[str]) -> None:
+        self._out = out
+
+    def start(self, facts: Snapshot, report: Report, next_kernel: NextKernel | None) -> None:
+        """The first round."""
+        self._write([rows.verify(facts, report, next_kernel)])
+
+    def changed(self, taken: Taken, report: Report, changes: Changes) -> None:
+        """Another round."""
+        for sign, findings in (("+", changes.came), ("-", changes.went)):
+            self._changes(taken, sign, map(rows.finding, findings))
+        counts = (
+            {"rule": name, "was": was, "now": now} for name, (was, now) in changes.counts.items()
+        )
+        self._changes(taken, "count", counts)
+        if changes.verdict:
+            verdict = rows.verdict(report)
+            del verdict["findings"]
+            self._changes(taken, "verdict", [verdict])
+
+    def _changes(self, taken: Taken, change: str, found: Iterable[dict[str, Any]]) -> None:
+        self._write({"time": taken.time, "change": change, **row} for row in found)
+
+    def _write(self, objects: Iterable[dict[str, Any]]) -> None:
+        self._out.writelines(json.dumps(each) + "\n" for each in objects)
