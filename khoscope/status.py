@@ -116,8 +116,9 @@ def kho_switch(facts: Snapshot) -> Switch:
         return Switch(False, "enabled, but there is no tree: it was not, or not yet, set up")
     if not facts.kernel.command_line:
         return Switch(True, "why is not recorded")
-    if _kho_parameter(facts.kernel.command_line):
-        return Switch(True, "kho=on on the command line")
+    asked = _kho_parameter(facts.kernel.command_line)
+    if asked is not None and asked[1]:
+        return Switch(True, f"{asked[0]} on the command line")
     return Switch(True, "the default of this kernel (CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT)")
 
 
@@ -130,21 +131,22 @@ def _why_off(facts: Snapshot) -> str:
     asked = _kho_parameter(facts.kernel.command_line)
     if asked is None:
         return "the command line does not have kho=on"
-    if asked:
-        return "although kho=on is on the command line: its set-up failed, see the kernel's log"
-    return "the command line turns it off with kho="
+    word, on = asked
+    if on:
+        return f"although {word} is on the command line: its set-up failed, see the kernel's log"
+    return f"{word} on the command line"
 
 
-def _kho_parameter(command_line: str) -> bool | None:
-    """What the last ``kho=`` that ``kstrtobool()`` understands says; None: there is none."""
+def _kho_parameter(command_line: str) -> tuple[str, bool] | None:
+    """The last ``kho=`` that ``kstrtobool()`` understands, and what it says; None: none."""
     # What follows is for init.
     words, _, _ = f" {command_line} ".partition(" -- ")
     asked = None
-    for value in re.findall(r"(?<=\s)kho=(\S*)", f"{words} "):
-        if re.match(r"[yYtT1]|[oO][nN]", value):
-            asked = True
-        elif re.match(r"[nNfF0]|[oO][fF]", value):
-            asked = False
+    for word in re.findall(r"(?<=\s)kho=\S*", f"{words} "):
+        if re.match(r"kho=([yYtT1]|[oO][nN])", word):
+            asked = word, True
+        elif re.match(r"kho=([nNfF0]|[oO][fF])", word):
+            asked = word, False
     return asked
 
 

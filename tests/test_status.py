@@ -73,8 +73,8 @@ def off(command_line: str = "quiet", **more: Any) -> Snapshot:
     ("command_line", "why"),
     [
         ("kho=on", "kho=on on the command line"),
-        ("quiet kho=off kho=Y root=/dev/vda", "kho=on on the command line"),
-        ("kho=1", "kho=on on the command line"),
+        ("quiet kho=off kho=Y root=/dev/vda", "kho=Y on the command line"),
+        ("kho=1", "kho=1 on the command line"),
         ("quiet", "CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT"),
         ("xkho=on init=/x kho=maybe", "CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT"),
         ("quiet -- kho=on", "CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT"),
@@ -92,8 +92,8 @@ def test_on(command_line: str, why: str) -> None:
     [
         ("quiet", [], "does not have kho=on"),
         ("quiet -- kho=on", [], "does not have kho=on"),
-        ("kho=on kho=off", [], "turns it off"),
-        ("kho=n", [], "turns it off"),
+        ("kho=on kho=off", [], "kho=off on the command line"),
+        ("kho=n", [], "kho=n on the command line"),
         ("kho=on", [], "its set-up failed"),
         ("", [], "not recorded"),
         (
@@ -101,7 +101,7 @@ def test_on(command_line: str, why: str) -> None:
             ["KHO: Failed to reserve scratch area, disabling kexec handover"],
             "Failed to reserve scratch area",
         ),
-        ("kho=off", ["KHO: exec from: 7.2.0 failed"], "turns it off"),
+        ("kho=off", ["KHO: exec from: 7.2.0 failed"], "kho=off on the command line"),
     ],
 )
 def test_off(command_line: str, log: list[str], why: str) -> None:
@@ -218,7 +218,21 @@ def test_text_when_off() -> None:
 
 def test_an_image_that_hands_nothing_over() -> None:
     shown = text(replace(full(), image=KexecImage(True, False, 0, 4096)))
-    assert any("kexec_load, without the handover: it would be lost" in line for line in shown)
+    assert any("kexec_load, without a handover: it would be" in line for line in shown)
+    shown = text(replace(off(), image=KexecImage(True, True, 0, 4096)))
+    assert any("kexec_file_load, without a handover" in line for line in shown)
+    assert not any("lost" in line for line in shown)
+
+
+def test_luo_that_is_not_all_decoded() -> None:
+    facts = full()
+    for luo, words in (
+        (Luo(0x5000, "luo-v9", raw="00"), "not known: nothing of this ABI is decoded"),
+        (Luo(0x5000, None, problems=["struct luo_ser cannot be read"]), "cannot be read"),
+    ):
+        shown = text(replace(facts, outgoing=replace(facts.outgoing, luo=luo)))
+        [line] = [line for line in shown if line.startswith("sessions")]
+        assert words in line
 
 
 def test_many_are_cut_short() -> None:
@@ -286,6 +300,12 @@ def test_json_of_what_is_not_recorded(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["--snapshot", str(tmp_path / "bare"), "status"]) == 0
     shown = capsys.readouterr().out
     assert "image       not recorded" in shown
+    assert "sessions" not in shown
+    store.save_file(rich(), tmp_path / "rich")
+    assert main(["--snapshot", str(tmp_path / "rich"), "status"]) == 0
+    assert "sessions    not recorded" in capsys.readouterr().out
+    assert main(["--snapshot", str(tmp_path / "bare"), "status"]) == 0
+    shown = capsys.readouterr().out
     assert "KHO         on: why is not recorded" in shown
 
 

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import IO, Any
 
 from ..clients import Luo
+from ..serialized import LUO
 from ..snapshot import KexecImage, Side, Snapshot, Subtree
 from ..status import READ_FROM, Status
 from . import json
@@ -98,7 +99,7 @@ class StatusText(Text):
         self._blocks(facts, status)
         self._subtrees(facts, status)
         self._luo(facts)
-        self.fact("image", _image_in_words(facts.image), "image")
+        self.fact("image", _image_in_words(facts.image, status.kho.on), "image")
         taint = f"{facts.kernel.tainted:#x} ({status.taint})" if status.taint else "no"
         self.fact("tainted", taint, "taint")
 
@@ -119,8 +120,9 @@ class StatusText(Text):
             self.line(text)
 
     def _abi(self, facts: Snapshot) -> None:
-        out = facts.outgoing.fdt.compatible
-        self.fact("KHO ABI", f"{_named(out)}, {types_in_words(facts.abi)}", "kho_abi")
+        out = facts.outgoing.fdt
+        own = _named(out.compatible) if out.phys else "no FDT"
+        self.fact("KHO ABI", f"{own}, {types_in_words(facts.abi)}", "kho_abi")
         if facts.incoming:
             self.fact("", f"{_named(facts.incoming.fdt.compatible)} handed over", "kho_abi_in")
         live = facts.liveupdate
@@ -187,12 +189,16 @@ class StatusText(Text):
             self.facts("handed over", shown, "subtrees_in")
 
     def _luo(self, facts: Snapshot) -> None:
-        if facts.outgoing.luo:
-            self._sessions("sessions", facts.outgoing.luo, "sessions")
-        if facts.incoming and facts.incoming.luo:
-            self._sessions("handed over", facts.incoming.luo, "sessions_in")
+        self._sessions("sessions", facts.outgoing, "sessions")
+        if facts.incoming:
+            self._sessions("handed over", facts.incoming, "sessions_in")
 
-    def _sessions(self, name: str, luo: Luo, read_from: str) -> None:
+    def _sessions(self, name: str, side: Side, read_from: str) -> None:
+        luo = side.luo
+        if luo is None:
+            if any(subtree.name == LUO for subtree in side.fdt.subtrees):
+                self.fact(name, NOT_RECORDED, read_from)
+            return
         states = {None: "", True: ", retrieved", False: ", not retrieved"}
         incoming = read_from == "sessions_in"
         sessions = [
@@ -220,15 +226,17 @@ def _named(compatible: str | None) -> str:
 
 def _place(subtree: Subtree) -> str:
     where = "no address" if subtree.phys is None else f"{subtree.phys:#014x}"
-    size = "no size" if subtree.size is None else f"{subtree.size:,} bytes"
-    return f"{printable(subtree.name):<16} {where} {size:>12}"
+    size = "no size" if subtree.size is None else human(subtree.size)
+    return f"{printable(subtree.name):<16} {where} {size:>8}"
 
 
-def _image_in_words(image: KexecImage | None) -> str:
+def _image_in_words(image: KexecImage | None, kho_is_on: bool) -> str:
     if image is None:
         return NOT_RECORDED
     if not image.loaded:
         return "none is loaded"
     how = "kexec_file_load" if image.file_mode else "kexec_load"
-    handed = "with the handover" if image.kho_fdt else "without the handover: it would be lost"
+    handed = "with the handover" if image.kho_fdt else "without a handover"
+    if kho_is_on and not image.kho_fdt:
+        handed += ": it would be lost"
     return f"{human(image.size)}, loaded by {how}, {handed}"
