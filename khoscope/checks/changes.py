@@ -48,4 +48,7 @@ def changes(was: Report, now: Report) -> Changes:
 
 
 def _sum(report: Report) -> tuple[object, ...]:
-    return report.errors, report.warnings, report.reason, report.incomplete
+    """What the last line is made of."""
+    reason = report.reason
+    first = None if reason is None else (reason.rule, reason.message)
+    return report.errors, report.warnings, first, report.incomplete

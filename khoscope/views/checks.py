@@ -12,7 +12,7 @@ from . import json as rows
 from .text import SEVERITY_COLOURS, Text
 
 #: Widths of the columns that have sentences in them.
-_SENTENCE, _READS = 26, 20
+_SENTENCE, _READS = 25, 20
 
 
 class Checks(Text):

@@ -1,0 +1,543 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What verify says, and what it was asked for; the catalogue; and watching a kernel."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from khoscope import store
+from khoscope.checks import (
+    RULES,
+    About,
+    Asked,
+    Report,
+    Severity,
+    changes,
+    check,
+    compare,
+    in_order,
+    run,
+)
+from khoscope.checks.rule import SCOPES
+from khoscope.cli import main
+from khoscope.clients import Claims, Kind, Owner
+from khoscope.errors import KhoscopeError
+from khoscope.snapshot import Handover, KexecImage, Snapshot, TreeState
+from khoscope.views.text import WIDTH, Text
+from tests.synthetic import FIXED, POSTED, Block, snapshot
+from tests.test_image import TEXT, elf
+
+NEXT_BOOT = "00000000-0000-0000-0000-000000000002"
+AT = 0x40000
+GOOD = Block(AT, 2)
+WRONG = Block.split(AT, 2, type=0)
+STALE = Block(AT + 0x10000, 3, head=0, free=1)
+HANDED_OVER = Handover(True, "7.2.0-test", 1)
+
+
+@dataclass(frozen=True)
+class Result:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.out)
+        return found
+
+    @property
+    def last(self) -> str:
+        return self.out.splitlines()[-1]
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def khoscope(capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*words: object) -> Result:
+        try:
+            status = main([str(word) for word in words])
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return Result(status, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[Snapshot], Path]:
+    def save(facts: Snapshot) -> Path:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.khosnap"
+        store.save_file(facts, path)
+        return path
+
+    return save
+
+
+Saved = Callable[[Snapshot], Path]
+
+
+def after(before: Snapshot, *blocks: Block, **more: Any) -> Snapshot:
+    """The same blocks in the next kernel."""
+    known: dict[str, Any] = {"boot_id": NEXT_BOOT, "handover": HANDED_OVER}
+    return snapshot(FIXED, more.pop("own", ()), watched=(before, blocks), **known, **more)
+
+
+def last_line(report: Report) -> str:
+    out = io.StringIO()
+    Text(out).verdict(report)
+    [line] = out.getvalue().splitlines()
+    assert len(line) <= WIDTH
+    return line
+
+
+# The last line
+
+
+def no_image(*blocks: Block, **more: Any) -> Snapshot:
+    return replace(snapshot(FIXED, blocks, **more), image=KexecImage(False))
+
+
+BEFORE = snapshot(FIXED, [GOOD])
+
+
+@pytest.mark.parametrize(
+    ("report", "wanted"),
+    [
+        (check(BEFORE), "PASS: safe to kexec (0 errors, 0 warnings)"),
+        (
+            check(no_image(GOOD)),
+            "PASS: safe to kexec, once an image is loaded (0 errors, 0 warnings)",
+        ),
+        (check(snapshot(FIXED, [GOOD], tainted=32)), "PASS: safe to kexec (0 errors, 1 warning)"),
+        (
+            check(snapshot(POSTED, [])),
+            "FAIL: not safe to kexec: type-not-stored: the page type is… (1 error, 1 warning)",
+        ),
+        (
+            check(no_image(STALE)),
+            "FAIL: not safe to kexec: stale-entry: its pages are free (1 error, 0 warnings)",
+        ),
+        (
+            check(snapshot(FIXED, [], state=TreeState(0x1000, moved=2))),
+            "INCOMPLETE: no verdict: 2 blocks came or went while the… (0 errors, 0 warnings)",
+        ),
+        (
+            check(snapshot(FIXED, [STALE], state=TreeState(0x1000, moved=2))),
+            "FAIL: not safe to kexec: stale-entry: its pages are free (1 error, 0 warnings)",
+        ),
+        (
+            compare(BEFORE, after(BEFORE, GOOD)),
+            "PASS: everything that was recorded arrived (0 errors, 0 warnings)",
+        ),
+        (
+            compare(BEFORE, after(BEFORE, WRONG)),
+            "FAIL: not intact: wrong-refcounts: restored as 1/1, was 1… (1 error, 0 warnings)",
+        ),
+        # What is wrong with the new kernel's own tree does not take back what arrived.
+        (
+            compare(BEFORE, after(BEFORE, GOOD, own=[STALE])),
+            "FAIL: intact, but not safe to kexec: stale-entry: its pag… (1 error, 0 warnings)",
+        ),
+        # But what the kexec did comes first.
+        (
+            compare(BEFORE, after(BEFORE, WRONG, own=[STALE])),
+            "FAIL: not intact: wrong-refcounts: restored as 1/1, was… (2 errors, 0 warnings)",
+        ),
+        (
+            compare(BEFORE, after(BEFORE, GOOD, own=[STALE], state=TreeState(0x1000, moved=2))),
+            "FAIL: not safe to kexec: stale-entry: its pages are free (1 error, 0 warnings)",
+        ),
+        (Report(About.TRACE), "PASS: nothing wrong was seen (0 errors, 0 warnings)"),
+        (
+            check(snapshot(FIXED, [GOOD], tainted=32), asked=Asked(fail_on=Severity.WARNING)),
+            "FAIL: not safe to kexec: kernel-tainted: tainted: bad pag… (0 errors, 1 warning)",
+        ),
+    ],
+)
+def test_last_line(report: Report, wanted: str) -> None:
+    assert last_line(report) == wanted
+
+
+@given(st.text(), st.integers(1, 10**7))
+def test_last_line_is_one_line(text: str, count: int) -> None:
+    """Whatever a name may do: here one of the log."""
+    report = check(snapshot(FIXED, [], log=[text]), asked=Asked(fail_on=Severity.WARNING))
+    report.counts["kernel-tainted"] = count
+    assert last_line(report).startswith("FAIL: not safe to kexec: kernel-tainted: log:")
+
+
+# Which rules, and what fails
+
+
+def test_only(khoscope: Run, saved: Saved) -> None:
+    path = saved(snapshot(FIXED, [WRONG, STALE]))
+    every = len(khoscope("--snapshot", path, "verify", "--json").document["rules"])
+    result = khoscope("--snapshot", path, "verify", "--only", "stale-entry, overlap", "--json")
+    assert result.status == 1
+    assert result.document["counts"] == {"stale-entry": 1}
+    assert result.document["rules"] == ["overlap", "stale-entry"]
+    result = khoscope("--snapshot", path, "verify", "--only", "overlap")
+    assert (result.status, result.err) == (0, "")
+    assert result.last == f"PASS: nothing found (0 errors, 0 warnings; 1 of {every} rules)"
+
+
+def test_skip(khoscope: Run, saved: Saved) -> None:
+    path = saved(snapshot(FIXED, [STALE]))
+    every = khoscope("--snapshot", path, "verify", "--json").document["rules"]
+    result = khoscope("--snapshot", path, "verify", "--skip", "stale-entry,lost")
+    assert result.status == 0
+    assert result.last.endswith(f"; {len(every) - 1} of {len(every)} rules)")
+    assert "safe" not in result.last
+    document = khoscope("--snapshot", path, "verify", "--skip", "stale-entry", "--json").document
+    assert document["rules"] == [name for name in every if name != "stale-entry"]
+    result = khoscope("--snapshot", path, "verify", "--only", "overlap", "--skip", "overlap")
+    assert result.status == 2
+    assert "leave no check to run" in result.err
+
+
+def test_rules_that_run(khoscope: Run, saved: Saved) -> None:
+    before, now = saved(BEFORE), saved(after(BEFORE, GOOD))
+    rules = khoscope("--snapshot", before, "verify", "--json").document["rules"]
+    assert {"type-not-stored", "bad-fdt", "overlap", "stale-entry", "broken-luo"} <= set(rules)
+    assert not {"lost", "image-abi-differs", "failed", "events-lost"} & set(rules)
+    across = khoscope("--snapshot", now, "verify", "--before", before, "--json").document["rules"]
+    new = {"lost", "not-restored", "not-a-handover", "unexpected"}
+    new |= {"order-changed", "type-changed", "wrong-refcounts"}
+    assert set(across) - set(rules) == new
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--only", "stale-entri"], "did you mean stale-entry"),
+        (["--skip", "lost,"], "there is no check ''"),
+        (["--skip", "xyzzy"], "khoscope checks lists them"),
+        (["--only", "lost"], "lost needs --before"),
+        (["--only", "overlap,wrong-refcounts"], "wrong-refcounts needs --before"),
+        (["--only", "image-abi-differs"], "image-abi-differs needs --next"),
+        (["--only", "failed"], "failed is a check of khoscope trace"),
+        (["--watch", "1"], "a file does not change"),
+        (["--watch", "0"], "not a time to wait"),
+        (["--watch", "nan"], "not a time to wait"),
+        (["--fail-on", "info"], "invalid choice"),
+    ],
+)
+def test_what_cannot_be_asked_for(khoscope: Run, saved: Saved, words: list[str], said: str) -> None:
+    result = khoscope("--snapshot", saved(BEFORE), "verify", *words)
+    assert (result.status, result.out) == (2, "")
+    assert said in result.err
+
+
+def test_watch_of_a_vmcore(khoscope: Run) -> None:
+    result = khoscope("--core", "vmcore", "verify", "--watch", "1")
+    assert (result.status, result.out) == (2, "")
+    assert "a file does not change" in result.err
+
+
+class Untouched:
+    """A stream that nobody may look at."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise AssertionError("a rule that was not asked for has read this")
+
+
+def test_rules_that_do_not_run_cost_nothing() -> None:
+    facts = snapshot(FIXED, [GOOD], state=TreeState(0x1000, moved=1))
+    tree = replace(facts.outgoing.tree, leaves=Untouched())
+    side = replace(facts.outgoing, tree=tree, blocks=Untouched(), claims=Untouched())
+    facts = replace(facts, outgoing=side, stamps=Untouched(), watched=Untouched())
+    report = check(facts, asked=Asked(frozenset({"type-not-stored", "kernel-tainted"})))
+    assert report.passed
+    assert report.rules == {"type-not-stored", "kernel-tainted"}
+    now = replace(facts, watching=after(BEFORE, GOOD).watching, handover=HANDED_OVER)
+    report = compare(BEFORE, now, asked=Asked(frozenset({"not-a-handover"})))
+    assert report.rules == {"not-a-handover"}
+    assert report.incomplete == []
+
+
+def test_fail_on_warning(khoscope: Run, saved: Saved) -> None:
+    path = saved(snapshot(FIXED, [GOOD], tainted=32))
+    assert khoscope("--snapshot", path, "verify").status == 0
+    for more in ([], ["--json"]):
+        result = khoscope("--snapshot", path, "verify", "--fail-on", "warning", *more)
+        assert (result.status, result.err) == (1, "")
+    assert result.document["verdict"] == "fail"
+    assert khoscope("--snapshot", saved(BEFORE), "verify", "--fail-on", "warning").status == 0
+    # What is only said is nothing to fail on.
+    result = khoscope("--snapshot", saved(no_image(GOOD)), "verify", "--fail-on", "warning")
+    assert (result.status, "info: no-image (1)" in result.out) == (0, True)
+
+
+def test_next(khoscope: Run, saved: Saved, tmp_path: Path) -> None:
+    image = tmp_path / "vmlinux"
+    image.write_bytes(elf([TEXT]))
+    good = snapshot(FIXED, [GOOD])
+    result = khoscope("--snapshot", saved(good), "verify", "--next", image)
+    assert (result.status, result.err) == (0, "")
+    assert "next kernel: 7.2.12-test, vmlinux, kho-v5, luo-v5, memfd-v2" in result.out
+    other = replace(good.outgoing, fdt=replace(good.outgoing.fdt, compatible="kho-v4"))
+    path = saved(replace(good, outgoing=other))
+    for more in ([], ["--only", "image-abi-differs"]):
+        result = khoscope("--snapshot", path, "verify", "--next", image, "--json", *more)
+        assert result.status == 1
+        assert result.document["counts"] == {"image-abi-differs": 1}
+        assert result.document["next"]["kho"] == ["kho-v5"]
+    image.write_bytes(b"nothing")
+    result = khoscope("--snapshot", path, "verify", "--next", image)
+    assert (result.status, len(result.err.splitlines())) == (2, 2)
+
+
+# Owners
+
+
+def owned(*blocks: Block) -> Snapshot:
+    """The first page of each block is of an owner of its own, but for the last."""
+    facts = snapshot(FIXED, blocks)
+    owners = [Owner(Kind.FILE, f"session 'vm{n}', token {n:#x}") for n in range(len(blocks) - 1)]
+    columns = [[b.phys for b in blocks[:-1]], [4096] * len(owners), range(len(owners))]
+    claims = Claims(*(np.array(c, t) for c, t in zip(columns, Claims.DTYPES.values(), strict=True)))
+    return replace(facts, outgoing=replace(facts.outgoing, owners=owners, claims=[claims]))
+
+
+def test_what_became_of_whose_blocks(khoscope: Run, saved: Saved) -> None:
+    blocks = [Block(n << 20, 2) for n in range(1, 5)]
+    before = owned(*blocks)
+    stamped = replace(blocks[1], head=0, private=FIXED.stamp.encode(2, 0))
+    freed = replace(blocks[2], head=0, free=4)
+    now = after(before, blocks[0], stamped, freed, blocks[3])
+    report = compare(before, now)
+    assert report.owners == {
+        "session 'vm0', token 0x0": {"restored": 1},
+        "session 'vm1', token 0x1": {"not-restored": 1},
+        "session 'vm2', token 0x2": {"released": 1},
+        "unknown": {"restored": 1},
+    }
+    [finding] = report.findings
+    assert finding.message.startswith("session 'vm1', token 0x1: not claimed by anybody")
+    paths = saved(now), saved(before)
+    result = khoscope("--snapshot", paths[0], "verify", "--before", paths[1])
+    table = [re.split(" {2,}", line) for line in result.out.splitlines() if "token 0x2" in line]
+    assert table == [["session 'vm2', token 0x2", "0", "0", "1"]]
+    assert re.search(r"^owner +restored +not-restored +released$", result.out, re.MULTILINE)
+    assert all(len(line) <= WIDTH for line in result.out.splitlines())
+    result = khoscope("--snapshot", paths[0], "verify", "--before", paths[1], "--limit", 1)
+    assert "… 3 more owners" in result.out
+    document = khoscope("--snapshot", paths[0], "verify", "--before", paths[1], "--json").document
+    assert document["owners"] == {name: dict(fates) for name, fates in report.owners.items()}
+
+
+def test_no_owners_no_table(khoscope: Run, saved: Saved) -> None:
+    result = khoscope("--snapshot", saved(after(BEFORE, GOOD)), "verify", "--before", saved(BEFORE))
+    assert "owner" not in result.out
+
+
+# The catalogue
+
+
+def test_catalogue(khoscope: Run) -> None:
+    result = khoscope("checks")
+    assert (result.status, result.err) == (0, "")
+    assert all(len(line) <= WIDTH for line in result.out.splitlines())
+    first = [line.split()[0] for line in result.out.splitlines()[2:] if line[:1].strip()]
+    assert first[:-1] == [rule.name for rule in in_order()]
+    document = khoscope("checks", "--json").document
+    assert document["schema"] == "khoscope.checks/1"
+    assert [rule["rule"] for rule in document["checks"]] == first[:-1]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rule_explained(khoscope: Run, name: str) -> None:
+    rule = RULES[name]
+    assert rule.kernel
+    assert all(re.fullmatch("[a-z_]+", function) for function in rule.kernel)
+    assert rule.reads == [SCOPES[scope].reads for scope in rule.finders]
+    result = khoscope("checks", name)
+    assert (result.status, result.err) == (0, "")
+    assert all(len(line) <= WIDTH for line in result.out.splitlines())
+    said = " ".join(result.out.split())
+    for text in (rule.sentence, rule.explain, *rule.reads, *rule.kernel):
+        assert text in said
+    [document] = khoscope("checks", name, "--json").document["checks"]
+    assert document == {
+        "rule": name,
+        "severity": str(rule.severity),
+        "sentence": rule.sentence,
+        "reads": rule.reads,
+        "kernel": list(rule.kernel),
+        "explain": rule.explain,
+    }
+
+
+def test_no_such_rule(khoscope: Run) -> None:
+    result = khoscope("checks", "overlaps")
+    assert (result.status, result.out) == (2, "")
+    assert "did you mean overlap?" in result.err
+
+
+# Watching
+
+
+class Kernel:
+    """A kernel that is in another state each time; then somebody presses Ctrl-C."""
+
+    def __init__(self, states: Iterable[Snapshot | type[BaseException]]) -> None:
+        self._states = iter(states)
+        self.waited: list[float] = []
+        self.before: Snapshot | None = None
+
+    def snapshot(self, before: Snapshot | None = None) -> Snapshot:
+        self.before = before
+        state = next(self._states, KeyboardInterrupt)
+        if isinstance(state, Snapshot):
+            return state
+        raise state("kernel memory cannot be read", "see whether it is still there")
+
+
+Watch = Callable[..., tuple[Kernel, Result]]
+
+
+@pytest.fixture
+def watch(khoscope: Run, monkeypatch: pytest.MonkeyPatch) -> Watch:
+    def run(
+        states: Iterable[Snapshot | type[BaseException]], *words: object
+    ) -> tuple[Kernel, Result]:
+        kernel = Kernel(states)
+        monkeypatch.setattr("khoscope.commands.common.kernel", lambda args, progress: kernel)
+        monkeypatch.setattr("time.sleep", kernel.waited.append)
+        return kernel, khoscope("verify", "--watch", "2.5", *words)
+
+    return run
+
+
+def at(second: int, *blocks: Block, **more: Any) -> Snapshot:
+    """A snapshot taken at some time."""
+    facts = snapshot(FIXED, blocks, **more)
+    return replace(facts, taken=replace(facts.taken, time=f"2026-01-01T00:00:{second:02}Z"))
+
+
+def test_watch_prints_changes_only(watch: Watch) -> None:
+    kernel, result = watch(
+        [at(1, GOOD), at(2, GOOD), at(3, WRONG), at(4, WRONG, STALE), at(5, STALE), at(6, STALE)]
+    )
+    assert kernel.waited == [2.5] * 6
+    assert (result.status, result.err) == (1, "")
+    start = result.out.index("PASS")
+    assert result.out[start:].splitlines() == [
+        "PASS: safe to kexec (0 errors, 0 warnings)",
+        "",
+        "2026-01-01T00:00:03Z",
+        "  + error: type-mismatch: 0x000000040000 order 2: recorded contig, the pages are",
+        "      1/1",
+        "  + error: wrong-after-restore: 0x000000040000 order 2: 1/1 now, 7.2.0-test as",
+        "      the next kernel will restore it as 1/0",
+        last_line(check(at(3, WRONG))),
+        "",
+        "2026-01-01T00:00:04Z",
+        "  + error: stale-entry: 0x000000050000 order 3: its pages are free",
+        last_line(check(at(4, WRONG, STALE))),
+        "",
+        "2026-01-01T00:00:05Z",
+        "  - error: type-mismatch: 0x000000040000 order 2: recorded contig, the pages are",
+        "      1/1",
+        "  - error: wrong-after-restore: 0x000000040000 order 2: 1/1 now, 7.2.0-test as",
+        "      the next kernel will restore it as 1/0",
+        last_line(check(at(5, STALE))),
+    ]
+    assert "2026-01-01T00:00:01Z" in result.out[:start]
+
+
+def test_watch_as_json(watch: Watch) -> None:
+    _, result = watch([at(1, STALE), at(2, STALE), at(3)], "--json")
+    assert (result.status, result.err) == (0, "")
+    first, went, verdict = map(json.loads, result.out.splitlines())
+    assert (first["schema"], first["verdict"]) == ("khoscope.verify/1", "fail")
+    assert (went["time"], went["change"], went["rule"]) == (
+        "2026-01-01T00:00:03Z",
+        "-",
+        "stale-entry",
+    )
+    assert (went["phys"], went["order"]) == ("0x50000", 3)
+    assert (verdict["change"], verdict["verdict"], verdict["counts"]) == ("verdict", "pass", {})
+
+
+def test_watch_ends_as_the_last_round_did(watch: Watch) -> None:
+    moving = at(2, state=TreeState(0x1000, moved=2))
+    _, result = watch([at(1, STALE), moving])
+    assert result.status == 2
+    assert "no verdict: 2 blocks came or went" in result.err
+    assert result.last.startswith("INCOMPLETE: no verdict: 2 blocks came or went")
+    _, result = watch([moving, at(3, tainted=32)], "--fail-on", "warning")
+    assert (result.status, result.err) == (1, "")
+
+
+def test_watch_of_a_kernel_that_goes_away(watch: Watch) -> None:
+    kernel, result = watch([at(1), KhoscopeError])
+    assert (result.status, len(kernel.waited)) == (2, 1)
+    assert "PASS: safe to kexec" in result.out
+    assert result.err.splitlines() == [
+        "khoscope: kernel memory cannot be read",
+        "khoscope: see whether it is still there",
+    ]
+
+
+def test_watch_against_an_earlier_kernel(watch: Watch, saved: Saved) -> None:
+    before = store.load_file(path := saved(BEFORE))
+    kernel, result = watch([after(before, GOOD), after(before, WRONG)], "--before", path)
+    assert result.status == 1
+    assert result.last.startswith("FAIL: not intact: wrong-refcounts")
+    assert kernel.before is not None
+    assert kernel.before.taken == before.taken
+
+
+def test_watch_of_more_than_is_kept(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows which of them are new: their number is told."""
+    monkeypatch.setattr(run, "KEPT", 2)
+    some = [replace(STALE, phys=n << 20) for n in range(1, 5)]
+    states = [at(1, *some[:3]), at(2, *some[1:]), at(3, *some), at(4, *some[:2])]
+    _, result = watch(states)
+    assert "2026-01-01T00:00:02Z" not in result.out
+    assert "  ~ error: stale-entry: 3 → 4" in result.out
+    assert "  ~ error: stale-entry: 4 → 2" in result.out
+    _, result = watch(states, "--json")
+    counts = [json.loads(line) for line in result.out.splitlines() if '"count"' in line]
+    assert [(c["rule"], c["was"], c["now"]) for c in counts] == [
+        ("stale-entry", 3, 4),
+        ("stale-entry", 4, 2),
+    ]
+
+
+def test_long_lists_of_changes_are_cut(watch: Watch) -> None:
+    many = [replace(STALE, phys=n << 20) for n in range(1, 8)]
+    _, result = watch([at(1), at(2, *many)], "--limit", "3")
+    assert result.out.count("  + error: ") == 3
+    assert "… 4 more +" in result.out
+
+
+findings = st.lists(st.integers(1, 12), unique=True)
+
+
+@given(findings, findings)
+def test_changes_against_a_model(was: list[int], now: list[int]) -> None:
+    def report(which: list[int]) -> Report:
+        return check(snapshot(FIXED, [replace(STALE, phys=n << 20) for n in which]))
+
+    found = changes(report(was), report(now))
+    assert {f.phys for f in found.came} == {n << 20 for n in set(now) - set(was)}
+    assert {f.phys for f in found.went} == {n << 20 for n in set(was) - set(now)}
+    assert found.counts == {}
+    assert bool(found) == (set(was) != set(now))
