@@ -136,7 +136,7 @@ def runs(facts: Snapshot, first: int, end: int, look: Look) -> Iterator[PageRuns
     shift = facts.abi.page_shift
     keys = KeySet(facts.abi, facts.outgoing.tree.leaves)
     owners = Owners.of_side(facts.outgoing, shift)
-    names = np.uint64((1 << len(facts.kernel.page_flags)) - 1)
+    names = np.uint64((1 << min(len(facts.kernel.page_flags), 64)) - 1)
     carry = PageRuns.empty()
     for chunk in _pages(facts.ram, first >> shift, -(-end >> shift), shift, look):
         chunk.flags[:] &= names

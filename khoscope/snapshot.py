@@ -394,7 +394,8 @@ class KeySet:
         """Whether all of some memory lies in blocks."""
         step = self._abi.page_size
         end = phys + size
-        if end > 1 << 64:
+        if not 0 <= phys <= end <= 1 << 64:
+            # Out of a file, this may be any number.
             return False
         for start in range(phys & -step, end, step * CHUNK_BLOCKS):
             last = min(start + step * CHUNK_BLOCKS, end)

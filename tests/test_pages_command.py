@@ -398,6 +398,13 @@ def test_a_kernel_without_types_and_an_old_file(run: Run) -> None:
     assert (page["page_type"], page["flags"]) == ("0xf0", [])
 
 
+def test_names_of_more_flags_than_there_are(run: Run) -> None:
+    facts = shown_facts()
+    facts = replace(facts, kernel=replace(facts.kernel, page_flags=["x"] * 100))
+    [page] = json.loads(run(facts, "0x10000", "--json"))["runs"]
+    assert page["flags"] == ["x", "x"]
+
+
 @pytest.mark.parametrize("span", ["", "x", "5..5", "6..5", "-1", "0..0x10000000000000001"])
 def test_ranges_that_are_none(span: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:

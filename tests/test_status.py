@@ -166,9 +166,12 @@ def test_subtrees_are_preserved_or_not() -> None:
         Subtree("half", 0x101000, 8192),
         Subtree("nowhere", None, 4),
         Subtree("above", 2**64 - 4096, 8192),
+        Subtree("below", -4096, 8192),
+        Subtree("less", 0x100000, -1),
     ]
     facts = snapshot(FIXED, [Block(0x100000, 1)], fdt=Fdt(0x2000, "kho-v5", 0x1000, subtrees))
-    assert [preserved for _, preserved in status(facts).subtrees] == [True, False, None, False]
+    found = [preserved for _, preserved in status(facts).subtrees]
+    assert found == [True, False, None, False, False, False]
 
 
 def test_taint() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 
 from .. import store
-from ..runs import recorded, runs
+from ..runs import PageRuns, recorded, runs
 from ..views import pages as view
 from ..views.progress import Progress
 from . import common
@@ -47,7 +48,7 @@ def _run(args: argparse.Namespace) -> int:
             source = common.kernel(args, progress)
             facts = source.clients()
             look = source.pages
-        found = runs(facts, first, end, look)
+        found = _cleared(runs(facts, first, end, look), progress)
         if args.json:
             view.write_json(facts, args.range, found, sys.stdout)
         elif args.jsonl:
@@ -55,3 +56,10 @@ def _run(args: argparse.Namespace) -> int:
         else:
             view.PagesText(sys.stdout, args.limit).pages(facts, found)
     return common.FINE
+
+
+def _cleared(found: Iterator[PageRuns], progress: Progress) -> Iterator[PageRuns]:
+    """Runs are read while they are shown: the bar must not stand where they go."""
+    for part in found:
+        progress.clear()
+        yield part

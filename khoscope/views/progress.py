@@ -29,6 +29,12 @@ class Progress:
         self._err.write(f"\r{what} [{bar:<{self.WIDTH}}] {share:4.0%}")
         self._err.flush()
 
+    def clear(self) -> None:
+        """Make room for what else is written to the terminal."""
+        if self._drawn:
+            self._err.write("\r\033[K")
+            self._err.flush()
+
     def __enter__(self) -> Self:
         return self
 
@@ -38,6 +44,4 @@ class Progress:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        if self._drawn:
-            self._err.write("\r\033[K")
-            self._err.flush()
+        self.clear()
