@@ -508,12 +508,15 @@ class Machine:
         """The words of the running kernel's command line."""
         return self.run(("cat", "/proc/cmdline"), check=True).stdout.split()
 
-    def load_kexec(self, kernel: str | None = None, append: str = "") -> None:
+    def load_kexec(
+        self, kernel: str | None = None, append: str = "", *, handover: bool = True
+    ) -> None:
         """Loads the next kernel with kexec_file_load, which is what hands KHO's tree over.
 
         :param kernel: name of the kernel, one that this machine was made with; the running one
             where it is None
         :param append: more words for its command line
+        :param handover: False for kexec_load, with which all that is preserved is lost
         """
         words = [w for w in self.command_line() if not w.startswith("khoscope.boot=")]
         image = "/kernel/bzImage"
@@ -530,7 +533,8 @@ class Machine:
             )
         words.append(f"khoscope.boot={self.boots + 1}")
         command_line = " ".join((*words, append)).strip()
-        self.run(("kexec", "-s", "-l", image, f"--command-line={command_line}"), check=True)
+        load = ("kexec", "-s" if handover else "-c", "-l", image)
+        self.run((*load, f"--command-line={command_line}"), check=True)
 
     def execute_kexec(self) -> None:
         """Jumps into the loaded kernel and waits until its guest agent answers."""
