@@ -167,8 +167,8 @@ class PageReader:
     def _region(self, start: int, end: int) -> PageRuns:
         pfn = np.arange(start, end, dtype=np.uint64)
         found = PageRuns.nothing(pfn << np.uint64(self._abi.page_shift), Seen.UNREAD)
-        for at, raw in self._readable(start, min(end, self._ram_end), lambda _: None):
-            pages = StructPages(self._layout, raw)
+        parts = self._parts(start, end)
+        for at, pages in parts:
             to = slice(at - start, at - start + len(pages.flags))
             private, tail = pages.private, pages.is_tail
             found.seen[to] = Seen.READ
@@ -178,7 +178,7 @@ class PageReader:
             found.page_type[to] = page_types(pages.page_type)
             last = Pages.COMPOUND_TAIL if tail[-1] else Pages.NOT_COMPOUND
             found.compound[to] = np.append(pages.compound_order(), np.int8(last))
-        buddy = self._buddy(start, end)
+        buddy = self._buddy(start, end, parts)
         found.buddy[:] = np.where(found.seen == Seen.READ, buddy, PageRuns.ALLOCATED)
         return found
 
@@ -259,23 +259,31 @@ class PageReader:
             if len(part):
                 pfn = start[part]
                 first = int(pfn[0]) >> order << order
-                buddy = self._buddy(first, first + (1 << order))[pfn - first]
+                end = first + (1 << order)
+                buddy = self._buddy(first, end, self._parts(first, end))[pfn - first]
                 facts.free[part] = buddy != PageRuns.ALLOCATED
         for row in suspect[facts.free[suspect] == 0][:LIST_LOOKS].tolist():
             facts.free[row] = self._on_a_list(int(start[row]))
 
-    def _buddy(self, start: int, end: int) -> NDArray[np.int8]:
+    def _parts(self, start: int, end: int) -> list[tuple[int, StructPages]]:
+        """What can be read of the pages [start, end), and where each part begins."""
+        parts = self._readable(start, min(end, self._ram_end), lambda _: None)
+        return [(at, StructPages(self._layout, raw)) for at, raw in parts]
+
+    def _buddy(
+        self, start: int, end: int, parts: list[tuple[int, StructPages]]
+    ) -> NDArray[np.int8]:
         """
         Of which order the free block is that holds each page; ``PageRuns.ALLOCATED``: none does.
 
         :param start: of a region of MAX_PAGE_ORDER, pfn; ``end`` likewise.
+        :param parts: all that can be read of it.
         """
         index = np.arange(end - start)
         head = np.full(end - start, -1)
         reach = np.zeros(end - start, np.int64)
         order = np.zeros(end - start, np.int8)
-        for at, raw in self._readable(start, min(end, self._ram_end), lambda _: None):
-            pages = StructPages(self._layout, raw)
+        for at, pages in parts:
             heads = np.flatnonzero(pages.is_buddy)
             to = heads + (at - start)
             order[to] = np.minimum(pages.private[heads], np.uint64(self._abi.max_page_order))
