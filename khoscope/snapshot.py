@@ -387,7 +387,10 @@ class KeySet:
         found = np.zeros(len(phys), np.bool_)
         for order in self.orders:
             for page_type in (KHO_PAGE_CONTIG, KHO_PAGE_SPLIT) if abi.type_bit else (NO_TYPE,):
-                found |= self.contains(abi.kho_radix_encode_keys(phys, order, page_type))
+                # Most have been found in the first order or two.
+                rest = np.flatnonzero(~found)
+                keys = abi.kho_radix_encode_keys(phys[rest], order, page_type)
+                found[rest] = self.contains(keys)
         return found
 
     def covers(self, phys: int, size: int) -> bool:
