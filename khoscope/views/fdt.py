@@ -42,9 +42,7 @@ class FdtText(Text):
         self.wrapped(self.paint("bold", _title(blob)), "//   ", "// ")
         if blob.preserved is False:
             self.line(self.paint("red", "// not preserved: the next kernel may find anything"))
-        for problem in islice(blob.problems, self._limit):
-            self.wrapped(printable(problem), "//   ", self.paint("red", "// problem: "))
-        self._more(len(blob.problems), len(blob.problems), "problems")
+        self.problems(blob.problems)
         if blob.tree:
             self.tree_source(blob.tree, blob.values)
         elif blob.fields:
@@ -106,16 +104,19 @@ class FdtText(Text):
 
     def area(self, area: Area) -> None:
         """A vmalloc area and its chain."""
-        self.line(f"// {printable(area.where)}: struct kho_vmalloc")
-        self.wrapped(_words(area.decoded), "//   ", "//   ")
+        what = f"{printable(area.where)}: struct kho_vmalloc"
         if area.chain is None:
-            self.line("//   its chain was not followed")
+            self.line(f"// {what}, its chain was not followed")
             return
-        chunks = counted(area.chain.chunks, "chunk")
-        self.line(f"//   its chain: {chunks}, {counted(area.chain.listed, 'page')} listed")
-        for problem in islice(area.chain.problems, self._limit):
-            self.wrapped(printable(problem), "//   ", self.paint("red", "//   problem: "))
-        self._more(len(area.chain.problems), len(area.chain.problems), "problems")
+        chunks, pages = counted(area.chain.chunks, "chunk"), counted(area.chain.listed, "page")
+        self.line(f"// {what}, its chain: {chunks}, {pages} listed")
+        self.problems(area.chain.problems)
+
+    def problems(self, problems: list[str]) -> None:
+        """What is wrong."""
+        for problem in islice(problems, self._limit):
+            self.wrapped(printable(problem), "//   ", self.paint("red", "// problem: "))
+        self._more(len(problems), len(problems), "problems")
 
 
 def _title(blob: Blob) -> str:
