@@ -14,8 +14,9 @@ SUITE = "testing"
 # mmdebstrap's essential variant has dpkg, bash and coreutils; these come on top.
 PACKAGES = [
     *("hostname", "kexec-tools", "kmod", "makedumpfile", "mount", "procps", "qemu-guest-agent"),
-    *("python3", "python3-bpfcc", "python3-drgn", "python3-libfdt", "python3-msgspec"),
-    *("python3-numpy", "python3-tabulate", "tar", "util-linux", "xz-utils"),
+    *("python3", "python3-bpfcc", "python3-drgn", "python3-libfdt", "python3-lz4"),
+    *("python3-msgspec", "python3-numpy", "python3-tabulate", "python3-zstandard", "tar"),
+    *("util-linux", "xz-utils"),
 ]
 
 # Nobody reads documentation in there.

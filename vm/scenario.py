@@ -24,8 +24,8 @@ from vm.exercise import (
 from vm.kernel import patched_as
 from vm.machine import Machine, MachineError
 
-#: Pages of the scenario ``many``: of no more does the module report each address, and without
-#: them nobody knows which finding is on them.
+#: Pages of the scenario ``many``: not too many for the module to report each address, without
+#: which nobody knows which finding is on them.
 MANY = 64
 
 #: What each kernel is known to do.

@@ -18,7 +18,8 @@
  *             "too-many" (a page is listed that total_pages does not count),
  *             "too-few" (total_pages counts one that is not listed) or "mend",
  *             which takes all of that back.
- *   restore   write "NAME", after the kexec: restores what was handed over.
+ *   restore   write "NAME", after the kexec: restores what was handed over, broken
+ *             or not.
  *   free      write "NAME": frees the memory as its owner would, after having it
  *             mended and unpreserved if it was preserved in this kernel. On a
  *             kernel that restores wrongly this trips the checks of
@@ -28,10 +29,11 @@
  *             read: how long both took in total, as one line of JSON.
  *
  * A piece is the memory of one preserve call, or one vmalloc area, or all pages
- * of one "many N", or the blob of a subtree. A write fails if there is no such scenario (EINVAL), this
- * kernel cannot have it (EOPNOTSUPP), there is no memory for it (ENOMEM), or
- * there is nothing of it to restore or to free (ENOENT). What KHO returned is no
- * failure of the write, except of one to "time". The report has it:
+ * of one "many N", or the blob of a subtree. A write fails if there is no such
+ * scenario (EINVAL), this kernel cannot have it (EOPNOTSUPP), there is no memory
+ * for it (ENOMEM), or there is nothing of it to restore, to free or to break
+ * (ENOENT). What KHO returned is no failure of the write, except of one to
+ * "time". The report has it:
  *
  *   scenario, piece  which one it is
  *   state    preserved, unpreserved or freed; after the kexec, handed-over until
@@ -88,7 +90,7 @@
 #define SUBTREE_NAME 48
 
 /* Changes with the layout of struct record or struct piece. */
-#define RECORD_VERSION 1
+#define RECORD_VERSION 2
 
 /* Longer lists of page addresses are left out of the report. */
 #define REPORTED_ADDRESSES 4096
@@ -136,6 +138,7 @@ struct piece {
 	bool recorded;			/* is in the tree of this kernel */
 	bool handed_over;		/* was made by the previous kernel */
 	bool split;			/* into order-0 pages */
+	bool lacks_first;		/* break_unpreserved() */
 	struct kho_vmalloc area_handover;
 	struct kho_vmalloc list_handover;
 	/* Only good in the kernel that has set them: */
@@ -334,7 +337,10 @@ static int break_outside_ram(struct piece *p)
 
 static int break_unpreserved(struct piece *p)
 {
-	kho_unpreserve_pages(page_of(p, 0), 1UL << p->area_handover.order);
+	if (!p->lacks_first)
+		kho_unpreserve_pages(page_of(p, 0),
+				     1UL << p->area_handover.order);
+	p->lacks_first = true;
 	return 0;
 }
 
@@ -352,10 +358,17 @@ static int break_too_few(struct piece *p)
 
 static int mend(struct piece *p)
 {
+	int err = 0;
+
 	last_chunk(p)->hdr.next.phys = 0;
 	p->area_handover.total_pages = p->pages;
-	/* If it is preserved, this changes nothing. */
-	return kho_preserve_pages(page_of(p, 0), 1UL << p->area_handover.order);
+
+	if (p->lacks_first)
+		err = kho_preserve_pages(page_of(p, 0),
+					 1UL << p->area_handover.order);
+	p->lacks_first = err;
+
+	return err;
 }
 
 static const struct damage {
