@@ -27,11 +27,14 @@ class Kind(StrEnum):
     LUO = "LUO"
     SESSION = "session"
     FILE = "file"
+    MEMFD = "memfd data"
     VMALLOC_CHUNK = "vmalloc chunk"
     VMALLOC_PAGE = "vmalloc page"
     RESERVE_MEM = "reserve_mem"
     KHO_TEST = "kho_test"
     VM_STRUCT = "vm_struct"
+    SLAB = "slab"
+    CALLER = "caller"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,11 @@ class Owner:
     name: str
     session: str | None = None
     token: int | None = None
+
+    def __str__(self) -> str:
+        # A vmalloc area has two owners of its name.
+        parts = {Kind.VMALLOC_CHUNK: ", chunks", Kind.VMALLOC_PAGE: ", pages"}
+        return self.name + parts.get(self.kind, "")
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .abi import U64
-from .clients import Claims, Owner
+from .clients import Claims, Kind, Owner, Vmalloc
 from .columns import Blocks
-from .snapshot import Side
+from .snapshot import Side, Snapshot
 
-#: In place of an owner: memory does not tell.
+#: In place of an owner: nothing tells.
 UNKNOWN: Final = -1
 
 
@@ -57,4 +58,126 @@ class Owners:
 
     def name(self, owner: int) -> str:
         """An owner for people."""
-        return "unknown" if owner == UNKNOWN else self.owners[owner].name
+        return "unknown" if owner == UNKNOWN else str(self.owners[owner])
+
+
+@dataclass(frozen=True)
+class Callers:
+    """
+    Who was seen preserving blocks.
+
+    :param owners: of kind CALLER.
+    :param key: u64, radix keys, sorted.
+    :param owner: i64, index into ``owners`` for each key.
+    """
+
+    owners: Sequence[Owner]
+    key: U64
+    owner: NDArray[np.int64]
+
+
+NOBODY: Final = Callers((), np.zeros(0, np.uint64), np.zeros(0, np.int64))
+
+
+class Holders:
+    """
+    Whose each outgoing block is, by everything that tells.
+
+    That is, in this order: the structures that lead to it, the type of its first page (slab), and
+    who was seen preserving it.
+    """
+
+    def __init__(self, facts: Snapshot, callers: Callers = NOBODY) -> None:
+        self._facts = facts
+        self._claimed = Owners.of_side(facts.outgoing, facts.abi.page_shift)
+        self._callers = callers
+        self._slab = len(self._claimed.owners)
+        #: All that there may be.
+        self.owners = [*self._claimed.owners, Owner(Kind.SLAB, "slab"), *callers.owners]
+
+    def of(self, blocks: Blocks) -> NDArray[np.int64]:
+        """The owner of each block: its index in :attr:`owners`, or UNKNOWN."""
+        owner = self._claimed.of(blocks)
+        types = self._facts.kernel.page_types
+        slab = [number for number, name in types.items() if name == "slab"]
+        top = blocks.facts.page_type >> np.uint32(24)
+        owner[(owner == UNKNOWN) & np.isin(top, slab) & (blocks.facts.unread == 0)] = self._slab
+        seen = np.searchsorted(self._callers.key, blocks.key)
+        there = (owner == UNKNOWN) & (seen < len(self._callers.key))
+        there[there] = self._callers.key[seen[there]] == blocks.key[there]
+        owner[there] = self._slab + 1 + self._callers.owner[seen[there]]
+        return owner
+
+    def blocks(self) -> Iterator[tuple[Blocks, NDArray[np.int64]]]:
+        """All outgoing blocks with their owners, chunk by chunk."""
+        for blocks in self._facts.outgoing.blocks:
+            yield blocks, self.of(blocks)
+
+    def totals(self) -> list[Holding]:
+        """What each owner has, most first; what nothing tells the owner of comes last."""
+        count = np.zeros(len(self.owners) + 1, np.int64)
+        pages = np.zeros(len(self.owners) + 1, np.uint64)
+        for blocks, owner in self.blocks():
+            np.add.at(count, owner, 1)
+            np.add.at(pages, owner, blocks.page_count)
+        # UNKNOWN indexes the last.
+        found = [
+            Holding(self.owners[i] if i < len(self.owners) else None, int(count[i]), int(pages[i]))
+            for i in np.flatnonzero(count).tolist()
+        ]
+        return sorted(found, key=lambda holding: (holding.owner is None, -holding.pages))
+
+
+@dataclass(frozen=True)
+class Holding:
+    """
+    What an owner has.
+
+    :param owner: None: nothing tells.
+    """
+
+    owner: Owner | None
+    blocks: int
+    pages: int
+
+
+class Memory:
+    """The memory of a side's owners, by owner."""
+
+    def __init__(self, side: Side, page_shift: int) -> None:
+        self._page_shift = page_shift
+        every = Claims.concatenate(side.claims)
+        self._claims = every[np.argsort(every.owner, kind="stable")]
+        self._starts = np.searchsorted(self._claims.owner, np.arange(len(side.owners) + 1))
+        self._found: dict[Hashable, list[int]] = {}
+        for i, owner in enumerate(side.owners):
+            for key in (
+                (owner.kind, owner.name),
+                (owner.kind, owner.session, owner.token),
+                owner.session,
+            ):
+                self._found.setdefault(key, []).append(i)
+
+    def chunks(self, area: Vmalloc) -> Claims:
+        """The chunks of a vmalloc area."""
+        return self._of((Kind.VMALLOC_CHUNK, area.name))
+
+    def pages(self, area: Vmalloc) -> Claims:
+        """The pages that the chunks of a vmalloc area list."""
+        return self._of((Kind.VMALLOC_PAGE, area.name))
+
+    def folios(self, session: str, token: int) -> Claims:
+        """The folios of a memfd."""
+        return self._of((Kind.MEMFD, session, token))
+
+    def session_bytes(self, session: str) -> int:
+        """How many bytes of whole pages a LUO session preserves, its own lists included."""
+        claims = self._of(session)
+        low = np.uint64((1 << self._page_shift) - 1)
+        end = (claims.phys + claims.size + low) & ~low
+        return int((end - (claims.phys & ~low)).sum())
+
+    def _of(self, key: Hashable) -> Claims:
+        return Claims.concatenate(
+            self._claims[self._starts[i] : self._starts[i + 1]] for i in self._found.get(key, ())
+        )

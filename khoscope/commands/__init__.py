@@ -6,7 +6,26 @@ returns the exit status) and, where options may contradict each other, what says
 
 from __future__ import annotations
 
-from . import carry, demo, diff, fdt, pages, shell, snapshot, status, trace, tree, verify
+from . import (
+    carry,
+    checks,
+    demo,
+    diff,
+    fdt,
+    luo,
+    owners,
+    pages,
+    shell,
+    snapshot,
+    status,
+    trace,
+    tree,
+    verify,
+    vmalloc,
+)
 
 #: In the order in which --help lists them.
-COMMANDS = (status, tree, pages, fdt, verify, snapshot, carry, diff, trace, shell, demo)
+COMMANDS = (
+    *(status, tree, owners, pages, fdt, luo, vmalloc),
+    *(verify, checks, snapshot, carry, diff, trace, shell, demo),
+)

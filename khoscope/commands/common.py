@@ -68,6 +68,14 @@ def load_before(args: argparse.Namespace) -> Snapshot | None:
     return store.load_file(retrieve() if args.before == CARRIED else Path(args.before))
 
 
+def address(text: str) -> int:
+    """An address, in hex or decimal."""
+    number = int(text, 0)
+    if not 0 <= number < 1 << 64:
+        raise ValueError(text)
+    return number
+
+
 def physical_range(text: str) -> tuple[int, int]:
     """``ADDR[..END]``, physical."""
     first, dots, end = text.partition("..")

@@ -222,7 +222,7 @@ class Following:
         if int(ser["nr_folios"]):
             listed = replace(whose, name=f"{whose.name}: folio list")
             folios, areas = self.vmalloc(ser["folios"], phys + MEMFD_FOLIOS_AT, listed)
-            data = replace(whose, name=f"{whose.name}: data")
+            data = replace(whose, kind=Kind.MEMFD, name=f"{whose.name}: data")
             raw = self._contents(areas, self.abi.page_size << folios.order)
             pages = self._folios(ser, raw, data, problems)
         elif int(ser["size"]):

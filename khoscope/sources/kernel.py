@@ -21,16 +21,17 @@ import numpy as np
 from drgn import FaultError, Object, Program, Type, cast, offsetof, sizeof
 from drgn.helpers.linux.ioport import for_each_resource
 from drgn.helpers.linux.list import list_for_each_entry
-from drgn.helpers.linux.mm import phys_to_virt, virt_to_phys
+from drgn.helpers.linux.mm import follow_phys, phys_to_virt, virt_to_phys
 from drgn.helpers.linux.printk import get_printk_records
 
 from .. import __version__
 from ..abi import COMPATIBLES_WITHOUT_TYPES, POSTED_TYPE_SHIFT, U64, Abi, Stamp
-from ..clients import Liveupdate
+from ..clients import Kind, Liveupdate, Owner
 from ..columns import Blocks, Columns, Leaves
 from ..errors import KhoscopeError
 from ..fdt import parse_root_fdt
 from ..runs import PageRuns, Seen
+from ..serialized import KHO_VMALLOC, one
 from ..snapshot import (
     Fdt,
     Handover,
@@ -46,6 +47,7 @@ from ..snapshot import (
 )
 from ..store import BLOB_LIMIT, BLOBS_SIZE, spool
 from .clients import with_clients, with_vm_structs
+from .follow import Following
 from .pages import PageLayout, PageReader
 from .walk import READ_SIZE, READS, in_ranges, settle, walk
 
@@ -222,11 +224,12 @@ class KernelSource:
         return replace(facts, scan=scan.result())
 
     @told()
-    def snapshot(self, before: Snapshot | None = None) -> Snapshot:
+    def snapshot(self, before: Snapshot | None = None, stamps: bool = True) -> Snapshot:
         """
         All facts, read once and kept.
 
         :param before: also look at the pages of the blocks that this snapshot recorded.
+        :param stamps: also look for stamps, which takes a scan of all struct pages.
         :raises KhoscopeError: if KHO is off.
         """
         self._require_kho()
@@ -246,7 +249,7 @@ class KernelSource:
             facts = replace(
                 facts,
                 outgoing=replace(outgoing, blocks=blocks),
-                stamps=_Lazy(scan.stamps),
+                stamps=_Lazy(scan.stamps) if stamps else (),
                 scratch_free=self._scratch_free(),
             )
             if before is not None:
@@ -258,7 +261,7 @@ class KernelSource:
                     watched=watched,
                     evidence=_Lazy(lambda: self._leaves_now(recorded)),
                 )
-            return replace(spool(facts), scan=scan.result())
+            return replace(spool(facts), scan=scan.result() if stamps else None)
 
         if not self._moves:
             return read(self._walk_outgoing())
@@ -275,6 +278,39 @@ class KernelSource:
                 ),
             )
         return replace(facts, outgoing=outgoing)
+
+    @told()
+    def vmalloc(self, address: int) -> Snapshot:
+        """
+        :meth:`outline`, and of the outgoing side's clients one ``struct kho_vmalloc`` alone.
+
+        :param address: physical, or kernel virtual.
+        :raises KhoscopeError: if nothing can be read there.
+        """
+        facts = self.outline()
+        following = Following(self.abi, self.ram, self.read_phys)
+        try:
+            phys = self._physical(address)
+            desc = one(KHO_VMALLOC, self.prog.read(phys, KHO_VMALLOC.itemsize, physical=True))
+        except FaultError as error:
+            raise KhoscopeError(
+                f"{address:#x}: there is no memory to read ({error})",
+                "give the physical or kernel virtual address of a struct kho_vmalloc",
+            ) from error
+        following.vmalloc(desc, phys, Owner(Kind.VMALLOC_PAGE, f"{address:#x}"))
+        outgoing = replace(
+            facts.outgoing,
+            vmallocs=following.vmallocs,
+            owners=following.owners,
+            claims=[following.claims()],
+        )
+        return replace(facts, outgoing=outgoing)
+
+    def _physical(self, address: int) -> int:
+        """Where a physical or kernel virtual address is."""
+        if address < 1 << 63:
+            return address
+        return int(follow_phys(self.prog["init_mm"].address_of_(), address).value_())
 
     def stamps(self) -> Iterator[Blocks]:
         """Every stamped page; a scan of all struct pages."""

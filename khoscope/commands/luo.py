@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``khoscope luo``: sessions and files of the Live Update Orchestrator."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .. import store
+from ..errors import KhoscopeError
+from ..snapshot import Snapshot
+from ..views import luo as view
+from ..views.progress import Progress
+from . import common
+
+
+def add(commands: common.Commands) -> None:
+    luo = commands.add_parser("luo", help="live update sessions, their files and memory")
+    luo.set_defaults(run=_run)
+    common.output(luo)
+
+
+def _run(args: argparse.Namespace) -> int:
+    facts = _facts(args)
+    if facts.liveupdate is None:
+        raise KhoscopeError(
+            "there is no live update in this kernel (no luo_global in its debug info)",
+            "use a kernel with CONFIG_LIVEUPDATE=y, booted with liveupdate=on",
+        )
+    if args.json:
+        view.write_json(facts, sys.stdout)
+    else:
+        view.LuoText(sys.stdout, args.limit).luo(facts)
+    return common.FINE
+
+
+def _facts(args: argparse.Namespace) -> Snapshot:
+    if args.snapshot:
+        return store.load_file(args.snapshot)
+    with Progress(sys.stderr) as progress:
+        return common.kernel(args, progress).clients()

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``khoscope owners``: whose the preserved blocks are."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .. import store
+from ..errors import KhoscopeError
+from ..owners import NOBODY, Callers, Holders
+from ..snapshot import Snapshot
+from ..views import owners as view
+from ..views.progress import Progress
+from . import common
+
+
+def add(commands: common.Commands) -> None:
+    owners = commands.add_parser(
+        "owners", help="whose the preserved blocks are, as far as memory can tell"
+    )
+    owners.set_defaults(run=_run)
+    common.output(owners, "block")
+    owners.add_argument(
+        "--trace",
+        metavar="FILE",
+        type=Path,
+        help="a recording of khoscope trace: who preserved what nothing else tells of",
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    facts = _facts(args)
+    holders = Holders(facts, _callers(args, facts))
+    if args.json:
+        view.write_json(facts, holders, sys.stdout)
+    elif args.jsonl:
+        view.write_lines(holders, sys.stdout)
+    else:
+        view.OwnersText(sys.stdout, args.limit).owners(facts, holders)
+    return common.FINE
+
+
+def _facts(args: argparse.Namespace) -> Snapshot:
+    if args.snapshot:
+        return store.load_file(args.snapshot)
+    with Progress(sys.stderr) as progress:
+        return common.kernel(args, progress).snapshot(stamps=False)
+
+
+def _callers(args: argparse.Namespace, facts: Snapshot) -> Callers:
+    if args.trace is None:
+        return NOBODY
+    from ..trace.preservers import preservers
+    from ..trace.record import load
+
+    recording = load(args.trace)
+    if recording.tracing.facts.kernel.boot_id != facts.kernel.boot_id:
+        raise KhoscopeError(
+            f"{args.trace}: recorded in another boot",
+            "record in this one: khoscope trace --record FILE, before the clients preserve",
+        )
+    return preservers(recording)

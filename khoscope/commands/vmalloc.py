@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``khoscope vmalloc``: a struct kho_vmalloc and its chain of chunks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+
+from .. import checks, store
+from ..errors import KhoscopeError
+from ..snapshot import Snapshot
+from ..views import vmalloc as view
+from ..views.progress import Progress
+from . import common
+
+_ONE_RULE = checks.Asked(frozenset({"broken-vmalloc"}))
+
+
+def add(commands: common.Commands) -> None:
+    vmalloc = commands.add_parser("vmalloc", help="a struct kho_vmalloc and its chain of chunks")
+    vmalloc.set_defaults(run=_run)
+    common.output(vmalloc)
+    vmalloc.add_argument(
+        "address",
+        metavar="ADDR",
+        type=common.address,
+        help="of the structure, physical or kernel virtual",
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    facts = _facts(args)
+    findings = checks.check(facts, asked=_ONE_RULE).findings
+    if args.json:
+        view.write_json(facts, findings, sys.stdout)
+    else:
+        view.VmallocText(sys.stdout, args.limit).vmalloc(facts, findings)
+    return common.FINE
+
+
+def _facts(args: argparse.Namespace) -> Snapshot:
+    """A snapshot whose outgoing side has this area alone."""
+    if not args.snapshot:
+        with Progress(sys.stderr) as progress:
+            return common.kernel(args, progress).vmalloc(args.address)
+    facts = store.load_file(args.snapshot)
+    for area in facts.outgoing.vmallocs:
+        if area.phys == args.address:
+            return replace(facts, outgoing=replace(facts.outgoing, vmallocs=[area]))
+    known = ", ".join(f"{area.phys:#x}" for area in facts.outgoing.vmallocs[:8]) or "none"
+    raise KhoscopeError(
+        f"the snapshot has no struct kho_vmalloc at {args.address:#x}",
+        f"those that it has are at (physical): {known}",
+    )

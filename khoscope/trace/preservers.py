@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who preserved what, by a recording."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..abi import U64
+from ..calls import Action, rows_of
+from ..clients import Kind, Owner
+from ..owners import UNKNOWN, Callers
+from .record import Recording
+from .summary import Callers as Stacks
+
+
+def preservers(recording: Recording) -> Callers:
+    """
+    The callers of the preserve calls whose blocks were preserved when the recording ended.
+
+    16 bytes in memory for each block that was preserved or unpreserved meanwhile.
+    """
+    stacks = Stacks(recording.symbols)
+    numbers: dict[str, int] = {}
+    keys: list[U64] = [np.zeros(0, np.uint64)]
+    owners: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
+    for batch in recording.batches:
+        touches = batch.touches
+        touches = touches[(touches.action != Action.RESTORE) & touches.succeeded]
+        callers, which = stacks.of(batch.calls)
+        number = [numbers.setdefault(caller.client, len(numbers)) for caller in callers]
+        # The last: of calls that had not returned.
+        by_call = np.append(np.array(number, np.int64)[which], UNKNOWN)
+        owner = by_call[rows_of(batch.calls.call, touches.call)]
+        keys.append(touches.blocks.key)
+        owners.append(np.where(touches.action == Action.ADD, owner, UNKNOWN))
+    key, owner = np.concatenate(keys), np.concatenate(owners)
+    # Of each key what was done last: the first one from the end.
+    last, at = np.unique(key[::-1], return_index=True)
+    owner = owner[::-1][at]
+    known = owner != UNKNOWN
+    names = [Owner(Kind.CALLER, f"preserved by {name}") for name in numbers]
+    return Callers(names, last[known], owner[known])

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Views of ``khoscope luo``."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import IO, Any
+
+from ..clients import Luo, LuoFile, LuoSession, Memfd
+from ..owners import Memory
+from ..serialized import SEALS, bits
+from ..snapshot import Side, Snapshot
+from . import json as json_view
+from .text import counted, human, printable
+from .vmalloc import VmallocText, area_row, range_rows
+
+
+class LuoText(VmallocText):
+    """Writes what LUO hands over as text."""
+
+    def luo(self, facts: Snapshot) -> None:
+        """Both directions."""
+        self.header(facts)
+        if facts.liveupdate is not None:
+            on = "on" if facts.liveupdate.enabled else "off (liveupdate=on turns it on)"
+            handlers = ", ".join(map(printable, facts.liveupdate.handlers)) or "none"
+            self.line(f"live update is {on}, file handlers: {handlers}")
+        shift = facts.abi.page_shift
+        self._side("outgoing", facts.outgoing, shift)
+        if facts.incoming is not None:
+            self._side("incoming", facts.incoming, shift)
+
+    def _side(self, which: str, side: Side, shift: int) -> None:
+        self.line()
+        luo = side.luo
+        if luo is None:
+            self.line(f"{which}: nothing of LUO")
+            return
+        self.line(self.paint("bold", f"{which}: {_title(luo)}"))
+        self._problems(luo.problems, "")
+        if luo.raw is not None:
+            self.line(f"  not an ABI that khoscope knows; it begins with {luo.raw}")
+            return
+        memory = Memory(side, shift)
+        for session in islice(luo.sessions, self._limit):
+            self._session(memory, session)
+        self._more(len(luo.sessions), len(luo.sessions), "sessions")
+        for flb in islice(luo.flbs, self._limit):
+            self.line(
+                f"  FLB {printable(flb.name)}: data {flb.data:#x}, {counted(flb.count, 'file')}"
+            )
+        self._more(len(luo.flbs), len(luo.flbs), "FLBs")
+
+    def _session(self, memory: Memory, session: LuoSession) -> None:
+        self.line()
+        state = {True: ", retrieved", False: "", None: ", not looked at by the kernel yet"}
+        self.line(
+            f"  session {printable(session.name)}: {counted(session.count, 'file')}, "
+            f"{human(memory.session_bytes(session.name))}{state[session.retrieved]}"
+        )
+        self._problems(session.problems, "  ")
+        for file in islice(session.files, self._limit):
+            self._file(memory, session, file)
+        self._more(len(session.files), len(session.files), "files")
+
+    def _file(self, memory: Memory, session: LuoSession, file: LuoFile) -> None:
+        self.line(
+            f"    token {file.token:#x}: {printable(file.handler)}, data {file.data:#x}"
+            f"{_status(file.retrieve_status)}"
+        )
+        self._problems(file.problems, "    ")
+        if file.memfd is not None:
+            self._memfd(memory, session, file.token, file.memfd)
+
+    def _memfd(self, memory: Memory, session: LuoSession, token: int, memfd: Memfd) -> None:
+        seals = " ".join(bits(memfd.seals, SEALS)) or "none"
+        self.line(f"      {memfd.size:,} bytes, position {memfd.pos:,}, seals {seals}")
+        self._problems(memfd.problems, "      ")
+        self.line(
+            f"      {counted(memfd.nr_folios, 'folio')}, {counted(memfd.pages, 'page')}"
+            f"{':' if memfd.pages else ''}"
+        )
+        self.ranges(memory.folios(session.name, token), "        ")
+        if memfd.folios is not None:
+            area = memfd.folios
+            self.line(
+                f"      list of folios: {counted(area.listed, 'page')} in "
+                f"{counted(area.chunks, 'chunk')} (khoscope vmalloc {area.phys:#x})"
+            )
+            self._problems(area.problems, "        ")
+
+    def _problems(self, problems: list[str], indent: str) -> None:
+        for problem in problems:
+            self.wrapped(
+                printable(problem), f"{indent}    ", f"{indent}  {self.paint('red', 'problem')}: "
+            )
+
+
+def _title(luo: Luo) -> str:
+    number = "" if luo.liveupdate_num is None else f", live update {luo.liveupdate_num}"
+    compatible = printable(luo.compatible or "nothing that can be read")
+    sessions = counted(len(luo.sessions), "session")
+    return f"{compatible}{number}, {sessions}, struct luo_ser at {luo.phys:#x}"
+
+
+def _status(retrieve_status: int | None) -> str:
+    if not retrieve_status:
+        return ""
+    return ", retrieved" if retrieve_status > 0 else f", retrieving it failed ({retrieve_status})"
+
+
+def write_json(facts: Snapshot, out: IO[str]) -> None:
+    """``luo --json``, schema khoscope.luo/1."""
+    liveupdate, shift = facts.liveupdate, facts.abi.page_shift
+    document = {
+        "schema": "khoscope.luo/1",
+        **json_view.about(facts),
+        "liveupdate": liveupdate
+        and {"enabled": liveupdate.enabled, "handlers": liveupdate.handlers},
+        "outgoing": _side_row(facts.outgoing, shift),
+        "incoming": None if facts.incoming is None else _side_row(facts.incoming, shift),
+    }
+    json_view.write(document, out)
+
+
+def _side_row(side: Side, shift: int) -> dict[str, Any] | None:
+    luo = side.luo
+    if luo is None:
+        return None
+    memory = Memory(side, shift)
+    return {
+        "phys": f"{luo.phys:#x}",
+        "compatible": luo.compatible,
+        "liveupdate_num": luo.liveupdate_num,
+        "live": luo.live,
+        "raw": luo.raw,
+        "problems": luo.problems,
+        "sessions": [_session_row(memory, session) for session in luo.sessions],
+        "flbs": [
+            {"name": flb.name, "data": f"{flb.data:#x}", "count": flb.count} for flb in luo.flbs
+        ],
+    }
+
+
+def _session_row(memory: Memory, session: LuoSession) -> dict[str, Any]:
+    return {
+        "name": session.name,
+        "retrieved": session.retrieved,
+        "count": session.count,
+        "bytes": memory.session_bytes(session.name),
+        "problems": session.problems,
+        "files": [_file_row(memory, session, file) for file in session.files],
+    }
+
+
+def _file_row(memory: Memory, session: LuoSession, file: LuoFile) -> dict[str, Any]:
+    memfd = file.memfd
+    return {
+        "token": f"{file.token:#x}",
+        "handler": file.handler,
+        "data": f"{file.data:#x}",
+        "retrieve_status": file.retrieve_status,
+        "problems": file.problems,
+        "memfd": memfd
+        and {
+            "phys": f"{memfd.phys:#x}",
+            "size": memfd.size,
+            "pos": memfd.pos,
+            "seals": bits(memfd.seals, SEALS),
+            "flags": f"{memfd.flags:#x}",
+            "nr_folios": memfd.nr_folios,
+            "pages": memfd.pages,
+            "ranges": range_rows(memory.folios(session.name, file.token)),
+            "folios": memfd.folios and area_row(memory, memfd.folios),
+            "problems": memfd.problems,
+        },
+    }
