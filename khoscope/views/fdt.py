@@ -32,7 +32,7 @@ class FdtText(Text):
         self.line(f"// {facts.kernel.release}, {facts.taken.source}, {which}")
         self.line(f"// read {facts.taken.time} by khoscope {facts.taken.khoscope}")
         if which == "in":
-            self.line("// What clients have taken back by now may hold anything.")
+            self.line("// What clients have taken back may hold anything by now, and look broken.")
         for blob in blobs:
             self.line()
             self.blob(blob)
