@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""\
 examples:
+  sudo khoscope status                        is KHO on, and what is there?
   sudo khoscope tree                          what this kernel would hand over
   sudo khoscope verify                        is it safe to kexec with that?
   sudo khoscope snapshot before.khosnap       keep the facts, then kexec, then
