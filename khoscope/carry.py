@@ -93,6 +93,9 @@ _RETRIEVE_FD: Final[Said] = {
         "it was not made by khoscope carry; it has been finished",
     ),
 }
+_DIRECTORY: Final[Said] = {
+    errno.EACCES: (f"{DIRECTORY}: permission denied", "run khoscope as root"),
+}
 _COPY: Final[Said] = {
     errno.ENOSPC: (
         f"{DIRECTORY} has no space for what was carried, and LUO hands it over only once",
@@ -199,12 +202,11 @@ def retrieve() -> Path:
 
     :raises KhoscopeError: if there is none, or LUO does not give it.
     """
-    with _told(f"cannot look into {DIRECTORY}", {errno.EACCES: _NOT_PERMITTED}):
-        path = DIRECTORY / f"carried-{BOOT_ID.read_text().strip()}.khosnap"
-        there = path.exists()
+    path = DIRECTORY / f"carried-{BOOT_ID.read_text().strip()}.khosnap"
+    with _told(f"cannot keep anything in {DIRECTORY}", _DIRECTORY):
+        DIRECTORY.mkdir(mode=0o700, exist_ok=True)
+        there = path.name in os.listdir(DIRECTORY)
     if not there:
-        with _told(f"cannot make {DIRECTORY}", {errno.EACCES: _NOT_PERMITTED}):
-            DIRECTORY.mkdir(mode=0o700, exist_ok=True)
         # What the kernel has handed back it does not hand back again: first a place for it.
         with store.NewFile(path) as new:
             _copy(new)
