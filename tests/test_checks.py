@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -262,8 +263,8 @@ FIRES: dict[str, list[Fires]] = {
     "huge-order": [
         Fires(lambda: one(FIXED, contig(11, phys=0)), 0, 11),
         Fires(lambda: one(PLAIN, contig(18, phys=0, compound=18)), 0, 18),
-        Fires(lambda: one(FIXED, contig(11, phys=0, ones=1, odd=4)), 0, 11),
-        Fires(lambda: one(FIXED, split(11, phys=0, unread=1)), 0, 11),
+        Fires(lambda: one(FIXED, split(11, phys=0)), 0, 11),
+        Fires(lambda: claimed(owner(Kind.FILE), 0, 1 << 23, contig(11, phys=0)), 0, 11),
     ],
     "bad-node": [Fires(lambda: one(FIXED, state=BAD_ENTRY), 0x1000)],
     "kernel-tainted": [
@@ -437,7 +438,8 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
     "no-image": [lambda: image(True), lambda: image(True, 0x2000), lambda: one(FIXED)],
     "image-abi-differs": [lambda: next_kernel("kho-v5"), lambda: one(FIXED)],
     "huge-order": [
-        lambda: one(FIXED, contig(10, phys=0), split(12, phys=1 << 30)),
+        lambda: one(FIXED, contig(10, phys=0), split(10, phys=1 << 30)),
+        lambda: claimed(owner(Kind.RESERVE_MEM), 0, 1 << 24, contig(11, phys=1 << 23)),
         # bad-key speaks of those.
         lambda: one(PLAIN, contig(21, phys=0), ram=[(0, 1 << 32)]),
         lambda: one(FIXED, contig(0, key=0)),
@@ -534,6 +536,8 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
         lambda: handed(luo(session()), luo()),
         # It was not there before.
         lambda: handed(luo(), luo(session())),
+        # The root FDT, which the new kernel reads where it is.
+        lambda: across([contig(0, phys=0x2000)], [stamped(contig(0, phys=0x2000))]),
     ],
     "unexpected": [
         lambda: across([split(2)], [stamped(split(2))], stamps=[stamped(split(2))]),
@@ -770,6 +774,52 @@ def test_fate(before: Block, after: Block, wanted: str) -> None:
     assert fate(before, after) == wanted
     lost = fate(before, after, handover=Handover(False, "", 0))
     assert lost == (wanted if wanted in ("not-restored", "unread") else "lost")
+
+
+def in_place(*spots: Subtree, reserved: int | None = None) -> Counter[str] | None:
+    """What becomes of a block that keeps its stamp."""
+    was = out(contig(2), fdt=subtrees(*spots))
+    if reserved is not None:
+        owners = [Owner(Kind.FILE, "x"), Owner(Kind.RESERVE_MEM, "reserve_mem x")]
+        rows = ([0, reserved], [0x1000, 0x2000], [0, 1])
+        claims = Claims(
+            *(np.array(c, t) for c, t in zip(rows, Claims.DTYPES.values(), strict=True))
+        )
+        was = replace(was, outgoing=replace(was.outgoing, owners=owners, claims=[claims]))
+    now = snapshot(
+        FIXED,
+        [],
+        boot_id=NEXT_BOOT,
+        handover=HANDED_OVER,
+        incoming=[],
+        watched=(was, [stamped(contig(2))]),
+    )
+    return compare(was, now).fates
+
+
+@pytest.mark.parametrize(
+    ("fates", "wanted"),
+    [
+        (in_place(), "not-restored"),
+        (in_place(Subtree("LUO", AT, 8)), "not-restored"),
+        (in_place(Subtree("kexec-metadata", AT + 0x3FFF, 1)), "in-place"),
+        (in_place(Subtree("kexec-metadata", AT + 0x4000, 1)), "not-restored"),
+        (in_place(Subtree("memblock", None, 1), Subtree("memblock", AT, 1)), "in-place"),
+        (in_place(reserved=AT), "in-place"),
+        (in_place(reserved=AT - 0x1000), "in-place"),
+        (in_place(reserved=AT - 0x2000), "not-restored"),
+        (in_place(reserved=AT + 0x1000), "not-restored"),
+    ],
+)
+def test_what_is_used_in_place_is_not_missed(fates: Counter[str], wanted: str) -> None:
+    assert fates == {wanted: 1}
+
+
+def test_what_is_used_in_place_is_compared() -> None:
+    at = contig(2, phys=0x2000)
+    report = across([at], [stamped(at, order=3)])
+    assert report.fates == {"in-place": 1}
+    assert set(report.counts) == {"order-changed"}
 
 
 def test_what_was_released_is_no_finding() -> None:

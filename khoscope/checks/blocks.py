@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ..abi import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT
 from ..columns import Blocks, Leaves, Pages
 from ..snapshot import KeySet, Snapshot, decode_leaves
+from .inplace import InPlace
 from .pattern import (
     describe,
     fits,
@@ -241,21 +242,22 @@ def _order_limit(facts: Snapshot) -> int:
     Severity.WARNING,
     "blocks",
     """
-    The page allocator neither gives nor takes more than MAX_PAGE_ORDER at once, so this is no
-    single allocation: kho_preserve_pages() has made one block of neighbours, of which restore keeps
-    only the first one's refcount, or it is a gigantic folio. Freed in the next kernel as the one
-    block that it has become, it is more than the allocator can take back. Preserve each allocation
-    by itself; give a gigantic folio back to whoever made it (hugetlb, CMA). Memory whose pages are
-    all held for themselves, like what reserve_mem= sets aside, may be of any size.
+    The page allocator has no such block: kho_preserve_pages() has made one of neighbours, or it is
+    a gigantic folio. Of neighbours that were never split, restore keeps the first one's refcount
+    alone; restored as a folio, it is one that the page allocator cannot take back. Let its owner
+    restore it with the address and the count that it was preserved with, and free it in the blocks
+    that it was allocated in. What reserve_mem= sets aside is not meant: nobody frees it.
     """,
     kernel="__kho_preserve_pages_order kho_restore_page",
 )
 def huge_order(facts: Snapshot, blocks: Blocks) -> Marked:
-    """A block above MAX_PAGE_ORDER that is not just single pages in a row."""
+    """A block above MAX_PAGE_ORDER."""
     most = facts.abi.max_page_order
     huge = (blocks.order > most) & (blocks.order <= _order_limit(facts))
+    if huge.any():
+        huge &= ~InPlace(facts).reserved(blocks)
     return Marked(
-        huge & ~is_split(blocks.facts),
+        huge,
         lambda row: (
             f"the page allocator has no block above order {most}; "
             f"the pages are {_describe(blocks, row)}"

@@ -15,6 +15,7 @@ from ..clients import LuoSession
 from ..columns import Blocks, Pages
 from ..serialized import LUO
 from ..snapshot import KeySet, Snapshot
+from .inplace import InPlace
 from .pattern import (
     describe,
     differs,
@@ -37,11 +38,13 @@ class Fate(IntEnum):
     RESTORED = 2
     RELEASED = 3
     LOST = 4
+    IN_PLACE = 5
 
 
 #: In words, for totals.
 FATE_NAMES = {
     Fate.RESTORED: "restored",
+    Fate.IN_PLACE: "in-place",
     Fate.NOT_RESTORED: "not-restored",
     Fate.RELEASED: "released",
     Fate.LOST: "lost",
@@ -64,6 +67,11 @@ class Pairs:
     after: Pages
     fate: NDArray[np.int8]
     abi: Abi
+
+    @property
+    def stamped(self) -> NDArray[np.bool_]:
+        """Blocks that have their stamp, whether anybody is to claim them or not."""
+        return (self.fate == Fate.NOT_RESTORED) | (self.fate == Fate.IN_PLACE)
 
 
 class Evidence:
@@ -95,7 +103,9 @@ class Evidence:
         return absent & ~self._left.contains(keys)
 
 
-def pair(before: Blocks, after: Blocks, now: Snapshot, evidence: Evidence) -> Pairs:
+def pair(
+    before: Blocks, after: Blocks, now: Snapshot, evidence: Evidence, in_place: InPlace
+) -> Pairs:
     """Decide the fate of each block of a chunk."""
     pages = after.facts
     stamped = now.abi.stamp.is_stamp(pages.private)
@@ -103,11 +113,12 @@ def pair(before: Blocks, after: Blocks, now: Snapshot, evidence: Evidence) -> Pa
     fate = np.select(
         [
             ~readable(pages) | (before.order == BAD_ORDER),
+            stamped & in_place.of(before),
             stamped,
             gone,
             _reused(before, after, now),
         ],
-        [Fate.UNREAD, Fate.NOT_RESTORED, Fate.LOST, Fate.RELEASED],
+        [Fate.UNREAD, Fate.IN_PLACE, Fate.NOT_RESTORED, Fate.LOST, Fate.RELEASED],
         Fate.RESTORED,
     )
     return Pairs(before, pages, fate.astype(np.int8), now.abi)
@@ -216,9 +227,8 @@ def lost(pairs: Pairs) -> Marked:
 def order_changed(pairs: Pairs) -> Marked:
     """The stamp's order differs from the recorded order."""
     order = pairs.abi.stamp.order(pairs.after.private)
-    stamped = pairs.fate == Fate.NOT_RESTORED
     return Marked(
-        stamped & (order != pairs.before.order),
+        pairs.stamped & (order != pairs.before.order),
         lambda row: f"recorded order {pairs.before.order[row]}, stamped order {order[row]}",
     )
 
@@ -246,7 +256,7 @@ def type_changed(pairs: Pairs) -> Marked:
     other |= many & (stamp == KHO_PAGE_SPLIT) & is_contig(was)
     has_types = pairs.abi.stamp.type_shift is not None
     return Marked(
-        (pairs.fate == Fate.NOT_RESTORED) & other & np.bool_(has_types),
+        pairs.stamped & other & np.bool_(has_types),
         lambda row: (
             f"stamped {type_name(int(stamp[row]))}, was recorded "
             f"{type_name(int(recorded[row]))} with pages {describe(was, row)}"

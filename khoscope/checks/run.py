@@ -25,6 +25,7 @@ from . import clients as _clients_rules  # noqa: F401 - registers its rules
 from . import handover as handover_rules
 from . import image as _image_rules  # noqa: F401 - registers its rules
 from . import kernel as _kernel_rules  # noqa: F401 - registers its rules
+from .inplace import InPlace
 from .rule import (
     EVERYTHING,
     RULES,
@@ -291,7 +292,7 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> int:
         return 0
     report.fates = Counter()
     owners = Owners.of_side(before.outgoing, before.abi.page_shift)
-    evidence = handover_rules.Evidence(before, after)
+    evidence, in_place = handover_rules.Evidence(before, after), InPlace(before)
     unjudged = 0
     for was, now in aligned(before.outgoing.blocks, after.watched):
         if len(was) != len(now) or (was.key != now.key).any():
@@ -300,7 +301,7 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> int:
                 "one of them is damaged: take the later one again",
             )
         unjudged += blocks_rules.unjudged(before, was)
-        pairs = handover_rules.pair(was, now, after, evidence)
+        pairs = handover_rules.pair(was, now, after, evidence, in_place)
         whose = owners.of(was)
         _add_fates(report, pairs.fate, whose, owners)
         for rule, find in rules:

@@ -24,8 +24,6 @@ from .select import Filter
 WIDTH = 80
 #: Rows of a list that are shown unless --limit says otherwise.
 LIMIT = 20
-#: What a table has room for of the name of an owner.
-OWNER_WIDTH = 30
 
 #: What could steer a terminal: snapshots and kernel logs are not trusted.  Colours are our own.
 _CONTROL = re.compile(r"(?!\033\[\d*m)[\x00-\x09\x0b-\x1f\x7f-\x9f]")
@@ -183,8 +181,9 @@ class Text:
     def _owners(self, report: Report) -> None:
         """What became of whose blocks."""
         names = list(report.fates or ())
+        room = WIDTH - sum(len(name) + 4 for name in names)
         rows = [
-            [shortened(printable(owner), OWNER_WIDTH), *(f"{fates[name]:,}" for name in names)]
+            [shortened(printable(owner), room), *(f"{fates[name]:,}" for name in names)]
             for owner, fates in islice(report.owners.items(), self._limit)
         ]
         self.line()
