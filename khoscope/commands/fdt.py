@@ -20,7 +20,13 @@ SIDES = {"out": "outgoing", "in": "incoming"}
 
 
 def add(commands: common.Commands) -> None:
-    fdt = commands.add_parser("fdt", help="the root FDT and the subtrees, decoded")
+    fdt = commands.add_parser(
+        "fdt",
+        help="the root FDT and the subtrees, decoded",
+        description="The root FDT, then what its subtrees lead to. FDTs are device-tree source, "
+        "their values bytes as they stand in memory with what they mean in comments; known "
+        "structures are decoded; of anything else the bytes are shown.",
+    )
     fdt.set_defaults(run=_run, refuse=_refuse)
     fdt.add_argument(
         "side",
