@@ -48,7 +48,14 @@ def _run(args: argparse.Namespace) -> int:
             source = common.kernel(args, progress)
             facts = source.clients()
             look = source.pages
-        found = _cleared(runs(facts, first, end, look), progress)
+
+        def looked(start: int, stop: int) -> Iterator[PageRuns]:
+            last = min(end, int(facts.ram[-1, 1]))
+            for window in look(start, stop):
+                progress("looking at pages", int(window.phys[-1]) - first, last - first)
+                yield window
+
+        found = _cleared(runs(facts, first, end, looked), progress)
         if args.json:
             view.write_json(facts, args.range, found, sys.stdout)
         elif args.jsonl:

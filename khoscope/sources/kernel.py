@@ -319,10 +319,7 @@ class KernelSource:
     def pages(self, start: int, end: int) -> Iterator[PageRuns]:
         """The struct pages of the pfns [start, end), window by window, each a row."""
         with told():
-            for window in self._pages.pages(start, end):
-                yield window
-                done = int(window.phys[-1]) >> self.abi.page_shift
-                self._progress("reading struct pages", done - start, end - start)
+            yield from self._pages.pages(start, end)
 
     def scratch(self) -> U64:
         """``kho_scratch``: u64, shape (n, 2), address and size of each area."""
