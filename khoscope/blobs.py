@@ -151,7 +151,7 @@ class Blobs:
             fdt.phys or None,
             tree.size if tree else size,
             raw[: tree.size] if raw and tree else raw,
-            self._preserved(fdt.phys, size),
+            self._preserved(fdt.phys or None, size),
             Kind.ROOT,
             tree=tree,
             values=_values(tree.root, _ROOT) if tree else {},
@@ -208,7 +208,7 @@ class Blobs:
         return any(first <= phys and phys + size <= end for first, end in self._facts.ram.tolist())
 
     def _preserved(self, phys: int | None, size: int | None) -> bool | None:
-        if not phys or not size:
+        if phys is None or not size:
             return None
         covered = self._keys.covers(phys, size)
         return covered if covered or self._outgoing else None

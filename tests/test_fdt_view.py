@@ -377,6 +377,7 @@ def test_kept_in_part() -> None:
     ("place", "problem", "preserved"),
     [
         (data(AT, 16), "it could not be read", True),
+        (data(0, 16), "it could not be read", False),
         (data(1 << 40, 16), "it is not in RAM: not read", False),
         (data(AT, 1 << 40), "it is not in RAM: not read", False),
         (data(2**64 - 8, 2**64 - 1), "it is not in RAM: not read", False),
