@@ -299,7 +299,7 @@ def test_a_place_for_it_is_there_before_it_is_taken(luo: Luo) -> None:
     with carry.carry(rich_before):
         luo.kexec()
     carry.DIRECTORY.write_text("in the way")
-    with pytest.raises(KhoscopeError, match="cannot keep anything in .*: File exists"):
+    with pytest.raises(KhoscopeError, match=r"cannot keep anything in .*: File exists"):
         retrieve()
     assert SESSION in luo.incoming
     carry.DIRECTORY.unlink()

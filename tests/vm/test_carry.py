@@ -64,6 +64,10 @@ def test_one_carries_and_leaves_nothing_behind(machine: Machine) -> None:
     assert pages * 4096 > document["memfd_bytes"]
     # It has recorded itself.
     assert sum(row["blocks"] for row in document["totals"]) == len(meanwhile)
+    # With a session of LUO's that is really there, nothing is wrong.
+    verdict = json.loads(guest(machine, "verify", "--json"))
+    assert verdict["verdict"] == "pass"
+    assert {f["rule"] for f in verdict["findings"]} <= {"no-image"}
     second = machine.run("khoscope carry", timeout=TIMEOUT)
     _refused(second, "another khoscope carry runs", "end that one first")
     said = stop(machine, "INT")
