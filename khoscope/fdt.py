@@ -165,7 +165,9 @@ def kho_test_folios(blobs: dict[str, bytes]) -> tuple[np.void, int, int] | None:
     if data is None:
         return None
     desc, count = data.property("folios_info"), data.property("nr_folios")
-    if desc is None or count is None or len(desc.value) != serialized.KHO_VMALLOC.itemsize:
+    if desc is None or count is None:
+        return None
+    if len(desc.value) != serialized.KHO_VMALLOC.itemsize or len(count.value) != 4:
         return None
     number = int.from_bytes(count.value, "little")
     return serialized.one(serialized.KHO_VMALLOC, desc.value), desc.offset, number

@@ -44,7 +44,7 @@ def with_clients(
         luo=luo,
         vmallocs=following.vmallocs,
         owners=following.owners,
-        claims=[following.claims()],
+        claims=following.claims(),
     )
 
 
@@ -66,7 +66,7 @@ def with_vm_structs(prog: Program, abi: Abi, layout: PageLayout, side: Side) -> 
     for caller, pages in found.items():
         owner = Owner(Kind.VM_STRUCT, f"vm_struct of {_symbol(prog, caller)}")
         more.claim(owner, np.unique(np.concatenate(pages)), abi.page_size)
-    return replace(side, owners=more.owners, claims=[*side.claims, more.claims()])
+    return replace(side, owners=more.owners, claims=[*side.claims, *more.claims()])
 
 
 def _vm_structs(prog: Program, abi: Abi, layout: PageLayout) -> Iterator[tuple[int, U64]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ from ..fdt import kho_test_folios, reserve_mem_areas
 from ..serialized import (
     KHO_BLOCK_HEADER_SER,
     KHO_MAX_BLOCKS,
+    KHO_TEST,
     KHO_VMALLOC_FLAGS,
     MEMFD_FOLIOS_AT,
     MEMFD_LUO_FOLIO_SER,
@@ -32,16 +34,19 @@ from ..serialized import (
     one,
 )
 from ..snapshot import Fdt
-from .walk import ReadPhys, in_ranges
+from .walk import READ_SIZE, ReadPhys, in_ranges
 
-#: Pages whose contents are read at once, at most.
-READ_PAGES: Final = 256
+#: Claims that are kept together: a snapshot file takes no chunk of any length.
+CLAIMS_KEPT: Final = 1 << 20
 
 
 @dataclass
 class Following:
     """
     The memory of one side's clients.
+
+    What it takes is bounded by the size of RAM, whatever stands there: no page is followed twice,
+    and no more folios are looked at than RAM has pages.
 
     :param ram: u64, shape (n, 2): where structures may be.
     :param owners: those that were found.
@@ -53,11 +58,21 @@ class Following:
     owners: list[Owner] = field(default_factory=list)
     vmallocs: list[Vmalloc] = field(default_factory=list)
     _claims: list[Claims] = field(default_factory=list)
+    #: Pages of chains that were followed: none is in two of them, or twice in one.
+    _followed: set[int] = field(default_factory=set)
+    #: Folios of files that were looked at.
+    _folios_seen: int = 0
 
-    def claims(self) -> Claims:
-        """What the owners have, sorted by address, neighbours of one owner joined."""
+    @cached_property
+    def ram_pages(self) -> int:
+        """Pages of RAM."""
+        return int((self.ram[:, 1] - self.ram[:, 0]).sum()) >> self.abi.page_shift
+
+    def claims(self) -> list[Claims]:
+        """What the owners have, sorted by address, neighbours of one owner joined; in chunks."""
         every = Claims.concatenate(self._claims)
-        return join(every[np.lexsort((every.owner, every.phys))])
+        joined = join(every[np.lexsort((every.owner, every.phys))])
+        return [joined[at : at + CLAIMS_KEPT] for at in range(0, len(joined), CLAIMS_KEPT)]
 
     def claim(self, owner: Owner, phys: int | U64, size: int | U64) -> None:
         """Note whose memory this is; addresses and bytes.  Claims in a row may be of one owner."""
@@ -78,10 +93,14 @@ class Following:
 
     def bytes_at(self, phys: int, size: int) -> bytes | None:
         """Memory that lies in RAM; None where it does not, or cannot be read."""
-        if not 0 <= phys < phys + size < 1 << 64:
-            return None
+        return self.read(phys, size) if self.in_ram(phys, size) else None
+
+    def in_ram(self, phys: int, size: int) -> bool:
+        """Whether memory lies in RAM; addresses and bytes."""
+        if phys + size >= 1 << 64:
+            return False
         span = np.array([phys], np.uint64), np.array([phys + size], np.uint64)
-        return self.read(phys, size) if in_ranges(self.ram, *span)[0] else None
+        return bool(in_ranges(self.ram, *span)[0])
 
     def page(self, phys: int) -> bytes | None:
         """A page; None likewise, or if the address is not one of a page."""
@@ -92,6 +111,33 @@ class Following:
         end = phys + np.asarray(size, np.uint64)
         return in_ranges(self.ram, phys, end) & (phys % np.uint64(self.abi.page_size) == 0)
 
+    def _chain(
+        self, first: int, what: str, limit: int, problems: list[str]
+    ) -> Iterator[tuple[int, bytes]]:
+        """
+        The pages of a chain, as far as it can be followed, each with its address.
+
+        :param first: ``phys_addr_t``; 0: there is none.  Each page begins with that of the next.
+        :param what: its pages are.
+        :param limit: pages that it may have.
+        """
+        at, count = first, 0
+        while at:
+            if at in self._followed:
+                problems.append(f"{what} {count} at {at:#x} was there before: the chain loops")
+                return
+            if count == limit:
+                problems.append(f"the chain goes on after {limit} {what}s: it can have no more")
+                return
+            raw = self.page(at)
+            if raw is None:
+                problems.append(f"{what} {count} at {at:#x} is no readable page in RAM")
+                return
+            self._followed.add(at)
+            yield at, raw
+            at = int.from_bytes(raw[:8], "little")
+            count += 1
+
     # -- vmalloc ----------------------------------------------------------------------------------
 
     def vmalloc(self, desc: np.void, phys: int, whose: Owner) -> tuple[Vmalloc, U64]:
@@ -100,29 +146,32 @@ class Following:
 
         :param phys: where it stands.
         :param whose: it is; what it leads to gets owners of their own, named after this one.
-        :return: it, and the addresses that its chunks list, u64: as many as make sense.
+        :return: it, and the addresses that its chunks list, u64: up to the first that is no page.
         """
-        order, total = int(desc["order"]), int(desc["total_pages"])
+        first, total, order = (int(desc[name]) for name in ("first", "total_pages", "order"))
         problems: list[str] = []
         if order > self.abi.max_page_order:
             problems.append(f"order {order} is more than the page allocator has")
             order = 0
         unknown = int(desc["flags"]) & ~sum(KHO_VMALLOC_FLAGS)
         if unknown:
-            problems.append(f"flags {unknown:#x} are unknown: it will not be restored")
-        chunks, entries = self._chunks(int(desc["first"]), total >> order, problems)
+            problems.append(f"flags {unknown:#x} are unknown: they are not restored")
+        chunks, entries = self._chunks(first, total >> order, problems)
         size = self.abi.page_size << order
         good = self.are_pages(entries, size)
         if not good.all():
             bad = entries[~good]
             problems.append(f"{len(bad)} entries are no pages in RAM, the first {int(bad[0]):#x}")
+        if twice := int((good & ~_apart(entries, size)).sum()):
+            problems.append(f"{twice} entries list pages that another one lists, too")
+            good &= _apart(entries, size)
         listed = len(entries) << order
         if listed != total:
             problems.append(f"lists {listed} pages, total_pages is {total}")
         area = Vmalloc(
             whose.name,
             phys,
-            int(desc["first"]),
+            first,
             total,
             int(desc["flags"]),
             order,
@@ -133,7 +182,7 @@ class Following:
         self.vmallocs.append(area)
         self.claim(replace(whose, kind=Kind.VMALLOC_CHUNK), chunks, self.abi.page_size)
         self.claim(replace(whose, kind=Kind.VMALLOC_PAGE), entries[good], size)
-        return area, entries[good]
+        return area, entries if good.all() else entries[: int(good.argmin())]
 
     def _chunks(self, first: int, entries: int, problems: list[str]) -> tuple[U64, U64]:
         """
@@ -142,64 +191,37 @@ class Following:
         :param entries: that it should have.
         """
         per_chunk = self.abi.page_size // 8 - 1
-        ram_pages = int((self.ram[:, 1] - self.ram[:, 0]).sum()) >> self.abi.page_shift
         # The kernel adds a chunk as soon as one is full: the last may be empty.
-        limit = min(entries, ram_pages) // per_chunk + 2
+        limit = min(entries, self.ram_pages) // per_chunk + 1
         chunks: dict[int, U64] = {}
-        at = first
-        while at:
-            if at in chunks:
-                problems.append(
-                    f"the chain loops: after {len(chunks)} chunks it is at {at:#x} again"
-                )
-                break
-            if len(chunks) == limit:
-                problems.append(f"the chain goes on after the {limit} chunks that it can need")
-                break
-            raw = self.page(at)
-            if raw is None:
-                problems.append(f"chunk {len(chunks)} at {at:#x} is no readable page in RAM")
-                break
-            words = np.frombuffer(raw, np.uint64)
-            ends = np.flatnonzero(words[1:] == 0)
-            chunks[at] = words[1 : 1 + (int(ends[0]) if len(ends) else per_chunk)]
-            at = int(words[0])
+        for at, raw in self._chain(first, "chunk", limit, problems):
+            entry = np.frombuffer(raw, np.uint64, per_chunk, 8)
+            ends = np.flatnonzero(entry == 0)
+            chunks[at] = entry[: ends[0]] if len(ends) else entry
         listed = np.concatenate([np.zeros(0, np.uint64), *chunks.values()])
         return np.array(list(chunks), np.uint64), listed
 
     # -- blocks of entries ------------------------------------------------------------------------
 
     def block_set(
-        self, head: int, layout: np.dtype[np.void], problems: list[str]
+        self, head: int, layout: np.dtype[np.void], problems: list[str], written: bool
     ) -> tuple[U64, NDArray[Any]]:
         """
         Follow a chain of ``struct kho_block_header_ser``, as ``kho_block_set_restore`` does.
 
         :param head: ``phys_addr_t`` of the first; 0: there is none.
         :param layout: of its entries.
+        :param written: they are there: the kernel puts them there at the kexec, and none into none.
         :return: addresses of the blocks, and the entries that they say to have.
         """
         per_block = (self.abi.page_size - KHO_BLOCK_HEADER_SER.itemsize) // layout.itemsize
         blocks: dict[int, NDArray[Any]] = {}
-        at = head
-        while at:
-            if at in blocks:
-                problems.append(f"the chain of blocks loops at {at:#x}")
-                break
-            if len(blocks) == KHO_MAX_BLOCKS:
-                problems.append(f"more than {KHO_MAX_BLOCKS} blocks: the kernel takes no more")
-                break
-            raw = self.page(at)
-            if raw is None:
-                problems.append(f"block {len(blocks)} at {at:#x} is no readable page in RAM")
-                break
-            header = one(KHO_BLOCK_HEADER_SER, raw)
-            count = int(header["count"])
-            if count > per_block:
+        for at, raw in self._chain(head, "block", KHO_MAX_BLOCKS, problems):
+            count = int(one(KHO_BLOCK_HEADER_SER, raw)["count"])
+            if not written <= count <= per_block:
                 problems.append(f"block {at:#x} says to have {count} entries, {per_block} fit")
                 count = 0
             blocks[at] = np.frombuffer(raw, layout, count, KHO_BLOCK_HEADER_SER.itemsize)
-            at = int(header["next"])
         entries = np.concatenate([np.zeros(0, layout), *blocks.values()])
         return np.array(list(blocks), np.uint64), entries
 
@@ -223,8 +245,7 @@ class Following:
             listed = replace(whose, name=f"{whose.name}: folio list")
             folios, areas = self.vmalloc(ser["folios"], phys + MEMFD_FOLIOS_AT, listed)
             data = replace(whose, kind=Kind.MEMFD, name=f"{whose.name}: data")
-            raw = self._contents(areas, self.abi.page_size << folios.order)
-            pages = self._folios(ser, raw, data, problems)
+            pages = self._folios(ser, areas, self.abi.page_size << folios.order, data, problems)
         elif int(ser["size"]):
             problems.append(f"{int(ser['size'])} bytes and no folio")
         return Memfd(
@@ -239,45 +260,67 @@ class Following:
             problems,
         )
 
-    def _folios(self, ser: np.void, raw: Iterable[bytes], data: Owner, problems: list[str]) -> int:
+    def _folios(
+        self, ser: np.void, listed: U64, size: int, data: Owner, problems: list[str]
+    ) -> int:
         """
         Claim the folios of a memfd.
 
-        :param raw: the ``struct memfd_luo_folio_ser`` of all of them.
+        :param listed: where their list is: areas of one size.
         :return: their pages.
         """
+        number = int(ser["nr_folios"])
+        # No folio is in two files: all of them together have no more than RAM has pages.
+        looked = min(number, self.ram_pages - self._folios_seen)
+        self._folios_seen += looked
+        raw = self._contents(listed, size, looked * MEMFD_LUO_FOLIO_SER.itemsize)
         shift = np.uint64(self.abi.page_shift)
         file_end = -(-int(ser["size"]) >> self.abi.page_shift)
-        seen = pages = odd = 0
-        for entries, end in _with_ends(raw, int(ser["nr_folios"]), file_end):
+        mine = len(self._claims)
+        seen = pages = odd = behind = 0
+        for entries, end in _with_ends(raw, number, file_end):
+            if not seen and len(entries) and entries["index"][0]:
+                problems.append(f"its first folio is that of page {entries['index'][0]}")
             seen += len(entries)
             pfn = entries["pfn_and_flags"] & np.uint64((1 << MEMFD_PFN_BITS) - 1)
             # The kernel steps over a pfn of 0.
             used = pfn != 0
             count = end - entries["index"]
+            inside = entries["index"] < np.uint64(file_end)
             sound = (end > entries["index"]) & (count & (count - np.uint64(1)) == 0)
             sound &= pfn % np.maximum(count, np.uint64(1)) == 0
             sound &= self.are_pages(pfn << shift, count << shift)
-            odd += int((used & ~sound).sum())
+            behind += int((used & ~inside).sum())
+            odd += int((used & inside & ~sound).sum())
             good = used & sound
             self.claim(data, pfn[good] << shift, count[good] << shift)
             pages += int(count[good].sum())
-        if seen < int(ser["nr_folios"]):
-            problems.append(f"only {seen} of {int(ser['nr_folios'])} folios can be read")
+        if seen < number:
+            problems.append(f"of {number} folios only the first {seen} can be read")
         if odd:
             problems.append(f"{odd} folios are not in RAM, or do not end where the next one begins")
+        if behind:
+            problems.append(f"{behind} folios lie behind its end")
+        claims = Claims.concatenate(self._claims[mine:])
+        if not _apart(claims.phys, claims.size).all():
+            problems.append("some of its folios are listed twice")
         return pages
 
-    def _contents(self, phys: U64, size: int) -> Iterator[bytes]:
-        """What stands in memory areas of one size, in their order; ends at one unreadable."""
-        step = max(READ_PAGES * self.abi.page_size // size, 1)
+    def _contents(self, phys: U64, size: int, length: int) -> Iterator[bytes]:
+        """
+        What stands in memory areas of one size, in their order; ends at one unreadable.
+
+        :param length: bytes that are wanted.
+        """
         breaks = np.flatnonzero(np.diff(phys) != np.uint64(size)) + 1
         for low, high in pairwise([0, *breaks.tolist(), len(phys)]):
-            for start in range(low, high, step):
-                data = self.read(int(phys[start]), (min(start + step, high) - start) * size)
+            run = min((high - low) * size, length)
+            for at in range(0, run, READ_SIZE):
+                data = self.read(int(phys[low]) + at, min(READ_SIZE, run - at))
                 if data is None:
                     return
                 yield data
+            length -= run
 
     # -- what the root FDT leads to ---------------------------------------------------------------
 
@@ -286,34 +329,41 @@ class Following:
         if fdt.phys:
             self.claim(Owner(Kind.FDT, "root FDT"), fdt.phys, self.abi.page_size)
         for subtree in fdt.subtrees:
-            if subtree.phys is None or not subtree.size:
-                continue
-            self.claim(Owner(Kind.SUBTREE, f"subtree {subtree.name}"), subtree.phys, subtree.size)
-        for name, phys, size in reserve_mem_areas(blobs):
-            self.claim(Owner(Kind.RESERVE_MEM, f"reserve_mem {name}"), phys, size)
+            # One that is not in RAM has nothing that could be preserved; bad-fdt speaks of it.
+            at, size = subtree.phys, subtree.size
+            if at is not None and size and self.in_ram(at, size):
+                self.claim(Owner(Kind.SUBTREE, f"subtree {subtree.name}"), at, size)
+        for name, start, length in reserve_mem_areas(blobs):
+            self.claim(Owner(Kind.RESERVE_MEM, f"reserve_mem {name}"), start, length)
         found = kho_test_folios(blobs)
         if found is not None:
             desc, offset, count = found
-            at = next(s.phys for s in fdt.subtrees if s.name == "kho_test") or 0
+            blob = next(s.phys for s in fdt.subtrees if s.name == KHO_TEST) or 0
             whose = Owner(Kind.KHO_TEST, "kho_test: folios_info")
-            area, listed = self.vmalloc(desc, at + offset, whose)
-            self._kho_test(listed, self.abi.page_size << area.order, count)
+            area, listed = self.vmalloc(desc, blob + offset, whose)
+            self._kho_test(listed, self.abi.page_size << area.order, count, area.problems)
 
-    def _kho_test(self, listed: U64, size: int, count: int) -> None:
+    def _kho_test(self, listed: U64, size: int, count: int, problems: list[str]) -> None:
         """The folios of kho_test: each entry is an address, with the order in its low bits."""
-        raw = b"".join(self._contents(listed, size))
-        entries = np.frombuffer(raw, np.uint64)[:count]
+        looked = min(count, self.ram_pages)
+        entries = np.frombuffer(b"".join(self._contents(listed, size, 8 * looked)), np.uint64)
         low = np.uint64(self.abi.page_size - 1)
         order = entries & low
-        order = np.where(order <= self.abi.max_page_order, order, 0).astype(np.uint64)
-        sizes = np.uint64(self.abi.page_size) << order
+        known = order <= np.uint64(self.abi.max_page_order)
+        sizes = np.uint64(self.abi.page_size) << np.where(known, order, np.uint64(0))
         phys = entries & ~low
-        good = self.are_pages(phys, sizes)
+        good = known & self.are_pages(phys, sizes)
+        if len(entries) < count:
+            problems.append(f"of {count} folios only the first {len(entries)} can be read")
+        if not good.all():
+            problems.append(f"{int((~good).sum())} of the folios in it are not in RAM")
+        if not _apart(phys[good], sizes[good]).all():
+            problems.append("some of the folios in it are listed twice")
         self.claim(Owner(Kind.KHO_TEST, "kho_test: folios"), phys[good], sizes[good])
 
 
 def _with_ends(
-    raw: Iterable[bytes], count: int, file_end: int
+    raw: Iterable[bytes], number: int, file_end: int
 ) -> Iterator[tuple[NDArray[Any], U64]]:
     """
     The folios of a memfd in groups, and the index behind each.
@@ -321,24 +371,29 @@ def _with_ends(
     An entry does not say how large its folio is; but all of a file is there, so that each ends
     where the next one begins.
 
-    :param count: how many there are.
+    :param number: of folios; if there are less in ``raw``, where the last one ends is not known.
     :param file_end: index behind the last page of the file.
     """
     waiting = np.zeros(0, MEMFD_LUO_FOLIO_SER)
-    left = count
     for part in raw:
-        entries = np.frombuffer(part, MEMFD_LUO_FOLIO_SER)[:left]
-        left -= len(entries)
-        entries = np.concatenate([waiting, entries])
+        entries = np.concatenate([waiting, np.frombuffer(part, MEMFD_LUO_FOLIO_SER)])
+        number -= len(entries) - len(waiting)
         yield entries[:-1], entries["index"][1:]
         waiting = entries[-1:]
-        if not left:
-            break
-    if len(waiting):
+    if not number:
         # The last folio is as large as it is, even if the file ends within it.
         rest = max(file_end - int(waiting["index"][0]), 0)
         whole = 1 << max(rest - 1, 0).bit_length() if rest else 0
         yield waiting, waiting["index"] + np.uint64(whole)
+
+
+def _apart(phys: U64, size: int | U64) -> NDArray[np.bool_]:
+    """Which areas of memory begin behind the end of the one below them; all: none overlap."""
+    by = np.argsort(phys, kind="stable")
+    end = (phys + np.asarray(size, np.uint64))[by]
+    apart = np.ones(len(phys), np.bool_)
+    apart[by[1:]] = phys[by][1:] >= end[:-1]
+    return apart
 
 
 def join(claims: Claims) -> Claims:

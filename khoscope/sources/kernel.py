@@ -302,7 +302,7 @@ class KernelSource:
             facts.outgoing,
             vmallocs=following.vmallocs,
             owners=following.owners,
-            claims=[following.claims()],
+            claims=following.claims(),
         )
         return replace(facts, outgoing=outgoing)
 

@@ -10,13 +10,14 @@ Kernel sources: ``kernel/liveupdate/luo_*.c``, ``include/linux/kho/abi/luo.h``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 from drgn import FaultError, Object, Program
 from drgn.helpers.linux.list import list_empty, list_for_each_entry
 from drgn.helpers.linux.mm import virt_to_phys
+from numpy.typing import NDArray
 
 from ..clients import Flb, Kind, Luo, LuoFile, LuoSession, Memfd, Owner
 from ..serialized import (
@@ -31,8 +32,11 @@ from ..serialized import (
 )
 from .follow import Following
 
-#: Entries of each kernel list that are kept: a list that is longer was written over, or loops.
-LIST_KEPT: Final = 1 << 14
+#: Sessions, files and FLBs that are kept, all together: where there are more, something was
+#: written over, or a list loops.
+ENTRIES_KEPT: Final = 1 << 14
+
+LIST_OF_SESSIONS: Final = Owner(Kind.LUO, "LUO: list of sessions")
 
 
 def read_outgoing(prog: Program, following: Following, phys: int) -> Luo:
@@ -45,13 +49,13 @@ def read_outgoing(prog: Program, following: Following, phys: int) -> Luo:
     compatible = None if ser is None else text(bytes(ser["compatible"]))
     if ser is None or compatible != LUO_COMPATIBLE:
         return _unknown(following, phys, compatible)
-    reader = _Reader(prog, following)
+    lists = _Lists(following, prog=prog)
     header = prog["luo_session_global"].outgoing
-    sessions = reader.listed(header)
-    reader.blocks(header.block_set, LUO_SESSION_SER, Owner(Kind.LUO, "LUO: list of sessions"))
-    flbs = reader.flbs()
+    sessions = lists.listed(header)
+    lists.blocks(header.block_set, LUO_SESSION_SER, LIST_OF_SESSIONS, lists.problems)
+    flbs = lists.listed_flbs()
     if int(ser["flbs_pa"]):
-        reader.flb_header(int(ser["flbs_pa"]))
+        lists.flbs(int(ser["flbs_pa"]))
     return Luo(
         phys,
         compatible,
@@ -59,7 +63,7 @@ def read_outgoing(prog: Program, following: Following, phys: int) -> Luo:
         True,
         sessions,
         flbs,
-        problems=reader.problems,
+        problems=lists.problems,
     )
 
 
@@ -69,16 +73,16 @@ def read_incoming(prog: Program, following: Following, phys: int) -> Luo:
 
     :param phys: of the ``struct luo_ser`` that came; its page was given back early in the boot.
     """
-    reader = _Reader(prog, following)
+    lists = _Lists(following, prog=prog)
     header = prog["luo_session_global"].incoming
     head = header.block_set.head_pa.value_()
     live = not list_empty(header.list.address_of_()) or not head
-    sessions = reader.listed(header) if live else reader.serialized(head)
+    sessions = lists.listed(header) if live else lists.sessions(head)
     number = prog["luo_global"].liveupdate_num.value_()
     flbs = []
     incoming = prog["luo_flb_global"].incoming
     if incoming.active:
-        flbs = reader.flb_header(int(virt_to_phys(incoming.header_ser)))
+        flbs = lists.flbs(int(virt_to_phys(incoming.header_ser)))
     # The kernel takes no other ABI than its own: it would not have booted.
     return Luo(
         phys,
@@ -87,7 +91,7 @@ def read_incoming(prog: Program, following: Following, phys: int) -> Luo:
         live,
         sessions,
         flbs,
-        problems=reader.problems,
+        problems=lists.problems,
     )
 
 
@@ -100,86 +104,30 @@ def _unknown(following: Following, phys: int, compatible: str | None) -> Luo:
 
 
 @dataclass
-class _Reader:
-    """Reads one side's sessions."""
+class Serialized:
+    """
+    What one kernel has serialized for the next, as far as it is sound.
 
-    prog: Program
+    :param problems: what is wrong with it, in words, but for what is a session's or a file's own.
+    """
+
     following: Following
+    problems: list[str] = field(default_factory=list)
+    _left: int = ENTRIES_KEPT
 
-    def __post_init__(self) -> None:
-        self.problems: list[str] = []
+    def sessions(self, head: int) -> list[LuoSession]:
+        """
+        The ``struct luo_session_ser`` of a chain of blocks.
 
-    # -- the kernel's own lists -------------------------------------------------------------------
+        :param head: ``phys_addr_t`` of the first block.
+        """
+        entries = self._entries(head, LUO_SESSION_SER, LIST_OF_SESSIONS, self.problems)
+        return [self._session_ser(ser) for ser in entries]
 
-    def listed(self, header: Object) -> list[LuoSession]:
-        """The sessions of a ``struct luo_session_header``."""
-        sessions: list[LuoSession] = []
-        try:
-            for session in self._entries("struct luo_session", header.list, "list", self.problems):
-                sessions.append(self._session(session))
-        except FaultError as error:
-            self.problems.append(f"sessions cannot be read ({error}): they moved, or are corrupt")
-        return sessions
-
-    def _session(self, session: Object) -> LuoSession:
-        name = text(_string(session.name))
+    def _session_ser(self, ser: np.void) -> LuoSession:
+        name, count = text(bytes(ser["name"])), int(ser["count"])
         problems: list[str] = []
-        file_set = session.file_set
-        whose = Owner(Kind.SESSION, f"session {name}: list of files", name)
-        self.blocks(file_set.block_set, LUO_FILE_SER, whose, problems)
-        files = [
-            self._file(
-                name,
-                text(_string(file.fh.compatible)),
-                file.token.value_(),
-                file.serialized_data.value_(),
-                file.retrieve_status.value_(),
-            )
-            for file in self._entries("struct luo_file", file_set.files_list, "list", problems)
-        ]
-        count = file_set.count.value_()
-        if count != len(files):
-            problems.append(f"counts {count} files, lists {len(files)}")
-        return LuoSession(name, bool(session.retrieved), count, files, problems)
-
-    def _entries(
-        self, kind: str, head: Object, member: str, problems: list[str]
-    ) -> Iterator[Object]:
-        """The entries of a kernel list, which may move meanwhile."""
-        for number, entry in enumerate(list_for_each_entry(kind, head.address_of_(), member)):
-            if number == LIST_KEPT:
-                problems.append(f"more than {LIST_KEPT} entries of {kind}: not followed")
-                return
-            yield entry
-
-    def blocks(
-        self,
-        block_set: Object,
-        layout: np.dtype[np.void],
-        whose: Owner,
-        problems: list[str] | None = None,
-    ) -> None:
-        """Claim the blocks of a ``struct kho_block_set``."""
-        found = self.problems if problems is None else problems
-        head = block_set.head_pa.value_()
-        blocks, _ = self.following.block_set(head, layout, found)
-        self.following.claim(whose, blocks, self.following.abi.page_size)
-
-    # -- the serialized form ----------------------------------------------------------------------
-
-    def serialized(self, head: int) -> list[LuoSession]:
-        """The sessions of a chain of blocks."""
-        blocks, entries = self.following.block_set(head, LUO_SESSION_SER, self.problems)
-        self.following.claim(
-            Owner(Kind.LUO, "LUO: list of sessions"), blocks, self.following.abi.page_size
-        )
-        return [self._serialized(entry) for entry in self._kept(entries, self.problems)]
-
-    def _serialized(self, ser: np.void) -> LuoSession:
-        name, problems = text(bytes(ser["name"])), list[str]()
-        blocks, entries = self.following.block_set(int(ser["files"]), LUO_FILE_SER, problems)
-        whose = Owner(Kind.SESSION, f"session {name}: list of files", name)
-        self.following.claim(whose, blocks, self.following.abi.page_size)
+        entries = self._entries(int(ser["files"]), LUO_FILE_SER, _list_of_files(name), problems)
         files = [
             self._file(
                 name,
@@ -188,16 +136,26 @@ class _Reader:
                 int(entry["data"]),
                 None,
             )
-            for entry in self._kept(entries, problems)
+            for entry in entries
         ]
-        if int(ser["count"]) != len(entries):
-            problems.append(f"counts {int(ser['count'])} files, lists {len(entries)}")
-        return LuoSession(name, None, int(ser["count"]), files, problems)
+        if count != len(files):
+            problems.append(f"counts {count} files, lists {len(files)}")
+        return LuoSession(name, None, count, files, problems)
 
-    def _kept(self, entries: np.ndarray[Any, Any], problems: list[str]) -> np.ndarray[Any, Any]:
-        if len(entries) > LIST_KEPT:
-            problems.append(f"{len(entries)} entries, only {LIST_KEPT} are looked at")
-        return entries[:LIST_KEPT]
+    def _entries(
+        self, head: int, layout: np.dtype[np.void], whose: Owner, problems: list[str]
+    ) -> NDArray[Any]:
+        """The entries of a chain of blocks, which are claimed."""
+        blocks, entries = self.following.block_set(head, layout, problems, written=True)
+        self.following.claim(whose, blocks, self.following.abi.page_size)
+        return self._kept(entries, problems)
+
+    def _kept(self, entries: NDArray[Any], problems: list[str]) -> NDArray[Any]:
+        kept = entries[: self._left]
+        if len(kept) < len(entries):
+            problems.append(f"{len(entries)} entries, only {len(kept)} are looked at")
+        self._left -= len(kept)
+        return kept
 
     def _file(
         self, session: str, handler: str, token: int, data: int, status: int | None
@@ -211,20 +169,7 @@ class _Reader:
             return LuoFile(handler, token, data, status, None, [found])
         return LuoFile(handler, token, data, status, found)
 
-    # -- file-lifecycle-bound data ----------------------------------------------------------------
-
-    def flbs(self) -> list[Flb]:
-        """What would be handed over of ``luo_flb_global.list``."""
-        head = self.prog["luo_flb_global"].list
-        found = []
-        for flb in self._entries("struct liveupdate_flb", head, "private.list", self.problems):
-            state = flb.private.outgoing
-            count = state.count.refs.counter.value_()
-            if count > 0:
-                found.append(Flb(text(_string(flb.compatible)), state.data.value_(), count))
-        return found
-
-    def flb_header(self, phys: int) -> list[Flb]:
+    def flbs(self, phys: int) -> list[Flb]:
         """A ``struct luo_flb_header_ser`` and its entries."""
         following = self.following
         header = following.structure(phys, LUO_FLB_HEADER_SER)
@@ -232,18 +177,88 @@ class _Reader:
             self.problems.append(f"struct luo_flb_header_ser at {phys:#x} cannot be read")
             return []
         pages, count = int(header["pgcnt"]), int(header["count"])
+        used = LUO_FLB_HEADER_SER.itemsize + count * LUO_FLB_SER.itemsize
         size = pages * following.abi.page_size
-        room = max(size - LUO_FLB_HEADER_SER.itemsize, 0) // LUO_FLB_SER.itemsize
-        raw = following.bytes_at(phys, size) if 0 < pages <= LIST_KEPT else None
-        if raw is None or count > room:
+        sound = used <= size and count <= ENTRIES_KEPT and following.in_ram(phys, size)
+        raw = following.bytes_at(phys, used) if sound else None
+        if raw is None:
             self.problems.append(f"FLB header at {phys:#x}: {pages} pages, {count} entries")
             return []
         following.claim(Owner(Kind.LUO, "LUO: list of FLBs"), phys, size)
         entries = np.frombuffer(raw, LUO_FLB_SER, count, LUO_FLB_HEADER_SER.itemsize)
         return [
             Flb(text(bytes(entry["name"])), int(entry["data"]), int(entry["count"]))
-            for entry in entries
+            for entry in self._kept(entries, self.problems)
         ]
+
+
+@dataclass
+class _Lists(Serialized):
+    """A kernel's own lists, too."""
+
+    prog: Program = field(kw_only=True)
+
+    def listed(self, header: Object) -> list[LuoSession]:
+        """The sessions of a ``struct luo_session_header``."""
+        sessions: list[LuoSession] = []
+        try:
+            for session in self._walk("struct luo_session", header.list, "list", self.problems):
+                sessions.append(self._session(session))
+        except FaultError as error:
+            self.problems.append(f"sessions cannot be read ({error}): they moved, or are corrupt")
+        return sessions
+
+    def _session(self, session: Object) -> LuoSession:
+        name = text(_string(session.name))
+        problems: list[str] = []
+        file_set = session.file_set
+        self.blocks(file_set.block_set, LUO_FILE_SER, _list_of_files(name), problems)
+        files = [
+            self._file(
+                name,
+                text(_string(file.fh.compatible)),
+                file.token.value_(),
+                file.serialized_data.value_(),
+                file.retrieve_status.value_(),
+            )
+            for file in self._walk("struct luo_file", file_set.files_list, "list", problems)
+        ]
+        count = file_set.count.value_()
+        if count != len(files):
+            problems.append(f"counts {count} files, lists {len(files)}")
+        return LuoSession(name, bool(session.retrieved), count, files, problems)
+
+    def _walk(self, kind: str, head: Object, member: str, problems: list[str]) -> Iterator[Object]:
+        """The entries of a kernel list, which may move meanwhile."""
+        for entry in list_for_each_entry(kind, head.address_of_(), member):
+            if not self._left:
+                problems.append(f"more than {ENTRIES_KEPT} entries: not followed")
+                return
+            self._left -= 1
+            yield entry
+
+    def blocks(
+        self, block_set: Object, layout: np.dtype[np.void], whose: Owner, problems: list[str]
+    ) -> None:
+        """Claim the blocks of a ``struct kho_block_set``."""
+        head = block_set.head_pa.value_()
+        blocks, _ = self.following.block_set(head, layout, problems, written=False)
+        self.following.claim(whose, blocks, self.following.abi.page_size)
+
+    def listed_flbs(self) -> list[Flb]:
+        """What would be handed over of ``luo_flb_global.list``."""
+        head = self.prog["luo_flb_global"].list
+        found = []
+        for flb in self._walk("struct liveupdate_flb", head, "private.list", self.problems):
+            state = flb.private.outgoing
+            count = state.count.refs.counter.value_()
+            if count > 0:
+                found.append(Flb(text(_string(flb.compatible)), state.data.value_(), count))
+        return found
+
+
+def _list_of_files(session: str) -> Owner:
+    return Owner(Kind.SESSION, f"session {session}: list of files", session)
 
 
 def _string(characters: Object) -> bytes:
