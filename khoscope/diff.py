@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .clients import Luo
 from .columns import Blocks, Pages, aligned
 from .errors import KhoscopeError
+from .owners import claimed
 from .snapshot import KexecImage, Side, Snapshot
 
 
@@ -98,6 +100,28 @@ def _side_facts(which: str, side: Side) -> dict[str, str]:
     for subtree in side.fdt.subtrees:
         where = "nowhere" if subtree.phys is None else f"{subtree.phys:#x}"
         found[f"{which} subtree {subtree.name}"] = f"{where}, {subtree.size} bytes"
+    if side.luo is not None:
+        found |= _luo_facts(which, side.luo)
+    for area in side.vmallocs:
+        found[f"{which} vmalloc area {area.name}"] = (
+            f"{area.total_pages} pages in {area.chunks} chunks from {area.first:#x}"
+        )
+    for owner, size in claimed(side):
+        found[f"{which} memory of {owner}"] = f"{size} bytes"
+    return found
+
+
+def _luo_facts(which: str, luo: Luo) -> dict[str, str]:
+    found = {f"{which} LUO": f"{luo.compatible}, live update {luo.liveupdate_num}"}
+    for session in luo.sessions:
+        retrieved = ", retrieved" if session.retrieved else ""
+        found[f"{which} session {session.name}"] = f"{session.count} files{retrieved}"
+        for file in session.files:
+            size = f", {file.memfd.size} bytes" if file.memfd else ""
+            name = f"{which} session {session.name} token {file.token:#x}"
+            found[name] = f"{file.handler}, data {file.data:#x}{size}"
+    for flb in luo.flbs:
+        found[f"{which} FLB {flb.name}"] = f"data {flb.data:#x}, {flb.count} files"
     return found
 
 

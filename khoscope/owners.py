@@ -30,26 +30,36 @@ class Owners:
         self.owners = owners
         self._page_shift = page_shift
         every = Claims.concatenate(claims)
+        every = every[every.size > 0]
         every = every[np.argsort(every.phys, kind="stable")]
-        end = every.phys + every.size
         self._start = every.phys
+        # What a corrupt structure says to have may reach beyond all memory.
+        self._end = every.phys + np.minimum(every.size, ~every.phys)
+        self._owner = every.owner.astype(np.int64)
         # Claims may overlap: of those that begin before an address, the one that reaches furthest.
-        self._reach = np.maximum.accumulate(end) if len(end) else end
-        furthest = np.where(end == self._reach, np.arange(len(end)), 0)
-        self._owner = every.owner[np.maximum.accumulate(furthest)].astype(np.int64)
+        self._reach = np.maximum.accumulate(self._end) if len(every) else self._end
+        furthest = np.where(self._end == self._reach, np.arange(len(every)), 0)
+        self._furthest = self._owner[np.maximum.accumulate(furthest)]
 
     @classmethod
     def of_side(cls, side: Side, page_shift: int) -> Owners:
         return cls(side.owners, side.claims, page_shift)
 
     def at(self, start: U64, end: U64) -> NDArray[np.int64]:
-        """An owner that claims some of each span [start, end): its index, or UNKNOWN."""
+        """
+        An owner that claims some of each span [start, end): its index, or UNKNOWN.
+
+        Of several it is the one whose claim begins last, as far as that reaches into the span: one
+        wrong size does not take away what others have.
+        """
         last = np.searchsorted(self._start, end, "left").astype(np.int64) - 1
         owner = np.full(len(start), UNKNOWN, np.int64)
         # A span in front of all claims has -1.
         found = last >= 0
         found[found] = self._reach[last[found]] > start[found]
-        owner[found] = self._owner[last[found]]
+        last = last[found]
+        near = self._end[last] > start[found]
+        owner[found] = np.where(near, self._owner[last], self._furthest[last])
         return owner
 
     def of(self, blocks: Blocks) -> NDArray[np.int64]:
@@ -139,6 +149,14 @@ class Holding:
     owner: Owner | None
     blocks: int
     pages: int
+
+
+def claimed(side: Side) -> list[tuple[Owner, int]]:
+    """How many bytes each owner claims."""
+    sizes = np.zeros(len(side.owners), np.uint64)
+    for claims in side.claims:
+        np.add.at(sizes, claims.owner, claims.size)
+    return list(zip(side.owners, sizes.tolist(), strict=True))
 
 
 class Memory:
