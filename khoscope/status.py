@@ -33,6 +33,7 @@ READ_FROM: Final = {
     "subtrees_in": "kho_in.fdt_phys",
     "sessions": "luo_session_global.outgoing",
     "sessions_in": "luo_session_global.incoming",
+    "sessions_ser": "struct luo_session_ser",
     "image": "kexec_image",
     "taint": "tainted_mask",
 }

@@ -201,10 +201,18 @@ def test_text() -> None:
         r"tainted     0x20 (B)                                              [tainted_mask]",
     ):
         assert line in words
-    # Each place that is read from is named.
-    assert {f"[{source}]" for source in READ_FROM.values()} <= {
-        word for line in shown for word in [line[line.find("[") :]]
-    }
+    # Each place that is read from is named; this LUO has its sessions in its lists.
+    named = {line[line.find("[") :] for line in shown}
+    assert {f"[{source}]" for source in READ_FROM.values()} - named == {"[struct luo_session_ser]"}
+
+
+def test_sessions_that_are_serialized() -> None:
+    luo = Luo(0x7000, "luo-v5", 2, False, [LuoSession("guests", None, 2)])
+    facts = full()
+    assert facts.incoming is not None
+    shown = text(replace(facts, incoming=replace(facts.incoming, luo=luo)))
+    [line] = [line for line in shown if "guests" in line]
+    assert line.split("[") == [f"{'handed over guests: 2 files':<56}", "struct luo_session_ser]"]
 
 
 def test_text_when_off() -> None:

@@ -209,7 +209,9 @@ class StatusText(Text):
         sessions += [printable(problem) for problem in luo.problems]
         if luo.raw is not None:
             sessions.append("not known: nothing of this ABI is decoded")
-        self.facts(name, self._some(sessions, "sessions") or ["none"], read_from)
+        # Until somebody opens /dev/liveupdate, the serialized form is all there is.
+        source = read_from if luo.live else "sessions_ser"
+        self.facts(name, self._some(sessions, "sessions") or ["none"], source)
 
 
 def _boot(facts: Snapshot) -> str:
