@@ -386,7 +386,7 @@ class KeySet:
         abi = self._abi
         found = np.zeros(len(phys), np.bool_)
         for order in self.orders:
-            for page_type in (KHO_PAGE_CONTIG, KHO_PAGE_SPLIT) if abi.type_bit else (NO_TYPE,):
+            for page_type in self._types:
                 # Most have been found in the first order or two.
                 rest = np.flatnonzero(~found)
                 keys = abi.kho_radix_encode_keys(phys[rest], order, page_type)
@@ -400,12 +400,31 @@ class KeySet:
         if not 0 <= phys <= end <= 1 << 64:
             # Out of a file, this may be any number.
             return False
-        for start in range(phys & -step, end, step * CHUNK_BLOCKS):
+        start = phys & -step
+        while start < end:
             last = min(start + step * CHUNK_BLOCKS, end)
             pages = np.arange(start, last, step, dtype=np.uint64)
             if not self.covered(pages).all():
                 return False
+            # A block may be larger than all that would be looked at page by page.
+            start = self._behind(int(pages[-1]))
         return True
+
+    def _behind(self, phys: int) -> int:
+        """The first address behind the largest block that an address lies in."""
+        abi = self._abi
+        orders = (
+            order
+            for order in reversed(self.orders)
+            if any(abi.kho_radix_encode_key(phys, order, kind) in self for kind in self._types)
+        )
+        shift = abi.page_shift + next(orders)
+        return ((phys >> shift) + 1) << shift
+
+    @property
+    def _types(self) -> tuple[int, ...]:
+        """Of which there may be blocks."""
+        return (KHO_PAGE_CONTIG, KHO_PAGE_SPLIT) if self._abi.type_bit else (NO_TYPE,)
 
 
 def rows(stream: Iterable[Columns]) -> int:
