@@ -813,9 +813,9 @@ def test_many_claims_are_kept_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None
 # Whatever memory holds
 
 
-def bound(machine: Machine, following: Following) -> None:
+def bound(machine: Machine, following: Following, luo: Luo | None = None) -> None:
     assert machine.bytes_read < 64 << 20
-    holds(following)
+    holds(following, luo)
 
 
 #: Words that chains are made of, and that break them.

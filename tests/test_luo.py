@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What LUO has serialized: sessions, files and FLBs, right, broken and hostile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from khoscope import store
+from khoscope.clients import Flb, Kind, Luo, LuoFile, LuoSession, Memfd
+from khoscope.serialized import (
+    LUO_FILE_SER,
+    LUO_FLB_HEADER_SER,
+    LUO_FLB_SER,
+    LUO_SESSION_SER,
+    MEMFD_COMPATIBLE,
+)
+from khoscope.sources import luo
+from khoscope.sources.luo import Serialized
+from tests.fuzz import fuzz
+from tests.test_follow import (
+    DATA,
+    END,
+    PAGE,
+    PFN,
+    WORDS,
+    Machine,
+    bound,
+    claimed,
+    facts_of,
+    holds,
+    scribbled,
+)
+
+HANDLER = MEMFD_COMPATIBLE.encode()
+
+
+def file_ser(data: int, token: int, handler: bytes = HANDLER) -> bytes:
+    return np.array([(handler, data, token)], LUO_FILE_SER).tobytes()
+
+
+def session_ser(name: bytes, files: int, count: int) -> bytes:
+    return np.array([(name, files, count)], LUO_SESSION_SER).tobytes()
+
+
+@dataclass
+class Handed:
+    """
+    A machine with what LUO hands over: sessions with a memfd of a page each.
+
+    :param files: ``phys_addr_t`` of each session's first block.
+    """
+
+    machine: Machine
+    head: int
+    files: list[int]
+
+
+def handed_over(*files: int) -> Handed:
+    """:param files: how many each session has."""
+    machine = Machine()
+    sessions: list[bytes] = []
+    heads: list[int] = []
+    memfds = 0
+    for number, count in enumerate(files):
+        entries = []
+        for token in range(count):
+            entries.append(file_ser(machine.memfd([(PFN + 2 * memfds, 0)], PAGE), token))
+            memfds += 1
+        blocks = machine.blocks(LUO_FILE_SER, entries)
+        heads.append(blocks[0] if blocks else 0)
+        sessions.append(session_ser(b"session %d" % number, heads[-1], count))
+    blocks = machine.blocks(LUO_SESSION_SER, sessions)
+    return Handed(machine, blocks[0] if blocks else 0, heads)
+
+
+def read(handed: Handed, kept: int = luo.ENTRIES_KEPT) -> tuple[list[LuoSession], list[str]]:
+    """The sessions, and what is wrong with the list of them."""
+    following = handed.machine.following()
+    serialized = Serialized(following, _left=kept)
+    sessions = serialized.sessions(handed.head)
+    holds(following, Luo(DATA, "luo-v5", 1, False, sessions, problems=serialized.problems))
+    return sessions, serialized.problems
+
+
+@pytest.mark.parametrize("files", [(), (0,), (1,), (3, 0, 2), (70,), (1,) * 60])
+def test_sessions(files: tuple[int, ...]) -> None:
+    handed = handed_over(*files)
+    sessions, problems = read(handed)
+    assert problems == []
+    assert [(s.name, s.retrieved, s.count, s.problems) for s in sessions] == [
+        (f"session {n}", None, count, []) for n, count in enumerate(files)
+    ]
+    for session, count in zip(sessions, files, strict=True):
+        assert [file.token for file in session.files] == list(range(count))
+        for file in session.files:
+            assert (file.handler, file.retrieve_status, file.problems) == ("memfd-v2", None, [])
+            assert isinstance(file.memfd, Memfd)
+            assert (file.memfd.phys, file.memfd.pages, file.memfd.problems) == (file.data, 1, [])
+
+
+def test_whose_what_they_preserve_is() -> None:
+    handed = handed_over(1, 1)
+    following = handed.machine.following()
+    Serialized(following).sessions(handed.head)
+    data = [o for o in following.owners if o.kind == Kind.MEMFD]
+    assert [(owner.session, owner.token) for owner in data] == [("session 0", 0), ("session 1", 0)]
+    assert claimed(following, Kind.MEMFD) == [
+        (DATA, DATA + PAGE),
+        (DATA + 2 * PAGE, DATA + 3 * PAGE),
+    ]
+    assert claimed(following, Kind.LUO) == [(handed.head, handed.head + PAGE)]
+    assert claimed(following, Kind.SESSION) == [(at, at + PAGE) for at in sorted(handed.files)]
+
+
+def test_files_of_another_handler_are_not_followed() -> None:
+    machine = Machine()
+    (files,) = machine.blocks(LUO_FILE_SER, [file_ser(2**64 - 1, 2**64 - 1, b"vfio-v9")])
+    (head,) = machine.blocks(LUO_SESSION_SER, [session_ser(b"a", files, 1)])
+    sessions, _ = read(Handed(machine, head, []))
+    assert sessions == [
+        LuoSession("a", None, 1, [LuoFile("vfio-v9", 2**64 - 1, 2**64 - 1, None, None, [])], [])
+    ]
+
+
+def test_names_that_are_no_text() -> None:
+    """A name may fill its place, and hold anything."""
+    machine = Machine()
+    raw = b"\xff\n\x1b[2J" + b"x" * 58
+    (head,) = machine.blocks(LUO_SESSION_SER, [session_ser(raw, 0, 0)])
+    ((session,), problems) = read(Handed(machine, head, []))
+    assert session.name.startswith("\\xff")
+    assert session.name.endswith("x" * 58)
+    assert problems == []
+
+
+def test_a_count_that_is_not_that_of_the_list() -> None:
+    handed = handed_over(2)
+    handed.machine.words(handed.head + 16 + 64 + 8, 2**64 - 1)
+    ((session,), _) = read(handed)
+    assert session.problems == [f"counts {2**64 - 1} files, lists 2"]
+
+
+@pytest.mark.parametrize("at", [8, END, 2**64 - 1])
+def test_a_list_of_files_that_is_nowhere(at: int) -> None:
+    handed = handed_over(2, 1)
+    handed.machine.words(handed.head + 16 + 64, at)
+    sessions, _ = read(handed)
+    assert sessions[0].problems == [
+        f"block 0 at {at:#x} is no readable page in RAM",
+        "counts 2 files, lists 0",
+    ]
+    assert sessions[1].problems == []
+
+
+def test_a_file_that_is_nowhere() -> None:
+    handed = handed_over(1)
+    handed.machine.words(handed.files[0] + 16 + 48, END)
+    ((session,), _) = read(handed)
+    assert session.files[0].memfd is None
+    assert session.files[0].problems == [
+        f"struct memfd_luo_ser at {END:#x} is no readable page in RAM"
+    ]
+
+
+def test_sessions_that_share_a_list_of_files() -> None:
+    handed = handed_over(2, 2)
+    handed.machine.words(handed.head + 16 + 80 + 64, handed.files[0])
+    sessions, _ = read(handed)
+    assert sessions[0].problems == []
+    assert sessions[1].problems == [
+        f"block 0 at {handed.files[0]:#x} was there before: the chain loops",
+        "counts 2 files, lists 0",
+    ]
+
+
+def test_a_list_of_sessions_that_loops() -> None:
+    handed = handed_over(0, 0)
+    handed.machine.words(handed.head, handed.head)
+    sessions, problems = read(handed)
+    assert len(sessions) == 2
+    assert problems == [f"block 1 at {handed.head:#x} was there before: the chain loops"]
+
+
+def test_more_than_is_kept() -> None:
+    """Sessions and files together: neither are multiplied with the other."""
+    sessions, problems = read(handed_over(3, 3, 3), kept=7)
+    assert problems == []
+    assert [len(session.files) for session in sessions] == [3, 1, 0]
+    assert sessions[1].problems[0] == "3 entries, only 1 are looked at"
+    assert sessions[2].problems[0] == "3 entries, only 0 are looked at"
+
+
+def test_all_that_is_kept_can_be_stored() -> None:
+    """As many files as are looked at, with names and numbers that take the most room."""
+    machine = Machine()
+    # Each has a list of its own, which is broken.
+    size = luo.ENTRIES_KEPT - 300
+    ser = machine.memfd([(PFN, 0)], 2**64 - 1, 2**64 - 1)
+    entries = [file_ser(ser, 2**64 - 1 - n) for n in range(size)]
+    per_session = -(-size // 300)
+    sessions = []
+    for start in range(0, size, per_session):
+        part = entries[start : start + per_session]
+        head = machine.blocks(LUO_FILE_SER, part)[0]
+        sessions.append(session_ser(b"\xff" * 64, head, len(part)))
+    following = machine.following()
+    serialized = Serialized(following)
+    found = serialized.sessions(machine.blocks(LUO_SESSION_SER, sessions)[0])
+    assert sum(len(session.files) for session in found) == size
+    again = store.spool(facts_of(following, Luo(DATA, "luo-v5", sessions=found))).outgoing
+    assert again.luo is not None
+    assert again.luo.sessions == found
+
+
+# FLBs
+
+
+def flbs(machine: Machine, number: int, pages: int = 1, count: int | None = None) -> int:
+    ser = machine.page()
+    said = number if count is None else count
+    machine.write(ser, np.array([(pages, said)], LUO_FLB_HEADER_SER).tobytes())
+    entries = [np.array([(b"flb %d" % n, n, n + 1)], LUO_FLB_SER).tobytes() for n in range(number)]
+    machine.write(ser + 16, b"".join(entries))
+    return ser
+
+
+def read_flbs(machine: Machine, ser: int) -> tuple[list[Flb], list[str]]:
+    following = machine.following()
+    serialized = Serialized(following)
+    found = serialized.flbs(ser)
+    holds(following, Luo(DATA, "luo-v5", flbs=found))
+    assert claimed(following) in ([], [(ser, ser + PAGE)])
+    return found, serialized.problems
+
+
+@pytest.mark.parametrize("number", [0, 1, 63])
+def test_flbs(number: int) -> None:
+    machine = Machine()
+    found = read_flbs(machine, flbs(machine, number))
+    assert found == ([Flb(f"flb {n}", n, n + 1) for n in range(number)], [])
+
+
+@pytest.mark.parametrize(
+    ("pages", "count"),
+    [(0, 0), (0, 1), (1, 64), (1, 2**64 - 1), (2**64 - 1, 2**64 - 1), (2**40, 1), (2**32, 2**30)],
+)
+def test_broken_flbs(pages: int, count: int) -> None:
+    machine = Machine()
+    ser = flbs(machine, 3, pages, count)
+    assert read_flbs(machine, ser) == (
+        [],
+        [f"FLB header at {ser:#x}: {pages} pages, {count} entries"],
+    )
+
+
+@pytest.mark.parametrize("ser", [END, END - 8, 2**64 - 1])
+def test_flbs_that_are_nowhere(ser: int) -> None:
+    assert read_flbs(Machine(), ser)[1] == [f"struct luo_flb_header_ser at {ser:#x} cannot be read"]
+
+
+# Whatever memory holds
+
+
+@fuzz
+@given(st.lists(st.integers(0, 3), max_size=3), st.none() | WORDS, st.data())
+def test_any_sessions(files: list[int], head: int | None, data: st.DataObject) -> None:
+    handed = handed_over(*files)
+    if handed.machine.pages:
+        data.draw(scribbled(handed.machine))
+    following = handed.machine.following()
+    serialized = Serialized(following)
+    sessions = serialized.sessions(handed.head if head is None else head)
+    bound(
+        handed.machine,
+        following,
+        Luo(DATA, "luo-v5", sessions=sessions, problems=serialized.problems),
+    )
+
+
+@fuzz
+@given(
+    st.lists(st.binary(max_size=300), min_size=1, max_size=5),
+    st.lists(st.integers(0, 4), max_size=6),
+)
+def test_any_bytes(pages: list[bytes], chain: list[int]) -> None:
+    """Pages of garbage, chained."""
+    machine = Machine()
+    made = [machine.page() for _ in pages]
+    for at, raw in zip(made, pages, strict=True):
+        machine.write(at, raw)
+    for before, after in pairwise(chain):
+        machine.words(made[before % len(made)], made[after % len(made)], 1 + after)
+    following = machine.following()
+    serialized = Serialized(following)
+    found = serialized.sessions(made[0])
+    flbs = serialized.flbs(made[-1])
+    bound(machine, following, Luo(DATA, "luo-v5", sessions=found, flbs=flbs))
+
+
+@fuzz
+@given(st.integers(0, 63), WORDS, WORDS, st.integers(0, PAGE) | WORDS)
+def test_any_flbs(number: int, pages: int, count: int, away: int) -> None:
+    machine = Machine()
+    ser = flbs(machine, number, pages, count)
+    following = machine.following()
+    serialized = Serialized(following)
+    found = serialized.flbs((ser + away) % 2**64)
+    assert found or serialized.problems or count == 0 or away
+    bound(machine, following, Luo(DATA, "luo-v5", flbs=found, problems=serialized.problems))
