@@ -35,8 +35,8 @@ examples:
   khoscope verify --before carried
 
 The session lives as long as khoscope does. `kexec -e` ends no process;
-`systemctl kexec` ends all, but for a service that has DefaultDependencies=no and
-SurviveFinalKillSignal=yes.""",
+`systemctl kexec` ends all, but for a service that has DefaultDependencies=no
+and SurviveFinalKillSignal=yes.""",
     )
     command.set_defaults(run=_run, refuse=_refuse)
     command.add_argument("--json", action="store_true", help="one JSON document")
