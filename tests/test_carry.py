@@ -422,3 +422,9 @@ def test_only_the_running_kernel_carries(source: str, capsys: pytest.CaptureFixt
         main([source, "x", "carry"])
     assert caught.value.code == 2
     assert "the running kernel" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["--qemu", "--core"])
+def test_carried_is_of_this_host(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([source, "guest", "verify", "--before", "carried"]) == 2
+    assert "what this host was handed" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from .. import store
 from ..carry import retrieve
+from ..errors import KhoscopeError
 from ..snapshot import Snapshot
 from ..views.progress import Progress
 from ..views.text import LIMIT
@@ -65,7 +66,14 @@ def load_before(args: argparse.Namespace) -> Snapshot | None:
     """The snapshot that ``--before`` names, if it was given."""
     if args.before is None:
         return None
-    return store.load_file(retrieve() if args.before == CARRIED else Path(args.before))
+    if args.before != CARRIED:
+        return store.load_file(Path(args.before))
+    if args.qemu or args.core:
+        raise KhoscopeError(
+            "--before carried is what this host was handed, not that guest or vmcore",
+            "name a snapshot file of the kernel that handed over to it",
+        )
+    return store.load_file(retrieve())
 
 
 def address(text: str) -> int:
