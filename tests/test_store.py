@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import re
 import stat
 import zipfile
 from collections.abc import Callable, Iterator
@@ -22,9 +23,21 @@ from hypothesis import strategies as st
 
 from khoscope import checks, store
 from khoscope.abi import Abi
+from khoscope.clients import (
+    Claims,
+    Flb,
+    Kind,
+    Liveupdate,
+    Luo,
+    LuoFile,
+    LuoSession,
+    Memfd,
+    Owner,
+    Vmalloc,
+)
 from khoscope.columns import Blocks, Columns
 from khoscope.errors import KhoscopeError
-from khoscope.snapshot import Snapshot
+from khoscope.snapshot import KexecImage, Snapshot
 from khoscope.views import json as json_view
 from khoscope.views.select import Filter
 from khoscope.views.text import Text
@@ -421,3 +434,91 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
     assert pipe.is_fifo()
     assert link.is_symlink()
     assert not target.exists()
+
+
+# KHO's clients
+
+
+def with_clients() -> Snapshot:
+    area = Vmalloc("somebody", 0x5008, 0x6000, 2, 1, 0, 1, 2, ["a problem"])
+    memfd = Memfd(0x5000, 5, 2**64 - 1, 1, 0, 1, area, 2, ["another"])
+    files = [LuoFile("memfd-v2", 2**64 - 1, 0x5000, -5, memfd), LuoFile("\\xff", 0, 2**64 - 1)]
+    sessions = [LuoSession("a", True, 2, files), LuoSession("b", None, 2**64 - 1, [], ["odd"])]
+    luo = Luo(0x4000, "luo-v5", 3, True, sessions, [Flb("iommu", 0x7000, 1)], None, ["odd"])
+    owners = [Owner(Kind.FILE, "somebody", "a", 2**64 - 1), Owner(Kind.SUBTREE, "subtree LUO")]
+    facts = rich()
+    claims = [
+        Claims(np.array(phys, "<u8"), np.array(size, "<u8"), np.array(owner, "<u4"))
+        for phys, size, owner in (([0x4000, 0x5000], [32, 56], [1, 0]), ([2**64 - 1], [1], [0]))
+    ]
+    side = replace(facts.outgoing, luo=luo, vmallocs=[area], owners=owners, claims=claims)
+    return replace(
+        facts,
+        outgoing=side,
+        incoming=replace(side, luo=Luo(0x4000, "luo-v9", raw="6c756f")),
+        scratch_free=[7, 0],
+        image=KexecImage(True, True, 0x9000, 2**40),
+        liveupdate=Liveupdate(True, ["memfd-v2"]),
+    )
+
+
+DEMO = Path(store.__file__).parent / "demo"
+CLIENTS = bytes_of(with_clients())
+
+
+def test_clients_survive() -> None:
+    facts, again = with_clients(), load(CLIENTS)
+    for name in ("scratch_free", "image", "liveupdate"):
+        assert getattr(again, name) == getattr(facts, name)
+    for side, loaded in ((facts.outgoing, again.outgoing), (facts.incoming, again.incoming)):
+        assert side is not None
+        assert loaded is not None
+        for name in ("luo", "vmallocs", "owners"):
+            assert getattr(loaded, name) == getattr(side, name)
+        for before, after in zip(side.claims, loaded.claims, strict=True):
+            for column in Claims.DTYPES:
+                assert getattr(after, column).tolist() == getattr(before, column).tolist()
+    use(again)
+
+
+@pytest.mark.parametrize("side", ["out", "in"])
+@pytest.mark.parametrize("owner", [2, 2**32 - 1])
+def test_a_claim_of_nobody(side: str, owner: int) -> None:
+    data = rewritten({f"{side}/claims/000001.owner.npy": npy(np.array([owner], "<u4"))}, CLIENTS)
+    facts = load(data)
+    claims = facts.outgoing.claims if side == "out" else facts.incoming and facts.incoming.claims
+    with pytest.raises(KhoscopeError, match="a claim of nobody"):
+        list(claims or ())
+
+
+@pytest.mark.parametrize(
+    "content", [npy(np.zeros(2, "<u8")), npy(np.zeros(1, "<u4")), npy(np.zeros((1, 1), "<u8"))]
+)
+def test_claims_that_are_not_ours(content: bytes) -> None:
+    facts = load(rewritten({"out/claims/000001.size.npy": content}, CLIENTS))
+    with pytest.raises(KhoscopeError, match="not a whole snapshot file"):
+        list(facts.outgoing.claims)
+
+
+@given(st.data())
+def test_clients_that_were_changed(data: st.DataObject) -> None:
+    """Numbers and names of any kind, which the checks and the views meet."""
+    content = bytearray(zipfile.ZipFile(io.BytesIO(CLIENTS)).read("meta.json"))
+    places = [m.start(1) for m in re.finditer(rb": (-?\d)", content)]
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.sampled_from(places))
+        content[at : at + 1] = data.draw(st.sampled_from([b"-1", b"0", b"null", b"9" * 20, b"1"]))
+        places = [place for place in places if place < at]
+        if not places:
+            break
+    told_or_used(rewritten({"meta.json": bytes(content)}, CLIENTS))
+
+
+@pytest.mark.parametrize("path", sorted(DEMO.glob("*.khosnap")), ids=lambda path: str(path.name))
+def test_files_of_an_older_khoscope(path: Path) -> None:
+    """They were written before there was anything about clients in them."""
+    facts = store.load_file(path)
+    assert (facts.image, facts.liveupdate, facts.scratch_free) == (None, None, [])
+    for side in filter(None, (facts.outgoing, facts.incoming)):
+        assert (side.luo, side.vmallocs, side.owners, list(side.claims)) == (None, [], [], [])
+    Text(io.StringIO()).verify(facts, checks.check(facts))
