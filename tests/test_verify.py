@@ -341,6 +341,17 @@ def test_what_became_of_whose_blocks(khoscope: Run, saved: Saved) -> None:
     assert document["owners"] == {name: dict(fates) for name, fates in report.owners.items()}
 
 
+def test_who_has_most_comes_first() -> None:
+    blocks = [Block(n << 20, 2) for n in range(1, 6)]
+    before = owned(*blocks)
+    names = [owner.name for owner in before.outgoing.owners]
+    twice = [replace(before.outgoing.owners[0], name=name) for name in (*names[:2], *names[1:3])]
+    before = replace(before, outgoing=replace(before.outgoing, owners=twice))
+    found = compare(before, after(before, *blocks)).owners
+    assert [fates.total() for fates in found.values()] == [2, 1, 1, 1]
+    assert next(iter(found)) == names[1]
+
+
 def test_no_owners_no_table(khoscope: Run, saved: Saved) -> None:
     result = khoscope("--snapshot", saved(after(BEFORE, GOOD)), "verify", "--before", saved(BEFORE))
     assert "owner" not in result.out

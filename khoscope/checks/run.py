@@ -306,6 +306,8 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> int:
         _add_fates(report, pairs.fate, whose, owners)
         for rule, find in rules:
             report.add_marked(rule, was, _owned(find(pairs), whose, owners))
+    # Who has most comes first.
+    report.owners = dict(sorted(report.owners.items(), key=lambda item: -item[1].total()))
     if report.fates["unread"]:
         report.incomplete.append(
             f"the pages of {report.fates['unread']} recorded blocks could not be read"
