@@ -224,7 +224,7 @@ def snapshot(
     incoming_side = None
     if incoming is not None:
         handed = tree_of(abi, columns(abi, incoming))
-        incoming_side = Side(Fdt(0x3000, abi.compatible, handed.state.root), handed)
+        incoming_side = Side(Fdt(0x2000, abi.compatible, handed.state.root), handed)
     stamped = sorted(stamps, key=lambda b: b.phys)
     stamp_chunks = [columns(abi, [b]) for b in stamped]
     return Snapshot(

@@ -168,8 +168,13 @@ def handed(
     came: Iterable[str] = ("LUO",),
     problems: Iterable[str] = (),
     kho_boot: bool = True,
+    came_from: int | None = None,
 ) -> Report:
-    """The report across a kexec on LUO and subtrees."""
+    """
+    The report across a kexec on LUO and subtrees.
+
+    :param came_from: address of the incoming root FDT; None: where it was.
+    """
     was = out(contig(0, phys=0x5000), fdt=subtrees(*(Subtree(n, 0x5000, 4096) for n in had)))
     was = replace(was, outgoing=replace(was.outgoing, luo=before))
     now = snapshot(
@@ -181,7 +186,8 @@ def handed(
         watched=(was, [contig(0, phys=0x5000)]),
     )
     if now.incoming is not None:
-        root = Fdt(0x3000, "kho-v5", 0x1000, problems=list(problems))
+        at = was.outgoing.fdt.phys if came_from is None else came_from
+        root = Fdt(at, "kho-v5", 0x1000, problems=list(problems))
         root.subtrees.extend(Subtree(name, 0x5000, 4096) for name in came)
         now = replace(now, incoming=replace(now.incoming, fdt=root, luo=after))
     return compare(was, now)
@@ -331,6 +337,8 @@ FIRES: dict[str, list[Fires]] = {
         Fires(lambda: across([], [], handover=Handover(True, "7.2.0-test", 2)), None),
         Fires(lambda: across([], [], boot_id="00000000-0000-0000-0000-000000000001"), None),
         Fires(lambda: handed(luo(), luo(liveupdate_num=3)), None),
+        # Another machine with the same kernel, after as many kexecs.
+        Fires(lambda: handed(None, None, came_from=0x9000), None),
     ],
     "lost": [
         Fires(lambda: across([contig(2)], [contig(2)], handover=Handover(False, "", 0)), AT, 2),

@@ -183,7 +183,13 @@ def not_a_handover(before: Snapshot, after: Snapshot) -> Iterator[Message]:
             f"kexec_count is {after.handover.kexec_count}, expected {expected} after the "
             "snapshot's kernel"
         )
-    if before.outgoing.luo is None or after.incoming is None or after.incoming.luo is None:
+    if after.incoming is None:
+        return
+    # Where the old kernel had its root FDT is as good as a name: another machine has another.
+    sent, got = before.outgoing.fdt.phys, after.incoming.fdt.phys
+    if sent != got:
+        yield Message(f"the root FDT came from {got:#x}, the snapshot's kernel had it at {sent:#x}")
+    if before.outgoing.luo is None or after.incoming.luo is None:
         return
     number, came = before.outgoing.luo.liveupdate_num, after.incoming.luo.liveupdate_num
     if None not in (number, came) and came != number:
