@@ -55,9 +55,10 @@ def blob_not_preserved(facts: Snapshot, keys: KeySet) -> Iterator[Message]:
     "clients",
     """
     kho_restore_vmalloc() follows the chunks without a check and restores each page that they list.
-    A chain that loops or leaves RAM hangs or crashes the next kernel; a page that was not preserved
-    has no stamp, so that the whole area is given up, and what was restored of it until then leaks.
-    Do not kexec; unpreserve the area (kho_unpreserve_vmalloc()) and preserve it again.
+    A chain that leaves RAM crashes the next kernel. If it loops, lists other pages than it says, or
+    one that was not preserved, the whole area is given up, most often without a word, and what was
+    restored of it until then leaks. Do not kexec; unpreserve the area (kho_unpreserve_vmalloc())
+    and preserve it again.
     """,
     kernel="kho_restore_vmalloc",
 )
