@@ -11,7 +11,7 @@ from hypothesis import settings
 
 T = TypeVar("T", bound=Callable[..., Any])
 
-#: Cases of such a test for each one of another property; all of them together take 10,000.
+#: Cases of such a test for each one of another property; all of them together are 10,000.
 TIMES: Final = 11
 
 

@@ -75,7 +75,8 @@ def _vm_structs(prog: Program, abi: Abi, layout: PageLayout) -> Iterator[tuple[i
         try:
             vm = area.vm
             count = vm.nr_pages.value_() if vm else 0
-            if not count:
+            # One that says to have more pages than it maps was written over.
+            if not 0 < count <= vm.size.value_() >> abi.page_shift:
                 continue
             raw = prog.read(vm.pages.value_(), 8 * count)
             caller = vm.caller.value_()
