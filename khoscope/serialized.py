@@ -104,8 +104,8 @@ def one(layout: np.dtype[np.void], raw: bytes) -> np.void:
 
 
 def text(raw: bytes) -> str:
-    """A C string, with what is not ASCII escaped: it may hold anything."""
-    return raw.partition(b"\0")[0].decode("ascii", "backslashreplace")
+    """A C string, with what is not UTF-8 escaped: it may hold anything."""
+    return raw.partition(b"\0")[0].decode("utf-8", "backslashreplace")
 
 
 def bits(value: int, names: dict[int, str]) -> list[str]:
