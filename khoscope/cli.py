@@ -72,9 +72,10 @@ def parser() -> argparse.ArgumentParser:
 examples:
   sudo khoscope status                        is KHO on, and what is there?
   sudo khoscope tree                          what this kernel would hand over
-  sudo khoscope verify                        is it safe to kexec with that?
-  sudo khoscope snapshot before.khosnap       keep the facts, then kexec, then
-  sudo khoscope verify --before before.khosnap
+  sudo khoscope verify --next vmlinuz         is it safe to kexec into that?
+  sudo khoscope carry &                       hand a snapshot over, kexec, then
+  sudo khoscope verify --before carried       did everything arrive?
+  sudo khoscope snapshot before.khosnap       the same by a file
   sudo khoscope trace                         calls of KHO as they happen
   khoscope --qemu guest.qmp --vmlinux vmlinux tree
   khoscope --core vmcore --vmlinux vmlinux verify
