@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,10 @@ class Owner:
         # A vmalloc area has two owners of its name.
         parts = {Kind.VMALLOC_CHUNK: ", chunks", Kind.VMALLOC_PAGE: ", pages"}
         return self.name + parts.get(self.kind, "")
+
+
+#: Owner of LUO's ``struct luo_flb_header_ser`` and its entries.
+FLB_LIST: Final = Owner(Kind.LUO, "LUO: list of FLBs")
 
 
 @dataclass(frozen=True, eq=False)

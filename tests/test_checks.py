@@ -16,7 +16,7 @@ from khoscope.abi import KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
 from khoscope.checks import RULES, Report, Severity, check, compare, run
 from khoscope.checks.clients import NEEDED
 from khoscope.checks.rule import SCOPES, TRACE, of_scopes
-from khoscope.clients import Claims, Kind, Luo, LuoFile, LuoSession, Memfd, Owner, Vmalloc
+from khoscope.clients import FLB_LIST, Claims, Kind, Luo, LuoFile, LuoSession, Memfd, Owner, Vmalloc
 from khoscope.columns import Pages
 from khoscope.errors import KhoscopeError
 from khoscope.image import NextKernel
@@ -784,12 +784,17 @@ def test_fate(before: Block, after: Block, wanted: str) -> None:
     assert lost == (wanted if wanted in ("not-restored", "unread") else "lost")
 
 
-def in_place(*spots: Subtree, reserved: int | None = None) -> Counter[str] | None:
+RESERVE_MEM = Owner(Kind.RESERVE_MEM, "reserve_mem x")
+
+
+def in_place(
+    *spots: Subtree, claimed: int | None = None, owner: Owner = RESERVE_MEM
+) -> Counter[str] | None:
     """What becomes of a block that keeps its stamp."""
     was = out(contig(2), fdt=subtrees(*spots))
-    if reserved is not None:
-        owners = [Owner(Kind.FILE, "x"), Owner(Kind.RESERVE_MEM, "reserve_mem x")]
-        rows = ([0, reserved], [0x1000, 0x2000], [0, 1])
+    if claimed is not None:
+        owners = [Owner(Kind.FILE, "x"), owner]
+        rows = ([0, claimed], [0x1000, 0x2000], [0, 1])
         claims = Claims(
             *(np.array(c, t) for c, t in zip(rows, Claims.DTYPES.values(), strict=True))
         )
@@ -813,10 +818,12 @@ def in_place(*spots: Subtree, reserved: int | None = None) -> Counter[str] | Non
         (in_place(Subtree("kexec-metadata", AT + 0x3FFF, 1)), "in-place"),
         (in_place(Subtree("kexec-metadata", AT + 0x4000, 1)), "not-restored"),
         (in_place(Subtree("memblock", None, 1), Subtree("memblock", AT, 1)), "in-place"),
-        (in_place(reserved=AT), "in-place"),
-        (in_place(reserved=AT - 0x1000), "in-place"),
-        (in_place(reserved=AT - 0x2000), "not-restored"),
-        (in_place(reserved=AT + 0x1000), "not-restored"),
+        (in_place(claimed=AT), "in-place"),
+        (in_place(claimed=AT - 0x1000), "in-place"),
+        (in_place(claimed=AT - 0x2000), "not-restored"),
+        (in_place(claimed=AT + 0x1000), "not-restored"),
+        (in_place(claimed=AT, owner=FLB_LIST), "in-place"),
+        (in_place(claimed=AT, owner=Owner(Kind.LUO, "LUO: list of sessions")), "not-restored"),
     ],
 )
 def test_what_is_used_in_place_is_not_missed(fates: Counter[str], wanted: str) -> None:

@@ -255,7 +255,7 @@ def huge_order(facts: Snapshot, blocks: Blocks) -> Marked:
     most = facts.abi.max_page_order
     huge = (blocks.order > most) & (blocks.order <= _order_limit(facts))
     if huge.any():
-        huge &= ~InPlace(facts).reserved(blocks)
+        huge &= ~InPlace(facts).claimed(blocks)
     return Marked(
         huge,
         lambda row: (

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..clients import Claims, Kind
+from ..clients import FLB_LIST, Claims, Kind
 from ..columns import Blocks
 from ..serialized import KEXEC_METADATA, MEMBLOCK
 from ..snapshot import Snapshot
@@ -17,7 +17,8 @@ READ_IN_PLACE = {KEXEC_METADATA, MEMBLOCK}
 
 class InPlace:
     """
-    The root FDT, the kernel's own subtrees, and what ``reserve_mem=`` has set aside.
+    The root FDT, the kernel's own subtrees, LUO's list of FLBs (``luo_flb_setup_incoming``), and
+    what ``reserve_mem=`` has set aside.
 
     Neither 7.2 nor 7.3 restores any of it: the stamps stay.
     """
@@ -29,22 +30,22 @@ class InPlace:
         for subtree in side.fdt.subtrees:
             if subtree.name in READ_IN_PLACE and subtree.phys is not None:
                 self._spots.append(subtree.phys)
-        reserved = np.array([owner.kind == Kind.RESERVE_MEM for owner in side.owners], np.bool_)
+        theirs = [owner == FLB_LIST or owner.kind == Kind.RESERVE_MEM for owner in side.owners]
         areas = Claims.empty()
-        if reserved.any():
-            areas = Claims.concatenate(c[reserved[c.owner]] for c in side.claims)
+        if any(theirs):
+            areas = Claims.concatenate(c[np.array(theirs)[c.owner]] for c in side.claims)
         self._start, self._size = areas.phys, areas.size
 
     def of(self, blocks: Blocks) -> NDArray[np.bool_]:
         """Which blocks are such memory."""
-        found = self.reserved(blocks)
+        found = self.claimed(blocks)
         start, end = blocks.phys, blocks.end(self._page_shift)
         for spot in self._spots:
             found |= (start <= np.uint64(spot)) & (np.uint64(spot) < end)
         return found
 
-    def reserved(self, blocks: Blocks) -> NDArray[np.bool_]:
-        """Which blocks begin in what ``reserve_mem=`` has set aside."""
+    def claimed(self, blocks: Blocks) -> NDArray[np.bool_]:
+        """Which blocks begin in LUO's list of FLBs, or what ``reserve_mem=`` has set aside."""
         at = np.searchsorted(self._start, blocks.phys, "right").astype(np.int64) - 1
         found = at >= 0
         at = at[found]

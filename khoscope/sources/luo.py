@@ -19,7 +19,7 @@ from drgn.helpers.linux.list import list_empty, list_for_each_entry
 from drgn.helpers.linux.mm import virt_to_phys
 from numpy.typing import NDArray
 
-from ..clients import Flb, Kind, Luo, LuoFile, LuoSession, Memfd, Owner
+from ..clients import FLB_LIST, Flb, Kind, Luo, LuoFile, LuoSession, Memfd, Owner
 from ..serialized import (
     LUO_COMPATIBLE,
     LUO_FILE_SER,
@@ -184,7 +184,7 @@ class Serialized:
         if raw is None:
             self.problems.append(f"FLB header at {phys:#x}: {pages} pages, {count} entries")
             return []
-        following.claim(Owner(Kind.LUO, "LUO: list of FLBs"), phys, size)
+        following.claim(FLB_LIST, phys, size)
         entries = np.frombuffer(raw, LUO_FLB_SER, count, LUO_FLB_HEADER_SER.itemsize)
         return [
             Flb(text(bytes(entry["name"])), int(entry["data"]), int(entry["count"]))
