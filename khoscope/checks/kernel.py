@@ -131,7 +131,7 @@ def fdt_nearly_full(facts: Snapshot) -> Iterator[Message]:
 @rule(
     "image-without-kho",
     Severity.ERROR,
-    "kernel",
+    "kexec",
     """
     The next kernel will not be told that anything was handed over: it boots as after a cold start
     and reuses all preserved memory. kho_fill_kimage() gives the FDT only to images that
@@ -150,7 +150,7 @@ def image_without_kho(facts: Snapshot) -> Iterator[Message]:
 @rule(
     "no-image",
     Severity.INFO,
-    "kernel",
+    "kexec",
     """
     kexec has nothing to boot. Load the next kernel with kexec_file_load() (kexec -s -l), and check
     again: what is loaded decides whether the handover arrives.

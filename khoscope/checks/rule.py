@@ -127,7 +127,8 @@ SCOPES = {
     ),
     "next": Scope("(snapshot, NextKernel) → messages", "the next kernel's image (--next)"),
     "abi": Scope("(abi) → messages, whatever the tree holds", "the key layout, KHO's ABI"),
-    "kernel": Scope("(snapshot) → messages", "root FDT, tree entries, kexec image, kernel log"),
+    "kexec": Scope("(snapshot) → messages, where a kexec is to come", "the kexec image"),
+    "kernel": Scope("(snapshot) → messages", "root FDT, tree entries, kernel log"),
     "clients": Scope(
         "(snapshot, KeySet of its tree) → messages", "what the clients hand over, the tree"
     ),
@@ -146,7 +147,8 @@ SCOPES = {
     "losses": Scope("(Losses) → messages", "what trace did not see"),
 }
 
-#: Scopes that every kernel has; those that take an earlier snapshot, too; those of a trace.
+#: Scopes that every kernel has, besides "kexec"; those that take an earlier snapshot, too; those of
+#: a trace.
 ONE_KERNEL = {"abi", "kernel", "clients", "tree", "blocks"}
 ACROSS = {"handover", "pairs", "stamps"}
 TRACE = {"calls", "touches", "losses"}

@@ -198,6 +198,9 @@ def _check(facts: Snapshot, next_kernel: NextKernel | None, about: About, asked:
     report = _start(facts.abi, about, asked)
     for rule, find in report.finders("kernel"):
         report.add_messages(rule, find(facts))
+    if about == About.KEXEC:
+        for rule, find in report.finders("kexec"):
+            report.add_messages(rule, find(facts))
     if next_kernel is not None:
         for rule, find in report.finders("next"):
             report.add_messages(rule, find(facts, next_kernel))

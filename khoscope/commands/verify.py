@@ -86,6 +86,8 @@ def _refuse(args: argparse.Namespace) -> str | None:
     possible = _possible(args)
     for name in sorted((args.only or frozenset()) - possible):
         rule = checks.RULES[name]
+        if "kexec" in rule.finders:
+            return f"{name} is about the kexec to come: leave --before out"
         needs = "--before" if rule.is_across else "--next" if "next" in rule.finders else None
         return f"{name} needs {needs}" if needs else f"{name} is a check of khoscope trace"
     if not _wanted(args, possible):
@@ -95,9 +97,9 @@ def _refuse(args: argparse.Namespace) -> str | None:
 
 def _possible(args: argparse.Namespace) -> frozenset[str]:
     """The rules that have something to look at."""
-    across = checks.ACROSS if args.before else set()
+    about = checks.ACROSS if args.before else {"kexec"}
     return frozenset(
-        checks.of_scopes(checks.ONE_KERNEL | across | ({"next"} if args.next else set()))
+        checks.of_scopes(checks.ONE_KERNEL | about | ({"next"} if args.next else set()))
     )
 
 
