@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vm.exercise import SCENARIOS, Exercise
+from vm.luo import Memfd, hold, retrieve
 from vm.machine import REPOSITORY, Machine
 from vm.scenario import khoscope, preserve, restore
 
@@ -19,6 +20,10 @@ DEMO = REPOSITORY / "khoscope" / "demo"
 
 #: The prefix of a kernel's files in the demo, and the kernel.
 RECORDED = {"rfc": "7.2-rfc", "fixed": "7.2-fixed"}
+
+#: A LUO session, and its memfds by token.
+SESSION = "guest"
+FILES = {1: Memfd(64 << 10), 2: Memfd(2 << 20, thp=True)}
 
 
 def record(accel: str | None = None) -> int:
@@ -43,16 +48,18 @@ def record(accel: str | None = None) -> int:
 
 
 def _snapshots(kernel: str, prefix: str, directory: Path, accel: str | None) -> None:
-    """The kernel's two snapshots: all preserved, and all restored but what nobody claims."""
+    """The kernel's two snapshots: all preserved, and all taken back but what nobody claims."""
     before, after = (f"{prefix}-{stage}.khosnap" for stage in ("before", "after"))
     with Machine(kernel, accel=accel) as machine:
         exercise = Exercise(machine)
         names = preserve(exercise, SCENARIOS)
+        hold(machine, SESSION, FILES)
         khoscope(machine, "snapshot", f"/root/{before}")
         machine.load_kexec()
         machine.execute_kexec()
         exercise.load()
         restore(exercise, names)
+        retrieve(machine, SESSION, FILES)
         khoscope(machine, "snapshot", "--before", f"/root/{before}", f"/root/{after}")
         for name in (before, after):
             machine.copy_out(f"/root/{name}", directory / name)
