@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+from khoscope.cli import main
+from tests.command import Result, Run
 
 # A loaded machine is slow, and no test depends on time.
 settings.register_profile(
@@ -14,3 +18,18 @@ settings.register_profile(
     "long", settings.get_profile("khoscope"), max_examples=20 * 60, derandomize=False
 )
 settings.load_profile("khoscope")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs khoscope in this process."""
+
+    def run(*words: object) -> Result:
+        try:
+            status = main([str(word) for word in words])
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return Result(status, captured.out, captured.err)
+
+    return run

@@ -14,9 +14,9 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,57 +25,17 @@ import pytest
 
 from khoscope import __version__, store
 from khoscope.calls import Losses, Tracing
-from khoscope.cli import main, parser
+from khoscope.cli import parser
 from khoscope.columns import Leaves
 from khoscope.snapshot import Handover, Scan, Snapshot, Tree
 from khoscope.trace.record import Recorder
+from tests.command import Result, Run
 from tests.synthetic import FIXED, PLAIN, Block, rich, rich_before, snapshot
 from tests.test_trace_assemble import FRAMES, added, assembler, call, page_at, restored
 from tests.test_trace_session import CALLERS, FakeProbes
 
 REPOSITORY = Path(__file__).parent.parent
 NEXT_BOOT = "00000000-0000-0000-0000-000000000002"
-
-
-@dataclass(frozen=True)
-class Result:
-    status: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.out)
-        return found
-
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.out.splitlines()]
-
-    def refused(self, *words: str) -> None:
-        """It could not be done, and that was said in two lines."""
-        assert self.status == 2
-        first, second = self.err.splitlines()
-        assert first.startswith("khoscope: ")
-        assert second.startswith("khoscope: ")
-        for word in words:
-            assert word in self.err
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*words: object) -> Result:
-        try:
-            status = main([str(word) for word in words])
-        except SystemExit as exit_:
-            status = int(exit_.code or 0)
-        captured = capsys.readouterr()
-        return Result(status, captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")

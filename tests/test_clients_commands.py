@@ -18,7 +18,6 @@ import pytest
 
 from khoscope import diff, store
 from khoscope.calls import Action, Calls, Losses, Tracing
-from khoscope.cli import main
 from khoscope.clients import (
     Claims,
     Flb,
@@ -35,6 +34,7 @@ from khoscope.owners import UNKNOWN, Holders, Memory
 from khoscope.snapshot import Side, Snapshot
 from khoscope.trace.preservers import preservers
 from khoscope.trace.record import Recorder, load
+from tests.command import Run
 from tests.synthetic import FIXED, Block, Touch, batch_of, call_of, snapshot
 
 DATA, LIST, CHUNK, SLAB, SEEN, STRANGE = (
@@ -84,18 +84,18 @@ def facts() -> Snapshot:
 
 
 @pytest.fixture
-def ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def ask(tmp_path: Path, run: Run) -> Callable[..., str]:
     """Runs a command on a snapshot; its output, or what it says on stderr when it cannot."""
 
-    def run(facts: Snapshot, *words: str, status: int = 0) -> str:
+    def ask(facts: Snapshot, *words: str, status: int = 0) -> str:
         path = tmp_path / "facts.khosnap"
         store.save_file(facts, path)
-        assert main(["--snapshot", str(path), *words]) == status
-        out, err = capsys.readouterr()
-        assert (err == "") == (status == 0)
-        return out if status == 0 else err
+        result = run("--snapshot", path, *words)
+        assert result.status == status
+        assert (result.err == "") == (status == 0)
+        return result.out if status == 0 else result.err
 
-    return run
+    return ask
 
 
 def test_luo_as_text(facts: Snapshot, ask: Callable[..., str]) -> None:
@@ -269,11 +269,10 @@ def test_vmalloc_that_is_not_there(address: str, facts: Snapshot, ask: Callable[
 
 
 @pytest.mark.parametrize("address", ["", "vm", "-1", str(1 << 64)])
-def test_vmalloc_of_no_address(address: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["vmalloc", "--", address])
-    assert end.value.code == 2
-    assert "ADDR" in capsys.readouterr().err
+def test_vmalloc_of_no_address(address: str, run: Run) -> None:
+    result = run("vmalloc", "--", address)
+    assert result.status == 2
+    assert "ADDR" in result.err
 
 
 def test_memory_of_a_session_is_whole_pages(facts: Snapshot) -> None:

@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,13 @@ from khoscope.checks import (
     check,
     compare,
     in_order,
-    run,
 )
 from khoscope.checks.rule import SCOPES
-from khoscope.cli import main
 from khoscope.clients import Claims, Kind, Owner
 from khoscope.errors import KhoscopeError
 from khoscope.snapshot import Handover, KexecImage, Snapshot, TreeState
 from khoscope.views.text import WIDTH, Text
+from tests.command import Result, Run
 from tests.synthetic import FIXED, POSTED, Block, snapshot
 from tests.test_image import TEXT, elf
 
@@ -44,38 +43,6 @@ GOOD = Block(AT, 2)
 WRONG = Block.split(AT, 2, type=0)
 STALE = Block(AT + 0x10000, 3, head=0, free=1)
 HANDED_OVER = Handover(True, "7.2.0-test", 1)
-
-
-@dataclass(frozen=True)
-class Result:
-    status: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.out)
-        return found
-
-    @property
-    def last(self) -> str:
-        return self.out.splitlines()[-1]
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def khoscope(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*words: object) -> Result:
-        try:
-            status = main([str(word) for word in words])
-        except SystemExit as exit_:
-            status = int(exit_.code or 0)
-        captured = capsys.readouterr()
-        return Result(status, captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture
@@ -184,38 +151,38 @@ def test_last_line_is_one_line(text: str, count: int) -> None:
 # Which rules, and what fails
 
 
-def test_only(khoscope: Run, saved: Saved) -> None:
+def test_only(run: Run, saved: Saved) -> None:
     path = saved(snapshot(FIXED, [WRONG, STALE]))
-    every = len(khoscope("--snapshot", path, "verify", "--json").document["rules"])
-    result = khoscope("--snapshot", path, "verify", "--only", "stale-entry, overlap", "--json")
+    every = len(run("--snapshot", path, "verify", "--json").document["rules"])
+    result = run("--snapshot", path, "verify", "--only", "stale-entry, overlap", "--json")
     assert result.status == 1
     assert result.document["counts"] == {"stale-entry": 1}
     assert result.document["rules"] == ["overlap", "stale-entry"]
-    result = khoscope("--snapshot", path, "verify", "--only", "overlap")
+    result = run("--snapshot", path, "verify", "--only", "overlap")
     assert (result.status, result.err) == (0, "")
     assert result.last == f"PASS: nothing found (0 errors, 0 warnings; 1 of {every} rules)"
 
 
-def test_skip(khoscope: Run, saved: Saved) -> None:
+def test_skip(run: Run, saved: Saved) -> None:
     path = saved(snapshot(FIXED, [STALE]))
-    every = khoscope("--snapshot", path, "verify", "--json").document["rules"]
-    result = khoscope("--snapshot", path, "verify", "--skip", "stale-entry,lost")
+    every = run("--snapshot", path, "verify", "--json").document["rules"]
+    result = run("--snapshot", path, "verify", "--skip", "stale-entry,lost")
     assert result.status == 0
     assert result.last.endswith(f"; {len(every) - 1} of {len(every)} rules)")
     assert "safe" not in result.last
-    document = khoscope("--snapshot", path, "verify", "--skip", "stale-entry", "--json").document
+    document = run("--snapshot", path, "verify", "--skip", "stale-entry", "--json").document
     assert document["rules"] == [name for name in every if name != "stale-entry"]
-    result = khoscope("--snapshot", path, "verify", "--only", "overlap", "--skip", "overlap")
+    result = run("--snapshot", path, "verify", "--only", "overlap", "--skip", "overlap")
     assert result.status == 2
     assert "leave no check to run" in result.err
 
 
-def test_rules_that_run(khoscope: Run, saved: Saved) -> None:
+def test_rules_that_run(run: Run, saved: Saved) -> None:
     before, now = saved(BEFORE), saved(after(BEFORE, GOOD))
-    rules = khoscope("--snapshot", before, "verify", "--json").document["rules"]
+    rules = run("--snapshot", before, "verify", "--json").document["rules"]
     assert {"type-not-stored", "bad-fdt", "overlap", "stale-entry", "broken-luo"} <= set(rules)
     assert not {"lost", "image-abi-differs", "failed", "events-lost"} & set(rules)
-    across = khoscope("--snapshot", now, "verify", "--before", before, "--json").document["rules"]
+    across = run("--snapshot", now, "verify", "--before", before, "--json").document["rules"]
     new = {"lost", "not-restored", "not-a-handover", "unexpected"}
     new |= {"order-changed", "type-changed", "wrong-refcounts"}
     assert set(across) - set(rules) == new
@@ -237,14 +204,14 @@ def test_rules_that_run(khoscope: Run, saved: Saved) -> None:
         (["--fail-on", "info"], "invalid choice"),
     ],
 )
-def test_what_cannot_be_asked_for(khoscope: Run, saved: Saved, words: list[str], said: str) -> None:
-    result = khoscope("--snapshot", saved(BEFORE), "verify", *words)
+def test_what_cannot_be_asked_for(run: Run, saved: Saved, words: list[str], said: str) -> None:
+    result = run("--snapshot", saved(BEFORE), "verify", *words)
     assert (result.status, result.out) == (2, "")
     assert said in result.err
 
 
-def test_watch_of_a_vmcore(khoscope: Run) -> None:
-    result = khoscope("--core", "vmcore", "verify", "--watch", "1")
+def test_watch_of_a_vmcore(run: Run) -> None:
+    result = run("--core", "vmcore", "verify", "--watch", "1")
     assert (result.status, result.out) == (2, "")
     assert "a file does not change" in result.err
 
@@ -270,35 +237,35 @@ def test_rules_that_do_not_run_cost_nothing() -> None:
     assert report.incomplete == []
 
 
-def test_fail_on_warning(khoscope: Run, saved: Saved) -> None:
+def test_fail_on_warning(run: Run, saved: Saved) -> None:
     path = saved(snapshot(FIXED, [GOOD], tainted=32))
-    assert khoscope("--snapshot", path, "verify").status == 0
+    assert run("--snapshot", path, "verify").status == 0
     for more in ([], ["--json"]):
-        result = khoscope("--snapshot", path, "verify", "--fail-on", "warning", *more)
+        result = run("--snapshot", path, "verify", "--fail-on", "warning", *more)
         assert (result.status, result.err) == (1, "")
     assert result.document["verdict"] == "fail"
-    assert khoscope("--snapshot", saved(BEFORE), "verify", "--fail-on", "warning").status == 0
+    assert run("--snapshot", saved(BEFORE), "verify", "--fail-on", "warning").status == 0
     # What is only said is nothing to fail on.
-    result = khoscope("--snapshot", saved(no_image(GOOD)), "verify", "--fail-on", "warning")
+    result = run("--snapshot", saved(no_image(GOOD)), "verify", "--fail-on", "warning")
     assert (result.status, "info: no-image (1)" in result.out) == (0, True)
 
 
-def test_next(khoscope: Run, saved: Saved, tmp_path: Path) -> None:
+def test_next(run: Run, saved: Saved, tmp_path: Path) -> None:
     image = tmp_path / "vmlinux"
     image.write_bytes(elf([TEXT]))
     good = snapshot(FIXED, [GOOD])
-    result = khoscope("--snapshot", saved(good), "verify", "--next", image)
+    result = run("--snapshot", saved(good), "verify", "--next", image)
     assert (result.status, result.err) == (0, "")
     assert "next kernel: 7.2.12-test, vmlinux, kho-v5, luo-v5, memfd-v2" in result.out
     other = replace(good.outgoing, fdt=replace(good.outgoing.fdt, compatible="kho-v4"))
     path = saved(replace(good, outgoing=other))
     for more in ([], ["--only", "image-abi-differs"]):
-        result = khoscope("--snapshot", path, "verify", "--next", image, "--json", *more)
+        result = run("--snapshot", path, "verify", "--next", image, "--json", *more)
         assert result.status == 1
         assert result.document["counts"] == {"image-abi-differs": 1}
         assert result.document["next"]["kho"] == ["kho-v5"]
     image.write_bytes(b"nothing")
-    result = khoscope("--snapshot", path, "verify", "--next", image)
+    result = run("--snapshot", path, "verify", "--next", image)
     assert (result.status, len(result.err.splitlines())) == (2, 2)
 
 
@@ -314,7 +281,7 @@ def owned(*blocks: Block) -> Snapshot:
     return replace(facts, outgoing=replace(facts.outgoing, owners=owners, claims=[claims]))
 
 
-def test_what_became_of_whose_blocks(khoscope: Run, saved: Saved) -> None:
+def test_what_became_of_whose_blocks(run: Run, saved: Saved) -> None:
     blocks = [Block(n << 20, 2) for n in range(1, 5)]
     before = owned(*blocks)
     stamped = replace(blocks[1], head=0, private=FIXED.stamp.encode(2, 0))
@@ -330,14 +297,14 @@ def test_what_became_of_whose_blocks(khoscope: Run, saved: Saved) -> None:
     [finding] = report.findings
     assert finding.message.startswith("session 'vm1', token 0x1: not claimed by anybody")
     paths = saved(now), saved(before)
-    result = khoscope("--snapshot", paths[0], "verify", "--before", paths[1])
+    result = run("--snapshot", paths[0], "verify", "--before", paths[1])
     table = [re.split(" {2,}", line) for line in result.out.splitlines() if "token 0x2" in line]
     assert table == [["session 'vm2', token 0x2", "0", "0", "1"]]
     assert re.search(r"^owner +restored +not-restored +released$", result.out, re.MULTILINE)
     assert all(len(line) <= WIDTH for line in result.out.splitlines())
-    result = khoscope("--snapshot", paths[0], "verify", "--before", paths[1], "--limit", 1)
+    result = run("--snapshot", paths[0], "verify", "--before", paths[1], "--limit", 1)
     assert "… 3 more owners" in result.out
-    document = khoscope("--snapshot", paths[0], "verify", "--before", paths[1], "--json").document
+    document = run("--snapshot", paths[0], "verify", "--before", paths[1], "--json").document
     assert document["owners"] == {name: dict(fates) for name, fates in report.owners.items()}
 
 
@@ -352,38 +319,38 @@ def test_who_has_most_comes_first() -> None:
     assert next(iter(found)) == names[1]
 
 
-def test_no_owners_no_table(khoscope: Run, saved: Saved) -> None:
-    result = khoscope("--snapshot", saved(after(BEFORE, GOOD)), "verify", "--before", saved(BEFORE))
+def test_no_owners_no_table(run: Run, saved: Saved) -> None:
+    result = run("--snapshot", saved(after(BEFORE, GOOD)), "verify", "--before", saved(BEFORE))
     assert "owner" not in result.out
 
 
 # The catalogue
 
 
-def test_catalogue(khoscope: Run) -> None:
-    result = khoscope("checks")
+def test_catalogue(run: Run) -> None:
+    result = run("checks")
     assert (result.status, result.err) == (0, "")
     assert all(len(line) <= WIDTH for line in result.out.splitlines())
     first = [line.split()[0] for line in result.out.splitlines()[2:] if line[:1].strip()]
     assert first[:-1] == [rule.name for rule in in_order()]
-    document = khoscope("checks", "--json").document
+    document = run("checks", "--json").document
     assert document["schema"] == "khoscope.checks/1"
     assert [rule["rule"] for rule in document["checks"]] == first[:-1]
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_rule_explained(khoscope: Run, name: str) -> None:
+def test_rule_explained(run: Run, name: str) -> None:
     rule = RULES[name]
     assert rule.kernel
     assert all(re.fullmatch("[a-z_]+", function) for function in rule.kernel)
     assert rule.reads == [SCOPES[scope].reads for scope in rule.finders]
-    result = khoscope("checks", name)
+    result = run("checks", name)
     assert (result.status, result.err) == (0, "")
     assert all(len(line) <= WIDTH for line in result.out.splitlines())
     said = " ".join(result.out.split())
     for text in (rule.sentence, rule.explain, *rule.reads, *rule.kernel):
         assert text in said
-    [document] = khoscope("checks", name, "--json").document["checks"]
+    [document] = run("checks", name, "--json").document["checks"]
     assert document == {
         "rule": name,
         "severity": str(rule.severity),
@@ -394,8 +361,8 @@ def test_rule_explained(khoscope: Run, name: str) -> None:
     }
 
 
-def test_no_such_rule(khoscope: Run) -> None:
-    result = khoscope("checks", "overlaps")
+def test_no_such_rule(run: Run) -> None:
+    result = run("checks", "overlaps")
     assert (result.status, result.out) == (2, "")
     assert "did you mean overlap?" in result.err
 
@@ -423,16 +390,16 @@ Watch = Callable[..., tuple[Kernel, Result]]
 
 
 @pytest.fixture
-def watch(khoscope: Run, monkeypatch: pytest.MonkeyPatch) -> Watch:
-    def run(
+def watch(run: Run, monkeypatch: pytest.MonkeyPatch) -> Watch:
+    def watch(
         states: Iterable[Snapshot | type[BaseException]], *words: object
     ) -> tuple[Kernel, Result]:
         kernel = Kernel(states)
         monkeypatch.setattr("khoscope.commands.common.kernel", lambda args, progress: kernel)
         monkeypatch.setattr("time.sleep", kernel.waited.append)
-        return kernel, khoscope("verify", "--watch", "2.5", *words)
+        return kernel, run("verify", "--watch", "2.5", *words)
 
-    return run
+    return watch
 
 
 def at(second: int, *blocks: Block, **more: Any) -> Snapshot:
@@ -517,7 +484,7 @@ def test_watch_against_an_earlier_kernel(watch: Watch, saved: Saved) -> None:
 
 def test_watch_of_more_than_is_kept(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody knows which of them are new: their number is told."""
-    monkeypatch.setattr(run, "KEPT", 2)
+    monkeypatch.setattr("khoscope.checks.run.KEPT", 2)
     some = [replace(STALE, phys=n << 20) for n in range(1, 5)]
     states = [at(1, *some[:3]), at(2, *some[1:]), at(3, *some), at(4, *some[:2])]
     _, result = watch(states)
