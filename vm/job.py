@@ -8,13 +8,12 @@ from collections.abc import Sequence
 
 from vm.machine import Machine, MachineError, Result
 
-# Job control, so that SIGINT is not ignored.
+# What a shell starts in the background ignores SIGINT, unless it is told otherwise.
 _START = """
 directory=$1; shift
 mkdir "$directory" && cd "$directory" || exit
-set -m
 (
-    "$@" >out 2>err &
+    env --default-signal=INT,QUIT "$@" >out 2>err &
     echo $! >pid
     wait $!
     echo $? >status.new

@@ -171,7 +171,8 @@ class Text:
         self.header(facts)
         if next_kernel is not None:
             self.wrapped(f"next kernel: {printable(next_kernel.in_words)}", "  ", "")
-        self.line(f"{report.blocks:,} outgoing blocks checked")
+        if report.blocks or not report.left_out:
+            self.line(f"{report.blocks:,} outgoing blocks checked")
         if report.fates is not None:
             self.line(_fates(report))
         if report.owners:
