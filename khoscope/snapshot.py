@@ -381,6 +381,15 @@ class KeySet:
         every = {*orders.tolist(), *(mixed if low.any() else ())}
         return sorted(order for order in every if order <= self._abi.order_0_log2)
 
+    def folio(self, phys: int) -> int:
+        """Pages of the folio that is preserved at an address; 0: there is none."""
+        abi = self._abi
+        for order in range(abi.max_page_order, -1, -1):
+            aligned = phys % (abi.page_size << order) == 0
+            if aligned and abi.kho_radix_encode_key(phys, order) in self:
+                return 1 << order
+        return 0
+
     def covered(self, phys: U64) -> NDArray[np.bool_]:
         """Which addresses lie in a block."""
         abi = self._abi

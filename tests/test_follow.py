@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from khoscope import store
 from khoscope.abi import Abi
 from khoscope.clients import Claims, Kind, Luo, Memfd, Owner
+from khoscope.columns import Leaves
 from khoscope.serialized import (
     KHO_BLOCK_HEADER_SER,
     KHO_MAX_BLOCKS,
@@ -21,7 +22,7 @@ from khoscope.serialized import (
     LUO_FILE_SER,
     MEMFD_LUO_SER,
 )
-from khoscope.snapshot import Fdt, Snapshot, Subtree
+from khoscope.snapshot import Fdt, KeySet, Snapshot, Subtree
 from khoscope.sources import follow
 from khoscope.sources.follow import Following
 from tests.fuzz import fuzz
@@ -525,6 +526,21 @@ def test_memfd_that_ends_within_its_last_folio(pages: int, seen: int) -> None:
     found, data, problems = follow_memfd(machine, ser)
     assert (found.pages, problems) == (1 + seen, [])
     assert data[0] == (DATA, DATA + seen * PAGE)
+
+
+@pytest.mark.parametrize(("order", "seen"), [(9, 512), (3, 8), (0, 4)])
+def test_memfd_whose_last_folio_the_tree_knows(order: int, seen: int) -> None:
+    """A file of 4 pages, of which the tree says how large their folio is, or has only a part."""
+    machine = Machine()
+    key = machine.abi.kho_radix_encode_key(DATA, order)
+    bitmap = np.zeros((1, PAGE), np.uint8)
+    bit = key % machine.abi.leaf_bits
+    bitmap[0, bit >> 3] = 1 << (bit & 7)
+    following = machine.following()
+    following.keys = KeySet(machine.abi, [Leaves(np.array([key - bit], np.uint64), bitmap)])
+    found = following.memfd(machine.memfd([(PFN, 0)], 4 * PAGE), SOMEBODY)
+    assert isinstance(found, Memfd)
+    assert (found.pages, found.problems) == (seen, [])
 
 
 def test_memfd_without_contents() -> None:

@@ -33,7 +33,7 @@ def with_clients(
 
     :param outgoing: what LUO keeps of it in the kernel differs by direction.
     """
-    following = Following(abi, ram, read)
+    following = Following(abi, ram, read, keys=KeySet(abi, side.tree.leaves))
     following.subtrees(side.fdt, side.blobs)
     luo: Luo | None = None
     phys = next((subtree.phys for subtree in side.fdt.subtrees if subtree.name == LUO), None)

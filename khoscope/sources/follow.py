@@ -33,7 +33,7 @@ from ..serialized import (
     MEMFD_PFN_BITS,
     one,
 )
-from ..snapshot import Fdt
+from ..snapshot import Fdt, KeySet
 from .walk import READ_SIZE, ReadPhys, in_ranges
 
 #: Claims that are kept together: a snapshot file takes no chunk of any length.
@@ -50,6 +50,7 @@ class Following:
 
     :param ram: u64, shape (n, 2): where structures may be.
     :param owners: those that were found.
+    :param keys: of the tree, which knows how large a folio is; None: it is not at hand.
     """
 
     abi: Abi
@@ -57,6 +58,7 @@ class Following:
     read: ReadPhys
     owners: list[Owner] = field(default_factory=list)
     vmallocs: list[Vmalloc] = field(default_factory=list)
+    keys: KeySet | None = None
     _claims: list[Claims] = field(default_factory=list)
     #: Pages of chains that were followed: none is in two of them, or twice in one.
     _followed: set[int] = field(default_factory=set)
@@ -278,7 +280,7 @@ class Following:
         file_end = -(-int(ser["size"]) >> self.abi.page_shift)
         mine = len(self._claims)
         seen = pages = odd = behind = 0
-        for entries, end in _with_ends(raw, number, file_end):
+        for entries, end in self._with_ends(raw, number, file_end):
             if not seen and len(entries) and entries["index"][0]:
                 problems.append(f"its first folio is that of page {entries['index'][0]}")
             seen += len(entries)
@@ -305,6 +307,39 @@ class Following:
         if not _apart(claims.phys, claims.size).all():
             problems.append("some of its folios are listed twice")
         return pages
+
+    def _with_ends(
+        self, raw: Iterable[bytes], number: int, file_end: int
+    ) -> Iterator[tuple[NDArray[Any], U64]]:
+        """
+        The folios of a memfd in groups, and the index behind each.
+
+        An entry does not say how large its folio is; but all of a file is there, so that each ends
+        where the next one begins.
+
+        :param number: of folios; if there are less in ``raw``, where the last ends is not known.
+        :param file_end: index behind the last page of the file.
+        """
+        waiting = np.zeros(0, MEMFD_LUO_FOLIO_SER)
+        for part in raw:
+            entries = np.concatenate([waiting, np.frombuffer(part, MEMFD_LUO_FOLIO_SER)])
+            number -= len(entries) - len(waiting)
+            yield entries[:-1], entries["index"][1:]
+            waiting = entries[-1:]
+        if not number:
+            rest = max(file_end - int(waiting["index"][0]), 0)
+            pfn = int(waiting["pfn_and_flags"][0]) & (1 << MEMFD_PFN_BITS) - 1
+            yield waiting, waiting["index"] + np.uint64(self._last_folio(pfn, rest))
+
+    def _last_folio(self, pfn: int, rest: int) -> int:
+        """
+        Pages of a file's last folio.
+
+        :param rest: pages of the file that are left for it: it may reach beyond the file's end.
+        """
+        at_least = 1 << max(rest - 1, 0).bit_length() if rest else 0
+        size = 0 if self.keys is None else self.keys.folio(pfn << self.abi.page_shift)
+        return max(size, at_least) if rest else 0
 
     def _contents(self, phys: U64, size: int, length: int) -> Iterator[bytes]:
         """
@@ -360,31 +395,6 @@ class Following:
         if not _apart(phys[good], sizes[good]).all():
             problems.append("some of the folios in it are listed twice")
         self.claim(Owner(Kind.KHO_TEST, "kho_test: folios"), phys[good], sizes[good])
-
-
-def _with_ends(
-    raw: Iterable[bytes], number: int, file_end: int
-) -> Iterator[tuple[NDArray[Any], U64]]:
-    """
-    The folios of a memfd in groups, and the index behind each.
-
-    An entry does not say how large its folio is; but all of a file is there, so that each ends
-    where the next one begins.
-
-    :param number: of folios; if there are less in ``raw``, where the last one ends is not known.
-    :param file_end: index behind the last page of the file.
-    """
-    waiting = np.zeros(0, MEMFD_LUO_FOLIO_SER)
-    for part in raw:
-        entries = np.concatenate([waiting, np.frombuffer(part, MEMFD_LUO_FOLIO_SER)])
-        number -= len(entries) - len(waiting)
-        yield entries[:-1], entries["index"][1:]
-        waiting = entries[-1:]
-    if not number:
-        # The last folio is as large as it is, even if the file ends within it.
-        rest = max(file_end - int(waiting["index"][0]), 0)
-        whole = 1 << max(rest - 1, 0).bit_length() if rest else 0
-        yield waiting, waiting["index"] + np.uint64(whole)
 
 
 def _apart(phys: U64, size: int | U64) -> NDArray[np.bool_]:
