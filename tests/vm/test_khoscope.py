@@ -376,7 +376,12 @@ def test_no_kexec_and_no_handover(tmp_path: Path) -> None:
     assert "not handed anything" in _message(other, "not-a-handover")
     recorded = sum(same["fates"].values())
     assert other["fates"] == {"lost": recorded}
-    assert other["counts"]["lost"] == recorded
+    lost = [f for f in other["findings"] if f["rule"] == "lost"]
+    assert len([f for f in lost if "order" in f]) == recorded
+    assert {f["message"] for f in lost if "order" not in f} == {
+        f"subtree {name!r} was not handed over"
+        for name in ("LUO", "kexec-metadata", "kho_exercise", "kho_test")
+    }
 
 
 def _message(found: Any, rule: str) -> str:
