@@ -6,11 +6,10 @@ kernel's own vmalloc areas lead to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
-from drgn import FaultError, Program
+from drgn import FaultError, Object, Program
 from drgn.helpers.linux.mm import for_each_vmap_area
 from drgn.helpers.linux.module import address_to_module
 
@@ -22,7 +21,7 @@ from ..snapshot import KeySet, Side
 from .follow import Following
 from .luo import read_incoming, read_outgoing
 from .pages import PageLayout
-from .walk import ReadPhys
+from .walk import READS, ReadPhys
 
 
 def with_clients(
@@ -54,24 +53,25 @@ def with_vm_structs(prog: Program, abi: Abi, layout: PageLayout, side: Side) -> 
 
     Whoever preserves such an area page by page leaves no trace of it but this.
     """
-    keys = KeySet(abi, side.tree.leaves)
+    caller, phys = _vm_structs(prog, abi, layout)
+    mine = KeySet(abi, side.tree.leaves).covered(phys)
+    caller, phys = caller[mine], phys[mine]
     owners = Owners.of_side(side, abi.page_shift)
-    found: dict[int, list[U64]] = {}
-    for caller, phys in _vm_structs(prog, abi, layout):
-        mine = phys[keys.covered(phys)]
-        mine = mine[owners.at(mine, mine + np.uint64(abi.page_size)) == UNKNOWN]
-        if len(mine):
-            found.setdefault(caller, []).append(mine)
+    mine = owners.at(phys, phys + np.uint64(abi.page_size)) == UNKNOWN
+    caller, phys = caller[mine], phys[mine]
     more = Following(abi, np.zeros((0, 2), np.uint64), lambda *_: None, list(side.owners))
-    for caller, pages in found.items():
-        owner = Owner(Kind.VM_STRUCT, f"vm_struct of {_symbol(prog, caller)}")
-        more.claim(owner, np.unique(np.concatenate(pages)), abi.page_size)
+    for each in np.unique(caller).tolist():
+        owner = Owner(Kind.VM_STRUCT, f"vm_struct of {_symbol(prog, each)}")
+        more.claim(owner, np.unique(phys[caller == each]), abi.page_size)
     return replace(side, owners=more.owners, claims=[*side.claims, *more.claims()])
 
 
-def _vm_structs(prog: Program, abi: Abi, layout: PageLayout) -> Iterator[tuple[int, U64]]:
-    """Who allocated each vmalloc area with pages of its own, and their addresses."""
-    for area in for_each_vmap_area(prog):
+def _vm_structs(prog: Program, abi: Abi, layout: PageLayout) -> tuple[U64, U64]:
+    """Of each page of all vmalloc areas that have pages of their own: who allocated it, and its
+    address."""
+    callers = [np.zeros(0, np.uint64)]
+    pages = [np.zeros(0, np.uint64)]
+    for area in _vmap_areas(prog):
         try:
             vm = area.vm
             count = vm.nr_pages.value_() if vm else 0
@@ -79,12 +79,35 @@ def _vm_structs(prog: Program, abi: Abi, layout: PageLayout) -> Iterator[tuple[i
             if not 0 < count <= vm.size.value_() >> abi.page_shift:
                 continue
             raw = prog.read(vm.pages.value_(), 8 * count)
-            caller = vm.caller.value_()
+            callers.append(np.full(count, vm.caller.value_(), np.uint64))
         except FaultError:
             # The area went while it was looked at: it is nobody's any more.
             continue
-        pfn = (np.frombuffer(raw, np.uint64) - np.uint64(layout.vmemmap)) // np.uint64(layout.size)
-        yield caller, pfn << np.uint64(abi.page_shift)
+        pages.append(np.frombuffer(raw, np.uint64))
+    pfn = (np.concatenate(pages) - np.uint64(layout.vmemmap)) // np.uint64(layout.size)
+    return np.concatenate(callers), pfn << np.uint64(abi.page_shift)
+
+
+def _vmap_areas(prog: Program) -> list[Object]:
+    """
+    Every ``struct vmap_area``, once.
+
+    They hang on lists that move: an area that was taken off while it was looked at leads to itself
+    for ever. Then it is tried again, READS times, and what was seen last is what there is.
+    """
+    found: dict[int, Object] = {}
+    for _ in range(READS):
+        found = {}
+        try:
+            for area in for_each_vmap_area(prog):
+                if area.value_() in found:
+                    break
+                found[area.value_()] = area
+            else:
+                break
+        except FaultError:
+            continue
+    return list(found.values())
 
 
 def _symbol(prog: Program, address: int) -> str:
