@@ -928,3 +928,18 @@ def test_environment_without_utf8(files: dict[str, Path]) -> None:
     result = finished(khoscope("--snapshot", files["plain"], "verify", env=environment))
     assert "Traceback" not in result.err
     assert result.status == 1
+
+
+def test_ctrl_c_while_it_is_imported() -> None:
+    """It ends of the signal, and says nothing."""
+    slow = "import sys, signal; sys.argv = ['khoscope']\n"
+    slow += "import importlib.abc\n"
+    slow += "class Interrupt(importlib.abc.MetaPathFinder):\n"
+    slow += " def find_spec(self, name, path, target=None):\n"
+    slow += "  if name == 'khoscope.cli': signal.raise_signal(signal.SIGINT)\n"
+    slow += "sys.meta_path.insert(0, Interrupt())\n"
+    slow += "from khoscope.__main__ import main\nmain()\n"
+    result = subprocess.run(
+        [sys.executable, "-c", slow], cwd=REPOSITORY, capture_output=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, b"")
