@@ -123,8 +123,6 @@ def parse_root_fdt(phys: int, blob: bytes | None) -> Fdt:
     for node in tree.root.children:
         found: list[str] = []
         at, size = _u64(node, "preserved-data", found), _u64(node, "blob-size", found)
-        if at is not None and _overlap(at, size or 1, phys, len(blob)):
-            found.append(f"preserved-data {at:#x} points into the root FDT itself")
         subtrees.append(Subtree(node.name, at, size))
         problems += [f"subtree {node.name!r}: {problem}" for problem in found]
     return Fdt(
@@ -273,10 +271,6 @@ def _u64(node: Node, name: str, problems: list[str]) -> int | None:
     else:
         return int.from_bytes(found.value, "little")
     return None
-
-
-def _overlap(phys: int, size: int, other: int, other_size: int) -> bool:
-    return phys < other + other_size and other < phys + size
 
 
 def _known(blobs: dict[str, bytes], name: str, compatible: str) -> Node | None:

@@ -197,24 +197,6 @@ def test_two_subtrees_of_a_name() -> None:
     assert found.problems == ["node '/LUO' is there 2 times"]
 
 
-@pytest.mark.parametrize(
-    ("phys", "size", "inside"),
-    [
-        (AT, 1, True),
-        (AT + PAGE - 1, 1, True),
-        (AT - 1, 2, True),
-        (0, 1 << 40, True),
-        (AT + 8, 0, True),
-        (AT - 1, 1, False),
-        (AT + PAGE, 1 << 40, False),
-    ],
-)
-def test_subtree_that_points_into_the_root_fdt(phys: int, size: int, inside: bool) -> None:
-    found = parse_root_fdt(AT, blob(subtrees={"LUO": data(phys, size)}))
-    problem = f"subtree 'LUO': preserved-data {phys:#x} points into the root FDT itself"
-    assert found.problems == ([problem] if inside else [])
-
-
 # Any FDT
 
 BEGIN_NODE, END_NODE, PROP, NOP, END = (struct.pack(">I", tag) for tag in (1, 2, 3, 4, 9))

@@ -123,8 +123,8 @@ def json_of(facts: Snapshot, blobs: list[Blob]) -> dict[str, Any]:
 
 def parse_source(text: str) -> Node:
     """The tree of device-tree source, as far as khoscope writes it: numbers are byte strings."""
-    text = re.sub(r"//.*", "", text)
-    text = re.sub(r"/\*.*?\*/", "", text)
+    # Comments, and not what looks like one in a string.
+    text = re.sub(r'("(?:\\.|[^"\\])*")|//.*|/\*.*?\*/', lambda found: found[1] or "", text)
     assert text.split(None, 1)[0] == "/dts-v1/;"
     way = [Node("")]
     for name, begins, value in re.findall(

@@ -120,6 +120,16 @@ def test_blobs_that_nobody_preserves(fixed: Look) -> None:
     assert text.splitlines()[-1].startswith("FAIL: not safe to kexec: blob-not-preserved: the blob")
 
 
+def test_a_blob_in_the_fdt(fixed: Look) -> None:
+    """The kernel takes the root FDT's own page for a subtree's blob."""
+    fdt = int(fixed.ask("fdt")["fdt"]["phys"], 16)
+    with fixed.made("blob-at", fdt) as [at]:
+        (finding,) = fixed.verify(status=1)
+    assert (finding["rule"], finding["phys"]) == ("bad-fdt", f"{fdt:#x}")
+    assert repr(at.subtree) in finding["message"]
+    assert "lies in the FDT itself" in finding["message"]
+
+
 def test_a_full_fdt(fixed: Look) -> None:
     with fixed.made("blob", 200) as blobs:
         (finding,) = fixed.verify()
