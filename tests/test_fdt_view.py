@@ -39,7 +39,8 @@ FOLIOS = u64(0x7000) + (600).to_bytes(4, "little") + b"\x03\x00" + b"\x00\x00"
 
 def fdt(root: Node) -> bytes:
     """The FDT of a tree."""
-    made = libfdt.FdtSw()
+    # With room from the beginning: libfdt's binding does not grow it when it is finished.
+    made = libfdt.FdtSw(1 << 16)
     made.finish_reservemap()
 
     def add(node: Node) -> None:
