@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,9 +113,13 @@ def kernel(args: argparse.Namespace, progress: Progress) -> KernelSource:
     return KernelSource(*_program(args), Overrides(args.type_shift), progress)
 
 
-def facts(args: argparse.Namespace, before: Snapshot | None = None) -> Snapshot:
-    """All facts from the source that was asked for."""
+def facts(args: argparse.Namespace, read: Callable[[KernelSource], Snapshot]) -> Snapshot:
+    """
+    The snapshot file that was asked for, or what is read of the kernel.
+
+    :param read: as much of it as the command shows.
+    """
     if args.snapshot:
         return store.load_file(args.snapshot)
     with Progress(sys.stderr) as progress:
-        return kernel(args, progress).snapshot(before)
+        return read(kernel(args, progress))

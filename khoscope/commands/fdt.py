@@ -6,12 +6,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .. import store
 from ..blobs import Blob, Blobs
 from ..errors import KhoscopeError
 from ..snapshot import Snapshot
 from ..views.fdt import FdtText, write_json
-from ..views.progress import Progress
 from ..views.text import printable
 from . import common
 
@@ -58,7 +56,7 @@ def _run(args: argparse.Namespace) -> int:
             "these bytes are nothing for a terminal",
             "send them to a file or a program: khoscope fdt --raw | dtc -I dtb",
         )
-    facts = _facts(args)
+    facts = common.facts(args, lambda source: source.clients())
     blobs = _blobs(facts, side)
     if subtree is not None:
         shown = [_subtree(blobs, side, subtree)]
@@ -73,13 +71,6 @@ def _run(args: argparse.Namespace) -> int:
     else:
         FdtText(sys.stdout, args.limit).fdt(facts, side, shown)
     return common.FINE
-
-
-def _facts(args: argparse.Namespace) -> Snapshot:
-    if args.snapshot:
-        return store.load_file(args.snapshot)
-    with Progress(sys.stderr) as progress:
-        return common.kernel(args, progress).clients()
 
 
 def _blobs(facts: Snapshot, name: str) -> Blobs:

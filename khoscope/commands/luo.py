@@ -6,11 +6,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .. import store
 from ..errors import KhoscopeError
-from ..snapshot import Snapshot
 from ..views import luo as view
-from ..views.progress import Progress
 from . import common
 
 
@@ -21,7 +18,7 @@ def add(commands: common.Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    facts = _facts(args)
+    facts = common.facts(args, lambda source: source.clients())
     if facts.liveupdate is None:
         raise KhoscopeError(
             "there is no live update in this kernel (no luo_global in its debug info)",
@@ -32,10 +29,3 @@ def _run(args: argparse.Namespace) -> int:
     else:
         view.LuoText(sys.stdout, args.limit).luo(facts)
     return common.FINE
-
-
-def _facts(args: argparse.Namespace) -> Snapshot:
-    if args.snapshot:
-        return store.load_file(args.snapshot)
-    with Progress(sys.stderr) as progress:
-        return common.kernel(args, progress).clients()

@@ -7,12 +7,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from .. import store
 from ..errors import KhoscopeError
 from ..owners import NOBODY, Callers, Holders
 from ..snapshot import Snapshot
 from ..views import owners as view
-from ..views.progress import Progress
 from . import common
 
 
@@ -31,7 +29,7 @@ def add(commands: common.Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    facts = _facts(args)
+    facts = common.facts(args, lambda source: source.snapshot(stamps=False))
     holders = Holders(facts, _callers(args, facts))
     if args.json:
         view.write_json(facts, holders, sys.stdout)
@@ -40,13 +38,6 @@ def _run(args: argparse.Namespace) -> int:
     else:
         view.OwnersText(sys.stdout, args.limit).owners(facts, holders)
     return common.FINE
-
-
-def _facts(args: argparse.Namespace) -> Snapshot:
-    if args.snapshot:
-        return store.load_file(args.snapshot)
-    with Progress(sys.stderr) as progress:
-        return common.kernel(args, progress).snapshot(stamps=False)
 
 
 def _callers(args: argparse.Namespace, facts: Snapshot) -> Callers:

@@ -29,7 +29,7 @@ def _refuse(args: argparse.Namespace) -> str | None:
 
 def _run(args: argparse.Namespace) -> int:
     before = common.load_before(args)
-    facts = common.facts(args, before)
+    facts = common.facts(args, lambda source: source.snapshot(before))
     store.save_file(facts, args.file)
     if args.json:
         json_view.write_snapshot(facts, args.file, sys.stdout)

@@ -6,10 +6,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .. import store
 from ..status import status
 from ..views import status as view
-from ..views.progress import Progress
 from . import common
 
 
@@ -29,11 +27,7 @@ After a KHO boot all struct pages are looked at, for what nobody has claimed."""
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.snapshot:
-        facts = store.load_file(args.snapshot)
-    else:
-        with Progress(sys.stderr) as progress:
-            facts = common.kernel(args, progress).status()
+    facts = common.facts(args, lambda source: source.status())
     if args.json:
         view.write_json(facts, status(facts), sys.stdout)
     else:

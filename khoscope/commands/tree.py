@@ -6,10 +6,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .. import store
 from ..errors import KhoscopeError
 from ..views import json as json_view
-from ..views.progress import Progress
 from ..views.select import Filter
 from ..views.text import Text
 from . import common
@@ -36,11 +34,7 @@ def add(commands: common.Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.snapshot:
-        facts = store.load_file(args.snapshot)
-    else:
-        with Progress(sys.stderr) as progress:
-            facts = common.kernel(args, progress).tree()
+    facts = common.facts(args, lambda source: source.tree())
     which = "incoming" if args.incoming else "outgoing"
     side = facts.incoming if args.incoming else facts.outgoing
     if side is None:

@@ -119,7 +119,7 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.watch:
         return _watch(args, before, next_kernel, report)
-    facts = common.facts(args, before)
+    facts = common.facts(args, lambda source: source.snapshot(before))
     found = report(facts)
     if args.json:
         json_view.write_verify(facts, found, sys.stdout, next_kernel)
