@@ -92,6 +92,9 @@ exit status: 0 fine, 1 verify or trace --check found an error, 2 could not do it
     source.add_argument("--snapshot", metavar="FILE", type=Path, help="a .khosnap file")
     top.add_argument("--vmlinux", metavar="FILE", type=Path, help="debug info of the kernel")
     top.add_argument(
+        "-v", "--verbose", action="store_true", help="say on stderr what types are known by"
+    )
+    top.add_argument(
         "--type-shift",
         metavar="BIT",
         type=_type_shift,

@@ -15,8 +15,8 @@ SUITE = "testing"
 PACKAGES = [
     *("hostname", "kexec-tools", "kmod", "makedumpfile", "mount", "procps", "qemu-guest-agent"),
     *("python3", "python3-bpfcc", "python3-drgn", "python3-libfdt", "python3-lz4"),
-    *("python3-msgspec", "python3-numpy", "python3-tabulate", "python3-zstandard", "tar"),
-    *("util-linux", "xz-utils"),
+    *("python3-msgspec", "python3-numpy", "python3-pyelftools", "python3-tabulate"),
+    *("python3-zstandard", "tar", "util-linux", "xz-utils"),
 ]
 
 # Nobody reads documentation in there.

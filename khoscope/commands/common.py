@@ -109,8 +109,12 @@ def _program(args: argparse.Namespace) -> tuple[Program, str, bool]:
 def kernel(args: argparse.Namespace, progress: Progress) -> KernelSource:
     """The kernel that was asked for."""
     from ..sources.kernel import KernelSource, Overrides
+    from ..sources.open import debug_info
 
-    return KernelSource(*_program(args), Overrides(args.type_shift), progress)
+    program, label, moves = _program(args)
+    if args.verbose:
+        print(f"khoscope: types: {debug_info(program)}", file=sys.stderr)
+    return KernelSource(program, label, moves, Overrides(args.type_shift), progress)
 
 
 def facts(args: argparse.Namespace, read: Callable[[KernelSource], Snapshot]) -> Snapshot:

@@ -91,7 +91,11 @@ do it""",
         help="size of the event buffer, a power of two (default 16384)",
     )
     trace.add_argument(
-        "-v", "--verbose", action="store_true", help="what the compiler and the verifier say"
+        "-v",
+        "--verbose",
+        action="store_true",
+        default=argparse.SUPPRESS,  # or as it was given before the command
+        help="also what the compiler and the verifier say",
     )
 
 

@@ -24,7 +24,7 @@ from drgn.helpers.linux.list import list_for_each_entry
 from drgn.helpers.linux.mm import follow_phys, phys_to_virt, virt_to_phys
 from drgn.helpers.linux.printk import get_printk_records
 
-from .. import __version__
+from .. import __version__, btf
 from ..abi import COMPATIBLES_WITHOUT_TYPES, POSTED_TYPE_SHIFT, U64, Abi, Stamp
 from ..clients import Kind, Liveupdate, Owner
 from ..columns import Blocks, Columns, Leaves
@@ -117,6 +117,11 @@ def told() -> Iterator[None]:
             f"kernel memory cannot be read ({error})",
             "a vmcore must be whole and hold all kernel pages (makedumpfile -d 31 keeps them); "
             "a live kernel may be locked down",
+        ) from error
+    except btf.BtfError as error:
+        raise KhoscopeError(
+            f"the kernel's debug info cannot be used ({error})",
+            "name the vmlinux of this very kernel by --vmlinux",
         ) from error
     except (LookupError, AttributeError) as error:
         raise KhoscopeError(

@@ -9,10 +9,12 @@ import os
 import platform
 import socket
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 from drgn import MissingDebugInfoError, Program
 
+from .. import btf
 from ..errors import KhoscopeError
 
 # What drgn logs about missing debug info is in the error that it raises, too.
@@ -23,6 +25,33 @@ ANSWER_SECONDS = 10.0
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
+
+#: Under this name in ``Program.cache``.
+_CACHED = "khoscope_debug_info"
+
+
+@dataclass(frozen=True)
+class DebugInfo:
+    """
+    What a program knows types by.
+
+    :param kind: ``DWARF``, ``BTF (drgn)`` or ``BTF (khoscope)``: by whose reader.
+    :param where: the file, or the kernel's memory.
+    """
+
+    kind: str
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.where}"
+
+
+def debug_info(prog: Program) -> DebugInfo:
+    """What was found when the program was opened here, or what a program of others has."""
+    if _CACHED not in prog.cache:
+        prog.cache[_CACHED] = DebugInfo("DWARF", prog.main_module().debug_file_path or "unknown")
+    found: DebugInfo = prog.cache[_CACHED]
+    return found
 
 
 def open_live(vmlinux: Path | None = None) -> Program:
@@ -132,20 +161,69 @@ def open_core(path: Path, vmlinux: Path | None = None) -> Program:
 
 
 def _load_debug_info(prog: Program, vmlinux: Path | None, whose: str) -> None:
+    """DWARF that drgn finds, else BTF."""
     if vmlinux is not None and not os.access(vmlinux, os.R_OK):
         raise KhoscopeError(f"{vmlinux}: cannot be read", "name the vmlinux with --vmlinux")
     try:
         prog.load_debug_info([] if vmlinux is None else [vmlinux], main=True)
     except MissingDebugInfoError as error:
-        raise KhoscopeError(
-            f"no debug info for {whose}: {_missing(prog, vmlinux)}",
-            "name its vmlinux with --vmlinux, or install the kernel's debug symbols package",
-        ) from error
+        missing = _missing(prog, vmlinux)
+        try:
+            prog.cache[_CACHED] = _load_btf(prog, vmlinux)
+        except btf.BtfError as second:
+            raise KhoscopeError(
+                f"no debug info for {whose}: {missing}; {second}",
+                "name its vmlinux with --vmlinux, install the kernel's debug symbols package, or"
+                " use a kernel with CONFIG_DEBUG_INFO_BTF=y",
+            ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise KhoscopeError(
             f"the debug info of {whose} cannot be used ({error})",
             "name the right vmlinux with --vmlinux",
         ) from error
+
+
+def _load_btf(prog: Program, vmlinux: Path | None) -> DebugInfo:
+    """
+    BTF: of the vmlinux, where one was named, else of the kernel itself.
+
+    :raises btf.BtfError: if there is none that can be used.
+    """
+    data = None if vmlinux is None else _btf_section(vmlinux, prog)
+    reader, where = btf.register(prog, data)
+    return DebugInfo(f"BTF ({reader})", where if vmlinux is None else str(vmlinux))
+
+
+def _btf_section(vmlinux: Path, prog: Program) -> bytes:
+    """
+    The BTF of a vmlinux without DWARF, if it is the one of this kernel.
+
+    :raises btf.BtfError: if it is not, or has none.
+    """
+    from elftools.common.exceptions import ELFError
+    from elftools.elf.elffile import ELFFile
+    from elftools.elf.sections import NoteSection
+
+    try:
+        with vmlinux.open("rb") as file:
+            elf = ELFFile(file)
+            section = elf.get_section_by_name(".BTF")
+            build_ids = [
+                note["n_desc"]
+                for notes in elf.iter_sections()
+                if isinstance(notes, NoteSection)
+                for note in notes.iter_notes()
+                if note["n_type"] == "NT_GNU_BUILD_ID"
+            ]
+            data = None if section is None else bytes(section.data())
+    except (ELFError, OSError, ValueError) as error:
+        raise btf.BtfError(f"no BTF can be read from it ({error})") from error
+    build_id = prog.main_module().build_id
+    if build_id is None or build_id.hex() not in build_ids:
+        raise btf.BtfError("its build id is another")
+    if data is None:
+        raise btf.BtfError("it has no BTF, either")
+    return data
 
 
 def _missing(prog: Program, vmlinux: Path | None) -> str:

@@ -1,0 +1,757 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Types, objects and symbols for drgn from a kernel's BTF and kallsyms, where there is no DWARF.
+
+After :func:`register`, ``prog.type("struct page")``, ``prog["kho_out"]``, ``prog["PG_head"]`` and
+``prog.symbol("kho_preserve_pages")`` are answered from what every kernel with
+``CONFIG_DEBUG_INFO_BTF`` and ``CONFIG_KALLSYMS_ALL`` carries with it:
+
+>>> from drgn import Program
+>>> from khoscope import btf
+>>> prog = Program()
+>>> prog.set_kernel()
+>>> btf.register(prog)
+('khoscope', '/sys/kernel/btf/vmlinux')
+>>> prog["kho_out"].radix_tree.root
+(struct kho_radix_node *)0xffff8e0d81234000
+
+BTF names no global variables but per-CPU ones: the types of those that drgn's helpers and khoscope
+ask for stand in :data:`VARIABLES`.  It has no macros either, and no source files.
+
+This module stands alone, for versions of drgn that cannot read BTF: it imports nothing of ours.
+Kernel sources: ``Documentation/bpf/btf.rst``, ``include/uapi/linux/btf.h``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, ParamSpec, TypeVar
+
+import numpy as np
+from drgn import (
+    FaultError,
+    FindObjectFlags,
+    Module,
+    Object,
+    Program,
+    ProgramFlags,
+    Qualifiers,
+    Type,
+    TypeEnumerator,
+    TypeKind,
+    TypeKindSet,
+    TypeMember,
+    TypeParameter,
+)
+from drgn.helpers.linux.kallsyms import load_vmlinux_kallsyms
+from numpy.typing import NDArray
+
+__all__ = ("VARIABLES", "Btf", "BtfError", "register")
+
+#: Where a running kernel shows its BTF, ``vmlinux`` and one file for each module.
+SYSFS: Final = Path("/sys/kernel/btf")
+
+#: The C types of variables, by their name.  What is missing here can be added.
+VARIABLES: dict[str, str] = {
+    # KHO, LUO, kexec
+    "kho_enable": "_Bool",
+    "kho_in": "struct kho_in",
+    "kho_out": "struct kho_out",
+    "kho_scratch": "struct kho_scratch *",
+    "kho_scratch_cnt": "unsigned int",
+    "kexec_crash_image": "struct kimage *",
+    "kexec_image": "struct kimage *",
+    "luo_file_handler_list": "struct list_head",
+    "luo_flb_global": "struct luo_flb_global",
+    "luo_session_global": "struct luo_session_global",
+    # Memory
+    "contig_page_data": "struct pglist_data",
+    "high_memory": "void *",
+    "init_mm": "struct mm_struct",
+    "iomem_resource": "struct resource",
+    "max_low_pfn": "unsigned long",
+    "max_pfn": "unsigned long",
+    "mem_section": "struct mem_section **",
+    "min_low_pfn": "unsigned long",
+    "node_data": "struct pglist_data *[]",
+    "page_offset_base": "unsigned long",
+    "slab_caches": "struct list_head",
+    "vmalloc_base": "unsigned long",
+    "vmemmap_base": "unsigned long",
+    "_totalram_pages": "atomic_long_t",
+    # vmalloc: vmap_nodes since 6.9, a list and a tree before
+    "nr_vmap_nodes": "unsigned int",
+    "vmap_area_list": "struct list_head",
+    "vmap_area_root": "struct rb_root",
+    "vmap_nodes": "struct vmap_node *",
+    # arm64
+    "kimage_voffset": "u64",
+    "memstart_addr": "s64",
+    "vabits_actual": "u64",
+    # The rest
+    "__per_cpu_offset": "unsigned long []",
+    "init_net": "struct net",
+    "init_pid_ns": "struct pid_namespace",
+    "init_task": "struct task_struct",
+    "init_uts_ns": "struct uts_namespace",
+    "modules": "struct list_head",
+    "prb": "struct printk_ringbuffer *",
+    "saved_command_line": "char *",
+    "sysctl_bootid": "u8 [16]",
+    "tainted_mask": "unsigned long",
+}
+
+#: Variables whose structure has no name: members by which it is known.
+UNNAMED: dict[str, tuple[str, ...]] = {
+    "luo_global": ("enabled", "liveupdate_num"),
+}
+
+_MAGIC: Final = 0xEB9F
+_HEADER: Final = np.dtype(
+    [("magic", "<u2"), ("version", "u1"), ("flags", "u1")]
+    + [(name, "<u4") for name in ("hdr_len", "type_off", "type_len", "str_off", "str_len")]
+)
+#: Since 7.1: the sizes of kinds, for readers that do not know them (``struct btf_layout``).
+_LAYOUT: Final = np.dtype([("info_sz", "u1"), ("elem_sz", "u1"), ("flags", "<u2")])
+
+# BTF_KIND_*
+_INT, _PTR, _ARRAY, _STRUCT, _UNION, _ENUM, _FWD, _TYPEDEF = range(1, 9)
+_VOLATILE, _CONST, _RESTRICT, _FUNC, _FUNC_PROTO, _VAR, _DATASEC = range(9, 16)
+_FLOAT, _DECL_TAG, _TYPE_TAG, _ENUM64 = range(16, 20)
+_KINDS: Final = 128
+
+#: Words that follow a ``struct btf_type`` (three words), and words of each of its vlen elements.
+_EXTRA: Final = {_INT: 1, _ARRAY: 3, _VAR: 1, _DECL_TAG: 1}
+_ELEMENT: Final = {_STRUCT: 3, _UNION: 3, _ENUM: 2, _FUNC_PROTO: 2, _DATASEC: 3, _ENUM64: 3}
+
+#: Kinds that say something of one other type, and what drgn calls those that qualify it.
+_QUALIFIERS: Final = {
+    _CONST: Qualifiers.CONST,
+    _VOLATILE: Qualifiers.VOLATILE,
+    _RESTRICT: Qualifiers.RESTRICT,
+}
+_WRAPPERS: Final = {*_QUALIFIERS, _PTR, _ARRAY, _TYPEDEF, _FUNC, _FUNC_PROTO, _TYPE_TAG}
+
+#: The kinds in which what drgn looks for by name is found.
+_NAMED: Final = {
+    TypeKind.STRUCT: {_STRUCT},
+    TypeKind.UNION: {_UNION},
+    TypeKind.ENUM: {_ENUM, _ENUM64},
+    TypeKind.TYPEDEF: {_TYPEDEF},
+    TypeKind.INT: {_INT},
+    TypeKind.BOOL: {_INT},
+    TypeKind.FLOAT: {_FLOAT},
+}
+
+#: More pointers to arrays of pointers … than C code has, and more unnamed members in one another.
+_NESTING: Final = 64
+#: More members, with those of unnamed members, than a structure has.
+_MEMBERS: Final = 1 << 16
+
+U32 = NDArray[np.uint32]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class BtfError(ValueError):
+    """What is there is not BTF, not whole, or makes no sense; or symbols are hidden."""
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A ``struct btf_type``, and the words that follow it."""
+
+    number: int
+    name: str
+    kind: int
+    flag: bool
+    #: ``size`` or ``type``.
+    value: int
+    #: Shape (extra,) or (vlen, words of an element).
+    more: U32
+
+
+class Btf:
+    """
+    The types of one BTF blob, as they stand there.
+
+    Type ids are looked up in numpy columns; nothing is made of a type before somebody asks for it.
+
+    :param data: the content of a ``.BTF`` section.
+    :param base: of split BTF, what it builds upon.
+    :raises BtfError: if it is no BTF, or not whole.
+    """
+
+    def __init__(self, data: bytes, base: Btf | None = None) -> None:
+        self.base = base
+        self._first_id: int = base._end_id if base else 1
+        self._first_string: int = base._end_string if base else 0
+        types, self._strings, sizes = _sections(data, base is None)
+        self._words = np.frombuffer(types, "<u4")
+        self._at = _records(self._words, *sizes)
+        self._end_id: int = self._first_id + len(self._at)
+        self._end_string: int = self._first_string + len(self._strings)
+        self._name_off = self._words[self._at]
+        self._info = self._words[self._at + 1]
+        self._kind = (self._info >> np.uint32(24) & np.uint32(0x7F)).astype(np.uint8)
+
+    def owner(self, number: int) -> Btf:
+        """This, or the one it builds upon: whichever has the type of that id."""
+        if number < self._first_id and self.base is not None:
+            return self.base.owner(number)
+        if not self._first_id <= number < self._end_id:
+            raise BtfError(f"BTF has no type {number}")
+        return self
+
+    def record(self, number: int) -> _Record:
+        """The type of an id that is this BTF's own."""
+        row = number - self._first_id
+        at, info, kind = int(self._at[row]), int(self._info[row]), int(self._kind[row])
+        start, count = at + 3, info & 0xFFFFFF
+        if kind in _ELEMENT:
+            width = _ELEMENT[kind]
+            more = self._words[start : start + width * count].reshape(count, width)
+        else:
+            more = self._words[start : start + _EXTRA.get(kind, 0)]
+        name = self.string(int(self._name_off[row]))
+        return _Record(number, name, kind, bool(info >> 31), int(self._words[at + 2]), more)
+
+    def string(self, offset: int) -> str:
+        """A string; names are ASCII."""
+        if offset < self._first_string and self.base is not None:
+            return self.base.string(offset)
+        start = offset - self._first_string
+        end = self._strings.find(b"\0", start) if 0 <= start < len(self._strings) else -1
+        if end < 0:
+            raise BtfError(f"BTF has no string at {offset}")
+        return self._strings[start:end].decode("ascii", "backslashreplace")
+
+    def named(self, name: str, kinds: Container[int]) -> list[int]:
+        """The ids of this BTF's own types of that name."""
+        order, names = self._by_name
+        offsets = np.array(self._offsets(name), np.uint32)
+        bounds = zip(
+            np.searchsorted(names, offsets, "left").tolist(),
+            np.searchsorted(names, offsets, "right").tolist(),
+            strict=True,
+        )
+        rows = [row for low, high in bounds for row in order[low:high].tolist()]
+        return sorted(row + self._first_id for row in rows if int(self._kind[row]) in kinds)
+
+    @functools.cached_property
+    def _by_name(self) -> tuple[NDArray[np.int64], U32]:
+        """The rows of all types in the order of their ``name_off``, and these."""
+        order = np.argsort(self._name_off, kind="stable")
+        return order, self._name_off[order]
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019 - as long-lived as what it caches for
+    def _offsets(self, name: str) -> list[int]:
+        """Where a name may stand: as a string, or as the end of a longer one."""
+        text = name.encode("ascii", "backslashreplace") + b"\0"
+        found = self.base._offsets(name) if self.base else []
+        at = self._strings.find(text)
+        while at >= 0:
+            found = [*found, at + self._first_string]
+            at = self._strings.find(text, at + 1)
+        return found
+
+    def with_elements(self, kinds: Iterable[int], name: str) -> list[int]:
+        """The ids of types of these kinds that have an element (member, enumerator) so named."""
+        owner, names = self._elements(frozenset(kinds))
+        return np.unique(owner[np.isin(names, self._offsets(name))]).tolist()
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019
+    def _elements(self, kinds: frozenset[int]) -> tuple[NDArray[np.int64], U32]:
+        """Of each element of all types of these kinds: the type's id, and the ``name_off``."""
+        owners, names = [np.zeros(0, np.int64)], [np.zeros(0, np.uint32)]
+        for kind in kinds:
+            rows = np.flatnonzero(self._kind == kind)
+            counts = (self._info[rows] & np.uint32(0xFFFFFF)).astype(np.int64)
+            # The number of each element within its type.
+            within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+            at = np.repeat(self._at[rows] + 3, counts) + _ELEMENT[kind] * within
+            owners.append(np.repeat(rows + self._first_id, counts))
+            names.append(self._words[at])
+        return np.concatenate(owners), np.concatenate(names)
+
+    def unnamed_with(self, members: Iterable[str]) -> list[int]:
+        """The ids of structures without a name that have all these members."""
+        sets = [set(self.with_elements([_STRUCT], member)) for member in members]
+        common = sorted(set.intersection(*sets))
+        return [number for number in common if not self.record(number).name]
+
+
+def _sections(
+    data: bytes, whole: bool
+) -> tuple[bytes, bytes, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """The types, the strings, and the sizes of kinds in words: what follows, and each element."""
+    if len(data) < _HEADER.itemsize:
+        raise BtfError(f"BTF is cut short: {len(data)} bytes")
+    header = np.frombuffer(data, _HEADER, 1)[0]
+    if int(header["magic"]) == int.from_bytes(_MAGIC.to_bytes(2, "little"), "big"):
+        raise BtfError("BTF of the other byte order")
+    if int(header["magic"]) != _MAGIC:
+        raise BtfError(f"not BTF: begins with {data[:4].hex(' ')}")
+    if int(header["version"]) != 1:
+        raise BtfError(f"BTF of version {int(header['version'])}, of which nothing is known")
+    length = int(header["hdr_len"])
+    if length < _HEADER.itemsize:
+        raise BtfError(f"BTF with a header of {length} bytes")
+
+    def section(what: str, offset: int, size: int) -> bytes:
+        start = length + offset
+        if start + size > len(data):
+            raise BtfError(f"BTF is cut short: {what} end at {start + size} of {len(data)} bytes")
+        return data[start : start + size]
+
+    types = section("types", int(header["type_off"]), int(header["type_len"]))
+    strings = section("strings", int(header["str_off"]), int(header["str_len"]))
+    if len(types) % 4 or int(header["type_off"]) % 4:
+        raise BtfError("BTF whose types are not aligned")
+    if not strings.endswith(b"\0") or (whole and not strings.startswith(b"\0")):
+        raise BtfError("BTF whose strings do not begin and end as they should")
+    layout = b""
+    if length >= _HEADER.itemsize + 8:
+        offset, size = np.frombuffer(data, "<u4", 2, _HEADER.itemsize).tolist()
+        layout = section("layouts", offset, size)
+    return types, strings, _sizes(layout)
+
+
+def _sizes(layout: bytes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """
+    By kind, the words that follow a ``struct btf_type``, and those of each element.
+
+    Kinds of which nothing is known are negative, unless BTF describes its own kinds.
+    """
+    extra, element = np.full(_KINDS, -1), np.zeros(_KINDS, np.int64)
+    described = np.frombuffer(layout[: len(layout) // 4 * 4], _LAYOUT)[:_KINDS]
+    for kind, each in enumerate(described):
+        if each["info_sz"] % 4 == 0 and each["elem_sz"] % 4 == 0:
+            extra[kind], element[kind] = each["info_sz"] // 4, each["elem_sz"] // 4
+    extra[1 : _ENUM64 + 1] = [_EXTRA.get(kind, 0) for kind in range(1, _ENUM64 + 1)]
+    element[1 : _ENUM64 + 1] = [_ELEMENT.get(kind, 0) for kind in range(1, _ENUM64 + 1)]
+    return extra, element
+
+
+def _records(words: U32, extra: NDArray[np.int64], element: NDArray[np.int64]) -> NDArray[np.int64]:
+    """
+    The word at which each type begins.
+
+    How long a type is, it says itself: so for every word it is computed where the next type would
+    begin if one began there, and that chain is followed from the first.
+    """
+    if len(words) < 3:
+        return np.zeros(0, np.int64)
+    info = words[1:-1]
+    kind = info >> np.uint32(24) & np.uint32(0x7F)
+    known = extra[kind]
+    following = (info & np.uint32(0xFFFFFF)) * element[kind]
+    following += 3 + known + np.arange(len(info))
+    following[known < 0] = np.flatnonzero(known < 0)
+    # Of the many only those are looked at that the chain comes to: no list is made of them.
+    ahead = memoryview(following)
+    starts: list[int] = []
+    at, end = 0, len(words)
+    while at < len(ahead):
+        if ahead[at] == at:
+            raise BtfError(f"type {len(starts) + 1} is of kind {int(kind[at])}, not known")
+        starts.append(at)
+        at = ahead[at]
+    if at != end:
+        raise BtfError(f"BTF is cut short: type {len(starts)} ends at word {at} of {end}")
+    return np.array(starts, np.int64)
+
+
+def _sound(make: Callable[P, T]) -> Callable[P, T]:
+    """What drgn refuses to make (a type of no size, a shift too far) is nonsense in BTF."""
+
+    @functools.wraps(make)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return make(*args, **kwargs)
+        except BtfError:
+            raise
+        except (ValueError, OverflowError, TypeError) as error:
+            raise BtfError(f"BTF makes no sense: {error}") from error
+
+    return checked
+
+
+class _Types:
+    """drgn's types, each made of BTF when it is first asked for."""
+
+    def __init__(self, prog: Program, btf: Btf, base: _Types | None = None) -> None:
+        self._prog = prog
+        self.btf = btf
+        self._base = base
+        self._made: dict[int, Type] = {}
+        self._widths: dict[int, int] = {}
+
+    @_sound
+    def of(self, number: int) -> Type:
+        """The type of an id."""
+        chain: list[_Record] = []
+        while (found := self._there(number)) is None:
+            record = self._record(number)
+            if record.kind not in _WRAPPERS:
+                found = self._make(record)
+                self._made[number] = found
+                break
+            chain.append(record)
+            if len(chain) > _NESTING:
+                raise BtfError(f"type {chain[0].number} leads from type to type without an end")
+            number = int(record.more[0]) if record.kind == _ARRAY else record.value
+        for record in reversed(chain):
+            found = self._wrap(record, found)
+            self._made[record.number] = found
+        return found
+
+    def _there(self, number: int) -> Type | None:
+        if number == 0:
+            return self._prog.void_type()
+        if self.btf.owner(number) is not self.btf:
+            assert self._base is not None
+            return self._base.of(number)
+        return self._made.get(number)
+
+    def _record(self, number: int) -> _Record:
+        return self.btf.owner(number).record(number)
+
+    def _wrap(self, record: _Record, inner: Type) -> Type:
+        prog = self._prog
+        if record.kind == _PTR:
+            return prog.pointer_type(inner)
+        if record.kind == _TYPEDEF:
+            return prog.typedef_type(record.name, inner)
+        if record.kind == _ARRAY:
+            count = int(record.more[2])
+            # A flexible array is one of 0 elements in BTF, and without a length in C.
+            return prog.array_type(inner, count) if count else prog.array_type(inner)
+        if record.kind == _FUNC_PROTO:
+            return self._function(record, inner)
+        if record.kind in _QUALIFIERS:
+            return inner.qualified(inner.qualifiers | _QUALIFIERS[record.kind])
+        # A type tag says nothing that C would; a function is its prototype.
+        return inner
+
+    def _function(self, record: _Record, returns: Type) -> Type:
+        parameters = record.more.tolist()
+        # No name and no type: any others may follow.
+        variadic = bool(parameters) and parameters[-1] == [0, 0]
+        return self._prog.function_type(
+            returns,
+            [
+                TypeParameter(self._lazily(number), self.btf.string(name) or None)
+                for name, number in parameters[: len(parameters) - variadic]
+            ],
+            variadic,
+        )
+
+    def _make(self, record: _Record) -> Type:
+        if record.kind == _INT:
+            return self._int(record)
+        if record.kind in (_STRUCT, _UNION):
+            return self._structure(record)
+        if record.kind in (_ENUM, _ENUM64):
+            return self._enum(record)
+        if record.kind == _FWD:
+            return self._forward(record)
+        if record.kind == _FLOAT:
+            return self._prog.float_type(record.name, record.value)
+        raise BtfError(f"type {record.number} of kind {record.kind} where a C type should be")
+
+    def _int(self, record: _Record) -> Type:
+        encoding = int(record.more[0]) >> 24 & 0xF
+        if encoding & 4:
+            return self._prog.bool_type(record.name, record.value)
+        return self._prog.int_type(record.name, record.value, bool(encoding & 1))
+
+    def _structure(self, record: _Record) -> Type:
+        self._width(record.number, 0)
+        members = [
+            self._member(self.btf.string(name), number, offset, record.flag)
+            for name, number, offset in record.more.tolist()
+        ]
+        make = self._prog.struct_type if record.kind == _STRUCT else self._prog.union_type
+        return make(record.name or None, record.value, members)
+
+    def _member(self, name: str, number: int, offset: int, flag: bool) -> TypeMember:
+        bits = 0
+        if flag:
+            bits, offset = offset >> 24, offset & 0xFFFFFF
+        elif number:
+            # How bit-fields were before: as integers of so many bits.
+            record = self._record(number)
+            if record.kind == _INT:
+                encoding = int(record.more[0])
+                if encoding & 0xFF != 8 * record.value:
+                    bits, offset = encoding & 0xFF, offset + (encoding >> 16 & 0xFF)
+        return TypeMember(self._lazily(number, bits), name or None, offset)
+
+    def _lazily(self, number: int, bits: int = 0) -> Callable[[], Object]:
+        return lambda: self._absent(number, bits)
+
+    @_sound
+    def _absent(self, number: int, bits: int) -> Object:
+        return Object(self._prog, self.of(number), bit_field_size=bits or None)
+
+    def _width(self, number: int, depth: int) -> int:
+        """
+        Members of a structure, those of unnamed members counted, too.
+
+        drgn looks into unnamed members for a name: they must come to an end.
+        """
+        if depth > _NESTING:
+            raise BtfError(f"unnamed members of type {number} are in one another without an end")
+        known = self._widths.get(number)
+        if known is None:
+            # Unnamed members are structures as they stand, or qualified.
+            record = self._record(number)
+            if record.kind in {*_QUALIFIERS, _TYPE_TAG, _TYPEDEF}:
+                return self._width(record.value, depth + 1)
+            if record.kind not in (_STRUCT, _UNION):
+                return 1
+            string = self.btf.owner(number).string
+            known = sum(
+                1 if string(name) or not inner else self._width(inner, depth + 1)
+                for name, inner, _ in record.more.tolist()
+            )
+            if known > _MEMBERS:
+                raise BtfError(f"type {number} has more members than any structure")
+            self._widths[number] = known
+        return known
+
+    def _enum(self, record: _Record) -> Type:
+        name = record.name or None
+        if not len(record.more):
+            return self._prog.enum_type(name)
+        names = [self.btf.string(offset) for offset in record.more[:, 0].tolist()]
+        values = record.more[:, 1].astype(np.uint64)
+        if record.kind == _ENUM64:
+            values |= record.more[:, 2].astype(np.uint64) << np.uint64(32)
+        elif record.flag:
+            values = record.more[:, 1].astype(np.int32).astype(np.uint64)
+        signed = values.astype(np.int64) if record.flag else values
+        enumerators = map(TypeEnumerator, names, signed.tolist())
+        return self._prog.enum_type(name, self._compatible(record), list(enumerators))
+
+    def _compatible(self, record: _Record) -> Type:
+        """The integer type of an enum, which BTF does not name."""
+        kinds = {1: "char", 2: "short", 4: "int", 8: "long"}
+        name = kinds.get(record.value)
+        if name is None:
+            raise BtfError(f"enum {record.name} of {record.value} bytes")
+        prefix = "" if record.flag else "unsigned "
+        return self._prog.int_type(prefix + name, record.value, record.flag)
+
+    def _forward(self, record: _Record) -> Type:
+        """What a forward declaration stands for, if that is here."""
+        kind = _UNION if record.flag else _STRUCT
+        found = self.btf.named(record.name, [kind])
+        if len(found) == 1:
+            return self.of(found[0])
+        if not found and self._base is not None and self._base.btf.named(record.name, [kind]):
+            return self._base.of(self._base.btf.named(record.name, [kind])[0])
+        make = self._prog.union_type if record.flag else self._prog.struct_type
+        return make(record.name)
+
+    # -- by name ----------------------------------------------------------------------------------
+
+    @_sound
+    def named(self, kinds: TypeKindSet, name: str) -> Type | None:
+        """A type of one of these kinds."""
+        for kind in kinds:
+            for number in self.btf.named(name, _NAMED.get(kind, ())):
+                if (found := self.of(number)).kind in kinds:
+                    return found
+        for number in self.btf.named(name, [_FWD]):
+            if (found := self.of(number)).kind in kinds:
+                return found
+        return None
+
+    @_sound
+    def constant(self, name: str) -> Object | None:
+        """An enumerator."""
+        for number in self.btf.with_elements([_ENUM, _ENUM64], name):
+            enum = self.of(number)
+            for enumerator in enum.enumerators or ():
+                if enumerator.name == name:
+                    return Object(self._prog, enum, enumerator.value)
+        return None
+
+    @_sound
+    def declared(self, name: str, kind: int) -> Type | None:
+        """The type of a function or a variable that BTF names."""
+        found = self.btf.named(name, [kind])
+        return self.of(self.btf.record(found[0]).value) if found else None
+
+    @_sound
+    def unnamed(self, members: Iterable[str]) -> Type | None:
+        """The structure without a name that has these members, if there is just one."""
+        found = self.btf.unnamed_with(members)
+        return self.of(found[0]) if len(found) == 1 else None
+
+
+@dataclass
+class _Finder:
+    """What drgn asks for types and objects."""
+
+    kernel: _Types
+    modules: Callable[[str], Iterator[_Types]]
+    _absent: set[tuple[str, str]] = field(default_factory=set)
+
+    def type(
+        self, prog: Program, kinds: TypeKindSet, name: str, filename: str | None
+    ) -> Type | None:
+        # BTF does not know where what is declared.
+        if filename is not None:
+            return None
+        return self._first(f"{kinds}", name, lambda types: types.named(kinds, name))
+
+    def object(
+        self, prog: Program, name: str, flags: FindObjectFlags, filename: str | None
+    ) -> Object | None:
+        if filename is not None:
+            return None
+        if flags & FindObjectFlags.CONSTANT:
+            found = self._first("constant", name, lambda types: types.constant(name))
+            if found is not None:
+                return found
+        if flags & FindObjectFlags.FUNCTION:
+            address = _address(prog, name)
+            type_ = None if address is None else self.kernel.declared(name, _FUNC)
+            if type_ is not None:
+                return Object(prog, type_, address=address)
+        if flags & FindObjectFlags.VARIABLE:
+            address = _address(prog, name)
+            type_ = None if address is None else self._variable(prog, name)
+            if type_ is not None:
+                return Object(prog, type_, address=address)
+        return None
+
+    def _variable(self, prog: Program, name: str) -> Type | None:
+        found = self.kernel.declared(name, _VAR)
+        if found is None and name in UNNAMED:
+            return self.kernel.unnamed(UNNAMED[name])
+        if found is None and name in VARIABLES:
+            try:
+                return prog.type(VARIABLES[name])
+            except LookupError:
+                return None
+        return found
+
+    def _first(self, what: str, name: str, find: Callable[[_Types], T | None]) -> T | None:
+        """The kernel's, or a module's; that there is none is remembered."""
+        found = find(self.kernel)
+        if found is None and (what, name) not in self._absent:
+            found = next((each for each in map(find, self.modules(name)) if each is not None), None)
+            if found is None:
+                self._absent.add((what, name))
+        return found
+
+
+def _address(prog: Program, name: str) -> int | None:
+    """
+    Where the symbol is; None where there is none, or several, as static ones may be.
+
+    What kind of symbol it is, kallsyms does not tell: some data are ``T``.
+    """
+    found = {symbol.address for symbol in prog.symbols(name)}
+    return found.pop() if len(found) == 1 else None
+
+
+class _Modules:
+    """
+    The split BTF of a running kernel's modules, read when a name is looked for that the kernel
+    itself does not have.
+    """
+
+    def __init__(self, prog: Program, kernel: _Types, directory: Path) -> None:
+        self._prog = prog
+        self._kernel = kernel
+        self._directory = directory
+        self._read: dict[str, bytes] = {}
+        self._types: dict[str, _Types] = {}
+
+    def __call__(self, name: str) -> Iterator[_Types]:
+        """Those in which the name stands."""
+        self._look()
+        wanted = name.encode("ascii", "backslashreplace") + b"\0"
+        for module, data in self._read.items():
+            if wanted in data:
+                if module not in self._types:
+                    split = Btf(data, self._kernel.btf)
+                    self._types[module] = _Types(self._prog, split, self._kernel)
+                yield self._types[module]
+
+    def _look(self) -> None:
+        for path in sorted(self._directory.glob("*")):
+            if path.name != "vmlinux" and path.name not in self._read:
+                try:
+                    self._read[path.name] = path.read_bytes()
+                except FileNotFoundError:
+                    # The module has been unloaded.
+                    continue
+
+
+def register(prog: Program, data: bytes | None = None) -> tuple[str, str]:
+    """
+    Have drgn find types, objects and symbols in a kernel's BTF and kallsyms.
+
+    :param prog: a Linux kernel, live or not, with or without other debug info, which is asked
+        first.
+    :param data: BTF to use, such as the ``.BTF`` section of the very vmlinux; None: what the
+        running kernel shows in sysfs, or what there is in the kernel's memory.
+    :return: whose reader of BTF is used, ``drgn`` or ``khoscope``, and where the BTF is from.
+    :raises BtfError: if there is none, it cannot be read, or the kernel's symbols are hidden.
+    """
+    _register_symbols(prog)
+    live = ProgramFlags.IS_LIVE | ProgramFlags.IS_LOCAL
+    local = prog.flags & live == live and SYSFS.is_dir()
+    where = "given"
+    if data is None:
+        where, data = _find(prog, local)
+    kernel = _Types(prog, Btf(data))
+    modules = _Modules(prog, kernel, SYSFS) if local else (lambda _: iter(()))
+    finder = _Finder(kernel, modules)
+    reader = "khoscope"
+    if hasattr(Module, "load_btf"):
+        # osandov/drgn pull request 625. What it lacks all the same are the global variables.
+        prog.main_module().load_btf(data)
+        reader = "drgn"
+    else:
+        prog.register_type_finder("btf", finder.type, enable_index=-1)
+    prog.register_object_finder("btf", finder.object, enable_index=-1)
+    return reader, where
+
+
+def _register_symbols(prog: Program) -> None:
+    try:
+        symbols = load_vmlinux_kallsyms(prog)
+    except (LookupError, FaultError, ValueError) as error:
+        raise BtfError(f"the kernel's symbols cannot be read ({error})") from error
+    prog.register_symbol_finder("kallsyms", symbols, enable_index=-1)
+    try:
+        start = prog.symbol("_stext").address
+    except LookupError:
+        start = 0
+    if not start:
+        raise BtfError("the kernel's symbols are hidden (/proc/kallsyms shows no addresses)")
+
+
+def _find(prog: Program, local: bool) -> tuple[str, bytes]:
+    """Where the BTF is from, and the BTF."""
+    path = SYSFS / "vmlinux"
+    if local and path.exists():
+        return str(path), path.read_bytes()
+    try:
+        start, end = (prog.symbol(name).address for name in ("__start_BTF", "__stop_BTF"))
+    except LookupError:
+        raise BtfError("the kernel has no BTF (CONFIG_DEBUG_INFO_BTF)") from None
+    try:
+        return "the kernel's memory", prog.read(start, end - start)
+    except (FaultError, ValueError, OverflowError, MemoryError) as error:
+        raise BtfError(f"the BTF in the kernel's memory cannot be read ({error})") from error
