@@ -49,7 +49,7 @@ from drgn import (
 from drgn.helpers.linux.kallsyms import load_vmlinux_kallsyms
 from numpy.typing import NDArray
 
-__all__ = ("VARIABLES", "Btf", "BtfError", "register")
+__all__ = ("VARIABLES", "Btf", "BtfError", "SymbolsHidden", "register")
 
 #: Where a running kernel shows its BTF, ``vmlinux`` and one file for each module.
 SYSFS: Final = Path("/sys/kernel/btf")
@@ -157,7 +157,11 @@ T = TypeVar("T")
 
 
 class BtfError(ValueError):
-    """What is there is not BTF, not whole, or makes no sense; or symbols are hidden."""
+    """What is there is not BTF, not whole, or makes no sense."""
+
+
+class SymbolsHidden(BtfError):
+    """``kernel.kptr_restrict`` keeps the addresses in /proc/kallsyms even from root."""
 
 
 @dataclass(frozen=True)
@@ -428,7 +432,7 @@ class _Types:
             return prog.typedef_type(record.name, inner)
         if record.kind == _ARRAY:
             count = int(record.more[2])
-            # A flexible array is one of 0 elements in BTF, and without a length in C.
+            # What is a flexible array in C has 0 elements in BTF, as have those of 0 in C.
             return prog.array_type(inner, count) if count else prog.array_type(inner)
         if record.kind == _FUNC_PROTO:
             return self._function(record, inner)
@@ -471,14 +475,17 @@ class _Types:
 
     def _structure(self, record: _Record) -> Type:
         self._width(record.number, 0)
+        count = len(record.more)
         members = [
-            self._member(self.btf.string(name), number, offset, record.flag)
-            for name, number, offset in record.more.tolist()
+            self._member(self.btf.string(name), number, offset, record.flag, row + 1 < count)
+            for row, (name, number, offset) in enumerate(record.more.tolist())
         ]
         make = self._prog.struct_type if record.kind == _STRUCT else self._prog.union_type
         return make(record.name or None, record.value, members)
 
-    def _member(self, name: str, number: int, offset: int, flag: bool) -> TypeMember:
+    def _member(
+        self, name: str, number: int, offset: int, flag: bool, followed: bool
+    ) -> TypeMember:
         bits = 0
         if flag:
             bits, offset = offset >> 24, offset & 0xFFFFFF
@@ -489,14 +496,18 @@ class _Types:
                 encoding = int(record.more[0])
                 if encoding & 0xFF != 8 * record.value:
                     bits, offset = encoding & 0xFF, offset + (encoding >> 16 & 0xFF)
-        return TypeMember(self._lazily(number, bits), name or None, offset)
+        return TypeMember(self._lazily(number, bits, followed), name or None, offset)
 
-    def _lazily(self, number: int, bits: int = 0) -> Callable[[], Object]:
-        return lambda: self._absent(number, bits)
+    def _lazily(self, number: int, bits: int = 0, followed: bool = False) -> Callable[[], Object]:
+        return lambda: self._absent(number, bits, followed)
 
     @_sound
-    def _absent(self, number: int, bits: int) -> Object:
-        return Object(self._prog, self.of(number), bit_field_size=bits or None)
+    def _absent(self, number: int, bits: int, followed: bool) -> Object:
+        type_ = self.of(number)
+        if followed and type_.kind == TypeKind.ARRAY and type_.length is None:
+            # Only the last member can be a flexible array.
+            type_ = self._prog.array_type(type_.type, 0)
+        return Object(self._prog, type_, bit_field_size=bits or None)
 
     def _width(self, number: int, depth: int) -> int:
         """
@@ -706,7 +717,8 @@ def register(prog: Program, data: bytes | None = None) -> tuple[str, str]:
     :param data: BTF to use, such as the ``.BTF`` section of the very vmlinux; None: what the
         running kernel shows in sysfs, or what there is in the kernel's memory.
     :return: whose reader of BTF is used, ``drgn`` or ``khoscope``, and where the BTF is from.
-    :raises BtfError: if there is none, it cannot be read, or the kernel's symbols are hidden.
+    :raises BtfError: if there is none, or it cannot be read.
+    :raises SymbolsHidden: if it cannot be known where anything is.
     """
     _register_symbols(prog)
     live = ProgramFlags.IS_LIVE | ProgramFlags.IS_LOCAL
@@ -739,7 +751,7 @@ def _register_symbols(prog: Program) -> None:
     except LookupError:
         start = 0
     if not start:
-        raise BtfError("the kernel's symbols are hidden (/proc/kallsyms shows no addresses)")
+        raise SymbolsHidden("/proc/kallsyms shows no addresses (kernel.kptr_restrict)")
 
 
 def _find(prog: Program, local: bool) -> tuple[str, bytes]:

@@ -170,12 +170,17 @@ def _load_debug_info(prog: Program, vmlinux: Path | None, whose: str) -> None:
         missing = _missing(prog, vmlinux)
         try:
             prog.cache[_CACHED] = _load_btf(prog, vmlinux)
-        except btf.BtfError as second:
+        except btf.SymbolsHidden as hidden:
             raise KhoscopeError(
-                f"no debug info for {whose}: {missing}; {second}",
+                f"no debug info for {whose}: {missing}; BTF alone will not do: {hidden}",
+                "sysctl -w kernel.kptr_restrict=1, or name its vmlinux with --vmlinux",
+            ) from hidden
+        except btf.BtfError as unusable:
+            raise KhoscopeError(
+                f"no debug info for {whose}: {missing}; {unusable}",
                 "name its vmlinux with --vmlinux, install the kernel's debug symbols package, or"
                 " use a kernel with CONFIG_DEBUG_INFO_BTF=y",
-            ) from error
+            ) from unusable
     except (OSError, ValueError, RuntimeError) as error:
         raise KhoscopeError(
             f"the debug info of {whose} cannot be used ({error})",
@@ -220,7 +225,7 @@ def _btf_section(vmlinux: Path, prog: Program) -> bytes:
         raise btf.BtfError(f"no BTF can be read from it ({error})") from error
     build_id = prog.main_module().build_id
     if build_id is None or build_id.hex() not in build_ids:
-        raise btf.BtfError("its build id is another")
+        raise btf.BtfError("its BTF is of another build")
     if data is None:
         raise btf.BtfError("it has no BTF, either")
     return data

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Kernels without any vmlinux: what khoscope says of them is what it says with one.
+
+In the guest types come from sysfs and symbols from /proc/kallsyms; on the host, over QMP and of a
+vmcore, both come out of the guest's memory.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drgn import Program, Type, TypeKind, sizeof
+
+from khoscope import btf
+from khoscope.sources.open import debug_info, open_core, open_qemu
+from tests.vm.test_khoscope import TIMEOUT, _refused, guest, host
+from vm.exercise import Exercise
+from vm.kernel import KERNELS
+from vm.machine import Machine
+
+#: What differs between any two runs.
+TIMES = ("taken",)
+COMMANDS = ("tree", "verify", "status", "fdt", "luo", "owners")
+
+#: Structures of KHO, LUO, kexec and memory management; those that they lead to are compared, too.
+SEEDS = [
+    *("kho_out", "kho_in", "kho_scratch", "kho_radix_tree", "kho_radix_node", "kho_radix_leaf"),
+    *("kho_vmalloc", "kho_vmalloc_chunk", "kimage", "page", "folio", "zone", "pglist_data"),
+    *("luo_session", "luo_file", "luo_session_global", "luo_flb_global", "liveupdate_flb"),
+    *("liveupdate_file_handler", "vm_struct", "vmap_area", "vmap_node", "mm_struct", "resource"),
+    *("printk_ringbuffer", "uts_namespace", "module"),
+]
+COMPARED = 200
+
+
+@pytest.fixture(scope="module", params=KERNELS)
+def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """A guest with something to see."""
+    with Machine(request.param) as machine:
+        exercise = Exercise(machine)
+        exercise.load()
+        for name in ("contig", "folio", "dma", "vmalloc"):
+            exercise.preserve(name)
+        # The kernel makes its boot id when it is first asked for it.
+        machine.run("cat /proc/sys/kernel/random/boot_id", check=True)
+        yield machine
+
+
+@pytest.fixture
+def bare(machine: Machine) -> Iterator[Machine]:
+    """The same without debug info: nothing in the guest has DWARF."""
+    hide = "mkdir -p /run/none; for d in /usr/lib/debug /kernel; do mount --bind /run/none $d; done"
+    machine.run(hide, check=True)
+    try:
+        yield machine
+    finally:
+        machine.run("umount /usr/lib/debug /kernel", check=True)
+
+
+def documents(run: Any) -> dict[str, Any]:
+    found = {command: json.loads(run(command, "--json")) for command in COMMANDS}
+    for document in found.values():
+        for name in TIMES:
+            document.pop(name, None)
+    return found
+
+
+def in_guest(machine: Machine) -> dict[str, Any]:
+    def run(*words: str) -> str:
+        result = machine.run(("khoscope", *words), timeout=TIMEOUT)
+        assert result.returncode in (0, 1), result
+        return result.stdout
+
+    return documents(run)
+
+
+def test_the_guest_needs_no_vmlinux(machine: Machine, request: pytest.FixtureRequest) -> None:
+    with_dwarf = in_guest(machine)
+    request.getfixturevalue("bare")
+    said = machine.run(("khoscope", "-v", "tree"), timeout=TIMEOUT, check=True)
+    assert said.stderr == "khoscope: types: BTF (khoscope), /sys/kernel/btf/vmlinux\n"
+    without = in_guest(machine)
+    for command in COMMANDS:
+        assert without[command] == with_dwarf[command], command
+    assert len(with_dwarf["tree"]["blocks"]) > 20
+
+
+def test_the_host_needs_no_vmlinux(machine: Machine) -> None:
+    """Over QMP, BTF and kallsyms are read out of the guest's memory."""
+    qemu = ("--qemu", str(machine.qmp_socket))
+    vmlinux = ("--vmlinux", str(machine.kernel.share / "vmlinux"))
+
+    def run(*where: str) -> dict[str, Any]:
+        def one(command: str, *options: str) -> str:
+            status = int(command == "verify" and failing(machine))
+            return host(*where, command, *options, status=status)
+
+        return documents(one)
+
+    assert run(*qemu) == run(*qemu, *vmlinux)
+
+
+def failing(machine: Machine) -> bool:
+    """Whether verify finds errors: unsplit memory on unpatched kernels, types not stored."""
+    return not machine.kernel.name.endswith("-fixed")
+
+
+def test_snapshots_and_traces(bare: Machine) -> None:
+    guest(bare, "snapshot", "/run/btf.khosnap")
+    tree = json.loads(guest(bare, "--snapshot", "/run/btf.khosnap", "tree", "--json"))
+    live = json.loads(guest(bare, "tree", "--json"))
+    assert tree["blocks"] == live["blocks"]
+    traced = bare.run(
+        "khoscope -v trace --json -d 6 >/run/trace & sleep 14;"
+        " echo contig > /sys/kernel/debug/kho_exercise/free; wait; cat /run/trace",
+        timeout=TIMEOUT,
+        check=True,
+    )
+    assert "khoscope: types: BTF (khoscope)" in traced.stderr
+    assert json.loads(traced.stdout)["schema"] == "khoscope.trace/1"
+
+
+# Types
+
+
+def structures(dwarf: Program, other: Program) -> Iterator[tuple[str, Type, Type]]:
+    """COMPARED structures by both, from the seeds on to whatever their members are made of."""
+    names = deque(f"struct {name}" for name in SEEDS)
+    seen = set(names)
+    count = 0
+    while names and count < COMPARED:
+        name = names.popleft()
+        try:
+            type_ = dwarf.type(name)
+        except LookupError:
+            # Not in this kernel, or only declared: then BTF must not have it, either.
+            with pytest.raises(LookupError):
+                assert not other.type(name).is_complete()
+                raise LookupError(name) from None
+            continue
+        if not type_.is_complete():
+            continue
+        count += 1
+        yield name, type_, other.type(name)
+        for inner in made_of(type_):
+            if inner not in seen:
+                seen.add(inner)
+                names.append(inner)
+    assert count == COMPARED
+
+
+def made_of(type_: Type) -> Iterator[str]:
+    for member in type_.members or ():
+        inner = member.type
+        while inner.kind in (TypeKind.POINTER, TypeKind.ARRAY, TypeKind.TYPEDEF):
+            inner = inner.type
+        if inner.kind in (TypeKind.STRUCT, TypeKind.UNION):
+            if inner.tag is None:
+                yield from made_of(inner)
+            else:
+                yield f"{'struct' if inner.kind == TypeKind.STRUCT else 'union'} {inner.tag}"
+
+
+def described(type_: Type) -> list[Any]:
+    """Of every member, those of members without a name among them: name, where, and what."""
+    found: list[Any] = [type_.kind, sizeof(type_)]
+    for member in type_.members or ():
+        kind = member.type
+        complete = kind.kind not in (TypeKind.FUNCTION, TypeKind.VOID) and (
+            kind.is_complete() if kind.kind in (TypeKind.STRUCT, TypeKind.UNION) else True
+        )
+        flexible = kind.kind == TypeKind.ARRAY and not kind.length
+        size = sizeof(kind) if complete and not flexible else None
+        # BTF does not tell [0] from [].
+        name = kind.type_name().replace("[0]", "[]")
+        found.append(
+            (member.name, member.bit_offset, member.bit_field_size, kind.kind, name, size)
+        )
+        if member.name is None:
+            found.append(described(kind))
+    return found
+
+
+def test_every_member_is_where_dwarf_has_it(machine: Machine) -> None:
+    vmlinux = machine.kernel.share / "vmlinux"
+    # One tool at a time is served.
+    dwarf = open_qemu(str(machine.qmp_socket), vmlinux)
+    expected = [(name, described(type_)) for name, type_, _ in structures(dwarf, dwarf)]
+    constants = {e.name: e.value for e in dwarf.type("enum pageflags").enumerators or ()}
+    assert debug_info(dwarf).kind == "DWARF"
+    del dwarf
+    other = open_qemu(str(machine.qmp_socket))
+    assert debug_info(other).kind == "BTF (khoscope)"
+    assert len(expected) == COMPARED
+    for name, members in expected:
+        assert described(other.type(name)) == members, name
+    for name, value in constants.items():
+        assert other[name].value_() == value
+
+
+@pytest.fixture(scope="module")
+def fixed() -> Iterator[Machine]:
+    with Machine("7.2-fixed") as machine:
+        Exercise(machine).load()
+        yield machine
+
+
+def test_drgns_own_helpers(fixed: Machine) -> None:
+    """After register() all of drgn works; types of modules are there, too."""
+    lines = [
+        "from drgn import Program, sizeof",
+        "from drgn.helpers.linux import *",
+        "from khoscope import btf",
+        "prog = Program()",
+        "prog.set_kernel()",
+        "print(btf.register(prog))",
+        "print(prog['init_task'].comm.string_().decode())",
+        "print('qemu-ga' in {t.comm.string_().decode() for t in for_each_task(prog)})",
+        "print([m.name.string_().decode() for m in for_each_module(prog)])",
+        "print(prog['kho_preserve_pages'].type_.type_name())",
+        "print(prog.type('struct page_range_of_module') if 0 else sizeof(prog.type('struct kho')))",
+    ]
+    module = "\n".join(lines[:-1]) + "\n"
+    fixed.run("cat > /run/script.py", input=module.encode(), check=True)
+    run = "PYTHONPATH=/khoscope PYTHONPYCACHEPREFIX=/var/cache/khoscope python3 /run/script.py"
+    said = fixed.run(run, timeout=TIMEOUT, check=True).stdout.splitlines()
+    assert said == [
+        "('khoscope', '/sys/kernel/btf/vmlinux')",
+        "swapper/0",
+        "True",
+        "['kho_exercise']",
+        "int (struct page *page, unsigned long nr_pages)",
+    ]
