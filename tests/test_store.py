@@ -66,7 +66,8 @@ def use(facts: Snapshot) -> None:
     out = io.StringIO()
     for side in filter(None, (facts.outgoing, facts.incoming)):
         Text(out).tree(facts, side.tree, "outgoing", Filter(), True)
-        json_view.write_tree(facts, side.tree, "outgoing", Filter(phys=(0, 1)), True, out)
+        wanted = Filter(phys=(0, 1))
+        json_view.write_tree(facts, side.tree, "outgoing", wanted, True, False, out)
     Text(out).verify(facts, report)
     json_view.write_verify(facts, report, out)
     for a, b in ((facts, rich()), (rich(), facts)):

@@ -97,24 +97,24 @@ def physical_range(text: str) -> tuple[int, int]:
 
 def _program(args: argparse.Namespace) -> tuple[Program, str, bool]:
     """The kernel that was asked for, how it is read, and whether it runs meanwhile."""
-    from ..sources.open import open_core, open_live, open_qemu
+    from ..sources.open import debug_info, open_core, open_live, open_qemu
 
     if args.qemu:
-        return open_qemu(args.qemu, args.vmlinux), f"QEMU guest at {args.qemu}", True
-    if args.core:
-        return open_core(args.core, args.vmlinux), f"vmcore {args.core}", False
-    return open_live(args.vmlinux), "live kernel, /proc/kcore", True
+        opened = open_qemu(args.qemu, args.vmlinux), f"QEMU guest at {args.qemu}", True
+    elif args.core:
+        opened = open_core(args.core, args.vmlinux), f"vmcore {args.core}", False
+    else:
+        opened = open_live(args.vmlinux), "live kernel, /proc/kcore", True
+    if args.verbose:
+        print(f"khoscope: types: {debug_info(opened[0])}", file=sys.stderr)
+    return opened
 
 
 def kernel(args: argparse.Namespace, progress: Progress) -> KernelSource:
     """The kernel that was asked for."""
     from ..sources.kernel import KernelSource, Overrides
-    from ..sources.open import debug_info
 
-    program, label, moves = _program(args)
-    if args.verbose:
-        print(f"khoscope: types: {debug_info(program)}", file=sys.stderr)
-    return KernelSource(program, label, moves, Overrides(args.type_shift), progress)
+    return KernelSource(*_program(args), Overrides(args.type_shift), progress)
 
 
 def facts(args: argparse.Namespace, read: Callable[[KernelSource], Snapshot]) -> Snapshot:

@@ -7,7 +7,9 @@ import argparse
 import sys
 
 from ..errors import KhoscopeError
+from ..snapshot import Snapshot, Tree
 from ..views import json as json_view
+from ..views.progress import Progress
 from ..views.select import Filter
 from ..views.text import Text
 from . import common
@@ -15,7 +17,7 @@ from . import common
 
 def add(commands: common.Commands) -> None:
     tree = commands.add_parser("tree", help="what the radix tree holds")
-    tree.set_defaults(run=_run)
+    tree.set_defaults(run=_run, refuse=_refuse)
     common.output(tree, "block")
     tree.add_argument("--order", type=int, help="only blocks of this order")
     tree.add_argument("--type", choices=["contig", "split"], help="only blocks of this type")
@@ -32,21 +34,54 @@ def add(commands: common.Commands) -> None:
         help="the tree that this kernel was handed, as far as it is still there",
     )
 
+    tree.add_argument(
+        "--root",
+        metavar="TREE",
+        help="any struct kho_radix_tree: a symbol (with members: kho_out.radix_tree), its virtual"
+        " address, or the physical address of a root node",
+    )
+    tree.add_argument(
+        "--raw-keys",
+        action="store_true",
+        help="show keys as they are, for trees whose keys are no blocks",
+    )
+
+
+def _refuse(args: argparse.Namespace) -> str | None:
+    if args.root and args.snapshot:
+        return "--root is for kernels: a snapshot holds KHO's own trees"
+    if args.root and args.incoming:
+        return "--root and --incoming name two trees"
+    if args.raw_keys and Filter(args.order, args.type, args.phys):
+        return "--order, --type and --phys are for blocks, not for raw keys"
+    return None
+
 
 def _run(args: argparse.Namespace) -> int:
+    facts, tree, which = _read(args)
+    wanted = Filter(args.order, args.type, args.phys)
+    if args.json:
+        json_view.write_tree(facts, tree, which, wanted, args.nodes, args.raw_keys, sys.stdout)
+    elif args.jsonl:
+        json_view.write_block_lines(facts, tree, wanted, args.raw_keys, sys.stdout)
+    else:
+        text = Text(sys.stdout, args.limit)
+        text.tree(facts, tree, which, wanted, args.nodes, args.raw_keys)
+    return common.FINE
+
+
+def _read(args: argparse.Namespace) -> tuple[Snapshot, Tree, str]:
+    """The facts about the kernel, the tree that was asked for, and what it is called."""
+    if args.root:
+        with Progress(sys.stderr) as progress:
+            source = common.kernel(args, progress)
+            return source.outline(), source.radix_tree(args.root), args.root
     facts = common.facts(args, lambda source: source.tree())
-    which = "incoming" if args.incoming else "outgoing"
-    side = facts.incoming if args.incoming else facts.outgoing
-    if side is None:
+    if not args.incoming:
+        return facts, facts.outgoing.tree, "outgoing"
+    if facts.incoming is None:
         raise KhoscopeError(
             "this kernel was not handed anything: there is no incoming tree",
             "ask in a kernel that was kexec'ed with KHO on, or leave --incoming out",
         )
-    wanted = Filter(args.order, args.type, args.phys)
-    if args.json:
-        json_view.write_tree(facts, side.tree, which, wanted, args.nodes, sys.stdout)
-    elif args.jsonl:
-        json_view.write_block_lines(facts, side.tree, wanted, sys.stdout)
-    else:
-        Text(sys.stdout, args.limit).tree(facts, side.tree, which, wanted, args.nodes)
-    return common.FINE
+    return facts, facts.incoming.tree, "incoming"

@@ -18,10 +18,12 @@ from itertools import islice
 from typing import Final, Generic, TypeVar
 
 import numpy as np
-from drgn import FaultError, Object, Program, Type, cast, offsetof, sizeof
+from drgn import FaultError, Object, Program, Type, TypeKind, cast, offsetof, sizeof
 from drgn.helpers.linux.ioport import for_each_resource
+from drgn.helpers.linux.kallsyms import module_kallsyms
 from drgn.helpers.linux.list import list_for_each_entry
 from drgn.helpers.linux.mm import follow_phys, phys_to_virt, virt_to_phys
+from drgn.helpers.linux.module import for_each_module
 from drgn.helpers.linux.printk import get_printk_records
 
 from .. import __version__, btf
@@ -310,6 +312,70 @@ class KernelSource:
             claims=following.claims(),
         )
         return replace(facts, outgoing=outgoing)
+
+    @told()
+    def radix_tree(self, where: str) -> Tree:
+        """
+        Any ``struct kho_radix_tree``, of KHO or of whoever else uses one, read until it settles.
+
+        :param where: a symbol, with members if need be (``kho_out.radix_tree``), the virtual
+            address of the tree, or the physical one of its root node.
+        :raises KhoscopeError: if there is no such tree.
+        """
+        root = self._root_of(where)
+
+        def read() -> Tree:
+            return walk(self.abi, root(), self.ram, self.read_phys)
+
+        return settle(read, lambda _: None)[1] if self._moves else read()
+
+    def _root_of(self, where: str) -> Callable[[], int]:
+        """What reads the physical address of a tree's root node."""
+        try:
+            address = int(where, 0)
+        except ValueError:
+            tree = self._named_tree(where)
+        else:
+            if address < 1 << 63:
+                return lambda: address
+            tree = Object(self.prog, "struct kho_radix_tree", address=address)
+        return lambda: self.phys(tree.root)
+
+    def _named_tree(self, where: str) -> Object:
+        name, *members = where.split(".")
+        try:
+            # A kernel's debug info may know the symbol alone: of a module's it does.
+            found = (
+                self.prog[name]
+                if name in self.prog
+                else Object(self.prog, "struct kho_radix_tree", address=self._address(name))
+            )
+            for member in members:
+                found = found.member_(member)
+        except (LookupError, TypeError) as error:
+            raise KhoscopeError(
+                f"{where}: {error}", "give the name or address of a struct kho_radix_tree"
+            ) from error
+        type_ = found.type_
+        if type_.kind == TypeKind.POINTER:
+            found, type_ = found[0], type_.type
+        if type_.type_name() != "struct kho_radix_tree":
+            raise KhoscopeError(
+                f"{where} is a {type_.type_name()}, not a struct kho_radix_tree",
+                "name its member that is one: kho_out.radix_tree",
+            )
+        return found
+
+    def _address(self, name: str) -> int:
+        """Where a symbol is, of the kernel or of one of its modules."""
+        try:
+            return self.prog.symbol(name).address
+        except LookupError:
+            for module in for_each_module(self.prog):
+                for symbol in module_kallsyms(module):
+                    if symbol.name == name:
+                        return symbol.address
+            raise
 
     def _physical(self, address: int) -> int:
         """Where a physical or kernel virtual address is."""

@@ -166,7 +166,7 @@ def _load_debug_info(prog: Program, vmlinux: Path | None, whose: str) -> None:
         raise KhoscopeError(f"{vmlinux}: cannot be read", "name the vmlinux with --vmlinux")
     try:
         prog.load_debug_info([] if vmlinux is None else [vmlinux], main=True)
-    except MissingDebugInfoError as error:
+    except MissingDebugInfoError:
         missing = _missing(prog, vmlinux)
         try:
             prog.cache[_CACHED] = _load_btf(prog, vmlinux)

@@ -94,10 +94,22 @@ def counts(totals: Mapping[tuple[int, int], int], abi: Abi) -> list[dict[str, An
     ]
 
 
+def key_rows(blocks: Blocks) -> Iterator[dict[str, Any]]:
+    """The bare keys."""
+    for key in blocks.key.tolist():
+        yield {"key": f"{key:#x}"}
+
+
 def write_tree(
-    facts: Snapshot, tree: Tree, which: str, wanted: Filter, nodes: bool, out: IO[str]
+    facts: Snapshot,
+    tree: Tree,
+    which: str,
+    wanted: Filter,
+    nodes: bool,
+    raw_keys: bool,
+    out: IO[str],
 ) -> None:
-    """``tree --json``, schema khoscope.tree/1."""
+    """``tree --json``, schema khoscope.tree/1; raw keys have no totals by order."""
     state = tree.state
     head = {
         "schema": "khoscope.tree/1",
@@ -117,14 +129,10 @@ def write_tree(
             }
             for p in state.problems
         ],
-        "totals": totals(tree, facts.abi),
+        **({} if raw_keys else {"totals": totals(tree, facts.abi)}),
     }
     lists: dict[str, Iterable[dict[str, Any]]] = {
-        "blocks": (
-            row
-            for chunk in wanted.apply(tree.blocks(facts.abi), facts.abi.page_shift)
-            for row in block_rows(chunk)
-        )
+        "keys" if raw_keys else "blocks": _tree_rows(facts, tree, wanted, raw_keys)
     }
     if nodes:
         lists["nodes"] = (row for chunk in tree.nodes for row in node_rows(chunk))
@@ -143,11 +151,21 @@ def node_rows(nodes: Nodes) -> Iterator[dict[str, Any]]:
         yield {"level": level, "phys": f"{phys:#x}", "key": f"{key:#x}", "used": used}
 
 
-def write_block_lines(facts: Snapshot, tree: Tree, wanted: Filter, out: IO[str]) -> None:
-    """``tree --jsonl``: one block a line."""
+def _tree_rows(
+    facts: Snapshot, tree: Tree, wanted: Filter, raw_keys: bool
+) -> Iterator[dict[str, Any]]:
+    """A tree's blocks, or its keys."""
+    rows = key_rows if raw_keys else block_rows
     for chunk in wanted.apply(tree.blocks(facts.abi), facts.abi.page_shift):
-        for row in block_rows(chunk):
-            out.write(json.dumps(row) + "\n")
+        yield from rows(chunk)
+
+
+def write_block_lines(
+    facts: Snapshot, tree: Tree, wanted: Filter, raw_keys: bool, out: IO[str]
+) -> None:
+    """``tree --jsonl``: one block, or key, a line."""
+    for row in _tree_rows(facts, tree, wanted, raw_keys):
+        out.write(json.dumps(row) + "\n")
 
 
 def finding(f: Finding) -> dict[str, Any]:

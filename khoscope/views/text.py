@@ -76,7 +76,15 @@ class Text:
             self.line(f"{boot}, not a KHO boot")
         self.line(f"{facts.abi.compatible or 'no compatible'}, {types_in_words(facts.abi)}")
 
-    def tree(self, facts: Snapshot, tree: Tree, which: str, wanted: Filter, nodes: bool) -> None:
+    def tree(
+        self,
+        facts: Snapshot,
+        tree: Tree,
+        which: str,
+        wanted: Filter,
+        nodes: bool,
+        raw_keys: bool = False,
+    ) -> None:
         """``khoscope tree``."""
         abi = facts.abi
         self.header(facts)
@@ -97,13 +105,18 @@ class Text:
             self._more(len(state.problems), state.problem_count, "bad entries")
         if state.moved:
             self.wrapped(f"The tree moved while it was read: {state.moved} blocks left out.")
-        self.line()
-        self.totals(tree, abi)
+        if not raw_keys:
+            self.line()
+            self.totals(tree, abi)
         if nodes:
             self.line()
             self.nodes(tree)
         self.line()
-        self.blocks(wanted.apply(tree.blocks(abi), abi.page_shift))
+        stream = wanted.apply(tree.blocks(abi), abi.page_shift)
+        if raw_keys:
+            self.keys(stream)
+        else:
+            self.blocks(stream)
 
     def totals(self, tree: Tree, abi: Abi) -> None:
         """A tree's blocks by order and type."""
@@ -163,6 +176,17 @@ class Text:
             ["left", "right", "right", "left", "left"],
         )
         self._more(total, total, "blocks")
+
+    def keys(self, stream: Iterable[Blocks]) -> None:
+        """Bare keys, one a row."""
+        total = 0
+        for chunk in stream:
+            room = None if self._limit is None else max(self._limit - total, 0)
+            for key in chunk.key[:room].tolist():
+                self.line(f"{key:#018x}")
+            total += len(chunk)
+        self._more(total, total, "keys")
+        self.line(f"{total:,} keys")
 
     def verify(
         self, facts: Snapshot, report: Report, next_kernel: NextKernel | None = None

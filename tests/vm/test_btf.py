@@ -9,26 +9,22 @@ vmcore, both come out of the guest's memory.
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from drgn import Program, Type, TypeKind, sizeof
 
-from khoscope import btf
-from khoscope.sources.open import debug_info, open_core, open_qemu
-from tests.vm.test_khoscope import TIMEOUT, _refused, guest, host
+from khoscope.sources.open import debug_info, open_qemu
+from tests.vm.test_khoscope import TIMEOUT, guest, host
 from vm.exercise import Exercise
 from vm.kernel import KERNELS
 from vm.machine import Machine
 
 #: What differs between any two runs.
 TIMES = ("taken",)
-COMMANDS = ("tree", "verify", "status", "fdt", "luo", "owners")
+COMMANDS = ("tree", "verify", "status")
 
 #: Structures of KHO, LUO, kexec and memory management; those that they lead to are compared, too.
 SEEDS = [
@@ -131,30 +127,26 @@ def test_snapshots_and_traces(bare: Machine) -> None:
 # Types
 
 
-def structures(dwarf: Program, other: Program) -> Iterator[tuple[str, Type, Type]]:
-    """COMPARED structures by both, from the seeds on to whatever their members are made of."""
+def structures(prog: Program) -> Iterator[tuple[str, Type]]:
+    """COMPARED structures, from the seeds on to whatever their members are made of."""
     names = deque(f"struct {name}" for name in SEEDS)
     seen = set(names)
     count = 0
-    while names and count < COMPARED:
+    while count < COMPARED:
         name = names.popleft()
         try:
-            type_ = dwarf.type(name)
+            type_ = prog.type(name)
         except LookupError:
-            # Not in this kernel, or only declared: then BTF must not have it, either.
-            with pytest.raises(LookupError):
-                assert not other.type(name).is_complete()
-                raise LookupError(name) from None
+            # Not in this kernel, or only ever pointed to.
             continue
         if not type_.is_complete():
             continue
         count += 1
-        yield name, type_, other.type(name)
+        yield name, type_
         for inner in made_of(type_):
             if inner not in seen:
                 seen.add(inner)
                 names.append(inner)
-    assert count == COMPARED
 
 
 def made_of(type_: Type) -> Iterator[str]:
@@ -181,9 +173,7 @@ def described(type_: Type) -> list[Any]:
         size = sizeof(kind) if complete and not flexible else None
         # BTF does not tell [0] from [].
         name = kind.type_name().replace("[0]", "[]")
-        found.append(
-            (member.name, member.bit_offset, member.bit_field_size, kind.kind, name, size)
-        )
+        found.append((member.name, member.bit_offset, member.bit_field_size, kind.kind, name, size))
         if member.name is None:
             found.append(described(kind))
     return found
@@ -193,7 +183,7 @@ def test_every_member_is_where_dwarf_has_it(machine: Machine) -> None:
     vmlinux = machine.kernel.share / "vmlinux"
     # One tool at a time is served.
     dwarf = open_qemu(str(machine.qmp_socket), vmlinux)
-    expected = [(name, described(type_)) for name, type_, _ in structures(dwarf, dwarf)]
+    expected = [(name, described(type_)) for name, type_ in structures(dwarf)]
     constants = {e.name: e.value for e in dwarf.type("enum pageflags").enumerators or ()}
     assert debug_info(dwarf).kind == "DWARF"
     del dwarf
@@ -216,7 +206,7 @@ def fixed() -> Iterator[Machine]:
 def test_drgns_own_helpers(fixed: Machine) -> None:
     """After register() all of drgn works; types of modules are there, too."""
     lines = [
-        "from drgn import Program, sizeof",
+        "from drgn import Program",
         "from drgn.helpers.linux import *",
         "from khoscope import btf",
         "prog = Program()",
@@ -226,10 +216,9 @@ def test_drgns_own_helpers(fixed: Machine) -> None:
         "print('qemu-ga' in {t.comm.string_().decode() for t in for_each_task(prog)})",
         "print([m.name.string_().decode() for m in for_each_module(prog)])",
         "print(prog['kho_preserve_pages'].type_.type_name())",
-        "print(prog.type('struct page_range_of_module') if 0 else sizeof(prog.type('struct kho')))",
+        "print([m.name for m in prog.type('struct scenario').members][:2])",
     ]
-    module = "\n".join(lines[:-1]) + "\n"
-    fixed.run("cat > /run/script.py", input=module.encode(), check=True)
+    fixed.run("cat > /run/script.py", input="\n".join([*lines, ""]).encode(), check=True)
     run = "PYTHONPATH=/khoscope PYTHONPYCACHEPREFIX=/var/cache/khoscope python3 /run/script.py"
     said = fixed.run(run, timeout=TIMEOUT, check=True).stdout.splitlines()
     assert said == [
@@ -238,4 +227,5 @@ def test_drgns_own_helpers(fixed: Machine) -> None:
         "True",
         "['kho_exercise']",
         "int (struct page *page, unsigned long nr_pages)",
+        "['name', 'kind']",
     ]
