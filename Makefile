@@ -43,7 +43,7 @@ lint: .venv/dev
 	$(BIN)/mypy
 
 unit: .venv/dev
-	$(BIN)/pytest -q --ignore tests/vm
+	$(BIN)/pytest -q -n auto --ignore tests/vm
 
 # What unit throws at the readers, 20 times over.
 fuzz: .venv/dev
@@ -53,10 +53,11 @@ kernels: .venv/dev
 	$(BIN)/python -m vm build
 
 vm-test: kernels
-	$(BIN)/pytest -q tests/vm
+	$(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadgroup tests/vm
 
 bench: .venv/dev kernels
 	$(BIN)/python benchmarks/bench_tree.py
+	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.trace_overhead
 
 clean:

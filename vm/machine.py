@@ -543,19 +543,41 @@ class Machine:
             raise MachineError("no kernel is loaded for the kexec: call load_kexec first")
         # What the second boot finds on disk is what was synced.
         self.run(("sync",), check=True)
+        self._leave(("kexec", "-e"))
+
+    def load_crash_kernel(self) -> None:
+        """Loads the running kernel's image for :meth:`crash`; needs ``crashkernel=`` at boot."""
+        mine = ("khoscope.boot=", "kho=", "liveupdate=", "crashkernel=")
+        words = [w for w in self.command_line() if not w.startswith(mine)]
+        # One processor: the others are wherever the crash has left them.
+        words += [f"khoscope.boot={self.boots + 1}", "nr_cpus=1", "reset_devices"]
+        load = ("kexec", "-s", "-p", "/kernel/bzImage", f"--command-line={' '.join(words)}")
+        self.run(load, check=True)
+
+    def crash(self) -> None:
+        """Panics, and waits until the crash kernel's guest agent answers: it has /proc/vmcore."""
+        loaded = self.run(("cat", "/sys/kernel/kexec_crash_loaded"), check=True).stdout.strip()
+        if loaded != "1":
+            raise MachineError("no crash kernel is loaded: call load_crash_kernel first")
+        self.run(("sync",), check=True)
+        self._leave(("sh", "-c", "echo c > /proc/sysrq-trigger"))
+
+    def _leave(self, command: tuple[str, ...]) -> None:
+        """Runs what ends this kernel and starts the next."""
         with self._control.listener("VSERPORT_CHANGE") as ports:
-            self._do(self._jump(ports), KEXEC_TIMEOUT, "kexec")
+            self._do(self._jump(command, ports), KEXEC_TIMEOUT, "kexec")
         self._check_boot(self.boots + 1)
 
-    async def _jump(self, ports: EventListener) -> None:
+    async def _jump(self, command: tuple[str, ...], ports: EventListener) -> None:
         # The jump may come before the answer: the sign that counts is that the port closes.
-        kexec = self._loop.create_task(self.spawn(("kexec", "-e")))
+        kexec = self._loop.create_task(self.spawn(command))
         try:
             await asyncio.wait_for(_until_port(ports, is_open=False), REPLY_TIMEOUT)
         except TimeoutError:
             status = await self._wait(await kexec, REPLY_TIMEOUT)
-            result = self._result(("kexec", "-e"), status) if status else "it still runs"
-            raise self._error(GuestHung, f"kexec -e did not leave the kernel: {result}") from None
+            result = self._result(command, status) if status else "it still runs"
+            message = f"{shlex.join(command)} did not leave the kernel: {result}"
+            raise self._error(GuestHung, message) from None
         finally:
             kexec.cancel()
         await self._connect_agent(ports)

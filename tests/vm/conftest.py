@@ -7,7 +7,18 @@ from collections.abc import Iterator
 
 import pytest
 
+from vm.kernel import NAMES
 from vm.machine import Machine
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file on one kernel share a guest, and so a worker (pytest-xdist)."""
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        kernels = (
+            [] if parameters is None else [v for v in parameters.params.values() if v in NAMES]
+        )
+        item.add_marker(pytest.mark.xdist_group("-".join([item.path.stem, *kernels])))
 
 
 @pytest.fixture(scope="module")
