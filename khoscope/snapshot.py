@@ -306,7 +306,8 @@ class Snapshot:
     :param ram: u64, shape (n, 2): first and last-plus-one physical address of each range of
         System RAM (``iomem_resource``).
     :param scratch: u64, shape (n, 2): address and size of each area (``kho_scratch``).
-    :param scratch_free: pages of each area that the buddy allocator holds; empty: not counted.
+    :param scratch_free: pages of each area that the buddy allocator holds, None where their struct pages
+        cannot be read; empty: not counted.
     :param image: the kexec image; None: not looked at.
     :param liveupdate: LUO in this kernel; None: it has none, or was not looked at.
     :param outgoing: what this kernel is about to hand over.
@@ -333,7 +334,7 @@ class Snapshot:
     watching: Watched | None = None
     watched: Iterable[Blocks] = ()
     evidence: Iterable[Leaves] = ()
-    scratch_free: list[int] = field(default_factory=list)
+    scratch_free: list[int | None] = field(default_factory=list)
     image: KexecImage | None = None
     liveupdate: Liveupdate | None = None
 

@@ -152,7 +152,7 @@ def _kho_parameter(command_line: str) -> tuple[str, bool] | None:
 
 
 def _scratch(facts: Snapshot) -> list[Scratch]:
-    free: list[int | None] = [pages << facts.abi.page_shift for pages in facts.scratch_free]
+    free = [n if n is None else n << facts.abi.page_shift for n in facts.scratch_free]
     # Of a file, the two need not fit.
     free += [None] * len(facts.scratch)
     return [Scratch(phys, size, free[i]) for i, (phys, size) in enumerate(facts.scratch.tolist())]

@@ -136,7 +136,7 @@ class _Meta:
     watching: Watched | None
     #: Chunks of each stream.
     chunks: dict[str, int]
-    scratch_free: list[int] = field(default_factory=list)
+    scratch_free: list[int | None] = field(default_factory=list)
     image: KexecImage | None = None
     liveupdate: Liveupdate | None = None
 

@@ -476,18 +476,20 @@ class KernelSource:
                 raw = b"".join(page for page in pages if page is not None)
                 yield Leaves(leaves.key[read], np.frombuffer(raw, np.uint8).reshape(sum(read), -1))
 
-    def _scratch_free(self) -> list[int]:
-        """Pages of each scratch area that the buddy allocator holds, as far as can be read."""
+    def _scratch_free(self) -> list[int | None]:
+        """Pages of each scratch area that the buddy allocator holds; None: they cannot be read."""
+        # Nothing of a corrupt area beyond RAM.
+        end = int(self.ram[-1, 1])
+        return [self._free(at, min(at + size, end)) for at, size in self.scratch().tolist()]
+
+    def _free(self, start: int, end: int) -> int | None:
         shift = self.abi.page_shift
-        ram_end = int(self.ram[-1, 1])
-        return [
-            sum(
-                int(((pages.buddy != PageRuns.ALLOCATED) & (pages.seen == Seen.READ)).sum())
-                # Nothing of a corrupt area beyond RAM.
-                for pages in self.pages(first >> shift, min(first + size, ram_end) >> shift)
-            )
-            for first, size in self.scratch().tolist()
-        ]
+        free = 0
+        for pages in self.pages(start >> shift, end >> shift):
+            if (pages.seen != Seen.READ).any():
+                return None
+            free += int((pages.buddy != PageRuns.ALLOCATED).sum())
+        return free
 
     def _image(self) -> KexecImage | None:
         """``kexec_image``; None: this kernel has none of its members that KHO is about."""

@@ -141,7 +141,7 @@ class StatusText(Text):
     def _scratch(self, status: Status) -> None:
         areas = []
         for area in status.scratch:
-            full = "how full is not recorded"
+            full = "how full is not known"
             if area.free is not None:
                 used = area.size - area.free
                 full = f"{used / max(area.size, 1):4.0%} in use"
