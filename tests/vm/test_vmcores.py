@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+vmcores, from QEMU and from a crash kernel, ELF and kdump-compressed, without user pages, and with
+parts missing: the whole tree and all stamps, by DWARF and by the BTF in the vmcore itself.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drgn.helpers.linux.mm import follow_phys
+
+from khoscope.sources.kernel import page_layout
+from khoscope.sources.open import open_core
+from tests.vm.test_khoscope import TIMEOUT, host
+from vm.exercise import Exercise
+from vm.machine import Machine
+
+#: What makedumpfile makes of /proc/vmcore: without zero, cache, user and free pages.
+FORMATS = {"kdump": "-c -d 31", "lzo": "-l -d 31", "elf": "-E -d 31"}
+
+
+@dataclass
+class Story:
+    """A guest that was handed memory, then looked at, dumped, and crashed."""
+
+    vmlinux: Path
+    tree: Any = None
+    verify: Any = None
+    stamps: Any = None
+    core: Path = Path()
+    flattened: Path = Path()
+    #: By format.
+    crashed: dict[str, Path] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    directory = tmp_path_factory.mktemp("vmcores")
+    with Machine("7.2-fixed", append="crashkernel=192M", memory=1536) as machine:
+        story = Story(machine.kernel.share / "vmlinux")
+        exercise = Exercise(machine)
+        exercise.load()
+        for name in ("contig", "split", "folio"):
+            exercise.preserve(name)
+        machine.load_kexec()
+        machine.execute_kexec()
+        # What came is stamped, and there is something to hand over again.
+        exercise.load()
+        for name in ("contig", "vmalloc"):
+            exercise.preserve(name)
+        machine.load_crash_kernel()
+        machine.run("cat /proc/sys/kernel/random/boot_id", check=True)
+        # From here on nothing is to change.
+        qemu = ("--qemu", str(machine.qmp_socket))
+        story.tree = json.loads(host(*qemu, "tree", "--json"))
+        story.verify = json.loads(host(*qemu, "verify", "--json"))
+        story.stamps = json.loads(host(*qemu, "status", "--json"))["unclaimed"]
+        story.core = directory / "core"
+        machine.dump(story.core)
+        story.flattened = directory / "flattened"
+        machine.qmp(
+            "dump-guest-memory",
+            timeout=300,
+            paging=False,
+            protocol=f"file:{story.flattened}",
+            format="kdump-zlib",
+        )
+        machine.crash()
+        for name, options in FORMATS.items():
+            make = f"makedumpfile {options} /proc/vmcore /root/{name}"
+            machine.run(make, timeout=TIMEOUT, check=True)
+            story.crashed[name] = directory / name
+            machine.copy_out(f"/root/{name}", story.crashed[name])
+            machine.run(f"rm /root/{name}", check=True)
+    yield story
+    for path in (story.core, story.flattened, *story.crashed.values()):
+        path.unlink()
+
+
+def agrees(story: Story, core: Path, *options: str) -> None:
+    """Tree, verdict and stamps are those of the running kernel."""
+    where = ("--core", str(core), *options)
+    tree = json.loads(host(*where, "tree", "--json"))
+    for part in ("root", "totals", "blocks", "abi", "kernel"):
+        assert tree[part] == story.tree[part], part
+    found = json.loads(host(*where, "verify", "--json"))
+    for part in ("verdict", "counts", "blocks", "incomplete"):
+        assert found[part] == story.verify[part], part
+    assert json.loads(host(*where, "status", "--json"))["unclaimed"] == story.stamps
+
+
+def test_there_is_something_to_see(story: Story) -> None:
+    assert len(story.tree["blocks"]) > 20
+    assert sum(row["blocks"] for row in story.stamps) > 20
+    assert story.verify["verdict"] == "pass"
+
+
+@pytest.mark.parametrize("debug_info", ["DWARF", "BTF"])
+def test_an_elf_from_qemu(story: Story, debug_info: str) -> None:
+    agrees(story, story.core, *by(story, debug_info))
+
+
+@pytest.mark.parametrize("debug_info", ["DWARF", "BTF"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_from_a_crash_kernel(story: Story, kind: str, debug_info: str) -> None:
+    """Without user pages, nor cached and free ones: KHO needs the kernel's alone."""
+    core = story.crashed[kind]
+    assert core.stat().st_size < story.core.stat().st_size // 4
+    agrees(story, core, *by(story, debug_info))
+
+
+def by(story: Story, debug_info: str) -> tuple[str, ...]:
+    return ("--vmlinux", str(story.vmlinux)) if debug_info == "DWARF" else ()
+
+
+def test_a_kdump_from_qemu(story: Story, tmp_path: Path) -> None:
+    """QEMU writes them flattened, which is refused; put in order, it is a vmcore like others."""
+    where = ("--core", str(story.flattened))
+    if story.flattened.read_bytes()[:12] == b"makedumpfile":
+        result = khoscope(*where, "tree")
+        assert result.returncode == 2
+        assert "makedumpfile -R" in result.stderr
+        assert len(result.stderr.splitlines()) == 2
+        where = ("--core", str(rearranged(story.flattened, tmp_path / "kdump")))
+    agrees(story, Path(where[1]))
+
+
+def rearranged(flattened: Path, to: Path) -> Path:
+    """What makedumpfile -R does: records of offset, size (big endian) and data."""
+    with open(flattened, "rb") as source, open(to, "wb") as target:
+        source.seek(4096)
+        while True:
+            offset, size = struct.unpack(">qq", source.read(16))
+            if offset < 0:
+                return to
+            target.seek(offset)
+            target.write(source.read(size))
+
+
+def khoscope(*words: str) -> subprocess.CompletedProcess[str]:
+    import sys
+
+    command = [sys.executable, "-m", "khoscope", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT)
+
+
+def test_without_struct_pages(story: Story, tmp_path: Path) -> None:
+    """The tree is whole, what hangs on struct pages is said to be missing, and nothing passes."""
+    core = without_vmemmap(story.core, tmp_path / "cut")
+    tree = json.loads(host("--core", str(core), "tree", "--json"))
+    assert tree["blocks"] == story.tree["blocks"]
+    result = khoscope("--core", str(core), "verify")
+    assert result.returncode == 2
+    assert "PASS" not in result.stdout
+    blocks = len(tree["blocks"])
+    assert f"the struct pages of {blocks} blocks could not be read" in result.stdout
+    assert "how full is not known" in host("--core", str(core), "status")
+
+
+def without_vmemmap(core: Path, to: Path) -> Path:
+    """The same ELF core with program headers that leave out where the struct pages are."""
+    prog = open_core(core)
+    layout = page_layout(prog)
+    init_mm = prog["init_mm"].address_of_()
+    raw = bytearray(core.read_bytes())
+    (table,) = struct.unpack_from("<Q", raw, 32)
+    (count,) = struct.unpack_from("<H", raw, 56)
+    headers = [list(struct.unpack_from("<IIQQQQQQ", raw, table + 56 * i)) for i in range(count)]
+    end = max(phys + size for kind, _, _, _, phys, size, _, _ in headers if kind == 1)
+    # The vmemmap is of whole huge pages.
+    step = 2 << 20
+    huge = {
+        int(follow_phys(init_mm, layout.vmemmap + at).value_()) // step
+        for at in range(0, min(end, 1536 << 20) // 4096 * layout.size, step)
+    }
+    kept = []
+    for header in headers:
+        kind, flags, offset, virtual, phys, size, _, align = header
+        if kind != 1:
+            kept.append(header)
+            continue
+        at = phys
+        while at < phys + size:
+            following = min((at // step + 1) * step, phys + size)
+            if at // step not in huge:
+                where = offset + at - phys
+                part = [kind, flags, where, virtual, at, following - at, following - at, align]
+                kept.append(part)
+            at = following
+    struct.pack_into("<Q", raw, 32, len(raw))
+    struct.pack_into("<H", raw, 56, len(kept))
+    with open(to, "wb") as file:
+        file.write(raw)
+        for header in kept:
+            file.write(struct.pack("<IIQQQQQQ", *header))
+    return to
+
+
+# A vmlinux without DWARF
+
+
+def test_the_btf_of_a_vmlinux(story: Story, tmp_path: Path) -> None:
+    """Stripped it will do, of another build it will not, nor with BTF that was written over."""
+    stripped, broken, bare = (tmp_path / name for name in ("stripped", "broken", "bare"))
+    objcopy(story.vmlinux, stripped, "--strip-debug")
+    agrees(story, story.core, "--vmlinux", str(stripped))
+    said = khoscope("--core", str(story.core), "--vmlinux", str(stripped), "-v", "tree")
+    assert said.stderr == f"khoscope: types: BTF (khoscope), {stripped}\n"
+    nonsense = tmp_path / "nonsense"
+    nonsense.write_bytes(b"\x9f\xeb\1\0" + bytes(1000))
+    objcopy(stripped, broken, f"--update-section=.BTF={nonsense}")
+    refused(story, broken, "BTF with a header of 0 bytes")
+    objcopy(stripped, bare, "--remove-section=.BTF")
+    refused(story, bare, "no BTF")
+    refused(story, Path("/bin/true"), "another build")
+    (tmp_path / "text").write_text("no ELF file at all")
+    refused(story, tmp_path / "text", "build id")
+
+
+def objcopy(source: Path, to: Path, *options: str) -> None:
+    subprocess.run(["objcopy", *options, str(source), str(to)], check=True)
+
+
+def refused(story: Story, vmlinux: Path, said: str) -> None:
+    result = khoscope("--core", str(story.core), "--vmlinux", str(vmlinux), "tree")
+    assert result.returncode == 2, result
+    assert len(result.stderr.splitlines()) == 2, result.stderr
+    assert said in result.stderr
+    assert result.stdout == ""
