@@ -307,8 +307,7 @@ class Snapshot:
         System RAM (``iomem_resource``).
     :param scratch: u64, shape (n, 2): address and size of each area (``kho_scratch``).
     :param scratch_free: pages of each area that the buddy allocator holds, None where their
-        struct pages
-        cannot be read; empty: not counted.
+        struct pages cannot be read; empty: not counted.
     :param image: the kexec image; None: not looked at.
     :param liveupdate: LUO in this kernel; None: it has none, or was not looked at.
     :param outgoing: what this kernel is about to hand over.

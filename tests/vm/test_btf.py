@@ -124,6 +124,23 @@ def test_snapshots_and_traces(bare: Machine) -> None:
     assert json.loads(traced.stdout)["schema"] == "khoscope.trace/1"
 
 
+def test_hidden_symbols(bare: Machine) -> None:
+    """What no address can be known of is not read: two lines, and how to mend it."""
+    bare.run("sysctl -qw kernel.kptr_restrict=2", check=True)
+    try:
+        result = bare.run(("khoscope", "tree"), timeout=TIMEOUT)
+    finally:
+        bare.run("sysctl -qw kernel.kptr_restrict=0", check=True)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    what, hint = result.stderr.splitlines()
+    assert "kernel.kptr_restrict" in what
+    assert "kernel.kptr_restrict=1" in hint
+    # That much root may see.
+    bare.run("sysctl -qw kernel.kptr_restrict=1", check=True)
+    guest(bare, "tree")
+
+
 # Types
 
 
