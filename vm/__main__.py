@@ -54,9 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     builder.add_argument(
         "kernel",
         nargs="*",
-        choices=[*kernel.NAMES, []],
+        choices=[*build.NAMES, []],
         metavar="KERNEL",
-        help=f"which of {', '.join(kernel.NAMES)} (all)",
+        help=f"which of {', '.join(build.NAMES)} (all)",
     )
     builder.add_argument(
         "--source",

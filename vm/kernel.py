@@ -311,17 +311,18 @@ def _compile(name: str, source: Path, patches: _Files, to: Path, log: Log) -> No
         (to / "build/vmlinux").symlink_to("../vmlinux")
 
 
-def _prepare(source: Path, patches: _Files, log: Log) -> None:
-    """Bring the work directory to this source with these patches.
+def _prepare(source: Path, patches: _Files, log: Log, work: Path | None = None) -> None:
+    """Bring a work directory to this source with these patches.
 
     `ready` names the source and is there only while the tree is known to hold exactly that
     source with the patches in `applied`. A build that ended in between starts from nothing.
     """
-    work = _work()
+    work = work or _work()
     tree, applied, ready = work / "linux", work / "applied", work / "ready"
     if not ready.exists() or ready.read_text() != source.name:
         with log.step("unpacking the source"):
-            clean()
+            if work.exists():
+                cache.remove(work)
             tree.mkdir(parents=True)
             applied.mkdir()
             log.run(["tar", "-xf", source / "linux.tar", "-C", tree, "--strip-components=1"])
