@@ -65,17 +65,18 @@ def find(name: str) -> Kernel | None:
     if source is None:
         return None
     entry = _entry(name, source)
-    return _kernel(name, entry) if entry.exists() else None
+    return _kernel(name, entry) if entry.exists() and _init_entry().exists() else None
 
 
 def build(name: str) -> Kernel:
     """The kernel, built now if it is not there. Call it inside `cache.locked()`."""
     archive = kernel._source() or kernel.select(None)
-    entry = _entry(name, archive)
-    if not entry.exists():
+    entry, init = _entry(name, archive), _init_entry()
+    if not entry.exists() or not init.exists():
         debian.require(_COMMANDS)
         with Log(name) as log:
             cache.make(entry, lambda to: _compile(name, archive, to, log))
+            cache.make(init, lambda to: _compile_init(to, log))
     return _kernel(name, entry)
 
 
@@ -91,8 +92,12 @@ def _kernel(name: str, entry: Path) -> Kernel:
 
 def _entry(name: str, source: Path) -> Path:
     patches = kernel._patches(KERNELS[name][0])
-    parts = (_RECIPE, _compiler(), source.name, name, _wanted(name), _INIT, patches)
+    parts = (_RECIPE, _compiler(), source.name, name, _wanted(name), patches)
     return cache.entry(f"kernel-{name}", cache.digest(*parts))
+
+
+def _init_entry() -> Path:
+    return cache.entry("init-arm64", cache.digest(_RECIPE, _compiler(), _INIT))
 
 
 def _wanted(name: str) -> str:
@@ -148,12 +153,15 @@ def _compile(name: str, source: Path, to: Path, log: Log) -> None:
             )
     with log.step(f"compiling on {os.cpu_count()} processors"):
         make("Image")
-    with log.step("compiling the guest's init"):
-        options = ["-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector"]
-        log.run([f"{_PREFIX}gcc", "-O2", "-Wall", "-Werror", *options, "-o", to / "init", _INIT])
     shutil.copy(tree / "arch/arm64/boot/Image", to)
     shutil.copy(tree / "vmlinux", to)
     shutil.copy(tree / "include/config/kernel.release", to / "release")
+
+
+def _compile_init(to: Path, log: Log) -> None:
+    with log.step("compiling the guest's init"):
+        options = ["-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector"]
+        log.run([f"{_PREFIX}gcc", "-O2", "-Wall", "-Werror", *options, "-o", to / "init", _INIT])
 
 
 def cpio(files: dict[str, tuple[int, bytes]]) -> bytes:
@@ -273,7 +281,7 @@ class Arm64:
 
     def _initramfs(self) -> bytes:
         """The init, and for the kexec the kernel and the next kernel's own initramfs."""
-        init = (stat.S_IFREG | 0o755, (self.kernel.share / "init").read_bytes())
+        init = (stat.S_IFREG | 0o755, (_init_entry() / "init").read_bytes())
         directory = (stat.S_IFDIR | 0o755, b"")
         plain = stat.S_IFREG | 0o644
         image = (self.kernel.share / "Image").read_bytes()
