@@ -29,7 +29,7 @@ from typing import Self
 from vm import cache, debian, kernel
 from vm.cache import BuildError, Log
 from vm.kernel import Kernel
-from vm.machine import GuestDied, GuestHung, MachineError
+from vm.machine import GuestDied, GuestError, GuestHung, MachineError
 
 #: The kernels: the one of vm.kernel that has the same patches, and what is configured besides.
 KERNELS: dict[str, tuple[str, str]] = {
@@ -217,8 +217,8 @@ class Arm64:
 
     def command_line(self, boot: int) -> str:
         """The kernel's command line at its boot number `boot`."""
-        words = f"console=ttyAMA0 panic=-1 kho=on liveupdate=on {self._append}".strip()
-        return f"{words} khoscope_boot={boot}"
+        words = "console=ttyAMA0 panic=-1 printk.devkmsg=on kho=on liveupdate=on"
+        return f"{words} {self._append} khoscope_boot={boot}"
 
     def console(self) -> str:
         """Its text since the first boot."""
@@ -226,12 +226,12 @@ class Arm64:
 
     def ask(self, word: str, rest: str = "", timeout: float = TIMEOUT) -> int:
         """What the guest's init answers to a command; see vm/guest-arm64/init.c."""
-        self._serial.sendall(f"{word} {rest}".strip().encode() + b"\n")
+        self._send(f"{word} {rest}".strip())
         return self._answer(word, timeout)
 
     def kexec(self) -> None:
         """Jumps into the kernel that was loaded, and waits for its init."""
-        self._serial.sendall(b"kexec\n")
+        self._send("kexec")
         self._booted()
 
     def _start(self) -> None:
@@ -288,17 +288,25 @@ class Arm64:
         both = {"dev": directory, "proc": directory, "init": init}
         return cpio({**both, "Image": (plain, image), "next": (plain, cpio(both))})
 
+    def _send(self, line: str) -> None:
+        # Whether anybody is there turns out when the answer is read.
+        with contextlib.suppress(BrokenPipeError):
+            self._serial.sendall(line.encode() + b"\n")
+
     def _booted(self) -> None:
         boot = self._answer("boot", TIMEOUT)
         self.boots += 1
         if boot != self.boots:
-            raise self._error(GuestDied, f"boot {boot} is running, not boot {self.boots}")
+            raise self._error(GuestError, f"boot {boot} is running, not boot {self.boots}")
 
     def _answer(self, word: str, timeout: float) -> int:
         for line in self._lines(timeout):
-            name, _, result = line.removeprefix(_ANSWER).partition(" ")
-            if line.startswith(_ANSWER) and name == word:
-                return int(result)
+            _, ours, answer = line.partition(_ANSWER)
+            if ours:
+                name, _, result = answer.partition(" ")
+                if name == word:
+                    return int(result)
+                raise self._error(GuestError, f"{word}: the guest's answer is {answer}")
         raise self._error(GuestHung, f"{word}: no answer after {timeout:g} s")
 
     def _lines(self, timeout: float) -> Iterator[str]:
@@ -313,11 +321,14 @@ class Arm64:
                 continue
             if not select.select([self._serial], [], [], max(end - time.monotonic(), 0))[0]:
                 return
-            data = self._serial.recv(1 << 16)
+            try:
+                data = self._serial.recv(1 << 16)
+            except ConnectionResetError:
+                data = b""
             if not data:
                 log = self._log.read_text(errors="replace").strip()
                 raise self._error(GuestDied, f"QEMU has ended {log}".strip())
             self._read += data
 
-    def _error(self, kind: type[GuestDied | GuestHung], text: str) -> GuestDied | GuestHung:
+    def _error(self, kind: type[GuestError], text: str) -> GuestError:
         return kind(text, "\n".join(self.console().splitlines()[-_CONSOLE_TAIL:]))

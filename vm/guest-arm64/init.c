@@ -32,6 +32,8 @@ struct liveupdate_session_preserve_fd {
 	__aligned_u64 token;
 };
 
+static long kmsg;
+
 static long call(long number, long a, long b, long c, long d, long e)
 {
 	register long x0 asm("x0") = a;
@@ -57,15 +59,18 @@ static unsigned long length(const char *text)
 	return n;
 }
 
-static void put(const char *text)
+static char *copy(char *to, const char *text)
 {
-	call(__NR_write, 1, (long)text, length(text), 0, 0);
+	while (*text)
+		*to++ = *text++;
+	return to;
 }
 
+/* By way of the kernel's log: its lines are whole, whatever else is on the console. */
 static void answer(const char *word, long result)
 {
 	unsigned long rest = result < 0 ? -(unsigned long)result : (unsigned long)result;
-	char digits[24];
+	char digits[24], line[100], *end;
 	char *at = digits + sizeof(digits) - 1;
 
 	*at = 0;
@@ -73,11 +78,13 @@ static void answer(const char *word, long result)
 		*--at = '0' + rest % 10;
 		rest /= 10;
 	} while (rest);
-	put("khoscope-init: ");
-	put(word);
-	put(result < 0 ? " -" : " ");
-	put(at);
-	put("\n");
+	end = copy(line, "khoscope-init: ");
+	end = copy(end, word);
+	end = copy(end, result < 0 ? " -" : " ");
+	end = copy(end, at);
+	/* Without it the kernel waits for the rest of the line. */
+	end = copy(end, "\n");
+	call(__NR_write, kmsg, (long)line, end - line, 0, 0);
 }
 
 static unsigned long number(const char *text)
@@ -124,9 +131,6 @@ static long preserve_memfd(unsigned long size)
 	struct liveupdate_session_preserve_fd file = { sizeof(file), -1, 1 };
 	long luo, ret;
 
-	ret = call(__NR_mount, (long)"devtmpfs", (long)"/dev", (long)"devtmpfs", 0, 0);
-	if (ret < 0)
-		return ret;
 	luo = open_file("/dev/liveupdate", O_RDWR);
 	if (luo < 0)
 		return luo;
@@ -172,6 +176,8 @@ void run(long *stack)
 	const char *boot = 0;
 	char line[2048];
 
+	call(__NR_mount, (long)"devtmpfs", (long)"/dev", (long)"devtmpfs", 0, 0);
+	kmsg = open_file("/dev/kmsg", O_WRONLY);
 	/* As any init does: the kernel makes its boot id when it is first asked for it. */
 	call(__NR_mount, (long)"proc", (long)"/proc", (long)"proc", 0, 0);
 	call(__NR_read, open_file("/proc/sys/kernel/random/boot_id", O_RDONLY), (long)line,
