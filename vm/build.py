@@ -21,11 +21,15 @@ def kernels() -> int:
 
 
 def build(names: Sequence[str], source: Path | None) -> int:
-    """Build the named kernels, or all, and the guest's root."""
-    wanted = names or kernel.NAMES
+    """Build the named kernels, or those that the environment's KERNELS says, and the guest's root.
+
+    A source is for the kernels of its series; without names, these are built.
+    """
+    wanted = list(names) or kernel.chosen()
     if source is not None:
         with cache.locked():
-            kernel.select(source)
+            series = kernel.select(source)
+        wanted = list(names) or [name for name in wanted if kernel.series(name) == series]
     if root.find() and all(map(kernel.find, wanted)):
         print(f"nothing to build: {', '.join(wanted)} and the guest's root are there")
     else:
@@ -33,7 +37,7 @@ def build(names: Sequence[str], source: Path | None) -> int:
             for name in wanted:
                 kernel.build(name)
             root.build()
-            if all(map(kernel.find, kernel.NAMES)):
+            if all(map(kernel.find, kernel.chosen())):
                 kernel.clean()
     print(f"cache: {cache.directory()}, {_mib(cache.size(cache.directory()))}")
     return 0
