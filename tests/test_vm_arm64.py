@@ -67,7 +67,7 @@ def test_patches_and_pages() -> None:
         wanted = arm64._wanted(name).splitlines()
         pages = "64" if "64k" in name else "4"
         assert f"CONFIG_ARM64_{pages}K_PAGES=y" in wanted
-        assert arm64.KERNELS[name][0] in kernel.KERNELS
+        assert kernel.ARM64[name][0] in kernel.KERNELS
 
 
 def test_not_built(

@@ -31,15 +31,8 @@ from vm.cache import BuildError, Log
 from vm.kernel import Kernel
 from vm.machine import GuestDied, GuestError, GuestHung, MachineError
 
-#: The kernels: the one of vm.kernel that has the same patches, and what is configured besides.
-KERNELS: dict[str, tuple[str, str]] = {
-    "7.2-arm64-64k-rfc": ("7.2-rfc", "CONFIG_ARM64_64K_PAGES=y"),
-    "7.2-arm64-64k": ("7.2-fixed", "CONFIG_ARM64_64K_PAGES=y"),
-    "7.2-arm64-4k": ("7.2-fixed", "CONFIG_ARM64_4K_PAGES=y"),
-}
-
 #: All that are built.
-NAMES = list(KERNELS)
+NAMES = list(kernel.ARM64)
 
 #: Booting takes seconds; TCG on a busy host needs many of them.
 TIMEOUT = 240.0
@@ -61,7 +54,7 @@ _CONSOLE_TAIL = 40
 
 def find(name: str) -> Kernel | None:
     """The kernel as its sources are now, or None if that is not built."""
-    source = kernel._source()
+    source = kernel._source(kernel.series(name))
     if source is None:
         return None
     entry = _entry(name, source)
@@ -70,7 +63,8 @@ def find(name: str) -> Kernel | None:
 
 def build(name: str) -> Kernel:
     """The kernel, built now if it is not there. Call it inside `cache.locked()`."""
-    archive = kernel._source() or kernel.select(None)
+    series = kernel.series(name)
+    archive = kernel._source(series) or kernel.fetch(series)
     entry, init = _entry(name, archive), _init_entry()
     if not entry.exists() or not init.exists():
         debian.require(_COMMANDS)
@@ -91,7 +85,7 @@ def _kernel(name: str, entry: Path) -> Kernel:
 
 
 def _entry(name: str, source: Path) -> Path:
-    patches = kernel._patches(KERNELS[name][0])
+    patches = kernel._patches(kernel.ARM64[name][0])
     parts = (_RECIPE, _compiler(), source.name, name, _wanted(name), patches)
     return cache.entry(f"kernel-{name}", cache.digest(*parts))
 
@@ -103,7 +97,7 @@ def _init_entry() -> Path:
 def _wanted(name: str) -> str:
     """What the kernel is configured with, on top of tinyconfig."""
     suffix = name.partition("-")[2]
-    option = KERNELS[name][1]
+    option = kernel.ARM64[name][1]
     return f'{_CONFIG.read_text()}{option}\nCONFIG_LOCALVERSION="-khoscope-{suffix}"\n'
 
 
@@ -125,7 +119,7 @@ def _work() -> Path:
 def _compile(name: str, source: Path, to: Path, log: Log) -> None:
     """Fill a kernel entry."""
     tree = _work() / "linux"
-    kernel._prepare(source, kernel._patches(KERNELS[name][0]), log, _work())
+    kernel._prepare(source, kernel._patches(kernel.ARM64[name][0]), log, _work())
     flags = [
         "ARCH=arm64",
         f"CROSS_COMPILE={_PREFIX}",

@@ -24,11 +24,15 @@ def kernels() -> int:
 
 
 def build(names: Sequence[str], source: Path | None) -> int:
-    """Build the named kernels, or all, and the guest's root."""
-    wanted = names or NAMES
+    """Build the named kernels, or those that the environment's KERNELS says, and the guest's root.
+
+    A source is for the kernels of its series; without names, these are built.
+    """
+    wanted = list(names) or kernel.chosen(NAMES)
     if source is not None:
         with cache.locked():
-            kernel.select(source)
+            series = kernel.select(source)
+        wanted = list(names) or [name for name in wanted if kernel.series(name) == series]
     if root.find() and all(map(_find, wanted)):
         print(f"nothing to build: {', '.join(wanted)} and the guest's root are there")
     else:
@@ -36,7 +40,7 @@ def build(names: Sequence[str], source: Path | None) -> int:
             for name in wanted:
                 (arm64 if name in arm64.NAMES else kernel).build(name)
             root.build()
-            if all(map(_find, NAMES)):
+            if all(map(_find, kernel.chosen(NAMES))):
                 kernel.clean()
                 arm64.clean()
     print(f"cache: {cache.directory()}, {_mib(cache.size(cache.directory()))}")
