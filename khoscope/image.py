@@ -15,7 +15,7 @@ class NextKernel:
     handover, none where it was built without, several where it cannot be told.
 
     :param path: the image; of a directory, the one that was found in it.
-    :param compression: of a bzImage's payload; None: a vmlinux.
+    :param compression: of a bzImage's payload; None: a vmlinux, or an arm64 Image.
     :param release: ``UTS_RELEASE``.
     :param kho: ``KHO_FDT_COMPATIBLE``.
     :param luo: ``LUO_ABI_COMPATIBLE``.
@@ -32,6 +32,6 @@ class NextKernel:
     @property
     def in_words(self) -> str:
         """What it is and takes, in one line."""
-        form = f"bzImage ({self.compression})" if self.compression else "vmlinux"
+        form = f"bzImage ({self.compression})" if self.compression else "not compressed"
         takes = [" and ".join(each) for each in (self.kho, self.luo, self.memfd) if each]
         return f"{self.release}, {form}, {', '.join(takes) or 'no KHO'}"

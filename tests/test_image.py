@@ -194,10 +194,31 @@ def test_vmlinux(write: Write) -> None:
     assert read_image(path) == expected(path, None)
 
 
+def arm64_image(data: bytes) -> bytes:
+    """The 64 bytes in front of an arm64 kernel, and the kernel as it is."""
+    fields = (0x14000000, 0, 0, len(data), 10, 0, 0, 0, b"ARM\x64", 0)
+    return struct.pack("<IIQQQQQQ4sI", *fields) + data
+
+
+def test_arm64_image(write: Write) -> None:
+    path = write(arm64_image(bytes(99) + TEXT))
+    assert read_image(path) == expected(path, None)
+    with pytest.raises(KhoscopeError, match="has none"):
+        read_image(write(arm64_image(b"")))
+
+
+def test_arm64_image_that_has_no_end(tmp_path: Path) -> None:
+    path = tmp_path / "Image"
+    path.write_bytes(arm64_image(TEXT))
+    os.truncate(path, LIMIT + 1)
+    with pytest.raises(KhoscopeError, match=f"{LIMIT + 1:,} bytes"):
+        read_image(path)
+
+
 def test_in_words() -> None:
     kernel = NextKernel("bzImage", "zstd", RELEASE, ("kho-v4", "kho-v5"), ("luo-v5",), ())
     assert kernel.in_words == f"{RELEASE}, bzImage (zstd), kho-v4 and kho-v5, luo-v5"
-    assert NextKernel("v", None, RELEASE).in_words == f"{RELEASE}, vmlinux, no KHO"
+    assert NextKernel("v", None, RELEASE).in_words == f"{RELEASE}, not compressed, no KHO"
 
 
 def test_none_and_several(write: Write) -> None:
@@ -306,9 +327,9 @@ def test_no_regular_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "what"),
     [
-        (b"", "neither a bzImage nor a vmlinux"),
-        (b"Linux version 7.2 (", "neither"),
-        (PACKERS["gzip"](VMLINUX), "neither"),
+        (b"", "no bzImage, no arm64 Image and no vmlinux"),
+        (b"Linux version 7.2 (", "no bzImage"),
+        (PACKERS["gzip"](VMLINUX), "no bzImage"),
         (b"\x7fELF", "no 64-bit little-endian vmlinux"),
         (elf([TEXT])[:63], "no 64-bit"),
         (elf([TEXT], kind=CORE), "no 64-bit little-endian vmlinux"),

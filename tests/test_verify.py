@@ -256,7 +256,7 @@ def test_next(run: Run, saved: Saved, tmp_path: Path) -> None:
     good = snapshot(FIXED, [GOOD])
     result = run("--snapshot", saved(good), "verify", "--next", image)
     assert (result.status, result.err) == (0, "")
-    assert "next kernel: 7.2.12-test, vmlinux, kho-v5, luo-v5, memfd-v2" in result.out
+    assert "next kernel: 7.2.12-test, not compressed, kho-v5, luo-v5, memfd-v2" in result.out
     other = replace(good.outgoing, fdt=replace(good.outgoing.fdt, compatible="kho-v4"))
     path = saved(replace(good, outgoing=other))
     for more in ([], ["--only", "image-abi-differs"]):

@@ -54,15 +54,17 @@ def _parser() -> argparse.ArgumentParser:
     builder.add_argument(
         "kernel",
         nargs="*",
-        choices=[*kernel.NAMES, []],
+        choices=[*build.NAMES, []],
         metavar="KERNEL",
-        help=f"which of {', '.join(kernel.NAMES)} (all)",
+        help=f"which of {', '.join(build.NAMES)} (those that the environment's KERNELS names, "
+        "each or by its series; without it all)",
     )
     builder.add_argument(
         "--source",
         type=Path,
-        help="a kernel tree, a tarball or Debian's package of one; remembered for later builds "
-        f"(at first: the newest {kernel.PACKAGE} of {kernel.SUITE})",
+        help=f"a tree of linux {' or '.join(kernel.SERIES)}, a tarball or Debian's package of one; "
+        "remembered for later builds of that series "
+        f"(at first: the newest {kernel.PACKAGE}SERIES of {kernel.SUITE})",
     )
 
     boots = argparse.ArgumentParser(add_help=False)

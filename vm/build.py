@@ -6,37 +6,49 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vm import cache, kernel, root
+from vm import arm64, cache, kernel, root
+
+#: All kernels that are built.
+NAMES = [*kernel.NAMES, *arm64.NAMES]
 
 
 def kernels() -> int:
     """List the kernels: built or not, release, size."""
-    for name in kernel.NAMES:
-        found = kernel.find(name)
+    for name in NAMES:
+        found = _find(name)
         if found is None:
-            print(f"{name:<12}not built")
+            print(f"{name:<20}not built")
         else:
-            print(f"{name:<12}{found.release:<26}{_mib(cache.size(found.share)):>8}")
+            print(f"{name:<20}{found.release:<32}{_mib(cache.size(found.share)):>8}")
     return 0
 
 
 def build(names: Sequence[str], source: Path | None) -> int:
-    """Build the named kernels, or all, and the guest's root."""
-    wanted = names or kernel.NAMES
+    """Build the named kernels, or those that the environment's KERNELS says, and the guest's root.
+
+    A source is for the kernels of its series; without names, these are built.
+    """
+    wanted = list(names) or kernel.chosen(NAMES)
     if source is not None:
         with cache.locked():
-            kernel.select(source)
-    if root.find() and all(map(kernel.find, wanted)):
+            series = kernel.select(source)
+        wanted = list(names) or [name for name in wanted if kernel.series(name) == series]
+    if root.find() and all(map(_find, wanted)):
         print(f"nothing to build: {', '.join(wanted)} and the guest's root are there")
     else:
         with cache.locked():
             for name in wanted:
-                kernel.build(name)
+                (arm64 if name in arm64.NAMES else kernel).build(name)
             root.build()
-            if all(map(kernel.find, kernel.NAMES)):
+            if all(map(_find, kernel.chosen(NAMES))):
                 kernel.clean()
+                arm64.clean()
     print(f"cache: {cache.directory()}, {_mib(cache.size(cache.directory()))}")
     return 0
+
+
+def _find(name: str) -> kernel.Kernel | None:
+    return (arm64 if name in arm64.NAMES else kernel).find(name)
 
 
 def _mib(size: int) -> str:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,11 +15,15 @@ from pathlib import Path
 from vm import cache, debian
 from vm.cache import BuildError, Log
 
-#: The kernels and the directories below kernel-patches/ whose patches they carry, in order.
+#: The kernels, SERIES-WHAT, and the directories below kernel-patches/ whose patches they carry, in
+#: order.
 KERNELS: dict[str, list[str]] = {
     "7.2-base": [],
     "7.2-rfc": ["7.2/rfc"],
     "7.2-fixed": ["7.2/rfc", "7.2/fix"],
+    "7.3-base": [],
+    "7.3-rfc": ["7.3/rfc"],
+    "7.3-fixed": ["7.3/rfc", "7.3/fix"],
 }
 
 #: Kernels that let happen what those refuse: the one of them that each is but for these options.
@@ -26,12 +31,53 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "7.2-nodebug": ("7.2-fixed", ["CONFIG_KEXEC_HANDOVER_DEBUG=n"]),
 }
 
-#: All that are built.
-NAMES = [*KERNELS, *VARIANTS]
+#: The kernels of vm/arm64.py: the one of KERNELS that has the same patches, and the page size.
+ARM64: dict[str, tuple[str, str]] = {
+    "7.2-arm64-64k-rfc": ("7.2-rfc", "CONFIG_ARM64_64K_PAGES=y"),
+    "7.2-arm64-64k": ("7.2-fixed", "CONFIG_ARM64_64K_PAGES=y"),
+    "7.2-arm64-4k": ("7.2-fixed", "CONFIG_ARM64_4K_PAGES=y"),
+}
 
-#: Where the source comes from when nobody says otherwise.
+#: What a series has to be configured with besides, or instead of, vm/kernel.config.
+SERIES: dict[str, list[str]] = {
+    "7.2": [],
+    # The same option under another name.
+    "7.3": ["CONFIG_PROC_SYSCTL=n", "CONFIG_SYSCTL=y"],
+}
+
+
+def series(name: str) -> str:
+    """The one of SERIES whose source the kernel is made from."""
+    return name.partition("-")[0]
+
+
+#: All kernels; those of a series follow each other, as going to another unpacks its source.
+NAMES = sorted([*KERNELS, *VARIANTS], key=lambda name: list(SERIES).index(series(name)))
+
+#: Where the source of a series, PACKAGE and its name, comes from when nobody says otherwise.
 SUITE = "trixie-backports"
-PACKAGE = "linux-source-7.2"
+PACKAGE = "linux-source-"
+
+
+def chosen(names: Sequence[str] = NAMES) -> list[str]:
+    """Those of `names` that the environment's KERNELS names, each or by its series; without it all.
+
+    :raise BuildError: it names what there is not
+    """
+    words = os.environ.get("KERNELS", "").split() or ["all"]
+    for word in words:
+        if word not in {"all", *SERIES, *NAMES, *ARM64}:
+            raise BuildError(
+                f"KERNELS: there is neither a kernel nor a series {word}.\n"
+                f"Say all, or some of: {', '.join([*SERIES, *NAMES, *ARM64])}."
+            )
+    return [name for name in names if {"all", series(name), name} & set(words)]
+
+
+def tested() -> list[str]:
+    """The kernels that a test of all kernels runs on: what is chosen of KERNELS."""
+    return [name for name in chosen() if name in KERNELS]
+
 
 # Part of every kernel's key: count up when the recipe below makes something else.
 _RECIPE = "1"
@@ -63,7 +109,7 @@ def patched_as(name: str) -> str:
 
 def find(name: str) -> Kernel | None:
     """The kernel as its sources are now, or None if that is not built."""
-    source = _source()
+    source = _source(series(name))
     if source is None:
         return None
     share = _share_entry(_kernel_entry(name, source, _patches(name)), _module_files())
@@ -72,7 +118,7 @@ def find(name: str) -> Kernel | None:
 
 def build(name: str) -> Kernel:
     """The kernel, built now if it is not there. Call it inside `cache.locked()`."""
-    archive = _source() or select(None)
+    archive = _source(series(name)) or fetch(series(name))
     patches = _patches(name)
     module = _module_files()
     if "Makefile" not in module:
@@ -90,19 +136,30 @@ def build(name: str) -> Kernel:
     return _kernel(name, share)
 
 
-def select(source: Path | None) -> Path:
-    """Choose what to build from: a kernel tree, a tarball of one, or Debian's package of one.
-
-    None is Debian's newest package. The choice stays until the next: `find()` and `build()`
-    mean it. Call it inside `cache.locked()`.
-    """
-    link = cache.directory() / "source"
+def fetch(series: str) -> Path:
+    """Choose Debian's newest package of the series. Call it inside `cache.locked()`."""
     with Log("source") as log:
-        entry = _fetch(log) if source is None else _take(source, log)
-    pending = link.with_name(cache.PARTIAL + link.name)
-    pending.symlink_to(entry.name)
-    pending.rename(link)
-    return entry
+        return _choose(_fetch(series, log), series)
+
+
+def select(source: Path) -> str:
+    """Choose a kernel tree, a tarball of one, or Debian's package of one; the series that it is of.
+
+    The choice stays until the next: `find()` and `build()` mean it for all kernels of the series.
+    Call it inside `cache.locked()`.
+
+    :raise BuildError: it is of no series that there are kernels of
+    """
+    with Log("source") as log:
+        entry = _take(source, log)
+        found = _series_of(entry, log)
+    if found not in SERIES:
+        raise BuildError(
+            f"{source} is linux {found}, and the kernels are of {' and '.join(SERIES)}.\n"
+            "Give the source of one of these."
+        )
+    _choose(entry, found)
+    return found
 
 
 def _kernel(name: str, share: Path) -> Kernel:
@@ -144,7 +201,7 @@ def _patches(name: str) -> _Files:
 
 def _options(name: str) -> list[str]:
     """What the kernel is configured with besides, or instead of, vm/kernel.config."""
-    return VARIANTS[name][1] if name in VARIANTS else []
+    return [*SERIES[series(name)], *(VARIANTS[name][1] if name in VARIANTS else [])]
 
 
 def _wanted(name: str) -> str:
@@ -177,13 +234,38 @@ def _compiler() -> str:
 # The source
 
 
-def _source() -> Path | None:
-    link = cache.directory() / "source"
+def _link(series: str) -> Path:
+    """What leads to the source that was chosen for the series."""
+    return cache.directory() / f"source-{series}"
+
+
+def _source(series: str) -> Path | None:
+    link = _link(series)
     return link.resolve() if link.exists() else None
 
 
-def _fetch(log: Log) -> Path:
+def _choose(entry: Path, series: str) -> Path:
+    link = _link(series)
+    pending = link.with_name(cache.PARTIAL + link.name)
+    pending.symlink_to(entry.name)
+    pending.rename(link)
+    return entry
+
+
+def _series_of(entry: Path, log: Log) -> str:
+    """The series that a source says in its Makefile that it is of; "?" where it says nothing."""
+    with cache.scratch("makefile") as to:
+        (makefile := to / "Makefile").touch()
+        pattern = ["--occurrence=1", "--wildcards", "--no-wildcards-match-slash", "*/Makefile"]
+        log.run(["tar", "-xOf", entry / "linux.tar", *pattern], stdout=makefile)
+        text = makefile.read_text()
+    parts = [re.search(rf"(?m)^{name} = (\d+)$", text) for name in ("VERSION", "PATCHLEVEL")]
+    return ".".join(part[1] if part else "?" for part in parts)
+
+
+def _fetch(series: str, log: Log) -> Path:
     """Debian's newest package, through an apt of our own: the machine's stays as it is."""
+    name = PACKAGE + series
     debian.require(["apt-get", "dpkg-deb"])
     with cache.scratch("fetched") as to:
         (to / "state/lists/partial").mkdir(parents=True)
@@ -200,11 +282,11 @@ def _fetch(log: Log) -> Path:
             "APT::Sandbox::User": "",
         }
         apt: list[str | Path] = ["apt-get", "-q"]
-        apt += [f"-o{name}={value}" for name, value in options.items()]
-        with log.step(f"asking {SUITE} for the newest {PACKAGE}"):
+        apt += [f"-o{option}={value}" for option, value in options.items()]
+        with log.step(f"asking {SUITE} for the newest {name}"):
             log.run([*apt, "update"])
-        with log.step(f"fetching {PACKAGE}"):
-            log.run([*apt, "download", PACKAGE], cwd=to)
+        with log.step(f"fetching {name}"):
+            log.run([*apt, "download", name], cwd=to)
         (package,) = to.glob("*.deb")
         return _take(package, log)
 
@@ -260,7 +342,7 @@ def _tree(tree: Path) -> list[str]:
 
 
 # Compiling. All kernels are made in one work directory, one after the other: going from one
-# patch set to the next compiles only what the patches touch.
+# patch set to the next compiles only what the patches touch. Another series starts anew.
 
 
 def _work() -> Path:
@@ -311,17 +393,18 @@ def _compile(name: str, source: Path, patches: _Files, to: Path, log: Log) -> No
         (to / "build/vmlinux").symlink_to("../vmlinux")
 
 
-def _prepare(source: Path, patches: _Files, log: Log) -> None:
-    """Bring the work directory to this source with these patches.
+def _prepare(source: Path, patches: _Files, log: Log, work: Path | None = None) -> None:
+    """Bring a work directory to this source with these patches.
 
     `ready` names the source and is there only while the tree is known to hold exactly that
     source with the patches in `applied`. A build that ended in between starts from nothing.
     """
-    work = _work()
+    work = work or _work()
     tree, applied, ready = work / "linux", work / "applied", work / "ready"
     if not ready.exists() or ready.read_text() != source.name:
         with log.step("unpacking the source"):
-            clean()
+            if work.exists():
+                cache.remove(work)
             tree.mkdir(parents=True)
             applied.mkdir()
             log.run(["tar", "-xf", source / "linux.tar", "-C", tree, "--strip-components=1"])

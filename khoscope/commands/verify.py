@@ -48,7 +48,8 @@ exit status: 0 fine, 1 a check failed, 2 no verdict, or could not do it""",
         "--next",
         metavar="FILE",
         type=Path,
-        help="the kernel that is to be booted: a bzImage, a vmlinux, or a directory with one",
+        help="the kernel that is to be booted: a bzImage, an arm64 Image, a vmlinux, or a "
+        "directory with one",
     )
     verify.add_argument("--only", type=_rules, metavar="RULE,…", help="run only these checks")
     verify.add_argument("--skip", type=_rules, metavar="RULE,…", help="run all but these checks")

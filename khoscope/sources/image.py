@@ -2,7 +2,8 @@
 """
 Read what a kernel image says about the handovers that its kernel takes.
 
-Kernel source: ``Documentation/arch/x86/boot.rst`` for the bzImage; the strings are those of
+Kernel source: ``Documentation/arch/x86/boot.rst`` for the bzImage and
+``Documentation/arch/arm64/booting.rst`` for the Image; the strings are those of
 ``include/linux/kho/abi/`` and ``linux_banner``.
 """
 
@@ -25,6 +26,7 @@ from .decompress import LIMIT, PIECE, Damaged, decompress
 #: Where kernels are in a package, a root, /boot or a build directory.
 _PLACES: Final = [
     *("bzImage", "vmlinuz", "vmlinuz-*", "vmlinux", "arch/x86/boot/bzImage"),
+    *("Image", "arch/arm64/boot/Image"),
     *("boot/vmlinuz-*", "lib/modules/*/vmlinuz", "usr/lib/modules/*/vmlinuz"),
     *("usr/lib/debug/boot/vmlinux-*", "usr/lib/debug/lib/modules/*/vmlinux"),
 ]
@@ -34,7 +36,9 @@ _MANY: Final = 16
 #: The boot sector and the setup header up to payload_length; an ELF header is shorter.
 _HEADER: Final = 0x250
 
-_HINT: Final = "give a bzImage (vmlinuz) or vmlinux, or a directory with one kernel in it"
+_HINT: Final = (
+    "give a bzImage (vmlinuz), an arm64 Image or a vmlinux, or a directory with one kernel in it"
+)
 
 #: Each as a C string, but for the release, which is in the middle of one.
 _STRINGS: Final = {
@@ -106,8 +110,10 @@ def _read(path: Path) -> NextKernel:
                 compression, pieces = None, _segments(file, start)
             elif start[0x202:0x206] == b"HdrS":
                 compression, pieces = decompress(_payload(file, start))
+            elif start[0x38:0x3C] == b"ARM\x64":
+                compression, pieces = None, _whole(file)
             else:
-                raise KhoscopeError(f"{path}: neither a bzImage nor a vmlinux", _HINT)
+                raise KhoscopeError(f"{path}: no bzImage, no arm64 Image and no vmlinux", _HINT)
             found = _strings(pieces)
     releases = found.pop("release")
     if len(releases) != 1:
@@ -152,6 +158,14 @@ def _segments(file: BinaryIO, start: bytes) -> Iterator[bytes]:
         raise Damaged(f"{total:,} bytes to load")
     for offset, length in loaded:
         yield from _range(file, offset, length)
+
+
+def _whole(file: BinaryIO) -> Iterator[bytes]:
+    """An arm64 Image: it is not packed."""
+    size = os.fstat(file.fileno()).st_size
+    if size > LIMIT:
+        raise Damaged(f"{size:,} bytes")
+    yield from _range(file, 0, size)
 
 
 def _range(file: BinaryIO, offset: int, length: int) -> Iterator[bytes]:

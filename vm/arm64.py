@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Kernels for arm64, of 4 and 64 KiB pages, and guests to boot them in: under TCG, that is.
+
+    with Arm64("7.2-arm64-64k") as guest:
+        guest.ask("load", guest.command_line(2))
+        guest.kexec()
+
+They are as small as kernels with KHO can be, and a guest is an initramfs with one program
+(vm/guest-arm64/init.c): no root, no modules. Everything is looked at from the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import socket
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from vm import cache, debian, kernel
+from vm.cache import BuildError, Log
+from vm.kernel import Kernel
+from vm.machine import GuestDied, GuestError, GuestHung, MachineError
+
+#: All that are built.
+NAMES = list(kernel.ARM64)
+
+#: Booting takes seconds; TCG on a busy host needs many of them.
+TIMEOUT = 240.0
+
+# Part of every kernel's key: count up when the recipe below makes something else.
+_RECIPE = "1"
+
+_PREFIX = "aarch64-linux-gnu-"
+_HERE = Path(__file__).parent
+_CONFIG = _HERE / "arm64.config"
+_INIT = _HERE / "guest-arm64/init.c"
+_COMMANDS = [
+    *("bc", "bison", "ccache", "flex", "gcc", "make", "patch", "perl", "tar", "xz"),
+    f"{_PREFIX}gcc",
+]
+_ANSWER = "khoscope-init: "
+_CONSOLE_TAIL = 40
+
+
+def find(name: str) -> Kernel | None:
+    """The kernel as its sources are now, or None if that is not built."""
+    source = kernel._source(kernel.series(name))
+    if source is None:
+        return None
+    entry = _entry(name, source)
+    return _kernel(name, entry) if entry.exists() and _init_entry().exists() else None
+
+
+def build(name: str) -> Kernel:
+    """The kernel, built now if it is not there. Call it inside `cache.locked()`."""
+    series = kernel.series(name)
+    archive = kernel._source(series) or kernel.fetch(series)
+    entry, init = _entry(name, archive), _init_entry()
+    if not entry.exists() or not init.exists():
+        debian.require(_COMMANDS)
+        with Log(name) as log:
+            cache.make(entry, lambda to: _compile(name, archive, to, log))
+            cache.make(init, lambda to: _compile_init(to, log))
+    return _kernel(name, entry)
+
+
+def clean() -> None:
+    """Forget the work directory; worth it when nothing is left to build."""
+    if _work().exists():
+        cache.remove(_work())
+
+
+def _kernel(name: str, entry: Path) -> Kernel:
+    return Kernel(name, (entry / "release").read_text().strip(), entry)
+
+
+def _entry(name: str, source: Path) -> Path:
+    patches = kernel._patches(kernel.ARM64[name][0])
+    parts = (_RECIPE, _compiler(), source.name, name, _wanted(name), patches)
+    return cache.entry(f"kernel-{name}", cache.digest(*parts))
+
+
+def _init_entry() -> Path:
+    return cache.entry("init-arm64", cache.digest(_RECIPE, _compiler(), _INIT))
+
+
+def _wanted(name: str) -> str:
+    """What the kernel is configured with, on top of tinyconfig."""
+    suffix = name.partition("-")[2]
+    option = kernel.ARM64[name][1]
+    return f'{_CONFIG.read_text()}{option}\nCONFIG_LOCALVERSION="-khoscope-{suffix}"\n'
+
+
+@lru_cache
+def _compiler() -> str:
+    gcc = f"{_PREFIX}gcc"
+    if shutil.which(gcc) is None:
+        return "none"
+    return subprocess.run([gcc, "--version"], check=True, capture_output=True, text=True).stdout
+
+
+# The other kernels are made in a tree that holds what was compiled for x86: a tree of its own.
+
+
+def _work() -> Path:
+    return cache.directory() / "work-arm64"
+
+
+def _compile(name: str, source: Path, to: Path, log: Log) -> None:
+    """Fill a kernel entry."""
+    tree = _work() / "linux"
+    kernel._prepare(source, kernel._patches(kernel.ARM64[name][0]), log, _work())
+    flags = [
+        "ARCH=arm64",
+        f"CROSS_COMPILE={_PREFIX}",
+        # As for the other kernels.
+        *("KBUILD_BUILD_USER=khoscope", "KBUILD_BUILD_HOST=khoscope"),
+        "KBUILD_BUILD_TIMESTAMP=Thu, 1 Jan 2026 00:00:00 +0000",
+        *(f"CC=ccache {_PREFIX}gcc", "HOSTCC=ccache gcc", "LOCALVERSION="),
+    ]
+    env = {"CCACHE_DIR": str(cache.directory() / "ccache"), "CCACHE_MAXSIZE": "2G"}
+    env["CCACHE_DEPEND"] = "1"
+
+    def make(*targets: str) -> None:
+        log.run(["make", f"-j{os.cpu_count()}", *flags, *targets], cwd=tree, env=env)
+
+    with log.step("configuring"):
+        make("tinyconfig")
+        wanted = _wanted(name)
+        with (tree / ".config").open("a") as config:
+            config.write(wanted)
+        make("olddefconfig")
+        missing = kernel.unmet(wanted, (tree / ".config").read_text())
+        if missing:
+            raise BuildError(
+                f"{name}: this source does not give what is asked for:\n  " + "\n  ".join(missing)
+            )
+    with log.step(f"compiling on {os.cpu_count()} processors"):
+        make("Image")
+    shutil.copy(tree / "arch/arm64/boot/Image", to)
+    shutil.copy(tree / "vmlinux", to)
+    shutil.copy(tree / "include/config/kernel.release", to / "release")
+
+
+def _compile_init(to: Path, log: Log) -> None:
+    with log.step("compiling the guest's init"):
+        options = ["-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector"]
+        log.run([f"{_PREFIX}gcc", "-O2", "-Wall", "-Werror", *options, "-o", to / "init", _INIT])
+
+
+def cpio(files: dict[str, tuple[int, bytes]]) -> bytes:
+    """An initramfs, in the format "newc": files by name, each with its mode."""
+    out = bytearray()
+    entries = {**files, "TRAILER!!!": (0, b"")}
+    for number, (name, (mode, content)) in enumerate(entries.items(), 1):
+        path = name.encode() + b"\0"
+        header = (number, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(path), 0)
+        for part in (b"070701" + b"".join(b"%08X" % n for n in header) + path, content):
+            out += part
+            out += bytes(-len(out) % 4)
+    return bytes(out)
+
+
+class Arm64:
+    """One virtual machine, running from ``__enter__`` to ``__exit__``.
+
+    :param name: the kernel to boot
+    :param append: more words for its command line
+    :param memory: of the guest, in MiB: scratch areas of 64 KiB pages are multiples of 512 MiB
+    """
+
+    def __init__(self, name: str, append: str = "", memory: int = 4096) -> None:
+        found = find(name)
+        if found is None:
+            raise MachineError(f"kernel {name} is not built; run: python -m vm build {name}")
+        self.kernel = found
+        self.boot_seconds = 0.0
+        #: How many kernels this machine has started.
+        self.boots = 0
+        self._append = append
+        self._memory = memory
+        self._cleanup = contextlib.ExitStack()
+        self._read = bytearray()
+        self._seen = 0
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self._cleanup.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._cleanup.close()
+
+    def command_line(self, boot: int) -> str:
+        """The kernel's command line at its boot number `boot`."""
+        words = "console=ttyAMA0 panic=-1 printk.devkmsg=on kho=on liveupdate=on"
+        return f"{words} {self._append} khoscope_boot={boot}"
+
+    def console(self) -> str:
+        """Its text since the first boot."""
+        return self._read.decode(errors="replace").replace("\r", "")
+
+    def ask(self, word: str, rest: str = "", timeout: float = TIMEOUT) -> int:
+        """What the guest's init answers to a command; see vm/guest-arm64/init.c."""
+        self._send(f"{word} {rest}".strip())
+        return self._answer(word, timeout)
+
+    def kexec(self) -> None:
+        """Jumps into the kernel that was loaded, and waits for its init."""
+        self._send("kexec")
+        self._booted()
+
+    def _start(self) -> None:
+        qemu, setpriv = shutil.which("qemu-system-aarch64"), shutil.which("setpriv")
+        if qemu is None or setpriv is None:
+            raise MachineError(
+                "qemu-system-aarch64 or setpriv is not installed; "
+                "run: apt-get install qemu-system-arm util-linux"
+            )
+        started = time.monotonic()
+        directory = Path(tempfile.mkdtemp(prefix="khoscope-arm64-"))
+        self._cleanup.callback(shutil.rmtree, directory)
+        #: QMP for other programs: ``khoscope --qemu``. Accepts one at a time.
+        self.qmp_socket = directory / "qmp"
+        initramfs = directory / "initramfs"
+        initramfs.write_bytes(self._initramfs())
+        self._serial, theirs = socket.socketpair()
+        self._cleanup.enter_context(self._serial)
+        # fmt: off
+        arguments = [
+            "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+            # The smallest processor with all page sizes: its emulation is the fastest.
+            "-machine", "virt,gic-version=3", "-cpu", "cortex-a57", "-accel", "tcg",
+            "-smp", "1", "-m", str(self._memory),
+            "-kernel", str(self.kernel.share / "Image"), "-initrd", str(initramfs),
+            "-append", self.command_line(1),
+            "-device", "vmcoreinfo",
+            "-chardev", f"socket,id=serial,fd={theirs.fileno()}", "-serial", "chardev:serial",
+            "-qmp", f"unix:{self.qmp_socket},server=on,wait=off",
+        ]
+        # fmt: on
+        with theirs, (directory / "qemu.log").open("wb") as log:
+            process = subprocess.Popen(
+                [setpriv, "--pdeathsig", "KILL", "--", qemu, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[theirs.fileno()],
+                # Ctrl-C is for us: we end QEMU in good order.
+                start_new_session=True,
+            )
+        self._log = directory / "qemu.log"
+        self._cleanup.callback(process.wait)
+        self._cleanup.callback(process.kill)
+        self._booted()
+        self.boot_seconds = time.monotonic() - started
+
+    def _initramfs(self) -> bytes:
+        """The init, and for the kexec the kernel and the next kernel's own initramfs."""
+        init = (stat.S_IFREG | 0o755, (_init_entry() / "init").read_bytes())
+        directory = (stat.S_IFDIR | 0o755, b"")
+        plain = stat.S_IFREG | 0o644
+        image = (self.kernel.share / "Image").read_bytes()
+        both = {"dev": directory, "proc": directory, "init": init}
+        return cpio({**both, "Image": (plain, image), "next": (plain, cpio(both))})
+
+    def _send(self, line: str) -> None:
+        # Whether anybody is there turns out when the answer is read.
+        with contextlib.suppress(BrokenPipeError):
+            self._serial.sendall(line.encode() + b"\n")
+
+    def _booted(self) -> None:
+        boot = self._answer("boot", TIMEOUT)
+        self.boots += 1
+        if boot != self.boots:
+            raise self._error(GuestError, f"boot {boot} is running, not boot {self.boots}")
+
+    def _answer(self, word: str, timeout: float) -> int:
+        for line in self._lines(timeout):
+            _, ours, answer = line.partition(_ANSWER)
+            if ours:
+                name, _, result = answer.partition(" ")
+                if name == word:
+                    return int(result)
+                raise self._error(GuestError, f"{word}: the guest's answer is {answer}")
+        raise self._error(GuestHung, f"{word}: no answer after {timeout:g} s")
+
+    def _lines(self, timeout: float) -> Iterator[str]:
+        """Whole lines of the console as they come, each once, until the time is over."""
+        end = time.monotonic() + timeout
+        while True:
+            at = self._read.find(b"\n", self._seen)
+            if at >= 0:
+                line = self._read[self._seen : at].decode(errors="replace").strip()
+                self._seen = at + 1
+                yield line
+                continue
+            if not select.select([self._serial], [], [], max(end - time.monotonic(), 0))[0]:
+                return
+            try:
+                data = self._serial.recv(1 << 16)
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                log = self._log.read_text(errors="replace").strip()
+                raise self._error(GuestDied, f"QEMU has ended {log}".strip())
+            self._read += data
+
+    def _error(self, kind: type[GuestError], text: str) -> GuestError:
+        return kind(text, "\n".join(self.console().splitlines()[-_CONSOLE_TAIL:]))
