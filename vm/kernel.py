@@ -43,6 +43,11 @@ def series(name: str) -> str:
     return name.partition("-")[0]
 
 
+def what(name: str) -> str:
+    """What the kernel is in its series: base, rfc, fixed, or a variant."""
+    return name.partition("-")[2]
+
+
 #: All kernels; those of a series follow each other, as going to another unpacks its source.
 NAMES = sorted([*KERNELS, *VARIANTS], key=lambda name: list(SERIES).index(series(name)))
 
@@ -202,8 +207,7 @@ def _wanted(name: str) -> str:
     replaced = {option.partition("=")[0] for option in options}
     lines = _CONFIG.read_text().splitlines()
     lines = [line for line in lines if line.partition("=")[0] not in replaced]
-    suffix = name.partition("-")[2]
-    lines += [*options, f'CONFIG_LOCALVERSION="-khoscope-{suffix}"']
+    lines += [*options, f'CONFIG_LOCALVERSION="-khoscope-{what(name)}"']
     return "".join(f"{line}\n" for line in lines)
 
 
