@@ -327,7 +327,9 @@ def test_a_key_that_the_tree_refused_is_shown_as_it_was() -> None:
     key = 1 << 63 | REFUSED.kho_radix_encode_key(0x40000000, 9)
     taken = REFUSED.kho_radix_encode_key(0x50000000, 9)
     records = [
-        block("kho_radix_add_key", 0x40000, 9, [1] * 512, key=key, before=0, after=0, ret=2**64 - 34),
+        block(
+            "kho_radix_add_key", 0x40000, 9, [1] * 512, key=key, before=0, after=0, ret=2**64 - 34
+        ),
         block("kho_radix_add_key", 0x50000, 9, [1], key=taken, before=0, after=1),
         restored(0x60000, REFUSED.stamp.encode(9, KHO_PAGE_CONTIG)),
     ]

@@ -210,7 +210,7 @@ def test_kernels_that_are_chosen(
     else:
         monkeypatch.setenv("KERNELS", words)
     assert kernel.chosen() == chosen
-    assert kernel.tested() == tested
+    assert kernel.under_test() == tested
 
 
 def test_kernels_that_there_are_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def chosen() -> list[str]:
     return [name for name in NAMES if {"all", series(name), name} & set(words)]
 
 
-def tested() -> list[str]:
+def under_test() -> list[str]:
     """The kernels that a test of all kernels runs on: what is chosen of KERNELS."""
     return [name for name in chosen() if name in KERNELS]
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from vm.exercise import Exercise, Piece
-from vm.kernel import tested, what
+from vm.kernel import under_test, what
 from vm.machine import REPOSITORY, Machine, Result
 
 #: Kinds of memory that come back right from the repaired kernels.
@@ -69,7 +69,7 @@ class Story:
         return [piece for piece in self.pieces if piece.ret == 0]
 
 
-@pytest.fixture(scope="module", params=tested())
+@pytest.fixture(scope="module", params=under_test())
 def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Story:
     """Preserve healthy memory, look, kexec, look, restore, look; from everywhere."""
     story = Story(request.param)

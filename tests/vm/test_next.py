@@ -15,7 +15,7 @@ from khoscope.image import NextKernel
 from khoscope.snapshot import Fdt, Snapshot
 from khoscope.sources.image import read_image
 from tests.synthetic import PLAIN, snapshot
-from vm.kernel import Kernel, find, tested, what
+from vm.kernel import Kernel, find, under_test, what
 
 KHO = {"base": "kho-v4", "rfc": "kho-v4", "fixed": "kho-v5"}
 
@@ -34,7 +34,7 @@ def handed_over_by(kernel: NextKernel) -> Snapshot:
     return replace(facts, outgoing=replace(facts.outgoing, luo=Luo(0x9000, luo, 1, True, sessions)))
 
 
-@pytest.mark.parametrize("name", tested())
+@pytest.mark.parametrize("name", under_test())
 def test_image(name: str) -> None:
     kernel = built(name)
     path = kernel.share / "bzImage"
@@ -48,8 +48,8 @@ def test_image(name: str) -> None:
     assert read_image(kernel.share) == found
 
 
-@pytest.mark.parametrize("before", tested())
-@pytest.mark.parametrize("after", tested())
+@pytest.mark.parametrize("before", under_test())
+@pytest.mark.parametrize("after", under_test())
 def test_which_may_follow_which(before: str, after: str) -> None:
     facts = handed_over_by(read_image(built(before).share))
     following = read_image(built(after).share)

@@ -18,7 +18,7 @@ import pytest
 
 from tests.vm.test_khoscope import host
 from vm.exercise import Exercise, Piece, by_scenario
-from vm.kernel import series, tested, what
+from vm.kernel import series, under_test, what
 from vm.machine import Machine
 from vm.trace import Trace
 
@@ -97,7 +97,7 @@ def address(piece: Piece) -> str:
     return f"{piece.ranges[0][0]:#x}"
 
 
-@pytest.fixture(scope="module", params=tested())
+@pytest.fixture(scope="module", params=under_test())
 def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Story:
     """Preserve each kind of memory, kexec, restore it; traced twice at the same time."""
     story = Story(request.param)
