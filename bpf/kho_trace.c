@@ -10,6 +10,7 @@
  *   PAGE_SHIFT_BITS, DIRECT_MAP          the page size, and where phys 0 is mapped
  *   TREE, ROOT_OFFSET                    &kho_out.radix_tree and .root in it
  *   ORDER_0_LOG2, TABLE_LOG2, BITMAP_LOG2, DEPTH, STORED_BITS   enum kho_radix_consts
+ *   KEY_WIDTH                            bits of a key that the tree takes; 64: any
  *   TYPE_SHIFT                           key bit of the page type; 64: none
  *   STAMP_MAGIC, STAMP_MAGIC_SHIFT, STAMP_ORDER_MASK   union kho_page_info
  * and what the user asked for:
@@ -285,6 +286,18 @@ INLINE u8 bit_of(u64 key)
 	return (byte >> (index & 7)) & 1;
 }
 
+/* The same of a key as KHO made it. */
+INLINE u8 bit_in_tree(u64 key)
+{
+#if KEY_WIDTH < 64
+	/* Refused, whatever is under the rest of it. */
+	if (key >> KEY_WIDTH)
+		return BIT_CLEAR;
+#endif
+	/* What lies above the levels of the tree is dropped. */
+	return bit_of(key & ((1ULL << STORED_BITS) - 1));
+}
+
 /* fls64() - 1 of a key that is not 0. */
 INLINE u32 highest_bit(u64 key)
 {
@@ -349,8 +362,7 @@ name_block(struct task *t, int use, u64 a, u64 b, u64 c, u64 d)
 		block->pfn = plain << (block->order & 63);
 		block->pfn &= (1ULL << (64 - PAGE_SHIFT_BITS)) - 1;
 	}
-	/* What lies above the levels of the tree is dropped. */
-	block->before = bit_of(block->key & ((1ULL << STORED_BITS) - 1));
+	block->before = bit_in_tree(block->key);
 }
 
 INLINE void
@@ -515,7 +527,7 @@ INLINE void block_at_return(void *ctx, struct task *t, int use, u64 now, u64 ret
 		if (t->inner.block.order < 64)
 			look(t);
 	} else if (t->inner.block.key) {
-		t->inner.block.after = bit_of(t->inner.block.key & ((1ULL << STORED_BITS) - 1));
+		t->inner.block.after = bit_in_tree(t->inner.block.key);
 	}
 	output(ctx, &t->inner);
 }

@@ -85,6 +85,8 @@ class Abi:
     :param max_page_order: ``MAX_PAGE_ORDER`` of the buddy allocator.
     :param type_shift: key bit of ``enum kho_page_type``; None: no types.
     :param compatible: ``compatible`` of the kernel's own root FDT; None: not readable.
+    :param key_width: ``KHO_RADIX_KEY_WIDTH``, bits of the widest key that an add takes, others
+        fail with -ERANGE; None: it takes any and drops the bits that the tree does not store.
     :param decided: how each of these was decided, for people.
     """
 
@@ -97,6 +99,7 @@ class Abi:
     type_shift: int | None = None
     stamp: Stamp = Stamp()
     compatible: str | None = None
+    key_width: int | None = None
     decided: dict[str, str] = field(default_factory=dict, compare=False)
 
     @classmethod
@@ -123,7 +126,10 @@ class Abi:
 
     @property
     def stored_bits(self) -> int:
-        """How many low key bits the tree stores; an add drops the others silently."""
+        """
+        How many low key bits the tree has levels for; an add that takes keys with others drops
+        these silently.
+        """
         return self.bitmap_size_log2 + (self.tree_max_depth - 1) * self.table_size_log2
 
     @property
@@ -131,9 +137,17 @@ class Abi:
         return self.type_shift is not None
 
     @property
+    def type_is_refused(self) -> bool:
+        """Whether a key with the type bit is wider than an add takes."""
+        if self.type_shift is None or self.key_width is None:
+            return False
+        return self.type_shift >= self.key_width
+
+    @property
     def type_is_stored(self) -> bool:
         """Whether the type bit lies inside the key bits that the tree stores."""
-        return self.type_shift is not None and self.type_shift < self.stored_bits
+        stored = self.type_shift is not None and self.type_shift < self.stored_bits
+        return stored and not self.type_is_refused
 
     @property
     def type_bit(self) -> int:

@@ -66,6 +66,7 @@ def _single_facts(s: Snapshot) -> dict[str, str]:
         "page size": str(s.abi.page_size),
         "type bit": str(s.abi.type_shift),
         "stored key bits": str(s.abi.stored_bits),
+        "key width": str(s.abi.key_width),
         "stamp type bit": str(s.abi.stamp.type_shift),
         "RAM": ", ".join(f"{x:#x}..{y:#x}" for x, y in s.ram.tolist()),
         "scratch": ", ".join(f"{x:#x}+{y:#x}" for x, y in s.scratch.tolist()),

@@ -395,6 +395,7 @@ def _check_abi(abi: Abi) -> None:
         and abi.table_shift(abi.tree_max_depth - 1) < 64
         and 0 <= abi.max_page_order <= 32
         and (abi.type_shift is None or abi.order_0_log2 < abi.type_shift < 64)
+        and (abi.key_width is None or abi.order_0_log2 < abi.key_width <= 64)
         and 0 < abi.stamp.order_bits <= 32
         and (abi.stamp.type_shift is None or 0 <= abi.stamp.type_shift < 64)
         and 0 < abi.stamp.magic_shift < 64

@@ -42,6 +42,8 @@ from khoscope.sources.walk import walk
 
 PLAIN = Abi.for_page_shift(12, compatible="kho-v4")
 POSTED = Abi.for_page_shift(12, type_shift=63, stamp=Stamp(31, 31), compatible="kho-v4")
+#: The same on a tree of bare keys.
+REFUSED = replace(POSTED, key_width=53)
 #: Names of page->flags bits, as far as they matter.
 PAGE_FLAGS = ["locked", "referenced", "uptodate", "dirty", "lru"]
 FIXED = Abi.for_page_shift(12, type_shift=53, stamp=Stamp(31, 31), compatible="kho-v5")

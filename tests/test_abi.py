@@ -177,6 +177,22 @@ def test_type_bit_is_stored_above_the_order_bits_and_not_at_63(page_shift: int) 
 
 
 @pytest.mark.parametrize("page_shift", PAGE_SHIFTS)
+def test_trees_of_bare_keys_refuse_what_is_wider(page_shift: int) -> None:
+    width = 64 - page_shift + 1
+    for type_shift, key_width, refused in (
+        (None, width, False),
+        (63, None, False),
+        (63, width, True),
+        # Where the tree has room for it.
+        (width, width, True),
+        (width, width + 1, False),
+    ):
+        abi = Abi.for_page_shift(page_shift, type_shift=type_shift, key_width=key_width)
+        assert abi.type_is_refused == refused
+        assert abi.type_is_stored == (type_shift == width and not refused)
+
+
+@pytest.mark.parametrize("page_shift", PAGE_SHIFTS)
 def test_order_limit(page_shift: int) -> None:
     abi = Abi.for_page_shift(page_shift)
     assert abi.order_limit(0) == 0

@@ -30,7 +30,7 @@ from khoscope.snapshot import (
     Subtree,
     TreeState,
 )
-from tests.synthetic import FIXED, PAGE_FLAGS, PLAIN, POSTED, Block, snapshot
+from tests.synthetic import FIXED, PAGE_FLAGS, PLAIN, POSTED, REFUSED, Block, snapshot
 
 CONTIG, SPLIT = KHO_PAGE_CONTIG, KHO_PAGE_SPLIT
 AT = 0x40000
@@ -212,7 +212,7 @@ OTHER_SPLIT = split(2, phys=AT + 0x10000)
 BAD_ENTRY = TreeState(0x1000, problems=[NodeProblem(5, 0x1000, 7, 12, "odd")], problem_count=1)
 
 FIRES: dict[str, list[Fires]] = {
-    "type-not-stored": [Fires(lambda: one(POSTED), None)],
+    "type-not-stored": [Fires(lambda: one(POSTED), None), Fires(lambda: one(REFUSED), None)],
     "abi-not-bumped": [
         Fires(lambda: one(POSTED), None),
         Fires(lambda: one(replace(FIXED, compatible="kho-v3")), None),
@@ -399,7 +399,12 @@ def with_incoming_fdt(**changes: object) -> Snapshot:
 
 
 SILENT: dict[str, list[Callable[[], Report]]] = {
-    "type-not-stored": [lambda: one(FIXED), lambda: one(PLAIN)],
+    "type-not-stored": [
+        lambda: one(FIXED),
+        lambda: one(PLAIN),
+        lambda: one(replace(FIXED, key_width=54)),
+        lambda: one(replace(PLAIN, key_width=53)),
+    ],
     "abi-not-bumped": [lambda: one(FIXED), lambda: one(PLAIN)],
     "bad-fdt": [
         lambda: one(FIXED),
@@ -640,6 +645,10 @@ def test_messages_name_what_matters() -> None:
         return next(f.message for f in report.findings if f.rule == name)
 
     assert "key bit 63, the tree stores bits 59:0" in message(one(POSTED), "type-not-stored")
+    assert message(one(REFUSED), "type-not-stored") == (
+        "the page type is key bit 63, the tree takes keys of 53 bits: "
+        "preserving split memory fails with -ERANGE"
+    )
     forecast = message(one(PLAIN, contig(2)), "wrong-after-restore")
     assert forecast == "1/0 now, 7.2.0-test as the next kernel will restore it as 1/1"
     assert message(one(FIXED, split(2, CONTIG)), "type-mismatch").startswith("recorded contig")

@@ -408,6 +408,8 @@ def test_newer_schema() -> None:
         {"max_page_order": -1},
         {"type_shift": 3},
         {"type_shift": 64},
+        {"key_width": 52},
+        {"key_width": 65},
         {"stamp": {"order_bits": 64, "type_shift": None, "magic_shift": 32}},
         {"stamp": {"order_bits": 32, "type_shift": 99, "magic_shift": 32}},
         {"stamp": {"order_bits": 32, "type_shift": None, "magic_shift": 64}},

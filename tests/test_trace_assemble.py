@@ -35,7 +35,7 @@ from khoscope.columns import Pages
 from khoscope.sources.kernel import Layout
 from khoscope.trace import assemble
 from khoscope.trace.assemble import Assembler, block_dtype, call_dtype, record_size
-from tests.synthetic import FIXED, PLAIN, POSTED
+from tests.synthetic import FIXED, PLAIN, POSTED, REFUSED
 from tests.test_pages import HEAD, LAYOUT, STRUCT_PAGE
 
 KERNEL = Layout(LAYOUT, direct_map=0xFFFF888000000000, tree=0xFFFFFFFF82000000, root=8)
@@ -321,6 +321,23 @@ def test_keys_are_those_that_the_tree_stores(abi: Abi, wanted: list[int]) -> Non
     assert touches.action.tolist() == [Action.ADD, Action.ADD, Action.DELETE]
     # Nobody looks at what is deleted; what stands there is of an earlier block.
     assert touches.looked.tolist() == [1, 1, 0]
+
+
+def test_a_key_that_the_tree_refused_is_shown_as_it_was() -> None:
+    key = 1 << 63 | REFUSED.kho_radix_encode_key(0x40000000, 9)
+    taken = REFUSED.kho_radix_encode_key(0x50000000, 9)
+    records = [
+        block(
+            "kho_radix_add_key", 0x40000, 9, [1] * 512, key=key, before=0, after=0, ret=2**64 - 34
+        ),
+        block("kho_radix_add_key", 0x50000, 9, [1], key=taken, before=0, after=1),
+        restored(0x60000, REFUSED.stamp.encode(9, KHO_PAGE_CONTIG)),
+    ]
+    blocks = touches_of(*records, abi=REFUSED).blocks
+    assert blocks.key.tolist() == [key, taken, 0]
+    assert blocks.phys.tolist() == [0x40000000, 0x50000000, 0x60000000]
+    assert blocks.order.tolist() == [9, 9, 9]
+    assert blocks.type.tolist() == [KHO_PAGE_SPLIT, KHO_PAGE_CONTIG, KHO_PAGE_CONTIG]
 
 
 def test_keys_of_the_newest_kernels() -> None:

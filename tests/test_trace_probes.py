@@ -29,7 +29,7 @@ from khoscope.trace import probes as probes_module
 from khoscope.trace.assemble import record_size
 from khoscope.trace.probes import CLIENT_FRAMES, Counters, Probes, import_bcc
 from khoscope.trace.select import Wanted
-from tests.synthetic import FIXED, PLAIN, call_of
+from tests.synthetic import FIXED, PLAIN, REFUSED, call_of
 from tests.test_pages import LAYOUT
 
 KERNEL = Layout(LAYOUT, direct_map=0xFFFF888000000000, tree=0xFFFFFFFF82000000, root=8)
@@ -452,7 +452,9 @@ def test_defines(bcc: FakeBcc) -> None:
         pass
     with fake_probes(Source(abi=PLAIN)):
         pass
-    made, plain = map(defines, bcc.made)
+    with fake_probes(Source(abi=REFUSED)):
+        pass
+    made, plain, narrow = map(defines, bcc.made)
     assert made["VMEMMAP"] == "0xffffea0000000000ULL"
     assert made["TREE"] == "0xffffffff82000000ULL"
     assert (made["ROOT_OFFSET"], made["DIRECT_MAP"]) == ("8", "0xffff888000000000ULL")
@@ -461,6 +463,7 @@ def test_defines(bcc: FakeBcc) -> None:
     names = ("PAGE_SHIFT_BITS", "ORDER_0_LOG2", "TABLE_LOG2", "BITMAP_LOG2", "DEPTH", "STORED_BITS")
     assert [made[name] for name in names] == ["12", "52", "9", "15", "6", "60"]
     assert (made["TYPE_SHIFT"], plain["TYPE_SHIFT"]) == ("53", "64")
+    assert (made["KEY_WIDTH"], narrow["KEY_WIDTH"]) == ("64", "53")
     assert (made["STAMP_MAGIC"], made["STAMP_MAGIC_SHIFT"]) == ("0x4b484f50", "32")
     assert made["STAMP_ORDER_MASK"] == "0x7fffffff"
     assert plain["STAMP_ORDER_MASK"] == "0xffffffff"

@@ -129,10 +129,12 @@ def test_root_key_follows_the_guest_files() -> None:
     assert len(entries) == 4
 
 
-def make_tree(path: Path) -> Path:
+def make_tree(path: Path, series: str = "7.2") -> Path:
     (path / "init").mkdir(parents=True)
     (path / "Kconfig").write_text("mainmenu\n")
-    (path / "Makefile").write_text("mrproper:\n")
+    version, patchlevel = series.split(".")
+    lines = f"VERSION = {version}\nPATCHLEVEL = {patchlevel}\nSUBLEVEL = 1\nmrproper:\n"
+    (path / "Makefile").write_text(lines)
     (path / "init/main.c").write_text("int main;\n")
     (path / "link").symlink_to("init/main.c")
     return path
@@ -157,6 +159,64 @@ def test_tree_and_tarball_are_the_same_source(tmp_path: Path) -> None:
     assert unpacked(tarball) == unpacked(tree)
     (tree / "init/main.c").write_text("int main, more;\n")
     assert unpacked(tree)["init/main.c"] == "int main, more;\n"
+
+
+def test_a_source_is_of_the_series_that_it_says(tmp_path: Path, home: Path) -> None:
+    trees = {series: make_tree(tmp_path / f"linux-{series}", series) for series in ("7.2", "7.3")}
+    # Another Makefile that says something else.
+    (trees["7.2"] / "init/Makefile").write_text("VERSION = 7\nPATCHLEVEL = 3\n")
+    with cache.locked():
+        for series, tree in trees.items():
+            assert kernel.select(tree) == series
+        links = {series: kernel._source(series) for series in trees}
+        assert None not in links.values()
+        assert links["7.2"] != links["7.3"]
+        # The last choice is the one that holds, for its series alone.
+        (trees["7.3"] / "init/main.c").write_text("int other;\n")
+        kernel.select(trees["7.3"])
+    assert kernel._source("7.2") == links["7.2"]
+    assert kernel._source("7.3") != links["7.3"]
+
+
+@pytest.mark.parametrize("series", ["6.12", "7.20", None])
+def test_a_source_of_no_known_series_is_refused(tmp_path: Path, series: str | None) -> None:
+    tree = make_tree(tmp_path / "linux", series or "7.2")
+    if series is None:
+        (tree / "Makefile").write_text("mrproper:\n")
+    said = f"is linux {series or r'[?][.][?]'}, and the kernels are of 7.2 and 7.3"
+    with cache.locked(), pytest.raises(cache.BuildError, match=said):
+        kernel.select(tree)
+    assert kernel._source("7.2") is None
+
+
+@pytest.mark.parametrize(
+    ("words", "chosen", "tested"),
+    [
+        (None, kernel.NAMES, [*kernel.KERNELS]),
+        ("all", kernel.NAMES, [*kernel.KERNELS]),
+        (
+            "7.2",
+            ["7.2-base", "7.2-rfc", "7.2-fixed", "7.2-nodebug"],
+            ["7.2-base", "7.2-rfc", "7.2-fixed"],
+        ),
+        ("7.3-rfc 7.2-nodebug", ["7.2-nodebug", "7.3-rfc"], ["7.3-rfc"]),
+    ],
+)
+def test_kernels_that_are_chosen(
+    monkeypatch: pytest.MonkeyPatch, words: str | None, chosen: list[str], tested: list[str]
+) -> None:
+    if words is None:
+        monkeypatch.delenv("KERNELS", raising=False)
+    else:
+        monkeypatch.setenv("KERNELS", words)
+    assert kernel.chosen() == chosen
+    assert kernel.under_test() == tested
+
+
+def test_kernels_that_there_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERNELS", "7.2 7.4")
+    with pytest.raises(cache.BuildError, match=r"neither a kernel nor a series 7\.4"):
+        kernel.chosen()
 
 
 def test_git_tree_gives_what_git_knows(tmp_path: Path) -> None:
@@ -218,6 +278,13 @@ def test_a_variant_is_its_kernel_but_for_its_options() -> None:
     }
     entries = {kernel._kernel_entry(name, Path("source-1"), {}) for name in kernel.NAMES}
     assert len(entries) == len(kernel.NAMES)
+
+
+def test_options_of_a_series() -> None:
+    assert not kernel._options("7.2-fixed")
+    old, new = (kernel._wanted(name).splitlines() for name in ("7.2-fixed", "7.3-fixed"))
+    assert set(old) - set(new) == {"CONFIG_PROC_SYSCTL=y"}
+    assert set(new) - set(old) == {"CONFIG_PROC_SYSCTL=n", "CONFIG_SYSCTL=y"}
 
 
 def test_mirror_from_both_formats_of_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

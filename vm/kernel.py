@@ -51,6 +51,11 @@ def series(name: str) -> str:
     return name.partition("-")[0]
 
 
+def what(name: str) -> str:
+    """What the kernel is in its series: base, rfc, fixed, or a variant."""
+    return name.partition("-")[2]
+
+
 #: All kernels; those of a series follow each other, as going to another unpacks its source.
 NAMES = sorted([*KERNELS, *VARIANTS], key=lambda name: list(SERIES).index(series(name)))
 
@@ -74,7 +79,7 @@ def chosen(names: Sequence[str] = NAMES) -> list[str]:
     return [name for name in names if {"all", series(name), name} & set(words)]
 
 
-def tested() -> list[str]:
+def under_test() -> list[str]:
     """The kernels that a test of all kernels runs on: what is chosen of KERNELS."""
     return [name for name in chosen() if name in KERNELS]
 
@@ -210,8 +215,7 @@ def _wanted(name: str) -> str:
     replaced = {option.partition("=")[0] for option in options}
     lines = _CONFIG.read_text().splitlines()
     lines = [line for line in lines if line.partition("=")[0] not in replaced]
-    suffix = name.partition("-")[2]
-    lines += [*options, f'CONFIG_LOCALVERSION="-khoscope-{suffix}"']
+    lines += [*options, f'CONFIG_LOCALVERSION="-khoscope-{what(name)}"']
     return "".join(f"{line}\n" for line in lines)
 
 

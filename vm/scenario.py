@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -42,7 +43,7 @@ class Row:
     scenario: str
     #: The reference counts when it had been preserved.
     before: str
-    #: The types that the tree has for its blocks.
+    #: The types that the tree has for its blocks, and the errors with which KHO refused others.
     recorded: str
     #: The reference counts, or what became of it, when it had been restored in the next kernel.
     restored: str
@@ -187,8 +188,8 @@ class Run:
     # -- khoscope in the guest --------------------------------------------------------------------
 
     def _recorded(self, memory: dict[str, list[Piece]]) -> dict[str, str]:
-        """The types that the tree has for the blocks of each scenario."""
-        found: dict[str, set[str]] = {name: set() for name in memory}
+        """The types that the tree has for the blocks of each scenario, and how others failed."""
+        found = {name: set(map(_error, filter(_refused, memory[name]))) for name in memory}
         for line in khoscope(self.machine, "tree", "--jsonl").splitlines():
             block: dict[str, Any] = json.loads(line)
             for name in _owners(memory, int(block["phys"], 16)):
@@ -264,6 +265,14 @@ def _owners(memory: dict[str, list[Piece]], phys: int) -> list[str]:
         for name, pieces in memory.items()
         if any(start <= phys < end for piece in pieces for start, end in piece.ranges)
     ]
+
+
+def _refused(piece: Piece) -> bool:
+    return piece.ret < 0
+
+
+def _error(piece: Piece) -> str:
+    return f"-{errno.errorcode[-piece.ret]}"
 
 
 def _shapes(pieces: Sequence[Piece]) -> str:

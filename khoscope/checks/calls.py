@@ -32,11 +32,11 @@ from .rule import Marked, Message, Severity, also, rule
     Severity.WARNING,
     "touches",
     """
-    kho_radix_add_page() sets one bit per block and counts nothing: the first unpreserve, by
-    whichever owner, takes the block out of the tree for both, and its memory is lost at the kexec
-    without a word. Let one owner preserve it once.
+    kho_radix_add_page(), or kho_radix_add_key(), sets one bit per block and counts nothing: the
+    first unpreserve, by whichever owner, takes the block out of the tree for both, and its memory
+    is lost at the kexec without a word. Let one owner preserve it once.
     """,
-    kernel="kho_radix_add_page",
+    kernel="kho_radix_add_page kho_radix_add_key",
 )
 def preserved_twice(facts: Snapshot, touches: Touches) -> Marked:
     """A block was preserved that was preserved already: its single bit was set."""
@@ -52,14 +52,14 @@ def preserved_twice(facts: Snapshot, touches: Touches) -> Marked:
     Severity.WARNING,
     "touches",
     """
-    kho_radix_del_page() clears a bit that is clear, without a word where the leaf exists and with
-    a WARN where it does not. Either the block was never preserved or is unpreserved twice, or it
-    is still preserved under another key: with another order because the range differs from the
-    one that was preserved, or with another type because the pages were split since then
-    (kho_split_preserved_pages() is for that). The old entry then goes through the kexec.
+    kho_radix_del_page(), or kho_radix_del_key(), clears a bit that is clear, without a word where
+    the leaf exists and with a WARN where it does not. Either the block was never preserved or is
+    unpreserved twice, or it is still preserved under another key: with another order because the
+    range differs from the one that was preserved, or with another type because the pages were split
+    since then (kho_split_preserved_pages() is for that). The old entry then goes through the kexec.
     Unpreserve exactly what was preserved, as it was.
     """,
-    kernel="kho_radix_del_page",
+    kernel="kho_radix_del_page kho_radix_del_key",
 )
 def unpreserved_unknown(facts: Snapshot, touches: Touches) -> Marked:
     """A block was unpreserved that was not preserved: its bit was clear."""

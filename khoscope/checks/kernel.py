@@ -21,15 +21,22 @@ TAINT_BAD_PAGE = 5
     """
     kho_radix_add_page() drops the key bits that the tree has no level for. Every block is walked
     as contig in the next kernel: split memory comes back with refcount 0 on all pages but the
-    first, and freeing one of those pages hits VM_BUG_ON_PAGE or frees memory in use. Preserve no
-    split memory with this kernel; use one that keeps the type inside the stored bits
-    (kernel-patches/7.2/fix).
+    first, and freeing one of those pages hits VM_BUG_ON_PAGE or frees memory in use.
+    kho_radix_add_key() refuses a key that is wider than KHO_RADIX_KEY_WIDTH: preserving split
+    memory, huge vmalloc areas among it, fails with -ERANGE, and kho_split_preserved_pages() leaves
+    what it has split no longer preserved. Preserve no split memory with this kernel; use one that
+    keeps the type inside the stored bits (kernel-patches/7.2/fix, kernel-patches/7.3/fix).
     """,
-    kernel="kho_radix_add_page kho_radix_walk_tree",
+    kernel="kho_radix_add_page kho_radix_add_key kho_radix_walk_tree",
 )
 def type_not_stored(abi: Abi) -> Iterator[Message]:
     """The kernel puts a type bit where its tree cannot store it."""
-    if abi.has_types and not abi.type_is_stored:
+    if abi.type_is_refused:
+        yield Message(
+            f"the page type is key bit {abi.type_shift}, the tree takes keys of {abi.key_width} "
+            "bits: preserving split memory fails with -ERANGE"
+        )
+    elif abi.has_types and not abi.type_is_stored:
         yield Message(
             f"the page type is key bit {abi.type_shift}, the tree stores bits "
             f"{abi.stored_bits - 1}:0: no type survives"

@@ -447,8 +447,15 @@ class KernelSource:
             return None
         fdt, blobs = self._read_fdt(phys)
         # Its pages went back to the page allocator after the boot: no second look can agree.
-        tree = walk(self.abi, fdt.memory_map or 0, self.ram, self.read_phys)
+        tree = walk(self.abi, self._incoming_root(fdt), self.ram, self.read_phys)
         return Side(fdt, tree, blobs)
+
+    def _incoming_root(self, fdt: Fdt) -> int:
+        """Where the kernel found the tree; before linux 7.3 it did not keep what the FDT says."""
+        try:
+            return self.phys(self._kho_in.radix_tree.root)
+        except AttributeError:
+            return fdt.memory_map or 0
 
     def _with_clients(self, facts: Snapshot) -> Snapshot:
         def of(side: Side, outgoing: bool) -> Side:
@@ -670,16 +677,19 @@ def probe_abi(prog: Program, compatible: str | None, overrides: Overrides) -> Ab
         return otherwise
 
     stamp = probe_stamp(prog)
+    order_0 = constant("KHO_ORDER_0_LOG2", computed.order_0_log2)
     return Abi(
         page_shift,
-        constant("KHO_ORDER_0_LOG2", computed.order_0_log2),
+        order_0,
         constant("KHO_TABLE_SIZE_LOG2", computed.table_size_log2),
         constant("KHO_BITMAP_SIZE_LOG2", computed.bitmap_size_log2),
         constant("KHO_TREE_MAX_DEPTH", computed.tree_max_depth),
         prog.type("struct zone").member("free_area").type.length - 1,
-        _probe_type_shift(prog, constants, compatible, overrides, stamp, decided),
+        _probe_type_shift(prog, constants, order_0, compatible, overrides, stamp, decided),
         stamp,
         compatible,
+        # Trees of bare keys (linux 7.3) have it, and have lost KHO_ORDER_0_LOG2.
+        constants.get("KHO_RADIX_KEY_WIDTH"),
         decided,
     )
 
@@ -687,6 +697,7 @@ def probe_abi(prog: Program, compatible: str | None, overrides: Overrides) -> Ab
 def _probe_type_shift(
     prog: Program,
     constants: dict[str, int],
+    order_0: int,
     compatible: str | None,
     overrides: Overrides,
     stamp: Stamp,
@@ -694,7 +705,7 @@ def _probe_type_shift(
 ) -> int | None:
     name = "KHO_KEY_TYPE_SHIFT"
     if overrides.type_shift is not None:
-        if 0 <= overrides.type_shift <= constants.get("KHO_ORDER_0_LOG2", 0):
+        if 0 <= overrides.type_shift <= order_0:
             raise KhoscopeError(
                 f"key bit {overrides.type_shift} holds an order or an address, not a type",
                 "give a bit above KHO_ORDER_0_LOG2, or none",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi import BAD_ORDER, NO_TYPE, U64, Abi
+from ..abi import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE, U64, Abi
 from ..calls import (
     FUNCTIONS,
     NO_ORDER,
@@ -186,6 +186,12 @@ class Assembler:
         key = np.where(restored, 0, raw["key"] & np.uint64((1 << abi.stored_bits) - 1))
         key = key.astype(np.uint64)
         phys, order, kind = abi.kho_radix_decode_keys(key)
+        if abi.type_shift is not None and abi.type_is_refused:
+            # What the tree did not take had a type all the same.
+            split = (raw["key"] >> np.uint64(abi.type_shift)) & np.uint64(1)
+            refused = ~restored & (split != 0)
+            kind = np.where(refused, KHO_PAGE_SPLIT, kind).astype(np.int8)
+            key = np.where(refused, raw["key"], key).astype(np.uint64)
         stamp = raw["stamp"]
         phys = np.where(restored, raw["pfn"] << np.uint64(abi.page_shift), phys)
         stamped = np.where(raw["order"] < 64, raw["order"], BAD_ORDER)

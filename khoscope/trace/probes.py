@@ -187,7 +187,8 @@ class Probes:
                 arguments[function.name] = min(count, len(function.arguments))
         if not {"kho_radix_add_page", "kho_radix_add_key"} & arguments.keys():
             raise KhoscopeError(
-                "this kernel has no function that adds a block to KHO's tree (kho_radix_add_page)",
+                "this kernel has no function that adds a block to KHO's tree (kho_radix_add_page, "
+                "kho_radix_add_key)",
                 "its compiler may have inlined it; khoscope verify does without",
             )
         uses = {name: FUNCTIONS[NUMBERS[name]].use for name in arguments}
@@ -282,6 +283,7 @@ class Probes:
             "BITMAP_LOG2": abi.bitmap_size_log2,
             "DEPTH": abi.tree_max_depth,
             "STORED_BITS": abi.stored_bits,
+            "KEY_WIDTH": 64 if abi.key_width is None else abi.key_width,
             "TYPE_SHIFT": 64 if abi.type_shift is None else abi.type_shift,
             "STAMP_MAGIC": f"{KHO_PAGE_MAGIC:#x}",
             "STAMP_MAGIC_SHIFT": abi.stamp.magic_shift,

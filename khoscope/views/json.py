@@ -63,6 +63,7 @@ def about(facts: Snapshot) -> dict[str, Any]:
             "page_size": abi.page_size,
             "depth": abi.tree_max_depth,
             "stored_bits": abi.stored_bits,
+            "key_width": abi.key_width,
             "type_bit": abi.type_shift,
             "type_is_stored": abi.type_is_stored if abi.has_types else None,
             "decided": abi.decided,

@@ -368,6 +368,8 @@ def types_in_words(abi: Abi) -> str:
         return "no page types"
     if abi.type_is_stored:
         return f"page type at key bit {abi.type_shift}"
+    if abi.type_is_refused:
+        return f"page type at key bit {abi.type_shift}, refused (keys have {abi.key_width} bits)"
     return f"page type at key bit {abi.type_shift}, not stored (tree keeps {abi.stored_bits - 1}:0)"
 
 

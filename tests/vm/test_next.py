@@ -15,9 +15,9 @@ from khoscope.image import NextKernel
 from khoscope.snapshot import Fdt, Snapshot
 from khoscope.sources.image import read_image
 from tests.synthetic import PLAIN, snapshot
-from vm.kernel import KERNELS, Kernel, find
+from vm.kernel import Kernel, find, under_test, what
 
-KHO = {"7.2-base": "kho-v4", "7.2-rfc": "kho-v4", "7.2-fixed": "kho-v5"}
+KHO = {"base": "kho-v4", "rfc": "kho-v4", "fixed": "kho-v5"}
 
 
 def built(name: str) -> Kernel:
@@ -34,13 +34,13 @@ def handed_over_by(kernel: NextKernel) -> Snapshot:
     return replace(facts, outgoing=replace(facts.outgoing, luo=Luo(0x9000, luo, 1, True, sessions)))
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", under_test())
 def test_image(name: str) -> None:
     kernel = built(name)
     path = kernel.share / "bzImage"
     found = read_image(path)
     assert found == NextKernel(
-        str(path), "zstd", kernel.release, (KHO[name],), ("luo-v5",), ("memfd-v2",)
+        str(path), "zstd", kernel.release, (KHO[what(name)],), ("luo-v5",), ("memfd-v2",)
     )
     vmlinux = kernel.share / "vmlinux"
     assert read_image(vmlinux) == replace(found, path=str(vmlinux), compression=None)
@@ -48,17 +48,18 @@ def test_image(name: str) -> None:
     assert read_image(kernel.share) == found
 
 
-@pytest.mark.parametrize("before", KERNELS)
-@pytest.mark.parametrize("after", KERNELS)
+@pytest.mark.parametrize("before", under_test())
+@pytest.mark.parametrize("after", under_test())
 def test_which_may_follow_which(before: str, after: str) -> None:
     facts = handed_over_by(read_image(built(before).share))
     following = read_image(built(after).share)
     said = [message.text for message in image_abi_differs(facts, following)]
-    if KHO[before] == KHO[after]:
+    old, new = KHO[what(before)], KHO[what(after)]
+    if old == new:
         assert said == []
     else:
         assert said == [
-            f"{built(after).release} takes {KHO[after]}, this kernel hands over {KHO[before]}: "
+            f"{built(after).release} takes {new}, this kernel hands over {old}: "
             "it boots as if nothing was handed over"
         ]
 
