@@ -9,6 +9,7 @@ import os
 import platform
 import socket
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 from drgn import MissingDebugInfoError, Program
@@ -23,6 +24,33 @@ ANSWER_SECONDS = 10.0
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
+
+#: Under this name in ``Program.cache``.
+_CACHED = "khoscope_debug_info"
+
+
+@dataclass(frozen=True)
+class DebugInfo:
+    """
+    What a program knows types by.
+
+    :param kind: ``DWARF``, ``BTF (drgn)`` or ``BTF (khoscope)``: by whose reader.
+    :param where: the file, or the kernel's memory.
+    """
+
+    kind: str
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.where}"
+
+
+def debug_info(prog: Program) -> DebugInfo:
+    """What was found when the program was opened here, or what a program of others has."""
+    if _CACHED not in prog.cache:
+        prog.cache[_CACHED] = DebugInfo("DWARF", prog.main_module().debug_file_path or "unknown")
+    found: DebugInfo = prog.cache[_CACHED]
+    return found
 
 
 def open_live(vmlinux: Path | None = None) -> Program:
