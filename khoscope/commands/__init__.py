@@ -14,6 +14,7 @@ from . import (
     checks,
     demo,
     diff,
+    doctor,
     fdt,
     luo,
     owners,
@@ -30,11 +31,11 @@ from . import (
 #: In the order in which --help lists them.
 COMMANDS: Final[tuple[ModuleType, ...]] = (
     *(status, tree, owners, pages, fdt, luo, vmalloc),
-    *(verify, checks, snapshot, carry, diff, trace, shell, demo),
+    *(verify, checks, snapshot, carry, diff, trace, shell, doctor, demo),
 )
 
 #: Those that look at the program of a drgn session: the others are about this host, make something,
 #: or are what one has there.
 IN_DRGN: Final[tuple[ModuleType, ...]] = tuple(
-    command for command in COMMANDS if command not in (carry, trace, shell, demo)
+    command for command in COMMANDS if command not in (carry, trace, shell, doctor, demo)
 )

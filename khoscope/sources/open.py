@@ -193,9 +193,14 @@ def _missing(prog: Program, vmlinux: Path | None) -> str:
     return f"{needed}, looked in {looked} for {release}"
 
 
+def lockdown_mode(path: Path) -> str | None:
+    """``none``, ``integrity`` or ``confidentiality``; None: it cannot be read."""
+    if not os.access(path, os.R_OK):
+        return None
+    return path.read_text().split("[")[-1].split("]")[0]
+
+
 def _lockdown() -> str:
     """The kernel's lockdown mode, if it can be read and is not none."""
-    if not os.access(LOCKDOWN, os.R_OK):
-        return ""
-    mode = LOCKDOWN.read_text().split("[")[-1].split("]")[0]
-    return "" if mode == "none" else f": the kernel is locked down ({mode})"
+    mode = lockdown_mode(LOCKDOWN)
+    return "" if mode in (None, "none") else f": the kernel is locked down ({mode})"
