@@ -2,7 +2,8 @@
 """
 See what Kexec HandOver carries across a kexec, and check that it arrived intact.
 
-In drgn, ``import khoscope`` offers the functions of :mod:`khoscope.helpers`.
+In drgn, ``import khoscope`` offers the functions of :mod:`khoscope.helpers`, and the command
+``%kho`` (:mod:`khoscope.plugin`).
 """
 
 import importlib
@@ -13,7 +14,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     # On first use: looking at a snapshot file needs no drgn.
-    if "kho" in name:
+    if not {"kho", "luo"}.isdisjoint(name.split("_")) or name == "KhoBlock":
         helpers = importlib.import_module(".helpers", __name__)
         if name in helpers.__all__:
             return getattr(helpers, name)

@@ -49,7 +49,10 @@ from drgn import (
 from drgn.helpers.linux.kallsyms import load_vmlinux_kallsyms
 from numpy.typing import NDArray
 
-__all__ = ("VARIABLES", "Btf", "BtfError", "SymbolsHidden", "register")
+__all__ = ("NAME", "VARIABLES", "Btf", "BtfError", "SymbolsHidden", "register")
+
+#: Of the finders that are registered.
+NAME: Final = "btf"
 
 #: Where a running kernel shows its BTF, ``vmlinux`` and one file for each module.
 SYSFS: Final = Path("/sys/kernel/btf")
@@ -735,8 +738,8 @@ def register(prog: Program, data: bytes | None = None) -> tuple[str, str]:
         prog.main_module().load_btf(data)
         reader = "drgn"
     else:
-        prog.register_type_finder("btf", finder.type, enable_index=-1)
-    prog.register_object_finder("btf", finder.object, enable_index=-1)
+        prog.register_type_finder(NAME, finder.type, enable_index=-1)
+    prog.register_object_finder(NAME, finder.object, enable_index=-1)
     return reader, where
 
 

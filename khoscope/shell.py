@@ -5,21 +5,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from drgn import Program
 from drgn.cli import run_interactive
 
-from . import helpers
-from .sources.kernel import KernelSource
+from . import helpers, plugin
 
 
-def run(source: KernelSource) -> None:
+def run(prog: Program) -> None:
     """Until the user leaves."""
-    helpers.use(source)
 
     def banner(text: str) -> str:
         names = ", ".join(helpers.__all__)
-        return f"{text}\nKHO helpers (help(NAME) explains each): {names}"
+        return (
+            f"{text}\nKHO helpers (help(NAME) explains each): {names}"
+            f"\nkhoscope's command line: %{plugin.NAME}"
+        )
 
     def names(existing: dict[str, Any]) -> dict[str, Any]:
         return existing | {name: getattr(helpers, name) for name in helpers.__all__}
 
-    run_interactive(source.prog, banner_func=banner, globals_func=names)
+    run_interactive(prog, banner_func=banner, globals_func=names)

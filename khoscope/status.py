@@ -117,7 +117,7 @@ def kho_switch(facts: Snapshot) -> Switch:
         return Switch(False, "enabled, but there is no tree: it was not, or not yet, set up")
     if not facts.kernel.command_line:
         return Switch(True, "why is not recorded")
-    asked = _kho_parameter(facts.kernel.command_line)
+    asked = kho_parameter(facts.kernel.command_line)
     if asked is not None and asked[1]:
         return Switch(True, f"{asked[0]} on the command line")
     return Switch(True, "the default of this kernel (CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT)")
@@ -129,7 +129,7 @@ def _why_off(facts: Snapshot) -> str:
             return f"the kernel says {line!r}"
     if not facts.kernel.command_line:
         return "why is not recorded"
-    asked = _kho_parameter(facts.kernel.command_line)
+    asked = kho_parameter(facts.kernel.command_line)
     if asked is None:
         return "the command line does not have kho=on"
     word, on = asked
@@ -138,7 +138,7 @@ def _why_off(facts: Snapshot) -> str:
     return f"{word} on the command line"
 
 
-def _kho_parameter(command_line: str) -> tuple[str, bool] | None:
+def kho_parameter(command_line: str) -> tuple[str, bool] | None:
     """The last ``kho=`` that ``kstrtobool()`` understands, and what it says; None: none."""
     # What follows is for init.
     words, _, _ = f" {command_line} ".partition(" -- ")

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 #: Exit statuses (design: 0 fine, 1 found an error, 2 could not do it).
 FINE, FOUND, UNABLE = 0, 1, 2
 
+#: How the running kernel is read.
+LIVE = "live kernel, /proc/kcore"
+
 #: Instead of a file after --before; a file of that name is ``./carried``.
 CARRIED = "carried"
 
@@ -69,7 +72,7 @@ def load_before(args: argparse.Namespace) -> Snapshot | None:
         return None
     if args.before != CARRIED:
         return store.load_file(Path(args.before))
-    if args.qemu or args.core:
+    if args.qemu or args.core or (args.program and not is_this_host(args.program)):
         raise KhoscopeError(
             "--before carried is what this host was handed, not that guest or vmcore",
             "name a snapshot file of the kernel that handed over to it",
@@ -95,19 +98,44 @@ def physical_range(text: str) -> tuple[int, int]:
     return start, stop
 
 
+def is_this_host(prog: Program) -> bool:
+    """Whether a program is the running kernel."""
+    from drgn import ProgramFlags
+
+    return prog.flags & (this := ProgramFlags.IS_LIVE | ProgramFlags.IS_LOCAL) == this
+
+
+def is_file(args: argparse.Namespace) -> bool:
+    """Whether what was asked for cannot change: a snapshot, or a vmcore."""
+    if args.program is None:
+        return bool(args.snapshot or args.core)
+    from drgn import ProgramFlags
+
+    return not args.program.flags & ProgramFlags.IS_LIVE
+
+
 def _program(args: argparse.Namespace) -> tuple[Program, str, bool]:
     """The kernel that was asked for, how it is read, and whether it runs meanwhile."""
     from ..sources.open import debug_info, open_core, open_live, open_qemu
 
-    if args.qemu:
+    if args.program:
+        opened = args.program, _label(args.program), not is_file(args)
+    elif args.qemu:
         opened = open_qemu(args.qemu, args.vmlinux), f"QEMU guest at {args.qemu}", True
     elif args.core:
         opened = open_core(args.core, args.vmlinux), f"vmcore {args.core}", False
     else:
-        opened = open_live(args.vmlinux), "live kernel, /proc/kcore", True
+        opened = open_live(args.vmlinux), LIVE, True
     if args.verbose:
         print(f"khoscope: types: {debug_info(opened[0])}", file=sys.stderr)
     return opened
+
+
+def _label(prog: Program) -> str:
+    """How the program of a drgn session is read."""
+    if prog.core_dump_path and not is_this_host(prog):
+        return f"vmcore {prog.core_dump_path}"
+    return LIVE if is_this_host(prog) else "QEMU guest"
 
 
 def kernel(args: argparse.Namespace, progress: Progress) -> KernelSource:

@@ -30,5 +30,5 @@ def _run(args: argparse.Namespace) -> int:
 
     with Progress(sys.stderr) as progress:
         source = common.kernel(args, progress)
-    run(source)
+    run(source.prog)
     return common.FINE

@@ -82,7 +82,7 @@ def _seconds(text: str) -> float:
 
 
 def _refuse(args: argparse.Namespace) -> str | None:
-    if args.watch and (args.snapshot or args.core):
+    if args.watch and common.is_file(args):
         return "--watch is for a kernel that runs: a file does not change"
     possible = _possible(args)
     for name in sorted((args.only or frozenset()) - possible):

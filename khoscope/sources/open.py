@@ -49,9 +49,16 @@ class DebugInfo:
 def debug_info(prog: Program) -> DebugInfo:
     """What was found when the program was opened here, or what a program of others has."""
     if _CACHED not in prog.cache:
-        prog.cache[_CACHED] = DebugInfo("DWARF", prog.main_module().debug_file_path or "unknown")
+        prog.cache[_CACHED] = _debug_info_of_others(prog)
     found: DebugInfo = prog.cache[_CACHED]
     return found
+
+
+def _debug_info_of_others(prog: Program) -> DebugInfo:
+    path = prog.main_module().debug_file_path
+    if path is None and btf.NAME in prog.enabled_type_finders():
+        return DebugInfo("BTF (khoscope)", "registered")
+    return DebugInfo("DWARF", path or "unknown")
 
 
 def open_live(vmlinux: Path | None = None) -> Program:
@@ -248,9 +255,14 @@ def _missing(prog: Program, vmlinux: Path | None) -> str:
     return f"{needed}, looked in {looked} for {release}"
 
 
+def lockdown_mode(path: Path) -> str | None:
+    """``none``, ``integrity`` or ``confidentiality``; None: it cannot be read."""
+    if not os.access(path, os.R_OK):
+        return None
+    return path.read_text().split("[")[-1].split("]")[0]
+
+
 def _lockdown() -> str:
     """The kernel's lockdown mode, if it can be read and is not none."""
-    if not os.access(LOCKDOWN, os.R_OK):
-        return ""
-    mode = LOCKDOWN.read_text().split("[")[-1].split("]")[0]
-    return "" if mode == "none" else f": the kernel is locked down ({mode})"
+    mode = lockdown_mode(LOCKDOWN)
+    return "" if mode in (None, "none") else f": the kernel is locked down ({mode})"

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``khoscope doctor``: what this host offers."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+
+from ..doctor import missing
+from ..errors import KhoscopeError
+from ..views import doctor as view
+from . import common
+
+
+def add(commands: common.Commands) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="what this host offers, and what to do about the rest",
+        description="""\
+What this host offers: a line for each thing that khoscope, or a part of it, can
+use; where it was looked for, and what to do if it is not there. Needs nothing
+itself: without root it says what it can.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""\
+exit status: 0 if all is there that the commands that read this kernel need,
+2 otherwise: the first thing that is missing is on stderr""",
+    )
+    command.set_defaults(run=_run, refuse=_refuse)
+    command.add_argument("--json", action="store_true", help="one JSON document")
+
+
+def _refuse(args: argparse.Namespace) -> str | None:
+    if args.snapshot or args.qemu or args.core:
+        return "doctor is about this host"
+    return None
+
+
+def _run(args: argparse.Namespace) -> int:
+    from ..sources.host import Host
+    from ..sources.kernel import KernelSource, Overrides
+    from ..sources.open import open_live
+
+    overrides = Overrides(args.type_shift)
+    facts = Host().facts(
+        lambda: open_live(args.vmlinux),
+        lambda prog: KernelSource(prog, common.LIVE, True, overrides),
+    )
+    release = platform.release()
+    if args.json:
+        view.write_json(facts, release, sys.stdout)
+    else:
+        view.DoctorText(sys.stdout).doctor(facts, release)
+    first = missing(facts)
+    if first:
+        sys.stdout.flush()
+        raise KhoscopeError(f"{first.name}: {first.value}", first.hint)
+    return common.FINE

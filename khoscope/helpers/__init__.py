@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+KHO helpers for drgn sessions and scripts, a module for each of the kernel's files, as in
+``drgn.helpers.linux``; and :mod:`khoscope.helpers.facts`, which is khoscope's own.
+
+``khoscope shell`` has them loaded; elsewhere ``import khoscope``.
+"""
+
+from . import facts, kexec_handover, luo
+from .facts import *  # noqa: F403
+from .kexec_handover import *  # noqa: F403
+from .luo import *  # noqa: F403
+
+__all__ = (*kexec_handover.__all__, *luo.__all__, *facts.__all__)

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Kexec HandOver
+--------------
+
+Helpers for Kexec HandOver (KHO): ``kernel/liveupdate/kexec_handover.c``,
+``include/linux/kho_radix_tree.h`` and ``include/linux/kho/abi/kexec_handover.h``.
+
+This module uses drgn alone.  Like drgn's own helpers, it takes no lock, and raises
+:class:`drgn.FaultError` for memory that cannot be read.  KHO hands over memory that may be anything
+by the time that it is looked at, so that what is followed here is also validated: whatever stands
+there, every iteration ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from drgn import IntegerLike, Object, Program, reinterpret, sizeof
+from drgn.helpers import ValidationError
+from drgn.helpers.common.prog import takes_program_or_default
+from drgn.helpers.linux.mm import phys_to_page
+
+__all__ = (
+    "KhoBlock",
+    "is_kho_boot",
+    "kho_decode_radix_key",
+    "kho_is_enabled",
+    "kho_page_info",
+    "kho_radix_tree_for_each",
+    "kho_radix_tree_for_each_key",
+    "kho_restored",
+    "kho_scratch_for_each",
+    "kho_vmalloc_for_each_page",
+)
+
+# A #define in kernel/liveupdate/kexec_handover.c, "KHOP": debug info does not have it.
+_KHO_PAGE_MAGIC = 0x4B484F50
+
+
+class KhoBlock(NamedTuple):
+    """A block of pages that KHO preserves: ``1 << order`` pages that begin at *phys*."""
+
+    phys: int
+    """Physical address: ``phys_addr_t``"""
+    order: int
+    """log2 of the number of pages: ``unsigned int``"""
+    type: Object | None
+    """``enum kho_page_type``, or ``None`` in kernels that do not have it"""
+
+
+@takes_program_or_default
+def kho_is_enabled(prog: Program) -> bool:
+    """
+    Return whether KHO is enabled.
+
+    >>> kho_is_enabled()
+    True
+    """
+    return bool(prog["kho_enable"])
+
+
+@takes_program_or_default
+def is_kho_boot(prog: Program) -> bool:
+    """Return whether this kernel was booted by a kexec with KHO."""
+    return bool(prog["kho_in"].fdt_phys)
+
+
+@takes_program_or_default
+def kho_scratch_for_each(prog: Program) -> Iterator[Object]:
+    """
+    Iterate over the scratch areas, which a kernel that is booted with KHO allocates from until it
+    has seen what is preserved.
+
+    >>> for scratch in kho_scratch_for_each():
+    ...     print(hex(scratch.addr), hex(scratch.size))
+    ...
+    0x37c00000 0x6800000
+    0x36200000 0x1a00000
+    0x27a00000 0xe800000
+
+    :return: Iterator of ``struct kho_scratch`` objects.
+    """
+    areas = prog["kho_scratch"].read_()
+    if areas:
+        for i in range(prog["kho_scratch_cnt"].value_()):
+            yield areas[i]
+
+
+def kho_radix_tree_for_each(tree: Object) -> Iterator[KhoBlock]:
+    """
+    Iterate over the blocks of pages in a KHO radix tree.
+
+    >>> for block in kho_radix_tree_for_each(prog["kho_out"].radix_tree):
+    ...     print(hex(block.phys), block.order)
+    ...
+    0x2d694000 4
+    0x2d690000 0
+    ...
+    >>> phys_to_page(block.phys)
+    *(struct page *)0xffffea0000b5a400 = {
+    ...
+
+    :param tree: ``struct kho_radix_tree *`` (or the ``struct kho_radix_tree`` itself)
+    :return: Iterator of blocks, by descending order, then by ascending address; of a kernel with
+        types, those that are not split first.
+    :raises ValidationError: if a table leads to no page or to one that was there before, or if a
+        key is not that of a block. Some radix trees have other keys; see
+        :func:`kho_radix_tree_for_each_key()`.
+    """
+    for key in kho_radix_tree_for_each_key(tree):
+        try:
+            yield kho_decode_radix_key(tree.prog_, key)
+        except ValueError as e:
+            raise ValidationError(str(e)) from None
+
+
+def kho_radix_tree_for_each_key(tree: Object) -> Iterator[int]:
+    """
+    Iterate over the keys in a KHO radix tree, in ascending order.
+
+    :param tree: ``struct kho_radix_tree *`` (or the ``struct kho_radix_tree`` itself)
+    :raises ValidationError: if a table leads to no page or to one that was there before
+    """
+    root = tree.root.read_()
+    if root:
+        depth, table_log2, bitmap_log2 = _radix_geometry(tree.prog_)
+        yield from _radix_keys(root[0], depth - 1, 0, table_log2, bitmap_log2, set())
+
+
+def _radix_geometry(prog: Program) -> tuple[int, int, int]:
+    table = prog.type("struct kho_radix_node").member("table").type
+    table_log2 = (table.length or 0).bit_length() - 1
+    bitmap_log2 = (8 * sizeof(prog.type("struct kho_radix_leaf"))).bit_length() - 1
+    try:
+        depth = prog.constant("KHO_TREE_MAX_DEPTH").value_()
+    except LookupError:
+        # Enumerators that no code uses may be missing. This is the kernel's own arithmetic, which
+        # gives each key of an order-0 block a level.
+        bits = _order_0_log2(prog) + 1 - bitmap_log2
+        depth = -(-bits // table_log2) + 1
+    return depth, table_log2, bitmap_log2
+
+
+def _order_0_log2(prog: Program) -> int:
+    # KHO_ORDER_0_LOG2 up to Linux 7.2; it has not been an enumerator of its own since.
+    return 64 - prog["PAGE_SHIFT"].value_()
+
+
+def _radix_keys(
+    node: Object, level: int, base: int, table_log2: int, bitmap_log2: int, seen: set[int]
+) -> Iterator[int]:
+    # A page at a time, and each page at most once: the number of pages bounds this whatever the
+    # tables hold.
+    prog = node.prog_
+    type_name = "struct kho_radix_node" if level > 1 else "struct kho_radix_leaf"
+    shift = bitmap_log2 + (level - 1) * table_log2
+    for index, phys in enumerate(node.table.value_()):
+        if not phys:
+            continue
+        if phys % prog["PAGE_SIZE"].value_() or phys in seen:
+            why = "was there before" if phys in seen else "is not aligned"
+            raise ValidationError(f"entry {index} of a table at level {level}: {phys:#x} {why}")
+        seen.add(phys)
+        type = prog.type(type_name)
+        below = Object.from_bytes_(prog, type, prog.read(phys, sizeof(type), physical=True))
+        key = base | index << shift
+        if level > 1:
+            yield from _radix_keys(below, level - 1, key, table_log2, bitmap_log2, seen)
+        else:
+            yield from _set_bits(below.bitmap, key)
+
+
+def _set_bits(bitmap: Object, base: int) -> Iterator[int]:
+    # for_each_set_bit() would make an object of each word.
+    bits = 8 * sizeof(bitmap[0])
+    for i, word in enumerate(bitmap.value_()):
+        while word:
+            yield base + i * bits + (word & -word).bit_length() - 1
+            word &= word - 1
+
+
+@takes_program_or_default
+def kho_decode_radix_key(prog: Program, key: IntegerLike) -> KhoBlock:
+    """
+    Return the block of pages that a key of a KHO radix tree stands for.
+
+    :param key: ``u64``
+    :raises ValueError: if it stands for none
+    """
+    key = encoded = int(key)
+    order_0_log2 = _order_0_log2(prog)
+    type = None
+    try:
+        name = "enum kho_page_type"
+        type = Object(prog, prog.type(name), 0)
+        # Without it, the type is in a bit that the tree does not store: what comes out is 0.
+        shift = prog.constant("KHO_KEY_TYPE_SHIFT").value_()
+        type = Object(prog, prog.type(name), encoded >> shift & 1)
+        encoded &= ~(1 << shift)
+    except LookupError:
+        pass
+    order = order_0_log2 - (encoded.bit_length() - 1)
+    if not 0 <= order <= order_0_log2:
+        raise ValueError(f"radix key {key:#x} is not that of a block of pages")
+    page_shift = prog["PAGE_SHIFT"].value_()
+    phys = (encoded ^ 1 << order_0_log2 - order) << page_shift + order
+    return KhoBlock(phys, order, type)
+
+
+def kho_page_info(page: Object) -> Object | None:
+    """
+    Return what KHO has noted in the first page of a block that was handed to this kernel, and that
+    nobody has restored since.
+
+    >>> kho_page_info(phys_to_page(0x2d694000))
+    (union kho_page_info){
+            .page_private = (unsigned long)5424707219120881668,
+            .order = (unsigned int)4,
+            .magic = (unsigned int)1263030096,
+    }
+
+    :param page: ``struct page *``
+    :return: ``union kho_page_info``, or ``None`` if the page has none
+    """
+    # Once: the page may be restored meanwhile.
+    info = reinterpret("union kho_page_info", page.private).read_()
+    return info if info.magic == _KHO_PAGE_MAGIC else None
+
+
+def kho_restored(page: Object) -> bool:
+    """
+    Return whether the first page of a block that was handed to this kernel looks as if the block
+    had been restored: it is in use, and KHO's note is gone.
+
+    Restoring leaves no trace.  A restored page is like any other page that is in use: of one that
+    was not the first of a block that was handed over, this says nothing.  It is false for a block
+    that was restored and has been freed since, and true again when another owner has allocated it.
+    A block is not restored yet for certain if it has a :func:`kho_page_info()`.
+
+    :param page: ``struct page *``
+    """
+    return kho_page_info(page) is None and page._refcount.counter.value_() > 0
+
+
+def kho_vmalloc_for_each_page(desc: Object) -> Iterator[Object]:
+    """
+    Iterate over the pages of a preserved vmalloc area, in the order in which they were mapped.
+
+    >>> desc = Object(prog, "struct kho_vmalloc", address=0xffff888001898768)
+    >>> [hex(page_to_phys(page)) for page in kho_vmalloc_for_each_page(desc)]
+    ['0x2a5f000', '0x2a63000', '0x2a62000']
+
+    :param desc: ``struct kho_vmalloc *`` (or the ``struct kho_vmalloc`` itself)
+    :return: Iterator of ``struct page *`` objects.
+    :raises ValidationError: if a chunk is no page or was there before, or if the chunks do not list
+        as many pages as the area has
+    """
+    prog = desc.prog_
+    total, order = desc.total_pages.value_(), desc.order.value_()
+    left = total
+    for phys in _vmalloc_entries(prog, desc.first.phys.value_()):
+        first = phys_to_page(prog, phys)
+        for i in range(1 << order):
+            if not left:
+                raise ValidationError(f"the chunks list more than total_pages, {total}")
+            left -= 1
+            yield first + i
+    if left:
+        raise ValidationError(f"the chunks list {total - left} pages, total_pages is {total}")
+
+
+def _vmalloc_entries(prog: Program, at: int) -> Iterator[int]:
+    type = prog.type("struct kho_vmalloc_chunk")
+    seen: set[int] = set()
+    while at:
+        if at % sizeof(type) or at in seen:
+            why = "was there before" if at in seen else "is not aligned"
+            raise ValidationError(f"chunk {len(seen)} at {at:#x} {why}")
+        seen.add(at)
+        raw = prog.read(at, sizeof(type), physical=True)
+        chunk = Object.from_bytes_(prog, type, raw)
+        for phys in chunk.phys.value_():
+            # The first entry that is zero ends the chunk.
+            if not phys:
+                break
+            yield phys
+        at = chunk.hdr.next.phys.value_()

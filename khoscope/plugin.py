@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+drgn's plugin: ``%kho``, khoscope's command line on the program of a drgn session.
+
+drgn imports this whenever it opens a program of any kind: nothing else of ours is imported before
+the command is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from drgn import Program, ProgramFlags
+from drgn.commands import custom_command, parse_shell_command
+
+NAME: Final = "kho"
+
+
+def _has_kho(prog: Program) -> bool:
+    return bool(prog.flags & ProgramFlags.IS_LINUX_KERNEL) and "kho_out" in prog
+
+
+@custom_command(
+    name=NAME,
+    description="what Kexec HandOver carries across a kexec, and whether it is right (khoscope)",
+    usage=f"**{NAME}** [**-h**] *COMMAND* ...",
+    long_description=f"""
+    khoscope's command line on the program of this session: the same commands, options and output.
+    %{NAME} -h lists the commands, %{NAME} *COMMAND* -h the options of one.
+
+    Return the exit status: 0 fine, 1 verify found an error, 2 could not do it.
+    """,
+    parse=parse_shell_command,
+    enabled=_has_kho,
+)
+def _kho(prog: Program, name: str, args: Sequence[str], **more: Any) -> int:
+    from .cli import parser_for, perform
+
+    try:
+        return perform(parser_for(prog), args)
+    except SystemExit as ended:
+        # argparse has said why.
+        return int(ended.code or 0)

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Find out what this host offers to khoscope.
+
+It must work where nothing else does: what cannot be read is a fact, too.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+from drgn import Program
+
+from ..doctor import Fact, State
+from ..errors import KhoscopeError
+from ..snapshot import Snapshot
+from ..status import kho_parameter, kho_switch
+from ..trace.probes import BTF, KPROBES_ENABLED, TRACEABLE, import_bcc
+from .kernel import KernelSource
+from .open import LOCKDOWN, DebugInfo, debug_info, lockdown_mode
+
+KALLSYMS: Final = Path("/proc/kallsyms")
+KCORE: Final = Path("/proc/kcore")
+COMMAND_LINE: Final = Path("/proc/cmdline")
+KPTR_RESTRICT: Final = Path("/proc/sys/kernel/kptr_restrict")
+FTRACE_ENABLED: Final = Path("/proc/sys/kernel/ftrace_enabled")
+KHEADERS: Final = Path("/sys/kernel/kheaders.tar.xz")
+MODULES: Final = Path("/lib/modules")
+LIVEUPDATE: Final = Path("/dev/liveupdate")
+KEXEC_LOADED: Final = Path("/sys/kernel/kexec_loaded")
+
+#: Functions of the kernel that show it was built with something; any of them will do.
+BUILT: Final = {
+    "KHO": ("kho_preserve_folio", "kho_preserve_pages"),
+    "radix tree": ("kho_radix_add_page", "kho_radix_add_key"),
+    "LUO": ("liveupdate_register_file_handler", "liveupdate_enabled"),
+    "kprobes": ("register_kprobe",),
+}
+
+_AS_ROOT: Final = "run it as root (sudo khoscope doctor)"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """
+    What could be seen of the running kernel.
+
+    :param unopened: why nothing could.
+    :param unread: why no more than its debug info could.
+    """
+
+    debug_info: DebugInfo | None = None
+    facts: Snapshot | None = None
+    unopened: KhoscopeError | None = None
+    unread: KhoscopeError | None = None
+
+
+class Host:
+    """
+    This host.
+
+    :param root: where its files are.
+    """
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
+
+    def facts(
+        self, open_kernel: Callable[[], Program], read: Callable[[Program], KernelSource]
+    ) -> list[Fact]:
+        """
+        All there is to say, what is needed first.
+
+        :param open_kernel: opens the running kernel, or raises why it cannot.
+        :param read: likewise, what it opened.
+        """
+        seen = _look(open_kernel, read)
+        return [
+            self._built("KHO", seen, "CONFIG_KEXEC_HANDOVER=y"),
+            self._built("radix tree", seen, "KHO's radix tree (Linux 7.2)"),
+            _root_user(),
+            self._kcore(),
+            self._lockdown(),
+            _debug_info(seen),
+            _kernel(seen),
+            self._kho_is_on(seen),
+            self._btf(),
+            self._kptr_restrict(),
+            self._luo(seen),
+            self._liveupdate(),
+            self._image(seen),
+            _bcc(),
+            self._headers(),
+            self._kprobes(),
+            self._fentry(),
+        ]
+
+    # -- what all commands need -------------------------------------------------------------------
+
+    def _built(self, name: str, seen: Seen, what: str) -> Fact:
+        """Whether the kernel was built with something that no command can do without."""
+        if seen.facts:
+            return Fact(name, State.OK, "built in", "kho_out", needed=True)
+        return replace(self._has(name, what), needed=True)
+
+    def _has(self, name: str, what: str) -> Fact:
+        """Whether the kernel was built with something."""
+        where = str(KALLSYMS)
+        if not self._symbols:
+            hint = "use a kernel with CONFIG_KALLSYMS=y, outside a container"
+            return Fact(name, State.UNKNOWN, "the kernel lists no symbols", where, hint)
+        if self._symbols.isdisjoint(BUILT[name]):
+            return Fact(name, State.NO, "not in this kernel", where, f"boot a kernel with {what}")
+        return Fact(name, State.OK, "built in", where)
+
+    def _kho_is_on(self, seen: Seen) -> Fact:
+        name, hint = "KHO on", "boot with kho=on"
+        if seen.facts:
+            switch = kho_switch(seen.facts)
+            state = State.OK if switch.on else State.NO
+            return Fact(name, state, switch.why, "kho_enable", "" if switch.on else hint, True)
+        asked = kho_parameter(self._text(COMMAND_LINE) or "")
+        where = str(COMMAND_LINE)
+        if asked and not asked[1]:
+            return Fact(name, State.NO, f"{asked[0]} on the command line", where, hint, True)
+        what = f"{asked[0]} on the command line" if asked else "no kho=on on the command line"
+        what += "; the kernel itself cannot be asked"
+        hint = "see what is missing above" if asked else hint
+        return Fact(name, State.UNKNOWN, what, where, hint, True)
+
+    def _kcore(self) -> Fact:
+        name, where = "kernel memory", str(KCORE)
+        path = self._at(KCORE)
+        if not path.exists():
+            hint = "use a kernel with CONFIG_PROC_KCORE=y, outside a container"
+            return Fact(name, State.NO, "there is none", where, hint, True)
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            hint = "see lockdown below" if os.geteuid() == 0 else _AS_ROOT
+            return Fact(name, State.NO, str(error.strerror), where, hint, True)
+        return Fact(name, State.OK, "can be opened", where, needed=True)
+
+    def _lockdown(self) -> Fact:
+        name, where = "lockdown", str(LOCKDOWN)
+        mode = lockdown_mode(self._at(LOCKDOWN))
+        if mode is None:
+            return Fact(name, State.OK, "this kernel has none, or does not say", where)
+        if mode == "confidentiality":
+            hint = "boot without lockdown, or look at a vmcore or from the host with --qemu"
+            return Fact(name, State.NO, f"{mode}: memory and probes are denied", where, hint)
+        return Fact(name, State.OK, mode, where)
+
+    # -- what some need ---------------------------------------------------------------------------
+
+    def _btf(self) -> Fact:
+        name, where = "BTF", str(BTF)
+        if self._at(BTF).exists():
+            return Fact(name, State.OK, f"{self._at(BTF).stat().st_size >> 10:,} KiB", where)
+        hint = "trace uses kprobes without it; CONFIG_DEBUG_INFO_BTF=y gives fentry"
+        return Fact(name, State.NO, "this kernel has none", where, hint)
+
+    def _kptr_restrict(self) -> Fact:
+        name, where = "kptr_restrict", str(KPTR_RESTRICT)
+        value = self._text(KPTR_RESTRICT)
+        if value is None:
+            return Fact(name, State.UNKNOWN, "cannot be read", where, "see that /proc is mounted")
+        if value.strip() == "2":
+            hint = "sysctl -w kernel.kptr_restrict=1, if symbols are to be found without a vmlinux"
+            return Fact(name, State.NO, "2: addresses are hidden from root, too", where, hint)
+        return Fact(name, State.OK, f"{value.strip()}: root sees addresses", where)
+
+    def _luo(self, seen: Seen) -> Fact:
+        built = self._has("LUO", "CONFIG_LIVEUPDATE=y, for luo and carry")
+        if seen.facts is None or built.state != State.OK:
+            return built
+        if seen.facts.liveupdate and seen.facts.liveupdate.enabled:
+            return Fact("LUO", State.OK, "on", "luo_global.enabled")
+        hint = "boot with liveupdate=on, for luo and carry"
+        return Fact("LUO", State.NO, "off", "luo_global.enabled", hint)
+
+    def _liveupdate(self) -> Fact:
+        name, where = "LUO's device", str(LIVEUPDATE)
+        if self._at(LIVEUPDATE).exists():
+            return Fact(name, State.OK, "there", where)
+        hint = "carry needs it: CONFIG_LIVEUPDATE=y, liveupdate=on, and a devtmpfs on /dev"
+        return Fact(name, State.NO, "there is none", where, hint)
+
+    def _image(self, seen: Seen) -> Fact:
+        name, where = "kexec image", str(KEXEC_LOADED)
+        hint = "load one with the handover: kexec -s -l KERNEL --reuse-cmdline"
+        image = seen.facts.image if seen.facts else None
+        if image is None:
+            loaded = self._text(KEXEC_LOADED)
+            if loaded is None:
+                hint = "kexec needs CONFIG_KEXEC_FILE=y"
+                return Fact(name, State.UNKNOWN, "the kernel does not say", where, hint)
+            if loaded.strip() == "1":
+                what = "loaded; whether with the handover, the kernel's memory would tell"
+                return Fact(name, State.UNKNOWN, what, where, "ask again when debug info is there")
+            return Fact(name, State.NO, "none is loaded", where, hint)
+        where = "kexec_image"
+        if not image.loaded:
+            return Fact(name, State.NO, "none is loaded", where, hint)
+        how = "kexec_file_load" if image.file_mode else "kexec_load"
+        if image.kho_fdt:
+            return Fact(name, State.OK, f"loaded by {how}, with the handover", where)
+        return Fact(name, State.NO, f"loaded by {how}, without the handover", where, hint)
+
+    def _headers(self) -> Fact:
+        """What bcc compiles with."""
+        name, build = "headers", MODULES / platform.release() / "build"
+        if self._at(build).exists():
+            return Fact(name, State.OK, "installed", str(build))
+        hint = "trace needs them: install the kernel's headers package, or use CONFIG_IKHEADERS=y"
+        if not self._at(KHEADERS).exists():
+            what = f"neither there nor in {build}"
+            return Fact(name, State.NO, what, str(KHEADERS), hint)
+        lacks = [tool for tool in ("tar", "xz") if shutil.which(tool) is None]
+        if lacks:
+            hint = f"install {' and '.join(lacks)}: bcc unpacks it with them"
+            return Fact(name, State.NO, f"no {' and no '.join(lacks)}", str(KHEADERS), hint)
+        return Fact(name, State.OK, "in the kernel", str(KHEADERS))
+
+    def _kprobes(self) -> Fact:
+        built = self._has("kprobes", "CONFIG_KPROBES=y, for trace")
+        switch = self._text(KPROBES_ENABLED)
+        if built.state != State.OK or switch is None:
+            return built
+        if switch.strip() == "1":
+            return Fact("kprobes", State.OK, "on", str(KPROBES_ENABLED))
+        hint = f"write 1 to {KPROBES_ENABLED}"
+        return Fact("kprobes", State.NO, "switched off", str(KPROBES_ENABLED), hint)
+
+    def _fentry(self) -> Fact:
+        """Whether functions of KHO can be patched, which is cheaper than kprobes."""
+        name = "fentry"
+        if not self._at(BTF).exists():
+            hint = "trace uses kprobes without it"
+            return Fact(name, State.NO, "needs BTF", str(BTF), hint)
+        if (self._text(FTRACE_ENABLED) or "1").strip() != "1":
+            hint = "sysctl -w kernel.ftrace_enabled=1"
+            return Fact(name, State.NO, "ftrace is switched off", str(FTRACE_ENABLED), hint)
+        functions = self._text(TRACEABLE)
+        if functions is None:
+            hint = f"{_AS_ROOT}; it needs CONFIG_FUNCTION_TRACER=y and tracefs"
+            return Fact(name, State.UNKNOWN, "cannot be read", str(TRACEABLE), hint)
+        names = {line.split()[0] for line in functions.splitlines()}
+        if names.isdisjoint(BUILT["KHO"]):
+            hint = "trace uses kprobes without it"
+            return Fact(name, State.NO, "no function of KHO can be traced", str(TRACEABLE), hint)
+        return Fact(name, State.OK, "functions of KHO can be traced", str(TRACEABLE))
+
+    # -- files ------------------------------------------------------------------------------------
+
+    def _at(self, path: Path) -> Path:
+        return self._root / path.relative_to("/")
+
+    def _text(self, path: Path) -> str | None:
+        """What a file says; None: it is not there, or not for us."""
+        try:
+            return self._at(path).read_text(errors="replace")
+        except OSError:
+            return None
+
+    @cached_property
+    def _symbols(self) -> frozenset[str]:
+        """Names alone: the addresses may be hidden."""
+        lines = (self._text(KALLSYMS) or "").splitlines()
+        return frozenset(line.split()[2] for line in lines if line.count(" ") >= 2)
+
+
+def _look(open_kernel: Callable[[], Program], read: Callable[[Program], KernelSource]) -> Seen:
+    try:
+        prog = open_kernel()
+    except KhoscopeError as error:
+        return Seen(unopened=error)
+    found = debug_info(prog)
+    try:
+        return Seen(found, read(prog).outline())
+    except KhoscopeError as error:
+        return Seen(found, unread=error)
+
+
+def _root_user() -> Fact:
+    name, where = "root", "geteuid()"
+    if os.geteuid() == 0:
+        return Fact(name, State.OK, "yes", where)
+    hint = "run khoscope as root (sudo khoscope …)"
+    return Fact(name, State.NO, f"no, user {os.geteuid()}", where, hint)
+
+
+def _debug_info(seen: Seen) -> Fact:
+    name, where = "debug info", "drgn"
+    if seen.debug_info:
+        return Fact(name, State.OK, str(seen.debug_info), where, needed=True)
+    error = seen.unopened
+    assert error is not None
+    if "debug info" in error.what:
+        return Fact(name, State.NO, error.what, where, error.hint, True)
+    return Fact(name, State.UNKNOWN, f"not looked for: {error.what}", where, error.hint, True)
+
+
+def _kernel(seen: Seen) -> Fact:
+    """Whether khoscope understands what it reads."""
+    name, where = "KHO's state", "kho_out"
+    if seen.facts:
+        said = seen.facts.outgoing.fdt.compatible or "readable, no FDT"
+        return Fact(name, State.OK, said, where, needed=True)
+    if seen.unread:
+        return Fact(name, State.NO, seen.unread.what, where, seen.unread.hint, True)
+    return Fact(name, State.UNKNOWN, "not looked at", where, "see what is missing above", True)
+
+
+def _bcc() -> Fact:
+    name = "bcc"
+    try:
+        bcc = import_bcc()
+    except KhoscopeError as error:
+        return Fact(name, State.NO, error.what, "import bcc", f"trace needs it: {error.hint}")
+    version = getattr(bcc, "__version__", "of an unknown version")
+    return Fact(name, State.OK, version, f"{bcc.__file__}")

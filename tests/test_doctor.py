@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``khoscope doctor`` on hosts that are made up of files; on real ones: tests/vm/test_drgn.py."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from drgn import Program
+
+from khoscope.doctor import Fact, State, missing
+from khoscope.errors import KhoscopeError
+from khoscope.snapshot import KexecImage, Snapshot
+from khoscope.sources import host as module
+from khoscope.sources import open as open_module
+from khoscope.sources.kernel import KernelSource
+from khoscope.sources.open import DebugInfo
+from tests.command import Run
+from tests.synthetic import FIXED, Block, snapshot
+
+WITH_KHO = """\
+0000000000000000 T kho_preserve_pages
+0000000000000000 T kho_radix_add_key
+0000000000000000 T register_kprobe
+0000000000000000 T liveupdate_enabled\t[luo]
+"""
+#: All that a host can offer, by file.
+ALL = {
+    "proc/kallsyms": WITH_KHO,
+    "proc/kcore": "",
+    "proc/cmdline": "console=ttyS0 kho=on",
+    "proc/sys/kernel/kptr_restrict": "1\n",
+    "proc/sys/kernel/ftrace_enabled": "1\n",
+    "sys/kernel/security/lockdown": "[none] integrity confidentiality\n",
+    "sys/kernel/btf/vmlinux": "\x9f\xeb",
+    "sys/kernel/kheaders.tar.xz": "",
+    "sys/kernel/kexec_loaded": "1\n",
+    "sys/kernel/debug/kprobes/enabled": "1\n",
+    "sys/kernel/tracing/available_filter_functions": "schedule\nkho_preserve_pages [kho]\n",
+    "dev/liveupdate": "",
+}
+UNOPENED = KhoscopeError("/proc/kcore: no", "make it yes")
+
+
+def never() -> Program:
+    raise UNOPENED
+
+
+def unread(prog: Program) -> KernelSource:
+    raise AssertionError("there is no program")
+
+
+@pytest.fixture
+def bcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bcc is there."""
+    there = SimpleNamespace(__version__="0.35.0", __file__="/lib/bcc.py")
+    monkeypatch.setattr(module, "import_bcc", lambda: there)
+
+
+def host(tmp_path: Path, without: tuple[str, ...] = (), **other: str) -> module.Host:
+    """A host with all but some files, or with other words in some (by their last name)."""
+    for name, text in ALL.items():
+        if name in without:
+            continue
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(other.get(path.name.partition(".")[0], text))
+    return module.Host(tmp_path)
+
+
+def by_name(facts: list[Fact]) -> dict[str, Fact]:
+    assert len({fact.name for fact in facts}) == len(facts)
+    return {fact.name: fact for fact in facts}
+
+
+def look(it: module.Host) -> dict[str, Fact]:
+    """What is said where the kernel's memory cannot be read."""
+    return by_name(it.facts(never, unread))
+
+
+class Source:
+    """A kernel that was read already."""
+
+    def __init__(self, facts: Snapshot) -> None:
+        self._facts = facts
+
+    def outline(self) -> Snapshot:
+        return self._facts
+
+
+def look_inside(
+    it: module.Host, facts: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Fact]:
+    """What is said where it can be."""
+    monkeypatch.setattr(module, "debug_info", lambda prog: DebugInfo("DWARF", "/boot/vmlinux"))
+    read: Callable[[Program], KernelSource] = lambda prog: Source(facts)  # type: ignore  # noqa: E731
+    return by_name(it.facts(Program, read))
+
+
+def kernel() -> Snapshot:
+    facts = snapshot(FIXED, [Block(0x100000)])
+    told = replace(facts.kernel, command_line="kho=on")
+    return replace(facts, kernel=told, image=KexecImage(True, True, 0x5000, 1 << 20))
+
+
+@pytest.mark.usefixtures("bcc")
+def test_all_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(module.shutil, "which", lambda tool: f"/bin/{tool}")  # type: ignore[attr-defined]
+    found = look_inside(host(tmp_path), kernel(), monkeypatch)
+    # The kernel that was made by hand does not say whether LUO is on.
+    assert [f.name for f in found.values() if f.state != State.OK] == ["LUO"]
+    assert [f.name for f in found.values() if f.hint] == ["LUO"]
+    assert missing(list(found.values())) is None
+    assert found["debug info"].value == "DWARF, /boot/vmlinux"
+    assert found["kexec image"].value == "loaded by kexec_file_load, with the handover"
+    assert found["KHO's state"].value == "kho-v5"
+
+
+def test_nothing_is_there(tmp_path: Path) -> None:
+    """A container without /proc and /sys: nothing is said to be there, and each has a hint."""
+    found = look(module.Host(tmp_path))
+    about_host = [f for f in found.values() if f.name not in ("root", "bcc", "lockdown")]
+    assert {f.state for f in about_host} == {State.NO, State.UNKNOWN}
+    assert all(f.hint for f in about_host)
+    first = missing(list(found.values()))
+    assert first is not None
+    assert first.name == "KHO"
+    assert found["debug info"].value == "not looked for: /proc/kcore: no"
+    assert found["debug info"].hint == "make it yes"
+
+
+@pytest.mark.parametrize(
+    ("name", "without", "other", "state", "said"),
+    [
+        ("KHO", (), {"kallsyms": "0 T schedule\n"}, "no", "CONFIG_KEXEC_HANDOVER"),
+        ("KHO", (), {"kallsyms": ""}, "?", "CONFIG_KALLSYMS"),
+        ("radix tree", (), {"kallsyms": "0 T kho_preserve_pages\n"}, "no", "radix tree"),
+        ("KHO on", (), {}, "?", "kho=on on the command line"),
+        ("KHO on", (), {"cmdline": "kho=off"}, "no", "boot with kho=on"),
+        ("KHO on", (), {"cmdline": ""}, "?", "boot with kho=on"),
+        ("kernel memory", ("proc/kcore",), {}, "no", "CONFIG_PROC_KCORE"),
+        ("lockdown", (), {"lockdown": "none [integrity] confidentiality"}, "ok", "integrity"),
+        ("lockdown", (), {"lockdown": "none integrity [confidentiality]"}, "no", "--qemu"),
+        ("BTF", ("sys/kernel/btf/vmlinux",), {}, "no", "CONFIG_DEBUG_INFO_BTF"),
+        ("kptr_restrict", (), {"kptr_restrict": "2\n"}, "no", "kernel.kptr_restrict=1"),
+        ("LUO", (), {}, "ok", "built in"),
+        ("LUO's device", ("dev/liveupdate",), {}, "no", "liveupdate=on"),
+        ("kexec image", (), {}, "?", "loaded"),
+        ("kexec image", (), {"kexec_loaded": "0\n"}, "no", "kexec -s -l"),
+        ("kexec image", ("sys/kernel/kexec_loaded",), {}, "?", "CONFIG_KEXEC_FILE"),
+        ("headers", ("sys/kernel/kheaders.tar.xz",), {}, "no", "CONFIG_IKHEADERS"),
+        ("kprobes", (), {"enabled": "0\n"}, "no", "write 1"),
+        ("kprobes", ("sys/kernel/debug/kprobes/enabled",), {}, "ok", "built in"),
+        ("fentry", ("sys/kernel/btf/vmlinux",), {}, "no", "needs BTF"),
+        ("fentry", (), {"ftrace_enabled": "0\n"}, "no", "kernel.ftrace_enabled=1"),
+        ("fentry", (), {"available_filter_functions": "schedule\n"}, "no", "no function of KHO"),
+        ("fentry", ("sys/kernel/tracing/available_filter_functions",), {}, "?", "FUNCTION_TRACER"),
+    ],
+)
+def test_one_is_not_as_it_should_be(
+    tmp_path: Path,
+    name: str,
+    without: tuple[str, ...],
+    other: dict[str, str],
+    state: str,
+    said: str,
+) -> None:
+    fact = look(host(tmp_path, without, **other))[name]
+    assert fact.state == state
+    assert said in f"{fact.value} {fact.hint}"
+    assert bool(fact.hint) == (state != State.OK)
+
+
+def test_headers_of_a_package(tmp_path: Path) -> None:
+    it = host(tmp_path, ("sys/kernel/kheaders.tar.xz",))
+    (tmp_path / "lib/modules" / platform.release() / "build").mkdir(parents=True)
+    assert look(it)["headers"].state == State.OK
+
+
+def test_headers_that_nobody_can_unpack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.shutil, "which", lambda tool: None if tool == "xz" else tool)  # type: ignore[attr-defined]
+    fact = look(host(tmp_path))["headers"]
+    assert (fact.state, fact.value) == (State.NO, "no xz")
+
+
+@pytest.mark.parametrize(
+    ("image", "state", "said"),
+    [
+        (KexecImage(False), State.NO, "none is loaded"),
+        (KexecImage(True, False, 0, 1), State.NO, "loaded by kexec_load, without the handover"),
+    ],
+)
+def test_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image: KexecImage, state: State, said: str
+) -> None:
+    found = look_inside(host(tmp_path), replace(kernel(), image=image), monkeypatch)
+    assert (found["kexec image"].state, found["kexec image"].value) == (state, said)
+
+
+def test_kho_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = replace(kernel(), kho_enable=False)
+    found = list(look_inside(host(tmp_path), facts, monkeypatch).values())
+    first = missing(found)
+    assert first is not None
+    assert (first.name, first.state, first.hint) == ("KHO on", State.NO, "boot with kho=on")
+
+
+def test_debug_info_is_there_and_the_kernel_is_not_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "debug_info", lambda prog: DebugInfo("DWARF", "/boot/vmlinux"))
+
+    def read(prog: Program) -> KernelSource:
+        raise KhoscopeError("older than the radix tree", "use another")
+
+    found = by_name(host(tmp_path).facts(Program, read))
+    assert found["debug info"].state == State.OK
+    assert (found["KHO's state"].state, found["KHO's state"].hint) == (State.NO, "use another")
+
+
+def test_no_debug_info(tmp_path: Path) -> None:
+    def no_debug_info() -> Program:
+        raise KhoscopeError("no debug info for it", "name its vmlinux")
+
+    found = by_name(host(tmp_path).facts(no_debug_info, unread))
+    assert (found["debug info"].state, found["debug info"].hint) == (State.NO, "name its vmlinux")
+
+
+def test_command_without_anything(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says what there is on stdout, and on stderr why that is not enough."""
+    monkeypatch.setattr(open_module, "Program", NoKcore)
+    text = run("doctor")
+    text.refused()
+    first = text.err.splitlines()[0].removeprefix("khoscope: ").partition(":")[0]
+    assert text.last == f"this kernel cannot be looked at: see {first} above"
+    assert all(len(line) <= 80 for line in text.out.splitlines())
+    document = run("doctor", "--json").document
+    assert document["schema"] == "khoscope.doctor/1"
+    assert document["ready"] is False
+    needed = next(f for f in document["facts"] if f["needed"] and f["state"] != "ok")
+    assert needed["name"] == first
+    assert all((f["state"] == "ok") == (f["hint"] is None) for f in document["facts"])
+
+
+class NoKcore:
+    """A drgn program on a host that lets nobody read its memory."""
+
+    def set_kernel(self) -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
+
+@pytest.mark.parametrize("source", [("--qemu", "x"), ("--core", "x"), ("--snapshot", "x")])
+def test_it_is_about_this_host(run: Run, source: tuple[str, str]) -> None:
+    result = run(*source, "doctor")
+    assert result.status == 2
+    assert "about this host" in result.err
+
+
+def test_bcc_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bcc", ModuleType("bcc"))
+    fact = look(host(tmp_path))["bcc"]
+    assert fact.state == State.NO
+    assert "too old" in fact.value
+    assert fact.hint.startswith("trace needs it")
