@@ -80,6 +80,7 @@ VARIABLES: dict[str, str] = {
     "mem_section": "struct mem_section **",
     "min_low_pfn": "unsigned long",
     "node_data": "struct pglist_data *[]",
+    "node_states": "nodemask_t []",
     "page_offset_base": "unsigned long",
     "slab_caches": "struct list_head",
     "vmalloc_base": "unsigned long",

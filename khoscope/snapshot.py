@@ -310,6 +310,8 @@ class Snapshot:
         struct pages cannot be read; empty: not counted.
     :param image: the kexec image; None: not looked at.
     :param liveupdate: LUO in this kernel; None: it has none, or was not looked at.
+    :param unreadable: what else of the kernel's memory could not be read, in words: a vmcore may
+        lack pages.
     :param outgoing: what this kernel is about to hand over.
     :param incoming: what it was handed; its tree is evidence, never proof.  None: not a KHO boot.
     :param stamps: stream of the stamped pages, found by scanning all struct pages; sorted by
@@ -337,6 +339,7 @@ class Snapshot:
     scratch_free: list[int | None] = field(default_factory=list)
     image: KexecImage | None = None
     liveupdate: Liveupdate | None = None
+    unreadable: list[str] = field(default_factory=list)
 
 
 class KeySet:

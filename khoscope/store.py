@@ -139,6 +139,7 @@ class _Meta:
     scratch_free: list[int | None] = field(default_factory=list)
     image: KexecImage | None = None
     liveupdate: Liveupdate | None = None
+    unreadable: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,7 @@ def put(snapshot: Snapshot, writer: Writer) -> None:
         snapshot.scratch_free,
         snapshot.image,
         snapshot.liveupdate,
+        snapshot.unreadable,
     )
     writer.json("meta.json", meta)
 
@@ -381,6 +383,7 @@ def get(archive: Archive) -> Snapshot:
         meta.scratch_free,
         meta.image,
         meta.liveupdate,
+        meta.unreadable,
     )
 
 

@@ -208,6 +208,7 @@ def _check(facts: Snapshot, next_kernel: NextKernel | None, about: About, asked:
     moved = facts.outgoing.tree.state.moved
     if moved and any(seen):
         report.incomplete.append(f"{moved} blocks came or went while the tree was read")
+    report.incomplete += [f"cannot be read: {what}" for what in facts.unreadable]
     return report
 
 

@@ -23,6 +23,7 @@ from drgn.helpers.linux.ioport import for_each_resource
 from drgn.helpers.linux.kallsyms import module_kallsyms
 from drgn.helpers.linux.list import list_for_each_entry
 from drgn.helpers.linux.mm import follow_phys, phys_to_virt, virt_to_phys
+from drgn.helpers.linux.mmzone import for_each_online_pgdat
 from drgn.helpers.linux.module import for_each_module
 from drgn.helpers.linux.printk import get_printk_records
 
@@ -163,6 +164,7 @@ class KernelSource:
         self._label = label
         self._moves = moves
         self._progress = progress
+        self._unreadable: list[str] = []
         try:
             self._kho_out = prog["kho_out"]
             self._kho_in = prog["kho_in"]
@@ -439,6 +441,7 @@ class KernelSource:
             self._incoming(),
             image=self._image(),
             liveupdate=self._liveupdate(),
+            unreadable=list(dict.fromkeys(self._unreadable)),
         )
 
     def _incoming(self) -> Side | None:
@@ -513,6 +516,9 @@ class KernelSource:
             )
         except (KeyError, AttributeError):
             return None
+        except FaultError:
+            self._unreadable.append("the loaded kexec image (kexec_image)")
+            return None
 
     def _liveupdate(self) -> Liveupdate | None:
         """``luo_global`` and the file handlers; None: this kernel has no LUO."""
@@ -558,12 +564,23 @@ class KernelSource:
         )
 
     def _read_ram(self) -> U64:
-        """System RAM from ``iomem_resource``, adjacent ranges joined."""
-        ranges = sorted(
-            (resource.start.value_(), resource.end.value_() + 1)
-            for resource in for_each_resource(self.prog["iomem_resource"].address_of_())
-            if resource.flags.value_() & IORESOURCE_SYSTEM_RAM
-        )
+        """
+        System RAM from ``iomem_resource``, adjacent ranges joined.
+
+        Resources are in the kernel's heap, of which vmcores may lack pages: then what nodes span,
+        with the holes in it.
+        """
+        try:
+            ranges = sorted(
+                (resource.start.value_(), resource.end.value_() + 1)
+                for resource in for_each_resource(self.prog["iomem_resource"].address_of_())
+                if resource.flags.value_() & IORESOURCE_SYSTEM_RAM
+            )
+        except FaultError:
+            self._unreadable.append(
+                "where RAM is (iomem_resource): what nodes span is taken for it"
+            )
+            ranges = sorted(self._node_spans())
         joined: list[tuple[int, int]] = []
         for start, end in ranges:
             if joined and start <= joined[-1][1]:
@@ -576,6 +593,14 @@ class KernelSource:
                 "check that the debug info belongs to this kernel",
             )
         return np.array(joined, np.uint64)
+
+    def _node_spans(self) -> Iterator[tuple[int, int]]:
+        """First and last-plus-one physical address of each NUMA node."""
+        shift = self.prog["PAGE_SHIFT"].value_()
+        for node in for_each_online_pgdat(self.prog):
+            first, pages = node.node_start_pfn.value_(), node.node_spanned_pages.value_()
+            if pages:
+                yield first << shift, first + pages << shift
 
     def _read_fdt(self, phys: int) -> tuple[Fdt, dict[str, bytes]]:
         """A root FDT and the blobs: itself as "fdt", subtrees by name as far as readable."""

@@ -157,11 +157,14 @@ def open_core(path: Path, vmlinux: Path | None = None) -> Program:
         raise KhoscopeError(
             f"{path}: {error.strerror or error}", "name a vmcore that you can read"
         ) from error
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:
+        # libkdumpfile's refusals are bare Exceptions.
+        if not isinstance(error, ValueError | RuntimeError) and type(error) is not Exception:
+            raise
         raise KhoscopeError(
             f"{path}: not a vmcore that drgn can read ({error})",
             "give an ELF or kdump-compressed vmcore, whole; a flattened one needs makedumpfile -R"
-            " first",
+            " first, and of QEMU's dumps only the ELF ones name their architecture",
         ) from error
     _load_debug_info(prog, vmlinux, f"the kernel of {path}")
     return prog

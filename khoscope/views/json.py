@@ -68,6 +68,7 @@ def about(facts: Snapshot) -> dict[str, Any]:
             "type_is_stored": abi.type_is_stored if abi.has_types else None,
             "decided": abi.decided,
         },
+        "unreadable": facts.unreadable,
         "handover": {
             "is_kho_boot": facts.handover.is_kho_boot,
             "previous_release": facts.handover.previous_release or None,

@@ -75,6 +75,8 @@ class Text:
         else:
             self.line(f"{boot}, not a KHO boot")
         self.line(f"{facts.abi.compatible or 'no compatible'}, {types_in_words(facts.abi)}")
+        for what in facts.unreadable:
+            self.wrapped(f"cannot be read: {printable(what)}", "  ", "")
 
     def tree(
         self,

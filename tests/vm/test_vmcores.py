@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,10 @@ from tests.vm.test_khoscope import TIMEOUT, host
 from vm.exercise import Exercise
 from vm.machine import Machine
 
-#: What makedumpfile makes of /proc/vmcore: without zero, cache, user and free pages.
-FORMATS = {"kdump": "-c -d 31", "lzo": "-l -d 31", "elf": "-E -d 31"}
+#: What makedumpfile makes of /proc/vmcore: without zero (1), cache (2, 4), user (8) and free (16)
+#: pages.  What it takes for user pages on these kernels are some of the kernel's heap, too.
+FORMATS = {"kdump": "-c -d 23", "lzo": "-l -d 23", "elf": "-E -d 23", "without user": "-c -d 31"}
+WHOLE = ("kdump", "lzo", "elf")
 
 
 @dataclass
@@ -86,10 +89,10 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
 
 
 def agrees(story: Story, core: Path, *options: str) -> None:
-    """Tree, verdict and stamps are those of the running kernel."""
+    """Tree, stamps and verdict are those of the running kernel."""
     where = ("--core", str(core), *options)
     tree = json.loads(host(*where, "tree", "--json"))
-    for part in ("root", "totals", "blocks", "abi", "kernel"):
+    for part in ("root", "totals", "blocks", "abi", "kernel", "unreadable"):
         assert tree[part] == story.tree[part], part
     found = json.loads(host(*where, "verify", "--json"))
     for part in ("verdict", "counts", "blocks", "incomplete"):
@@ -99,7 +102,7 @@ def agrees(story: Story, core: Path, *options: str) -> None:
 
 def test_there_is_something_to_see(story: Story) -> None:
     assert len(story.tree["blocks"]) > 20
-    assert sum(row["blocks"] for row in story.stamps) > 20
+    assert sum(row["blocks"] for row in story.stamps) > 10
     assert story.verify["verdict"] == "pass"
 
 
@@ -109,12 +112,31 @@ def test_an_elf_from_qemu(story: Story, debug_info: str) -> None:
 
 
 @pytest.mark.parametrize("debug_info", ["DWARF", "BTF"])
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", WHOLE)
 def test_from_a_crash_kernel(story: Story, kind: str, debug_info: str) -> None:
-    """Without user pages, nor cached and free ones: KHO needs the kernel's alone."""
+    """Without cached and free pages: KHO needs none of them."""
     core = story.crashed[kind]
     assert core.stat().st_size < story.core.stat().st_size // 4
     agrees(story, core, *by(story, debug_info))
+
+
+def test_with_pages_of_the_kernel_missing(story: Story) -> None:
+    """
+    makedumpfile takes some of these kernels' own pages for user pages, others each time: resources,
+    nodes of the tree.  What is there is shown, what is missing is said, and nothing passes.
+    """
+    where = ("--core", str(story.crashed["without user"]))
+    tree = json.loads(host(*where, "tree", "--json"))
+    assert tree["root"] == story.tree["root"]
+    blocks = [block for block in story.tree["blocks"] if block in tree["blocks"]]
+    assert blocks == tree["blocks"]
+    whole = tree["blocks"] == story.tree["blocks"]
+    assert whole or tree["bad_entries"] > 0
+    verdict = khoscope(*where, "verify")
+    if tree["unreadable"] or not whole:
+        assert "PASS" not in verdict.stdout
+        assert verdict.returncode in (1, 2)
+    assert "Traceback" not in verdict.stderr
 
 
 def by(story: Story, debug_info: str) -> tuple[str, ...]:
@@ -122,15 +144,17 @@ def by(story: Story, debug_info: str) -> tuple[str, ...]:
 
 
 def test_a_kdump_from_qemu(story: Story, tmp_path: Path) -> None:
-    """QEMU writes them flattened, which is refused; put in order, it is a vmcore like others."""
-    where = ("--core", str(story.flattened))
-    if story.flattened.read_bytes()[:12] == b"makedumpfile":
-        result = khoscope(*where, "tree")
+    """
+    QEMU writes them flattened and without the kernel's name, by which libkdumpfile would know the
+    architecture: refused, as they are and put in order.
+    """
+    for core in (story.flattened, rearranged(story.flattened, tmp_path / "kdump")):
+        result = khoscope("--core", str(core), "tree")
         assert result.returncode == 2
-        assert "makedumpfile -R" in result.stderr
-        assert len(result.stderr.splitlines()) == 2
-        where = ("--core", str(rearranged(story.flattened, tmp_path / "kdump")))
-    agrees(story, Path(where[1]))
+        assert result.stdout == ""
+        what, hint = result.stderr.splitlines()
+        assert "not a vmcore that drgn can read" in what
+        assert "makedumpfile" in hint
 
 
 def rearranged(flattened: Path, to: Path) -> Path:
@@ -146,8 +170,6 @@ def rearranged(flattened: Path, to: Path) -> Path:
 
 
 def khoscope(*words: str) -> subprocess.CompletedProcess[str]:
-    import sys
-
     command = [sys.executable, "-m", "khoscope", *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT)
 

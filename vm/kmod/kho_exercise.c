@@ -68,6 +68,7 @@
 #include <linux/gfp.h>
 #include <linux/kexec_handover.h>
 #include <linux/kho/abi/kexec_handover.h>
+#include <linux/kho_radix_tree.h>
 #include <linux/ktime.h>
 #include <linux/list.h>
 #include <linux/log2.h>
@@ -1593,6 +1594,41 @@ static int time_show(struct seq_file *m, void *unused)
 }
 DEFINE_SHOW_STORE_ATTRIBUTE(time);
 
+/* A radix tree of keys that are no blocks, for those who look at it from outside */
+
+#ifdef HAVE_RADIX_KEYS
+static struct kho_radix_tree kho_exercise_keys;
+
+static ssize_t keys_write(struct file *file, const char __user *from,
+			  size_t size, loff_t *pos)
+{
+	unsigned long key;
+	int err;
+
+	err = kstrtoul_from_user(from, size, 0, &key) ?:
+	      kho_radix_add_key(&kho_exercise_keys, key);
+
+	return err ?: size;
+}
+
+static const struct file_operations keys_fops = {
+	.owner = THIS_MODULE,
+	.write = keys_write,
+};
+
+static int __init make_keys(struct dentry *dir)
+{
+	debugfs_create_file("keys", 0200, dir, NULL, &keys_fops);
+
+	return kho_radix_init_tree(&kho_exercise_keys, NULL);
+}
+#else
+static int __init make_keys(struct dentry *dir)
+{
+	return 0;
+}
+#endif
+
 /* What the previous kernel has handed over */
 
 static int __init take_piece(struct piece *p)
@@ -1684,9 +1720,14 @@ static int __init kho_exercise_init(void)
 	debugfs_create_file("break", 0200, dir, NULL, &break_fops);
 	debugfs_create_file("report", 0400, dir, NULL, &report_fops);
 	debugfs_create_file("time", 0600, dir, NULL, &time_fops);
+	err = make_keys(dir);
+	if (err)
+		goto err_dir;
 
 	return 0;
 
+err_dir:
+	debugfs_remove(dir);
 err_device:
 	platform_device_unregister(device);
 	return err;
