@@ -887,6 +887,15 @@ def test_other_page_size() -> None:
         compare(was, now)
 
 
+def test_what_could_not_be_read_is_incomplete() -> None:
+    """A vmcore may lack pages of the kernel's heap."""
+    facts = snapshot(FIXED, [contig(2)])
+    report = check(replace(facts, unreadable=["where RAM is"]))
+    assert report.incomplete == ["cannot be read: where RAM is"]
+    assert not report.passed
+    assert check(facts).passed
+
+
 def test_facts_without_the_blocks_of_the_tree_are_incomplete() -> None:
     whole = snapshot(PLAIN, [Block(0x1000)])
     assert check(whole).passed

@@ -26,7 +26,7 @@ from vm.machine import Machine
 
 #: What makedumpfile makes of /proc/vmcore: without zero (1), cache (2, 4), user (8) and free (16)
 #: pages.  What it takes for user pages on these kernels are some of the kernel's heap, too.
-FORMATS = {"kdump": "-c -d 23", "lzo": "-l -d 23", "elf": "-E -d 23", "without user": "-c -d 31"}
+FORMATS = {"kdump": "-c -d 23", "lzo": "-l -d 23", "elf": "-E -d 23", "no-user": "-c -d 31"}
 WHOLE = ("kdump", "lzo", "elf")
 
 
@@ -125,7 +125,7 @@ def test_with_pages_of_the_kernel_missing(story: Story) -> None:
     makedumpfile takes some of these kernels' own pages for user pages, others each time: resources,
     nodes of the tree.  What is there is shown, what is missing is said, and nothing passes.
     """
-    where = ("--core", str(story.crashed["without user"]))
+    where = ("--core", str(story.crashed["no-user"]))
     tree = json.loads(host(*where, "tree", "--json"))
     assert tree["root"] == story.tree["root"]
     blocks = [block for block in story.tree["blocks"] if block in tree["blocks"]]
