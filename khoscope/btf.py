@@ -51,8 +51,8 @@ from numpy.typing import NDArray
 
 __all__ = ("NAME", "VARIABLES", "Btf", "BtfError", "SymbolsHidden", "register")
 
-#: Of the finders that are registered.
-NAME: Final = "btf"
+#: Of the finders that are registered, and in ``Program.cache`` of what :func:`register` returned.
+NAME: Final = "khoscope_btf"
 
 #: Where a running kernel shows its BTF, ``vmlinux`` and one file for each module.
 SYSFS: Final = Path("/sys/kernel/btf")
@@ -714,7 +714,7 @@ class _Modules:
 
 def register(prog: Program, data: bytes | None = None) -> tuple[str, str]:
     """
-    Have drgn find types, objects and symbols in a kernel's BTF and kallsyms.
+    Have drgn find types, objects and symbols in a kernel's BTF and kallsyms; once is enough.
 
     :param prog: a Linux kernel, live or not, with or without other debug info, which is asked
         first.
@@ -724,6 +724,9 @@ def register(prog: Program, data: bytes | None = None) -> tuple[str, str]:
     :raises BtfError: if there is none, or it cannot be read.
     :raises SymbolsHidden: if it cannot be known where anything is.
     """
+    if NAME in prog.cache:
+        known: tuple[str, str] = prog.cache[NAME]
+        return known
     _register_symbols(prog)
     live = ProgramFlags.IS_LIVE | ProgramFlags.IS_LOCAL
     local = prog.flags & live == live and SYSFS.is_dir()
@@ -741,6 +744,7 @@ def register(prog: Program, data: bytes | None = None) -> tuple[str, str]:
     else:
         prog.register_type_finder(NAME, finder.type, enable_index=-1)
     prog.register_object_finder(NAME, finder.object, enable_index=-1)
+    prog.cache[NAME] = reader, where
     return reader, where
 
 

@@ -484,6 +484,7 @@ def test_register_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     kallsyms(monkeypatch, symbols)
     prog = live_program(symbols, {start: data})
     assert btf.register(prog) == ("khoscope", "the kernel's memory")
+    assert btf.register(prog) == ("khoscope", "the kernel's memory")
     assert sizeof(prog.type("struct thing")) == 56
 
 
@@ -520,8 +521,8 @@ def test_register_on_a_drgn_that_reads_btf(monkeypatch: pytest.MonkeyPatch) -> N
     data = every_kind().data()
     assert btf.register(Its(prog), data) == ("drgn", "given")
     assert given_to_drgn == [data]
-    assert "btf" not in prog.registered_type_finders()
-    assert "btf" in prog.registered_object_finders()
+    assert btf.NAME not in prog.registered_type_finders()
+    assert btf.NAME in prog.registered_object_finders()
 
 
 @pytest.mark.parametrize(
