@@ -118,7 +118,7 @@ def told() -> Iterator[None]:
     except FaultError as error:
         raise KhoscopeError(
             f"kernel memory cannot be read ({error})",
-            "a vmcore must be whole and hold all kernel pages (makedumpfile -d 31 keeps them); "
+            "a vmcore must be whole and hold all kernel pages (makedumpfile -d 23 keeps them); "
             "a live kernel may be locked down",
         ) from error
     except btf.BtfError as error:
