@@ -19,7 +19,7 @@ from drgn import Program, Type, TypeKind, sizeof
 from khoscope.sources.open import debug_info, open_qemu
 from tests.vm.test_khoscope import TIMEOUT, guest, host
 from vm.exercise import Exercise
-from vm.kernel import KERNELS
+from vm.kernel import under_test
 from vm.machine import Machine
 
 #: What differs between any two runs.
@@ -41,7 +41,7 @@ HIDE = "mkdir -p /run/none; for d in /usr/lib/debug /kernel; do mount --bind /ru
 SHOW = "umount /usr/lib/debug /kernel"
 
 
-@pytest.fixture(scope="module", params=KERNELS)
+@pytest.fixture(scope="module", params=under_test())
 def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
     """A guest with something to see."""
     with Machine(request.param) as machine:
