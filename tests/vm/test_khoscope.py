@@ -161,16 +161,15 @@ def _drgn(machine: Machine) -> str:
     """A script for drgn that uses the helpers."""
     lines = [
         "import khoscope",
-        "from khoscope import kho_for_each_preserved, kho_radix_walk_tree",
-        "blocks = list(kho_for_each_preserved(prog))",
+        "from drgn.helpers.linux.mm import phys_to_page",
+        "blocks = list(khoscope.kho_radix_tree_for_each(prog['kho_out'].radix_tree))",
         "print('blocks', len(blocks), khoscope.kho_is_enabled(prog), khoscope.is_kho_boot(prog))",
-        "print('page', blocks[0].page.type_.type_name(), hex(blocks[0].phys))",
-        "walked = list(kho_radix_walk_tree(prog['kho_out'].radix_tree))",
-        "print('walked', [b[1:] for b in walked] == [b[1:] for b in blocks])",
+        "page = phys_to_page(prog, blocks[0].phys)",
+        "print('info', khoscope.kho_page_info(page), khoscope.kho_restored(page))",
         "print('scratch', [s.type_.type_name() for s in khoscope.kho_scratch_for_each(prog)])",
-        "stamped = list(khoscope.kho_for_each_stamped(prog))",
-        "print('info', khoscope.kho_page_info(blocks[0].page), stamped)",
-        "print('import', khoscope.kho_snapshot(prog).kho_enable)",
+        "print('stamped', list(khoscope.kho_for_each_stamped(prog)))",
+        "print('facts', khoscope.kho_snapshot(prog).kho_enable)",
+        "print('each', [(f'{b.phys:#x}', b.order) for b in blocks])",
     ]
     script = "\n".join(lines) + "\n"
     machine.run("cat > /run/script.py", input=script.encode(), check=True)
@@ -322,11 +321,12 @@ def test_helpers_in_a_drgn_session(story: Story) -> None:
     said = dict(line.partition(" ")[::2] for line in story.text["drgn"].splitlines())
     blocks = len(story.seen["guest tree"]["blocks"])
     assert said["blocks"] == f"{blocks} True False"
-    assert said["page"].startswith("struct page * 0x")
-    assert said["walked"] == "True"
+    assert said["info"] == "None True"
     assert said["scratch"] == str(["struct kho_scratch"] * 3)
-    assert said["info"] == "None []"
-    assert said["import"] == "True"
+    assert said["stamped"] == "[]"
+    assert said["facts"] == "True"
+    seen = [(block["phys"], block["order"]) for block in story.seen["guest tree"]["blocks"]]
+    assert said["each"] == str(seen)
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +353,8 @@ def test_kho_is_off(odd: Machine) -> None:
 
 def test_the_shell_has_the_helpers(odd: Machine) -> None:
     said = _shell(odd)
-    assert "kho_for_each_preserved" in said
+    assert "kho_radix_tree_for_each" in said
+    assert "%kho" in said
     assert "enabled: False" in said
 
 
