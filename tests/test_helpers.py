@@ -140,7 +140,7 @@ def test_keys_are_decoded_as_they_are_coded(order: int, page: int) -> None:
     ("entry", "error", "why"),
     [
         (8, ValidationError, "not aligned"),
-        (1 << 40, FaultError, "could not find memory segment"),
+        (1 << 40, FaultError, "could not find physical memory segment"),
         (None, ValidationError, "was there before"),
     ],
 )
@@ -148,7 +148,7 @@ def test_tables_that_lead_astray(entry: int | None, error: type[Exception], why:
     memory = Memory(PLAIN)
     memory.add_page(1 << 20, 0)
     # A table that is full of itself would have 512 ** 5 paths.
-    below = next(entry for i in range(512) if (entry := memory.entry(memory.root, i)))
+    below = next(filter(None, (memory.entry(memory.root, i) for i in range(512))))
     for index in range(512):
         memory.set_entry(below, index, below if entry is None else entry)
     kernel = Kernel(memory)
@@ -255,7 +255,7 @@ def test_vmalloc_that_does_not_fit(total: int, order: int, why: str) -> None:
     [
         (None, ValidationError, "chunk 1 at .* was there before"),
         (12, ValidationError, "chunk 1 at 0xc is not aligned"),
-        (1 << 40, FaultError, "could not find memory segment"),
+        (1 << 40, FaultError, "could not find physical memory segment"),
     ],
 )
 def test_chain_that_leads_astray(to: int | None, error: type[Exception], why: str) -> None:

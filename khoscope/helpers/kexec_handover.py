@@ -126,7 +126,7 @@ def kho_radix_tree_for_each_key(tree: Object) -> Iterator[int]:
     root = tree.root.read_()
     if root:
         depth, table_log2, bitmap_log2 = _radix_geometry(tree.prog_)
-        yield from _radix_keys(root[0], depth - 1, 0, table_log2, bitmap_log2, set())
+        yield from _radix_keys(root[0].read_(), depth - 1, 0, table_log2, bitmap_log2, set())
 
 
 def _radix_geometry(prog: Program) -> tuple[int, int, int]:
