@@ -164,7 +164,7 @@ class Host:
         name, where = "BTF", str(BTF)
         if self._at(BTF).exists():
             return Fact(name, State.OK, f"{self._at(BTF).stat().st_size >> 10:,} KiB", where)
-        hint = "trace uses kprobes without it; CONFIG_DEBUG_INFO_BTF=y gives fentry"
+        hint = "without it a vmlinux is needed, and trace uses kprobes: CONFIG_DEBUG_INFO_BTF=y"
         return Fact(name, State.NO, "this kernel has none", where, hint)
 
     def _kptr_restrict(self) -> Fact:
@@ -173,7 +173,7 @@ class Host:
         if value is None:
             return Fact(name, State.UNKNOWN, "cannot be read", where, "see that /proc is mounted")
         if value.strip() == "2":
-            hint = "sysctl -w kernel.kptr_restrict=1, if symbols are to be found without a vmlinux"
+            hint = "sysctl -w kernel.kptr_restrict=1, for BTF in the place of a vmlinux"
             return Fact(name, State.NO, "2: addresses are hidden from root, too", where, hint)
         return Fact(name, State.OK, f"{value.strip()}: root sees addresses", where)
 
