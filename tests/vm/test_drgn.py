@@ -72,7 +72,7 @@ def heads(addresses: list[int]) -> tuple[str, ...]:
         "from drgn.helpers.linux.mm import phys_to_page",
         f"pages = [phys_to_page(prog, phys) for phys in {addresses}]",
         "infos = [khoscope.kho_page_info(page) for page in pages]",
-        "print(json.dumps([info and info.order.value_() for info in infos]))",
+        "print(json.dumps([None if i is None else i.order.value_() for i in infos]))",
         "print(json.dumps([khoscope.kho_restored(page) for page in pages]))",
     )
 
