@@ -116,9 +116,11 @@ def is_file(args: argparse.Namespace) -> bool:
 
 def _program(args: argparse.Namespace) -> tuple[Program, str, bool]:
     """The kernel that was asked for, how it is read, and whether it runs meanwhile."""
-    from ..sources.open import debug_info, open_core, open_live, open_qemu
+    from ..sources.open import ask_for_boot_id, debug_info, open_core, open_live, open_qemu
 
     if args.program:
+        if is_this_host(args.program):
+            ask_for_boot_id()
         opened = args.program, _label(args.program), not is_file(args)
     elif args.qemu:
         opened = open_qemu(args.qemu, args.vmlinux), f"QEMU guest at {args.qemu}", True

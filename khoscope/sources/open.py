@@ -61,6 +61,12 @@ def _debug_info_of_others(prog: Program) -> DebugInfo:
     return DebugInfo("DWARF", path or "unknown")
 
 
+def ask_for_boot_id() -> None:
+    """The running kernel makes its boot id when it is first asked for it."""
+    if BOOT_ID.exists():
+        BOOT_ID.read_text()
+
+
 def open_live(vmlinux: Path | None = None) -> Program:
     """
     The running kernel, through ``/proc/kcore``.
@@ -68,9 +74,7 @@ def open_live(vmlinux: Path | None = None) -> Program:
     :raises KhoscopeError: without the permission, ``/proc/kcore`` or debug info.
     """
     prog = Program()
-    # The kernel makes its boot id when it is first asked for it.
-    if BOOT_ID.exists():
-        BOOT_ID.read_text()
+    ask_for_boot_id()
     try:
         prog.set_kernel()
     except PermissionError as error:
