@@ -144,7 +144,7 @@ def unpacked(source: Path) -> dict[str, str]:
     """What the work directory holds after `source` was taken."""
     with cache.locked(), cache.Log("test") as log:
         entry = kernel._take(source, log)
-        kernel._prepare(entry, {}, log)
+        kernel.prepare(entry, {}, log, kernel._work())
     tree = kernel._work() / "linux"
     return {str(p.relative_to(tree)): p.read_text() for p in tree.rglob("*") if p.is_file()}
 
@@ -168,14 +168,14 @@ def test_a_source_is_of_the_series_that_it_says(tmp_path: Path, home: Path) -> N
     with cache.locked():
         for series, tree in trees.items():
             assert kernel.select(tree) == series
-        links = {series: kernel._source(series) for series in trees}
+        links = {series: kernel.source_of(series) for series in trees}
         assert None not in links.values()
         assert links["7.2"] != links["7.3"]
         # The last choice is the one that holds, for its series alone.
         (trees["7.3"] / "init/main.c").write_text("int other;\n")
         kernel.select(trees["7.3"])
-    assert kernel._source("7.2") == links["7.2"]
-    assert kernel._source("7.3") != links["7.3"]
+    assert kernel.source_of("7.2") == links["7.2"]
+    assert kernel.source_of("7.3") != links["7.3"]
 
 
 @pytest.mark.parametrize("series", ["6.12", "7.20", None])
@@ -186,7 +186,7 @@ def test_a_source_of_no_known_series_is_refused(tmp_path: Path, series: str | No
     said = f"is linux {series or r'[?][.][?]'}, and the kernels are of 7.2 and 7.3"
     with cache.locked(), pytest.raises(cache.BuildError, match=said):
         kernel.select(tree)
-    assert kernel._source("7.2") is None
+    assert kernel.source_of("7.2") is None
 
 
 @pytest.mark.parametrize(
@@ -242,11 +242,11 @@ def test_patches_are_switched_and_not_piled_up(tmp_path: Path) -> None:
             ({"1": other}, "other"),
             ({}, "mainmenu"),
         ):
-            kernel._prepare(entry, patches, log)
+            kernel.prepare(entry, patches, log, kernel._work())
             assert (kernel._work() / "linux/Kconfig").read_text() == f"{text}\n"
         with pytest.raises(cache.BuildError, match="patch failed"):
-            kernel._prepare(entry, {"1": two}, log)
-        kernel._prepare(entry, {}, log)
+            kernel.prepare(entry, {"1": two}, log, kernel._work())
+        kernel.prepare(entry, {}, log, kernel._work())
     assert (kernel._work() / "linux/Kconfig").read_text() == "mainmenu\n"
 
 
@@ -266,7 +266,7 @@ def test_options_that_did_not_come_true() -> None:
 
 
 def test_a_variant_is_its_kernel_but_for_its_options() -> None:
-    assert kernel._patches("7.2-nodebug") == kernel._patches("7.2-fixed")
+    assert kernel.patches_of("7.2-nodebug") == kernel.patches_of("7.2-fixed")
     fixed, variant = (kernel._wanted(name).splitlines() for name in ("7.2-fixed", "7.2-nodebug"))
     assert set(fixed) - set(variant) == {
         "CONFIG_KEXEC_HANDOVER_DEBUG=y",

@@ -17,19 +17,17 @@ import select
 import shutil
 import socket
 import stat
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from vm import cache, debian, kernel
-from vm.cache import BuildError, Log
+from vm.cache import Log
 from vm.kernel import Kernel
-from vm.machine import GuestDied, GuestError, GuestHung, MachineError
+from vm.machine import GuestDied, GuestError, GuestHung, MachineError, start_qemu
 
 #: All that are built.
 NAMES = list(kernel.ARM64)
@@ -54,7 +52,7 @@ _CONSOLE_TAIL = 40
 
 def find(name: str) -> Kernel | None:
     """The kernel as its sources are now, or None if that is not built."""
-    source = kernel._source(kernel.series(name))
+    source = kernel.source_of(kernel.series(name))
     if source is None:
         return None
     entry = _entry(name, source)
@@ -64,7 +62,7 @@ def find(name: str) -> Kernel | None:
 def build(name: str) -> Kernel:
     """The kernel, built now if it is not there. Call it inside `cache.locked()`."""
     series = kernel.series(name)
-    archive = kernel._source(series) or kernel.fetch(series)
+    archive = kernel.source_of(series) or kernel.fetch(series)
     entry, init = _entry(name, archive), _init_entry()
     if not entry.exists() or not init.exists():
         debian.require(_COMMANDS)
@@ -85,13 +83,16 @@ def _kernel(name: str, entry: Path) -> Kernel:
 
 
 def _entry(name: str, source: Path) -> Path:
-    patches = kernel._patches(kernel.ARM64[name][0])
-    parts = (_RECIPE, _compiler(), source.name, name, _wanted(name), patches)
+    parts = (_RECIPE, kernel.compiler(_PREFIX), source.name, name, _wanted(name), _patches(name))
     return cache.entry(f"kernel-{name}", cache.digest(*parts))
 
 
 def _init_entry() -> Path:
-    return cache.entry("init-arm64", cache.digest(_RECIPE, _compiler(), _INIT))
+    return cache.entry("init-arm64", cache.digest(_RECIPE, kernel.compiler(_PREFIX), _INIT))
+
+
+def _patches(name: str) -> dict[str, bytes]:
+    return kernel.patches_of(kernel.ARM64[name][0])
 
 
 def _wanted(name: str) -> str:
@@ -99,14 +100,6 @@ def _wanted(name: str) -> str:
     suffix = name.partition("-")[2]
     option = kernel.ARM64[name][1]
     return f'{_CONFIG.read_text()}{option}\nCONFIG_LOCALVERSION="-khoscope-{suffix}"\n'
-
-
-@lru_cache
-def _compiler() -> str:
-    gcc = f"{_PREFIX}gcc"
-    if shutil.which(gcc) is None:
-        return "none"
-    return subprocess.run([gcc, "--version"], check=True, capture_output=True, text=True).stdout
 
 
 # The other kernels are made in a tree that holds what was compiled for x86: a tree of its own.
@@ -119,37 +112,13 @@ def _work() -> Path:
 def _compile(name: str, source: Path, to: Path, log: Log) -> None:
     """Fill a kernel entry."""
     tree = _work() / "linux"
-    kernel._prepare(source, kernel._patches(kernel.ARM64[name][0]), log, _work())
-    flags = [
-        "ARCH=arm64",
-        f"CROSS_COMPILE={_PREFIX}",
-        # As for the other kernels.
-        *("KBUILD_BUILD_USER=khoscope", "KBUILD_BUILD_HOST=khoscope"),
-        "KBUILD_BUILD_TIMESTAMP=Thu, 1 Jan 2026 00:00:00 +0000",
-        *(f"CC=ccache {_PREFIX}gcc", "HOSTCC=ccache gcc", "LOCALVERSION="),
-    ]
-    env = {"CCACHE_DIR": str(cache.directory() / "ccache"), "CCACHE_MAXSIZE": "2G"}
-    env["CCACHE_DEPEND"] = "1"
-
-    def make(*targets: str) -> None:
-        log.run(["make", f"-j{os.cpu_count()}", *flags, *targets], cwd=tree, env=env)
-
-    with log.step("configuring"):
-        make("tinyconfig")
-        wanted = _wanted(name)
-        with (tree / ".config").open("a") as config:
-            config.write(wanted)
-        make("olddefconfig")
-        missing = kernel.unmet(wanted, (tree / ".config").read_text())
-        if missing:
-            raise BuildError(
-                f"{name}: this source does not give what is asked for:\n  " + "\n  ".join(missing)
-            )
+    kernel.prepare(source, _patches(name), log, _work())
+    arch = ("ARCH=arm64", f"CROSS_COMPILE={_PREFIX}")
+    make = kernel.kbuild(tree, log, *arch, prefix=_PREFIX)
+    kernel.configure(make, tree, name, _wanted(name), log)
     with log.step(f"compiling on {os.cpu_count()} processors"):
         make("Image")
-    shutil.copy(tree / "arch/arm64/boot/Image", to)
-    shutil.copy(tree / "vmlinux", to)
-    shutil.copy(tree / "include/config/kernel.release", to / "release")
+    kernel.keep(tree, "arch/arm64/boot/Image", to)
 
 
 def _compile_init(to: Path, log: Log) -> None:
@@ -229,12 +198,6 @@ class Arm64:
         self._booted()
 
     def _start(self) -> None:
-        qemu, setpriv = shutil.which("qemu-system-aarch64"), shutil.which("setpriv")
-        if qemu is None or setpriv is None:
-            raise MachineError(
-                "qemu-system-aarch64 or setpriv is not installed; "
-                "run: apt-get install qemu-system-arm util-linux"
-            )
         started = time.monotonic()
         directory = Path(tempfile.mkdtemp(prefix="khoscope-arm64-"))
         self._cleanup.callback(shutil.rmtree, directory)
@@ -257,16 +220,8 @@ class Arm64:
             "-qmp", f"unix:{self.qmp_socket},server=on,wait=off",
         ]
         # fmt: on
-        with theirs, (directory / "qemu.log").open("wb") as log:
-            process = subprocess.Popen(
-                [setpriv, "--pdeathsig", "KILL", "--", qemu, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=[theirs.fileno()],
-                # Ctrl-C is for us: we end QEMU in good order.
-                start_new_session=True,
-            )
+        with theirs:
+            process = start_qemu("aarch64", arguments, [theirs.fileno()], directory)
         self._log = directory / "qemu.log"
         self._cleanup.callback(process.wait)
         self._cleanup.callback(process.kill)

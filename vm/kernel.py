@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -114,17 +114,17 @@ def patched_as(name: str) -> str:
 
 def find(name: str) -> Kernel | None:
     """The kernel as its sources are now, or None if that is not built."""
-    source = _source(series(name))
+    source = source_of(series(name))
     if source is None:
         return None
-    share = _share_entry(_kernel_entry(name, source, _patches(name)), _module_files())
+    share = _share_entry(_kernel_entry(name, source, patches_of(name)), _module_files())
     return _kernel(name, share) if share.exists() else None
 
 
 def build(name: str) -> Kernel:
     """The kernel, built now if it is not there. Call it inside `cache.locked()`."""
-    archive = _source(series(name)) or fetch(series(name))
-    patches = _patches(name)
+    archive = source_of(series(name)) or fetch(series(name))
+    patches = patches_of(name)
     module = _module_files()
     if "Makefile" not in module:
         raise BuildError(f"The exercise module is missing: no Makefile in {_MODULE}.")
@@ -185,7 +185,7 @@ _Files = dict[str, bytes]
 
 
 def _kernel_entry(name: str, source: Path, patches: _Files) -> Path:
-    parts = (_RECIPE, _compiler(), source.name, name, _CONFIG, patches)
+    parts = (_RECIPE, compiler(), source.name, name, _CONFIG, patches)
     return cache.entry(f"kernel-{name}", cache.digest(*parts, *_options(name)))
 
 
@@ -194,7 +194,8 @@ def _share_entry(kernel: Path, module: _Files) -> Path:
     return cache.entry(f"share-{name}", cache.digest(_RECIPE, kernel.name, module))
 
 
-def _patches(name: str) -> _Files:
+def patches_of(name: str) -> _Files:
+    """What one of KERNELS or VARIANTS carries, in order: file name and content."""
     found: _Files = {}
     for directory in KERNELS[patched_as(name)]:
         patches = sorted((_PATCHES / directory).glob("*.patch"))
@@ -229,10 +230,12 @@ def _module_files() -> _Files:
 
 
 @lru_cache
-def _compiler() -> str:
-    if shutil.which("gcc") is None:
+def compiler(prefix: str = "") -> str:
+    """What the compiler says it is, or "none"."""
+    gcc = f"{prefix}gcc"
+    if shutil.which(gcc) is None:
         return "none"
-    return subprocess.run(["gcc", "--version"], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([gcc, "--version"], check=True, capture_output=True, text=True).stdout
 
 
 # The source
@@ -243,7 +246,8 @@ def _link(series: str) -> Path:
     return cache.directory() / f"source-{series}"
 
 
-def _source(series: str) -> Path | None:
+def source_of(series: str) -> Path | None:
+    """The entry of the source that was chosen for the series."""
     link = _link(series)
     return link.resolve() if link.exists() else None
 
@@ -356,16 +360,35 @@ def _work() -> Path:
 def _compile(name: str, source: Path, patches: _Files, to: Path, log: Log) -> None:
     """Fill a kernel entry."""
     tree = _work() / "linux"
-    _prepare(source, patches, log)
+    prepare(source, patches, log, _work())
+    make = kbuild(tree, log)
+    configure(make, tree, name, _wanted(name), log)
+    with log.step(f"compiling on {os.cpu_count()} processors"):
+        make("all")
+    with log.step("keeping what boots and what modules need"):
+        keep(tree, "arch/x86/boot/bzImage", to)
+        script = f"$(srctree)/scripts/package/install-extmod-build {to / 'build'}"
+        make("run-command", f"KBUILD_RUN_COMMAND={script}")
+        # For the module's BTF, which builds upon the kernel's.
+        (to / "build/vmlinux").symlink_to("../vmlinux")
+
+
+def kbuild(tree: Path, log: Log, *variables: str, prefix: str = "") -> Callable[..., None]:
+    """What makes targets of a kernel tree.
+
+    :param variables: of make's, besides
+    :param prefix: of the compiler's name
+    """
     flags = [
         # The same inputs give the same kernel, and ccache knows them again.
         "KBUILD_BUILD_USER=khoscope",
         "KBUILD_BUILD_HOST=khoscope",
         "KBUILD_BUILD_TIMESTAMP=Thu, 1 Jan 2026 00:00:00 +0000",
-        "CC=ccache gcc",
+        f"CC=ccache {prefix}gcc",
         "HOSTCC=ccache gcc",
         # Given, if only as nothing: else the state of a git around the cache goes in.
         "LOCALVERSION=",
+        *variables,
     ]
     # Depend mode: a first compilation does not preprocess everything twice.
     env = {"CCACHE_DIR": str(cache.directory() / "ccache"), "CCACHE_MAXSIZE": "2G"}
@@ -374,36 +397,39 @@ def _compile(name: str, source: Path, patches: _Files, to: Path, log: Log) -> No
     def make(*targets: str) -> None:
         log.run(["make", f"-j{os.cpu_count()}", *flags, *targets], cwd=tree, env=env)
 
+    return make
+
+
+def configure(make: Callable[..., None], tree: Path, name: str, wanted: str, log: Log) -> None:
+    """Give a tree its configuration: tinyconfig, and what is wanted on top of it.
+
+    :raise BuildError: it is not what came out
+    """
     with log.step("configuring"):
         make("tinyconfig")
-        wanted = _wanted(name)
         with (tree / ".config").open("a") as config:
             config.write(wanted)
         make("olddefconfig")
-        missing = unmet(wanted, (tree / ".config").read_text())
-        if missing:
-            raise BuildError(
-                f"{name}: this source does not give what is asked for:\n  " + "\n  ".join(missing)
-            )
-    with log.step(f"compiling on {os.cpu_count()} processors"):
-        make("all")
-    with log.step("keeping what boots and what modules need"):
-        shutil.copy(tree / "arch/x86/boot/bzImage", to)
-        shutil.copy(tree / "vmlinux", to)
-        shutil.copy(tree / "include/config/kernel.release", to / "release")
-        script = f"$(srctree)/scripts/package/install-extmod-build {to / 'build'}"
-        make("run-command", f"KBUILD_RUN_COMMAND={script}")
-        # For the module's BTF, which builds upon the kernel's.
-        (to / "build/vmlinux").symlink_to("../vmlinux")
+    missing = unmet(wanted, (tree / ".config").read_text())
+    if missing:
+        raise BuildError(
+            f"{name}: this source does not give what is asked for:\n  " + "\n  ".join(missing)
+        )
 
 
-def _prepare(source: Path, patches: _Files, log: Log, work: Path | None = None) -> None:
+def keep(tree: Path, image: str, to: Path) -> None:
+    """Copy from a tree what boots, what debuggers read, and the kernel's release."""
+    for file in (image, "vmlinux"):
+        shutil.copy(tree / file, to)
+    shutil.copy(tree / "include/config/kernel.release", to / "release")
+
+
+def prepare(source: Path, patches: _Files, log: Log, work: Path) -> None:
     """Bring a work directory to this source with these patches.
 
     `ready` names the source and is there only while the tree is known to hold exactly that
     source with the patches in `applied`. A build that ended in between starts from nothing.
     """
-    work = work or _work()
     tree, applied, ready = work / "linux", work / "applied", work / "ready"
     if not ready.exists() or ready.read_text() != source.name:
         with log.step("unpacking the source"):

@@ -124,6 +124,37 @@ def accelerator() -> str:
     return "kvm" if os.access("/dev/kvm", os.W_OK) and {"vmx", "svm"} & set(flags) else "tcg"
 
 
+def start_qemu(
+    target: str, arguments: Sequence[str], fds: Sequence[int], directory: Path
+) -> subprocess.Popen[bytes]:
+    """Starts QEMU, to die with the thread that started it (PR_SET_PDEATHSIG), SIGKILL or not.
+
+    :param fds: that it inherits
+    :param directory: where it says in ``qemu.log`` what is wrong
+
+    :raise MachineError: it is not installed
+    """
+    qemu, setpriv = shutil.which(f"qemu-system-{target}"), shutil.which("setpriv")
+    if qemu is None or setpriv is None:
+        missing = f"qemu-system-{target}" if qemu is None else "setpriv"
+        raise MachineError(
+            f"{missing} is not installed; "
+            "run: apt-get install qemu-system-x86 qemu-system-arm util-linux"
+        )
+    with (directory / "qemu.log").open("wb") as log:
+        return subprocess.Popen(
+            [setpriv, "--pdeathsig", "KILL", "--", qemu, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=fds,
+            # Its overlay of a disk is an unlinked file there.
+            env={**os.environ, "TMPDIR": str(directory)},
+            # Ctrl-C is for us: we end QEMU in good order.
+            start_new_session=True,
+        )
+
+
 class Machine:
     """One virtual machine, running from ``__enter__`` to ``__exit__``.
 
@@ -133,8 +164,7 @@ class Machine:
     :param append: more words for the kernel's command line
     :param memory: of the guest, in MiB
 
-    QEMU dies with the thread that started it (PR_SET_PDEATHSIG), so that nothing survives even a
-    SIGKILL: start and use a machine in one thread.
+    Start and use a machine in one thread: see :func:`start_qemu`.
     """
 
     def __init__(
@@ -182,13 +212,6 @@ class Machine:
         self._cleanup.close()
 
     def _start(self) -> None:
-        qemu = shutil.which("qemu-system-x86_64")
-        setpriv = shutil.which("setpriv")
-        if qemu is None or setpriv is None:
-            missing = "qemu-system-x86_64" if qemu is None else "setpriv"
-            raise MachineError(
-                f"{missing} is not installed; run: apt-get install qemu-system-x86 util-linux"
-            )
         started = time.monotonic()
         self.directory = self._make_directory()
         self.console_log = self.directory / "console"
@@ -204,19 +227,9 @@ class Machine:
         control, control_qemu = socket.socketpair()
         self.terminal, terminal_qemu = socket.socketpair()
         self._cleanup.enter_context(self.terminal)
-        with control_qemu, terminal_qemu, open(self.directory / "qemu.log", "wb") as log:
-            arguments = self._arguments(control_qemu.fileno(), terminal_qemu.fileno())
-            self._qemu = subprocess.Popen(
-                [setpriv, "--pdeathsig", "KILL", "--", qemu, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=(control_qemu.fileno(), terminal_qemu.fileno()),
-                # Its overlay of the root is an unlinked file there.
-                env={**os.environ, "TMPDIR": str(self.directory)},
-                # Ctrl-C is for us: we end QEMU in good order.
-                start_new_session=True,
-            )
+        with control_qemu, terminal_qemu:
+            fds = (control_qemu.fileno(), terminal_qemu.fileno())
+            self._qemu = start_qemu("x86_64", self._arguments(*fds), fds, self.directory)
         self._cleanup.callback(self._kill)
 
         self._loop.run_until_complete(self._connect_control(control))
