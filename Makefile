@@ -5,7 +5,7 @@ BIN := .venv/bin
 
 # What is built, and what the tests of all kernels run on: series, kernels, or all. The other tests
 # boot kernels of 7.2.
-KERNELS ?= 7.2
+KERNELS ?= 7.2 debian
 export KERNELS
 
 .PHONY: demo check packages kernels lint unit fuzz vm-test bench clean

@@ -109,6 +109,17 @@ def kernel() -> Snapshot:
     return replace(facts, kernel=told, image=KexecImage(True, True, 0x5000, 1 << 20))
 
 
+def test_what_is_not_there_is_said_once(tmp_path: Path) -> None:
+    """Of a kernel without KHO there is no more to say of KHO; and so of LUO."""
+    without = host(tmp_path, ("dev/liveupdate",), kallsyms="0000000000000000 T register_kprobe\n")
+    found = look(without)
+    assert (found["KHO"].state, found["LUO"].state) == (State.NO, State.NO)
+    assert "CONFIG_KEXEC_HANDOVER=y" in found["KHO"].hint
+    of_them = {"radix tree", "KHO's state", "KHO on", "fentry", "LUO's device"}
+    assert not of_them & set(found)
+    assert missing(list(found.values())) == found["KHO"]
+
+
 @pytest.mark.usefixtures("bcc")
 def test_all_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)

@@ -13,7 +13,7 @@ from pathlib import Path
 from vm import build, kernel
 from vm.cache import BuildError
 from vm.exercise import SCENARIOS, ExerciseError
-from vm.machine import Machine, MachineError
+from vm.machine import NAMES, Machine, MachineError
 from vm.record import record
 from vm.scenario import scenario
 from vm.shell import shell
@@ -71,23 +71,28 @@ def _parser() -> argparse.ArgumentParser:
     boots.add_argument(
         "--accel", choices=["kvm", "tcg"], help="kvm where a guest can run on it, else tcg"
     )
-    one = argparse.ArgumentParser(add_help=False, parents=[boots])
-    one.add_argument(
-        "kernel",
-        choices=kernel.NAMES,
-        metavar="KERNEL",
-        help=f"one of {', '.join(kernel.NAMES)}",
+
+    def one(names: Sequence[str]) -> argparse.ArgumentParser:
+        one = argparse.ArgumentParser(add_help=False, parents=[boots])
+        listed = f"one of {', '.join(names)}"
+        one.add_argument("kernel", choices=names, metavar="KERNEL", help=listed)
+        return one
+
+    any_kernel = one(NAMES)
+    commands.add_parser(
+        "shell", parents=[any_kernel], help="boot to a root shell; Ctrl-D ends the VM"
     )
-    commands.add_parser("shell", parents=[one], help="boot to a root shell; Ctrl-D ends the VM")
     runner = commands.add_parser(
         "run",
-        parents=[one],
+        parents=[any_kernel],
         usage="%(prog)s [--accel {kvm,tcg}] KERNEL -- COMMAND [ARGUMENT ...]",
         help="boot, run one command, pass its output and exit status on",
     )
     runner.add_argument("words", nargs="+", metavar="COMMAND")
     scenarios = commands.add_parser(
-        "scenario", parents=[one], help="take each kind of memory across a kexec: the table"
+        "scenario",
+        parents=[one(kernel.NAMES)],
+        help="take each kind of memory across a kexec: the table",
     )
     scenarios.add_argument(
         "name",

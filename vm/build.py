@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
-from vm import arm64, cache, kernel, root
+from vm import arm64, cache, kernel, root, stock
 
 #: All kernels that are built.
-NAMES = [*kernel.NAMES, *arm64.NAMES]
+NAMES = [*kernel.NAMES, *arm64.NAMES, kernel.STOCK]
 
 
 def kernels() -> int:
@@ -38,7 +39,7 @@ def build(names: Sequence[str], source: Path | None) -> int:
     else:
         with cache.locked():
             for name in wanted:
-                (arm64 if name in arm64.NAMES else kernel).build(name)
+                _maker(name).build(name)
             root.build()
             if all(map(_find, kernel.chosen(NAMES))):
                 kernel.clean()
@@ -48,7 +49,13 @@ def build(names: Sequence[str], source: Path | None) -> int:
 
 
 def _find(name: str) -> kernel.Kernel | None:
-    return (arm64 if name in arm64.NAMES else kernel).find(name)
+    found: kernel.Kernel | None = _maker(name).find(name)
+    return found
+
+
+def _maker(name: str) -> ModuleType:
+    """The module that makes the kernel."""
+    return stock if name == kernel.STOCK else arm64 if name in arm64.NAMES else kernel
 
 
 def _mib(size: int) -> str:

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from vm.cache import BuildError
+from vm import cache
+from vm.cache import BuildError, Log
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 APT = Path("/etc/apt")
@@ -38,6 +40,23 @@ def transport() -> str:
     command = ["apt-config", "dump", "--no-empty", "--format", '%F "%v";%n']
     dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return "".join(re.findall(r"(?mi)^Acquire::(?:Check-|https?::).*\n", dump))
+
+
+def bootstrap(
+    suite: str, packages: Sequence[str], options: Sequence[str | Path], target: Path, log: Log
+) -> None:
+    """Install a small Debian with these packages on top of mmdebstrap's essential variant.
+
+    :param options: of mmdebstrap, besides
+    :param target: the archive to make of it, or /dev/null
+    """
+    # An ordinary user gets a range of user ids of their own from unshare (package uidmap).
+    mode = "root" if os.geteuid() == 0 else "unshare"
+    with cache.scratch("apt") as to:
+        (settings := to / "apt.conf").write_text(transport())
+        command: list[str | Path] = ["mmdebstrap", f"--mode={mode}", "--variant=essential"]
+        command += [f"--include={','.join(packages)}", f"--keyring={KEYRING}"]
+        log.run([*command, f"--aptopt={settings}", *options, suite, target, mirror()])
 
 
 def _sources() -> list[tuple[str, list[str], list[str]]]:

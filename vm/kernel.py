@@ -38,6 +38,9 @@ ARM64: dict[str, tuple[str, str]] = {
     "7.2-arm64-4k": ("7.2-fixed", "CONFIG_ARM64_4K_PAGES=y"),
 }
 
+#: The kernel of vm/stock.py: Debian's own, of no series, on which nothing is to be seen.
+STOCK = "debian"
+
 #: What a series has to be configured with besides, or instead of, vm/kernel.config.
 SERIES: dict[str, list[str]] = {
     "7.2": [],
@@ -71,10 +74,10 @@ def chosen(names: Sequence[str] = NAMES) -> list[str]:
     """
     words = os.environ.get("KERNELS", "").split() or ["all"]
     for word in words:
-        if word not in {"all", *SERIES, *NAMES, *ARM64}:
+        if word not in {"all", *SERIES, *NAMES, *ARM64, STOCK}:
             raise BuildError(
                 f"KERNELS: there is neither a kernel nor a series {word}.\n"
-                f"Say all, or some of: {', '.join([*SERIES, *NAMES, *ARM64])}."
+                f"Say all, or some of: {', '.join([*SERIES, *NAMES, *ARM64, STOCK])}."
             )
     return [name for name in names if {"all", series(name), name} & set(words)]
 

@@ -36,10 +36,14 @@ from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError, Runstate
 
 from vm import kernel as kernels
 from vm import root as roots
+from vm import stock
 
 T = TypeVar("T")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+#: The kernels that a machine may have.
+NAMES = [*kernels.NAMES, kernels.STOCK]
 
 #: Longest wait for one answer of the agent; a guest silent for longer has hung. Generous: under TCG
 #: on a busy host the agent may wait for seconds for its turn.
@@ -274,6 +278,8 @@ class Machine:
             "-qmp", f"unix:{_escape(self.qmp_socket)},server=on,wait=off",
         ]
         # fmt: on
+        if (initrd := self.kernel.share / "initrd").exists():
+            arguments += ["-initrd", str(initrd)]
         for number, (tag, path) in enumerate(shares.items()):
             share = f"id=share{number},path={_escape(path)},mount_tag={tag},security_model=none"
             arguments += ["-virtfs", f"local,{share},readonly=on,multidevs=remap"]
@@ -650,9 +656,9 @@ async def _until_port(ports: EventListener, *, is_open: bool) -> None:
 def _built(kernel: kernels.Kernel | str) -> kernels.Kernel:
     if not isinstance(kernel, str):
         return kernel
-    if kernel not in kernels.NAMES:
-        raise MachineError(f"no kernel is called {kernel}; there are: {', '.join(kernels.NAMES)}")
-    found = kernels.find(kernel)
+    if kernel not in NAMES:
+        raise MachineError(f"no kernel is called {kernel}; there are: {', '.join(NAMES)}")
+    found = stock.find() if kernel == kernels.STOCK else kernels.find(kernel)
     if found is None:
         raise MachineError(f"kernel {kernel} is not built; run: python -m vm build {kernel}")
     return found

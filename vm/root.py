@@ -42,7 +42,7 @@ mkdir root/kernel root/khoscope
 size=$(($(du -sm root | cut -f1) * 11 / 10 + $1))
 mke2fs -q -t ext4 -L khoscope -d root root.ext4 "${size}M"
 if [ "$2" = namespace ]; then umount root; fi
-rm -rf root root.tar apt.conf
+rm -rf root root.tar
 """
 
 
@@ -88,27 +88,12 @@ def _guest_files() -> dict[str, bytes]:
 
 
 def _install(to: Path, log: Log) -> None:
-    # An ordinary user gets a range of user ids of their own from unshare (package uidmap).
-    root = os.geteuid() == 0
-    transport = to / "apt.conf"
-    transport.write_text(debian.transport())
     with log.step(f"installing Debian {SUITE}"):
-        log.run(
-            [
-                "mmdebstrap",
-                f"--mode={'root' if root else 'unshare'}",
-                "--variant=essential",
-                f"--include={','.join(PACKAGES)}",
-                f"--keyring={debian.KEYRING}",
-                f"--aptopt={transport}",
-                *(f"--dpkgopt=path-exclude={pattern}" for pattern in _EXCLUDED),
-                SUITE,
-                to / "root.tar",
-                debian.mirror(),
-            ]
-        )
+        excluded = [f"--dpkgopt=path-exclude={pattern}" for pattern in _EXCLUDED]
+        debian.bootstrap(SUITE, PACKAGES, excluded, to / "root.tar", log)
     with log.step("making the image"):
         unshare = ["unshare", "--map-root-user", "--map-auto", "--mount"]
+        root = os.geteuid() == 0
         place = "here" if root else "namespace"
         pack = ["sh", "-c", _PACK, "sh", str(_FREE_MIB), place]
         log.run(pack if root else [*unshare, *pack], cwd=to)

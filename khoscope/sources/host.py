@@ -82,24 +82,28 @@ class Host:
         :param read: likewise, what it opened.
         """
         seen = _look(open_kernel, read)
+        kho = self._built("KHO", seen, "CONFIG_KEXEC_HANDOVER=y")
+        luo = self._luo(seen)
+        # Where there is no KHO, all that is of it is missing: one line says so, and what to do.
+        there = kho.state != State.NO
+        tree = [self._built("radix tree", seen, "KHO's radix tree (Linux 7.2)")] if there else []
         return [
-            self._built("KHO", seen, "CONFIG_KEXEC_HANDOVER=y"),
-            self._built("radix tree", seen, "KHO's radix tree (Linux 7.2)"),
+            kho,
+            *tree,
             _root_user(),
             self._kcore(),
             self._lockdown(),
             _debug_info(seen),
-            _kernel(seen),
-            self._kho_is_on(seen),
+            *([_kernel(seen), self._kho_is_on(seen)] if there else []),
             self._btf(),
             self._kptr_restrict(),
-            self._luo(seen),
-            self._liveupdate(),
+            luo,
+            *([self._liveupdate()] if luo.state != State.NO else []),
             self._image(seen),
             _bcc(),
             self._headers(),
             self._kprobes(),
-            self._fentry(),
+            *([self._fentry()] if there else []),
         ]
 
     # -- what all commands need -------------------------------------------------------------------
@@ -190,7 +194,7 @@ class Host:
         name, where = "LUO's device", str(LIVEUPDATE)
         if self._at(LIVEUPDATE).exists():
             return Fact(name, State.OK, "there", where)
-        hint = "carry needs it: CONFIG_LIVEUPDATE=y, liveupdate=on, and a devtmpfs on /dev"
+        hint = "carry needs it: boot with liveupdate=on, and mount a devtmpfs on /dev"
         return Fact(name, State.NO, "there is none", where, hint)
 
     def _image(self, seen: Seen) -> Fact:

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The kernel that Debian's users run, as it is: from Debian's package, with Debian's initramfs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vm import cache, debian
+from vm.cache import Log
+from vm.kernel import STOCK, Kernel
+from vm.root import SUITE
+
+PACKAGES = ["initramfs-tools", "linux-image-amd64", "zstd"]
+
+#: What the guest's init asks of it that Debian builds as modules. The root has none: the initramfs
+#: loads them.
+MODULES = [
+    *("virtio_blk", "ext4", "9p", "9pnet_virtio", "virtio_rng"),
+    # By which a guest says where its vmcoreinfo is.
+    "qemu_fw_cfg",
+    "pvpanic-pci",
+]
+
+# Part of the key: count up when the recipe below makes something else.
+_RECIPE = "1"
+
+# Before initramfs-tools is there: it makes the initramfs as soon as there is a kernel.
+_HOOK = f"""
+to=$1/usr/share/initramfs-tools
+mkdir -p $to/conf.d $to/modules.d
+echo MODULES=list >$to/conf.d/khoscope
+printf '%s\\n' {" ".join(MODULES)} >$to/modules.d/khoscope
+"""
+_COMMANDS = ["apt-config", "mmdebstrap"]
+
+
+def find(name: str = STOCK) -> Kernel | None:
+    """The kernel, or None if it is not fetched."""
+    entry = _entry()
+    return _kernel(name, entry) if entry.exists() else None
+
+
+def build(name: str = STOCK) -> Kernel:
+    """The kernel, fetched now if it is not there. Call it inside `cache.locked()`."""
+    entry = _entry()
+    if not entry.exists():
+        debian.require(_COMMANDS)
+        with Log(name) as log:
+            cache.make(entry, lambda to: _fetch(to, log))
+    return _kernel(name, entry)
+
+
+def _kernel(name: str, entry: Path) -> Kernel:
+    return Kernel(name, (entry / "release").read_text(), entry)
+
+
+def _entry() -> Path:
+    return cache.entry(f"kernel-{STOCK}", cache.digest(_RECIPE, SUITE, *PACKAGES, _HOOK))
+
+
+def _fetch(to: Path, log: Log) -> None:
+    with log.step(f"fetching the kernel of Debian {SUITE}"):
+        hooks = [f"--essential-hook={_HOOK}", f"--customize-hook=copy-out /boot {to}"]
+        debian.bootstrap(SUITE, PACKAGES, hooks, Path("/dev/null"), log)
+    (image,) = to.glob("boot/vmlinuz-*")
+    release = image.name.removeprefix("vmlinuz-")
+    (to / "release").write_text(release)
+    image.rename(to / "bzImage")
+    (to / f"boot/initrd.img-{release}").rename(to / "initrd")
+    cache.remove(to / "boot")
