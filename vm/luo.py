@@ -19,10 +19,7 @@ from dataclasses import dataclass
 from vm.job import Job
 from vm.machine import Machine
 
-_SESSIONS = (
-    *("env", "PYTHONPATH=/khoscope", "PYTHONPYCACHEPREFIX=/var/cache/khoscope"),
-    *("python3", "-m", "vm.sessions"),
-)
+_SESSIONS = ("env", "PYTHONPATH=/khoscope", "python3", "-m", "vm.sessions")
 
 #: Writing and comparing 64 MiB under TCG takes seconds.
 _TIMEOUT = 300.0

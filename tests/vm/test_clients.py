@@ -69,10 +69,7 @@ assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) == fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_
 assert os.pread(fd, {SIZE} + 1, 0) == content({TOKEN}, {SIZE})
 """
 
-_PYTHON = (
-    *("env", "PYTHONPATH=/khoscope", "PYTHONPYCACHEPREFIX=/var/cache/khoscope"),
-    *("python3", "-c"),
-)
+_PYTHON = ("env", "PYTHONPATH=/khoscope", "python3", "-c")
 
 
 @dataclass

@@ -17,7 +17,6 @@ from vm.machine import Machine, Result
 
 ENVIRONMENT = {
     "PYTHONPATH": "/khoscope",
-    "PYTHONPYCACHEPREFIX": "/var/cache/khoscope",
     # As the entry point of an installed khoscope does.
     "DRGN_PLUGINS": "khoscope=khoscope.plugin",
 }

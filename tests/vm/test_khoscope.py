@@ -173,7 +173,7 @@ def _drgn(machine: Machine) -> str:
     ]
     script = "\n".join(lines) + "\n"
     machine.run("cat > /run/script.py", input=script.encode(), check=True)
-    run = "PYTHONPATH=/khoscope PYTHONPYCACHEPREFIX=/var/cache/khoscope drgn -q /run/script.py"
+    run = "PYTHONPATH=/khoscope drgn -q /run/script.py"
     return machine.run(run, timeout=TIMEOUT, check=True).stdout
 
 

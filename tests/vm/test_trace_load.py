@@ -21,7 +21,7 @@ MANY, SOME, FEW = 200_000, 5_000, 1_000
 TIMEOUT = 300.0
 
 _GUEST = Path(__file__).parent / "guest"
-PYTHON = ("env", "PYTHONPATH=/khoscope", "PYTHONPYCACHEPREFIX=/var/cache/khoscope", "python3")
+PYTHON = ("env", "PYTHONPATH=/khoscope", "python3")
 
 
 def list_blocks(pages: int) -> int:
