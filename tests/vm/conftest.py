@@ -11,6 +11,8 @@ from vm.kernel import NAMES
 from vm.machine import Machine
 
 
+# Before pytest-xdist's own, which looks for the marks.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one file on one kernel share a guest, and so a worker (pytest-xdist)."""
     for item in items:
