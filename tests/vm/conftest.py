@@ -23,6 +23,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group("-".join([item.path.stem, *kernels])))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Without groups each worker boots a guest for the same tests; nothing else would say so."""
+    if hasattr(session.config, "workerinput"):
+        lost = [item.nodeid for item in session.items if "@" not in item.nodeid]
+        if lost:
+            raise pytest.UsageError(f"{lost[0]} is in no group: is it --dist loadgroup?")
+
+
 @pytest.fixture(scope="module")
 def machine() -> Iterator[Machine]:
     """A running guest that the tests of one module share; they leave it as they found it."""
