@@ -16,7 +16,8 @@ After :func:`register`, ``prog.type("struct page")``, ``prog["kho_out"]``, ``pro
 (struct kho_radix_node *)0xffff8e0d81234000
 
 BTF names no global variables but per-CPU ones: the types of those that drgn's helpers and khoscope
-ask for stand in :data:`VARIABLES`.  It has no macros either, and no source files.
+ask for stand in :data:`VARIABLES`.  It has no macros either, no source files, and arrays of arrays
+are flat: ``x[4][8]`` is ``x[32]``.
 
 This module stands alone, for versions of drgn that cannot read BTF: it imports nothing of ours.
 Kernel sources: ``Documentation/bpf/btf.rst``, ``include/uapi/linux/btf.h``.
@@ -24,6 +25,7 @@ Kernel sources: ``Documentation/bpf/btf.rst``, ``include/uapi/linux/btf.h``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -32,13 +34,16 @@ from typing import Final, ParamSpec, TypeVar
 
 import numpy as np
 from drgn import (
+    BadDataError,
     FaultError,
     FindObjectFlags,
+    MissingDebugInfoError,
     Module,
     Object,
     Program,
     ProgramFlags,
     Qualifiers,
+    SymbolIndex,
     Type,
     TypeEnumerator,
     TypeKind,
@@ -154,6 +159,8 @@ _NAMED: Final = {
 _NESTING: Final = 64
 #: More members, with those of unnamed members, than a structure has.
 _MEMBERS: Final = 1 << 16
+#: Names that are remembered, with where they stand.
+_NAMES_KEPT: Final = 256
 
 U32 = NDArray[np.uint32]
 P = ParamSpec("P")
@@ -205,6 +212,8 @@ class Btf:
         self._name_off = self._words[self._at]
         self._info = self._words[self._at + 1]
         self._kind = (self._info >> np.uint32(24) & np.uint32(0x7F)).astype(np.uint8)
+        self._known_offsets: dict[str, list[int]] = {}
+        self._known_elements: dict[frozenset[int], tuple[NDArray[np.int64], U32]] = {}
 
     def owner(self, number: int) -> Btf:
         """This, or the one it builds upon: whichever has the type of that id."""
@@ -240,7 +249,7 @@ class Btf:
     def named(self, name: str, kinds: Container[int]) -> list[int]:
         """The ids of this BTF's own types of that name."""
         order, names = self._by_name
-        offsets = np.array(self._offsets(name), np.uint32)
+        offsets = np.array(self.offsets(name), np.uint32)
         bounds = zip(
             np.searchsorted(names, offsets, "left").tolist(),
             np.searchsorted(names, offsets, "right").tolist(),
@@ -255,25 +264,37 @@ class Btf:
         order = np.argsort(self._name_off, kind="stable")
         return order, self._name_off[order]
 
-    @functools.lru_cache(maxsize=256)  # noqa: B019 - as long-lived as what it caches for
-    def _offsets(self, name: str) -> list[int]:
+    def offsets(self, name: str) -> list[int]:
         """Where a name may stand: as a string, or as the end of a longer one."""
+        known = self._known_offsets.get(name)
+        if known is None:
+            known = self._find_offsets(name)
+            if len(self._known_offsets) >= _NAMES_KEPT:
+                self._known_offsets.clear()
+            self._known_offsets[name] = known
+        return known
+
+    def _find_offsets(self, name: str) -> list[int]:
+        found = list(self.base.offsets(name)) if self.base else []
         text = name.encode("ascii", "backslashreplace") + b"\0"
-        found = self.base._offsets(name) if self.base else []
         at = self._strings.find(text)
         while at >= 0:
-            found = [*found, at + self._first_string]
+            found.append(at + self._first_string)
             at = self._strings.find(text, at + 1)
         return found
 
     def with_elements(self, kinds: Iterable[int], name: str) -> list[int]:
         """The ids of types of these kinds that have an element (member, enumerator) so named."""
         owner, names = self._elements(frozenset(kinds))
-        return np.unique(owner[np.isin(names, self._offsets(name))]).tolist()
+        return np.unique(owner[np.isin(names, self.offsets(name))]).tolist()
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019
     def _elements(self, kinds: frozenset[int]) -> tuple[NDArray[np.int64], U32]:
         """Of each element of all types of these kinds: the type's id, and the ``name_off``."""
+        if kinds not in self._known_elements:
+            self._known_elements[kinds] = self._find_elements(kinds)
+        return self._known_elements[kinds]
+
+    def _find_elements(self, kinds: frozenset[int]) -> tuple[NDArray[np.int64], U32]:
         owners, names = [np.zeros(0, np.int64)], [np.zeros(0, np.uint32)]
         for kind in kinds:
             rows = np.flatnonzero(self._kind == kind)
@@ -577,15 +598,17 @@ class _Types:
 
     @_sound
     def named(self, kinds: TypeKindSet, name: str) -> Type | None:
-        """A type of one of these kinds."""
-        for kind in kinds:
-            for number in self.btf.named(name, _NAMED.get(kind, ())):
-                if (found := self.of(number)).kind in kinds:
-                    return found
-        for number in self.btf.named(name, [_FWD]):
-            if (found := self.of(number)).kind in kinds:
-                return found
-        return None
+        """A type of one of these kinds that is defined here."""
+        wanted = [number for kind in kinds for number in self.btf.named(name, _NAMED.get(kind, ()))]
+        return self._first_of(wanted, kinds)
+
+    @_sound
+    def forward(self, kinds: TypeKindSet, name: str) -> Type | None:
+        """One that is only declared."""
+        return self._first_of(self.btf.named(name, [_FWD]), kinds)
+
+    def _first_of(self, numbers: Iterable[int], kinds: TypeKindSet) -> Type | None:
+        return next((type_ for type_ in map(self.of, numbers) if type_.kind in kinds), None)
 
     @_sound
     def constant(self, name: str) -> Object | None:
@@ -615,7 +638,7 @@ class _Finder:
     """What drgn asks for types and objects."""
 
     kernel: _Types
-    modules: Callable[[str], Iterator[_Types]]
+    modules: _Modules | None
     _absent: set[tuple[str, str]] = field(default_factory=set)
 
     def type(
@@ -624,7 +647,9 @@ class _Finder:
         # BTF does not know where what is declared.
         if filename is not None:
             return None
-        return self._first(f"{kinds}", name, lambda types: types.named(kinds, name))
+        # What the kernel has just declared a module may define.
+        found = self._first(f"{kinds}", name, lambda types: types.named(kinds, name))
+        return self.kernel.forward(kinds, name) if found is None else found
 
     def object(
         self, prog: Program, name: str, flags: FindObjectFlags, filename: str | None
@@ -659,10 +684,15 @@ class _Finder:
         return found
 
     def _first(self, what: str, name: str, find: Callable[[_Types], T | None]) -> T | None:
-        """The kernel's, or a module's; that there is none is remembered."""
+        """The kernel's, or a module's; that there is none is remembered until one is loaded."""
         found = find(self.kernel)
-        if found is None and (what, name) not in self._absent:
-            found = next((each for each in map(find, self.modules(name)) if each is not None), None)
+        if found is not None or self.modules is None:
+            return found
+        if self.modules.look():
+            self._absent.clear()
+        if (what, name) not in self._absent:
+            each = map(find, self.modules.with_name(name))
+            found = next((one for one in each if one is not None), None)
             if found is None:
                 self._absent.add((what, name))
         return found
@@ -688,28 +718,72 @@ class _Modules:
         self._prog = prog
         self._kernel = kernel
         self._directory = directory
-        self._read: dict[str, bytes] = {}
+        #: By the module's name: which file it was, and what was in it.
+        self._read: dict[str, tuple[tuple[int, int], bytes]] = {}
         self._types: dict[str, _Types] = {}
 
-    def __call__(self, name: str) -> Iterator[_Types]:
-        """Those in which the name stands."""
-        self._look()
-        wanted = name.encode("ascii", "backslashreplace") + b"\0"
-        for module, data in self._read.items():
-            if wanted in data:
-                if module not in self._types:
-                    split = Btf(data, self._kernel.btf)
-                    self._types[module] = _Types(self._prog, split, self._kernel)
-                yield self._types[module]
-
-    def _look(self) -> None:
+    def look(self) -> bool:
+        """Read what was loaded since the last look; whether there was anything."""
+        changed = False
         for path in sorted(self._directory.glob("*")):
-            if path.name != "vmlinux" and path.name not in self._read:
-                try:
-                    self._read[path.name] = path.read_bytes()
-                except FileNotFoundError:
-                    # The module has been unloaded.
+            if path.name == "vmlinux":
+                continue
+            try:
+                status = path.stat()
+                # A module that is loaded again is another file.
+                which = status.st_ino, status.st_mtime_ns
+                if path.name in self._read and self._read[path.name][0] == which:
                     continue
+                self._read[path.name] = which, path.read_bytes()
+            except FileNotFoundError:
+                # The module has been unloaded.
+                continue
+            self._types.pop(path.name, None)
+            changed = True
+        return changed
+
+    def with_name(self, name: str) -> Iterator[_Types]:
+        """Those in which the name may stand."""
+        wanted = name.encode("ascii", "backslashreplace") + b"\0"
+        # Split BTF does not repeat the strings that it builds upon.
+        anywhere = bool(self._kernel.btf.offsets(name))
+        for module, (_, data) in self._read.items():
+            if wanted not in data and not anywhere:
+                continue
+            try:
+                types = self._of(module, data)
+            except BtfError:
+                # Of a broken module only those hear who ask for what is its own.
+                if wanted in data:
+                    raise
+                continue
+            yield types
+
+    def _of(self, module: str, data: bytes) -> _Types:
+        if module not in self._types:
+            split = Btf(data, self._kernel.btf)
+            self._types[module] = _Types(self._prog, split, self._kernel)
+        return self._types[module]
+
+
+@contextlib.contextmanager
+def _unreadable(what: str) -> Iterator[None]:
+    """Turn what drgn raises where it cannot read into a BtfError."""
+    try:
+        yield
+    except BtfError:
+        raise
+    except Exception as error:
+        # drgn raises a bare Exception when a QMP server hangs up. Anything else is a bug.
+        if not isinstance(error, _FAILURES) and type(error) is not Exception:
+            raise
+        raise BtfError(f"{what} cannot be read ({error})") from error
+
+
+_FAILURES: Final = (
+    *(BadDataError, FaultError, LookupError, MissingDebugInfoError),
+    *(MemoryError, OSError, OverflowError, ValueError),
+)
 
 
 def register(prog: Program, data: bytes | None = None) -> tuple[str, str]:
@@ -727,15 +801,15 @@ def register(prog: Program, data: bytes | None = None) -> tuple[str, str]:
     if NAME in prog.cache:
         known: tuple[str, str] = prog.cache[NAME]
         return known
-    _register_symbols(prog)
+    # Nothing is registered before all is there.
+    symbols = _symbols(prog)
     live = ProgramFlags.IS_LIVE | ProgramFlags.IS_LOCAL
     local = prog.flags & live == live and SYSFS.is_dir()
     where = "given"
     if data is None:
-        where, data = _find(prog, local)
+        where, data = _find(prog, symbols, local)
     kernel = _Types(prog, Btf(data))
-    modules = _Modules(prog, kernel, SYSFS) if local else (lambda _: iter(()))
-    finder = _Finder(kernel, modules)
+    finder = _Finder(kernel, _Modules(prog, kernel, SYSFS) if local else None)
     reader = "khoscope"
     if hasattr(Module, "load_btf"):
         # osandov/drgn pull request 625. What it lacks all the same are the global variables.
@@ -744,34 +818,32 @@ def register(prog: Program, data: bytes | None = None) -> tuple[str, str]:
     else:
         prog.register_type_finder(NAME, finder.type, enable_index=-1)
     prog.register_object_finder(NAME, finder.object, enable_index=-1)
+    prog.register_symbol_finder(NAME, symbols, enable_index=-1)
     prog.cache[NAME] = reader, where
     return reader, where
 
 
-def _register_symbols(prog: Program) -> None:
-    try:
+def _symbols(prog: Program) -> SymbolIndex:
+    with _unreadable("the kernel's symbols"):
         symbols = load_vmlinux_kallsyms(prog)
-    except (LookupError, FaultError, ValueError) as error:
-        raise BtfError(f"the kernel's symbols cannot be read ({error})") from error
-    prog.register_symbol_finder("kallsyms", symbols, enable_index=-1)
-    try:
-        start = prog.symbol("_stext").address
-    except LookupError:
-        start = 0
-    if not start:
+    if not _symbol(prog, symbols, "_stext"):
         raise SymbolsHidden("/proc/kallsyms shows no addresses (kernel.kptr_restrict)")
+    return symbols
 
 
-def _find(prog: Program, local: bool) -> tuple[str, bytes]:
+def _symbol(prog: Program, symbols: SymbolIndex, name: str) -> int:
+    """Its address; 0: it is not there, or hidden."""
+    return next((symbol.address for symbol in symbols(prog, name, None, True)), 0)
+
+
+def _find(prog: Program, symbols: SymbolIndex, local: bool) -> tuple[str, bytes]:
     """Where the BTF is from, and the BTF."""
     path = SYSFS / "vmlinux"
-    if local and path.exists():
-        return str(path), path.read_bytes()
-    try:
-        start, end = (prog.symbol(name).address for name in ("__start_BTF", "__stop_BTF"))
-    except LookupError:
-        raise BtfError("the kernel has no BTF (CONFIG_DEBUG_INFO_BTF)") from None
-    try:
+    with _unreadable(f"the BTF in {path}"):
+        if local and path.exists():
+            return str(path), path.read_bytes()
+    start, end = (_symbol(prog, symbols, name) for name in ("__start_BTF", "__stop_BTF"))
+    if not start or not end:
+        raise BtfError("the kernel has no BTF (CONFIG_DEBUG_INFO_BTF)")
+    with _unreadable("the BTF in the kernel's memory"):
         return "the kernel's memory", prog.read(start, end - start)
-    except (FaultError, ValueError, OverflowError, MemoryError) as error:
-        raise BtfError(f"the BTF in the kernel's memory cannot be read ({error})") from error

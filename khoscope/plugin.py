@@ -18,7 +18,11 @@ NAME: Final = "kho"
 
 
 def _has_kho(prog: Program) -> bool:
-    return bool(prog.flags & ProgramFlags.IS_LINUX_KERNEL) and "kho_out" in prog
+    try:
+        return bool(prog.flags & ProgramFlags.IS_LINUX_KERNEL) and "kho_out" in prog
+    except ValueError:
+        # BTF that makes no sense (BtfError): the command says so when it is used.
+        return True
 
 
 @custom_command(

@@ -7,6 +7,7 @@ That real kernels' BTF says what their DWARF does is in tests/vm/test_btf.py.
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 from drgn import (
     Architecture,
+    BadDataError,
     FaultError,
+    MissingDebugInfoError,
     Platform,
     Program,
     Qualifiers,
@@ -24,6 +27,7 @@ from drgn import (
     SymbolKind,
     Type,
     TypeKind,
+    TypeKindSet,
     offsetof,
     sizeof,
 )
@@ -59,7 +63,7 @@ TEXT = 0xFFFFFFFF81000000
 def program(data: bytes, symbols: dict[str, int] | None = None) -> Program:
     """A program with these types, and symbols, as `register()` leaves one."""
     prog = Program(Platform(Architecture.X86_64))
-    finder = btf._Finder(btf._Types(prog, Btf(data)), lambda _: iter(()))
+    finder = btf._Finder(btf._Types(prog, Btf(data)), None)
     prog.register_type_finder("btf", finder.type, enable_index=0)
     prog.register_object_finder("btf", finder.object, enable_index=0)
     known = [
@@ -245,8 +249,9 @@ def test_split_btf(tmp_path: Path) -> None:
     split.struct("of_module", 64, [("thing", thing, 0), ("next", base.next + 1, 448)])
     split.add(PTR, "", base.next)
     split.enum("", {"OF_MODULE": 3})
-    # A name that the kernel's strings have.
+    # Names that the kernel's strings have: of something else, and of what it has only declared.
     split._types.append(struct.pack("<III", base.string("colour"), STRUCT << 24, 1))
+    split._types.append(struct.pack("<III", base.string("opaque"), STRUCT << 24, 2))
     (tmp_path / "vmlinux").write_bytes(base.data())
     (tmp_path / "module").write_bytes(split.data())
     (tmp_path / "broken").write_bytes(b"of_nothing\0")
@@ -264,16 +269,33 @@ def test_split_btf(tmp_path: Path) -> None:
         ("next", 448, None, "struct of_module *"),
     ]
     assert prog["OF_MODULE"].value_() == 3
+    assert sizeof(prog.type("struct colour")) == 1
+    assert sizeof(prog.type("struct opaque")) == 2
     # Of a broken module only those hear who ask for what is in it.
     with pytest.raises(LookupError):
-        prog.type("struct elsewhere")
+        prog.type("struct nowhere")
     with pytest.raises(BtfError):
         prog.type("struct of_nothing")
-    # One that is loaded later is found, too.
-    late = Writer(base.next, base.end_string)
-    late.struct("late", 4, [("a", 2, 0)])
-    (tmp_path / "late").write_bytes(late.data())
-    assert sizeof(prog.type("struct late")) == 4
+
+
+def test_modules_that_come_and_go(tmp_path: Path) -> None:
+    """One that is loaded later is found, even by those who have asked; and so is its next build."""
+    base = every_kind()
+    prog = Program(Platform(Architecture.X86_64))
+    kernel = btf._Types(prog, Btf(base.data()))
+    finder = btf._Finder(kernel, btf._Modules(prog, kernel, tmp_path))
+    prog.register_type_finder("btf", finder.type, enable_index=0)
+    with pytest.raises(LookupError):
+        prog.type("struct late")
+    for size, when in ((4, 1), (8, 2)):
+        late = Writer(base.next, base.end_string)
+        late.struct("late", size, [("a", 2, 0)])
+        (tmp_path / "late").write_bytes(late.data())
+        os.utime(tmp_path / "late", (when, when))
+        # What a program knows already it keeps: finders are asked by others.
+        found = finder.type(prog, TypeKindSet([TypeKind.STRUCT]), "late", None)
+        assert found is not None
+        assert sizeof(found) == size
 
 
 # What is wrong
@@ -403,7 +425,7 @@ def look_at_everything(data: bytes) -> None:
     for name in ("thing", "int", "colour", ""):
         for kind in ("struct", "enum", ""):
             try:
-                btf._Finder(types, lambda _: iter(())).type(prog, prog_kinds(kind), name, None)
+                btf._Finder(types, None).type(prog, prog_kinds(kind), name, None)
             except BtfError:
                 continue
     try:
@@ -551,10 +573,47 @@ def test_register_finds_nothing(
         btf.register(live_program(symbols, memory))
 
 
-def test_register_without_kallsyms(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        FaultError("no memory", 0),
+        MissingDebugInfoError("not in VMCOREINFO"),
+        BadDataError("corrupt"),
+        FileNotFoundError("/proc/kallsyms"),
+        TimeoutError(),
+        OverflowError(),
+        MemoryError(),
+        # As drgn says that QEMU has hung up.
+        Exception("end of file"),
+    ],
+)
+def test_register_without_kallsyms(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(prog: Program) -> SymbolIndex:
-        raise FaultError("no memory", 0)
+        raise error
 
     monkeypatch.setattr(btf, "load_vmlinux_kallsyms", fails)
     with pytest.raises(BtfError, match="symbols cannot be read"):
         btf.register(live_program({}, {}))
+
+
+def test_register_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has failed has left nothing behind, and a bug of ours is not hidden."""
+    kallsyms(monkeypatch, {"_stext": TEXT})
+    prog = live_program({}, {})
+    with pytest.raises(BtfError, match="has no BTF"):
+        btf.register(prog)
+    assert btf.register(prog, every_kind().data()) == ("khoscope", "given")
+    monkeypatch.setattr(btf, "load_vmlinux_kallsyms", lambda: None)
+    with pytest.raises(TypeError):
+        btf.register(live_program({}, {}))
+
+
+def test_many_strings_that_end_in_a_name() -> None:
+    """As many as a blob has are found in no time, and those that stand in the base only once."""
+    writer = Writer()
+    writer.string("a")
+    blob = bytearray(writer.data())
+    data = bytes(blob) + b"a\0" * 200_000
+    (length,) = struct.unpack_from("<I", data, 20)
+    data = data[:20] + struct.pack("<I", length + 400_000) + data[24:]
+    assert len(Btf(data).offsets("a")) == 200_001

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import platform
 import sys
@@ -21,6 +22,7 @@ from khoscope.sources import host as module
 from khoscope.sources import open as open_module
 from khoscope.sources.kernel import KernelSource
 from khoscope.sources.open import DebugInfo
+from khoscope.views.doctor import DoctorText
 from tests.command import Run
 from tests.synthetic import FIXED, Block, snapshot
 
@@ -126,8 +128,8 @@ def test_all_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.shutil, "which", lambda tool: f"/bin/{tool}")  # type: ignore[attr-defined]
     found = look_inside(host(tmp_path), kernel(), monkeypatch)
     # The kernel that was made by hand does not say whether LUO is on.
+    assert [(f.name, f.state) for f in found.values() if f.hint] == [("LUO", State.UNKNOWN)]
     assert [f.name for f in found.values() if f.state != State.OK] == ["LUO"]
-    assert [f.name for f in found.values() if f.hint] == ["LUO"]
     assert missing(list(found.values())) is None
     assert found["debug info"].value == "DWARF, /boot/vmlinux"
     assert found["kexec image"].value == "loaded by kexec_file_load, with the handover"
@@ -280,3 +282,29 @@ def test_bcc_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert fact.state == State.NO
     assert "too old" in fact.value
     assert fact.hint.startswith("trace needs it")
+
+
+def test_a_long_path_stands_alone() -> None:
+    out = io.StringIO()
+    path = "/" + "a" * 100
+    DoctorText(out).doctor([Fact("bcc", State.OK, "0.35.0", path)], "7.2")
+    assert f"\n{' ' * 19}[{path}]\n" in out.getvalue()
+
+
+def test_root_is_refused_memory_without_lockdown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    there = host(tmp_path, ("proc/kcore",))
+    (tmp_path / "proc/kcore").mkdir()
+    found = look(there)
+    assert found["lockdown"].state == State.OK
+    assert "container" in found["kernel memory"].hint
+
+
+def test_lines_that_are_none(tmp_path: Path) -> None:
+    symbols = "\n  \n0 T\n0 T kho_preserve_pages\n"
+    found = look(host(tmp_path, kallsyms=symbols, available_filter_functions="\n\n"))
+    assert found["KHO"].state == State.OK
+    assert found["fentry"].state == State.NO

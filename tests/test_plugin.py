@@ -16,6 +16,7 @@ from drgn import Architecture, Platform, Program, ProgramFlags
 from drgn.commands import DEFAULT_COMMAND_NAMESPACE, CommandNotFoundError, run_command
 
 from khoscope import cli, plugin
+from khoscope.btf import BtfError
 from khoscope.commands import common
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +83,17 @@ class Other:
 def test_kernels_with_kho_have_it(flags: ProgramFlags, names: tuple[str, ...], there: bool) -> None:
     other: Any = Other(flags, *names)
     assert (plugin.NAME in dict(DEFAULT_COMMAND_NAMESPACE.enabled(other))) == there
+
+
+def test_broken_btf_is_heard_of_when_it_is_used() -> None:
+    """drgn asks all commands before it runs any."""
+
+    class Broken(Other):
+        def __contains__(self, name: str) -> bool:
+            raise BtfError("BTF has no string at 9999")
+
+    other: Any = Broken(ProgramFlags.IS_LINUX_KERNEL)
+    assert plugin.NAME in dict(DEFAULT_COMMAND_NAMESPACE.enabled(other))
 
 
 def test_other_programs_do_not() -> None:

@@ -62,7 +62,7 @@ def test_all_that_goes_into_a_kernel_is_in_its_name(
 
 
 def test_patches_and_pages() -> None:
-    assert set(build.NAMES) == {*kernel.NAMES, *arm64.NAMES}
+    assert set(build.NAMES) == {*kernel.NAMES, *arm64.NAMES, kernel.STOCK}
     for name in arm64.NAMES:
         wanted = arm64._wanted(name).splitlines()
         pages = "64" if "64k" in name else "4"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import shutil
 import socket
@@ -253,7 +254,7 @@ class Arm64:
             _, ours, answer = line.partition(_ANSWER)
             if ours:
                 name, _, result = answer.partition(" ")
-                if name == word:
+                if name == word and re.fullmatch(r"-?\d+", result):
                     return int(result)
                 raise self._error(GuestError, f"{word}: the guest's answer is {answer}")
         raise self._error(GuestHung, f"{word}: no answer after {timeout:g} s")

@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 #: Exit statuses (design: 0 fine, 1 found an error, 2 could not do it).
 FINE, FOUND, UNABLE = 0, 1, 2
 
-#: How the running kernel is read.
-LIVE = "live kernel, /proc/kcore"
-
 #: Instead of a file after --before; a file of that name is ``./carried``.
 CARRIED = "carried"
 
@@ -72,6 +69,8 @@ def load_before(args: argparse.Namespace) -> Snapshot | None:
         return None
     if args.before != CARRIED:
         return store.load_file(Path(args.before))
+    from ..sources.open import is_this_host
+
     if args.qemu or args.core or (args.program and not is_this_host(args.program)):
         raise KhoscopeError(
             "--before carried is what this host was handed, not that guest or vmcore",
@@ -98,13 +97,6 @@ def physical_range(text: str) -> tuple[int, int]:
     return start, stop
 
 
-def is_this_host(prog: Program) -> bool:
-    """Whether a program is the running kernel."""
-    from drgn import ProgramFlags
-
-    return prog.flags & (this := ProgramFlags.IS_LIVE | ProgramFlags.IS_LOCAL) == this
-
-
 def is_file(args: argparse.Namespace) -> bool:
     """Whether what was asked for cannot change: a snapshot, or a vmcore."""
     if args.program is None:
@@ -116,12 +108,10 @@ def is_file(args: argparse.Namespace) -> bool:
 
 def _program(args: argparse.Namespace) -> tuple[Program, str, bool]:
     """The kernel that was asked for, how it is read, and whether it runs meanwhile."""
-    from ..sources.open import ask_for_boot_id, debug_info, open_core, open_live, open_qemu
+    from ..sources.open import LIVE, debug_info, how_it_is_read, open_core, open_live, open_qemu
 
     if args.program:
-        if is_this_host(args.program):
-            ask_for_boot_id()
-        opened = args.program, _label(args.program), not is_file(args)
+        opened = args.program, *how_it_is_read(args.program)
     elif args.qemu:
         opened = open_qemu(args.qemu, args.vmlinux), f"QEMU guest at {args.qemu}", True
     elif args.core:
@@ -131,13 +121,6 @@ def _program(args: argparse.Namespace) -> tuple[Program, str, bool]:
     if args.verbose:
         print(f"khoscope: types: {debug_info(opened[0])}", file=sys.stderr)
     return opened
-
-
-def _label(prog: Program) -> str:
-    """How the program of a drgn session is read."""
-    if prog.core_dump_path and not is_this_host(prog):
-        return f"vmcore {prog.core_dump_path}"
-    return LIVE if is_this_host(prog) else "QEMU guest"
 
 
 def kernel(args: argparse.Namespace, progress: Progress) -> KernelSource:

@@ -39,12 +39,12 @@ def _refuse(args: argparse.Namespace) -> str | None:
 def _run(args: argparse.Namespace) -> int:
     from ..sources.host import Host
     from ..sources.kernel import KernelSource, Overrides
-    from ..sources.open import open_live
+    from ..sources.open import LIVE, open_live
 
     overrides = Overrides(args.type_shift)
     facts = Host().facts(
         lambda: open_live(args.vmlinux),
-        lambda prog: KernelSource(prog, common.LIVE, True, overrides),
+        lambda prog: KernelSource(prog, LIVE, True, overrides),
     )
     release = platform.release()
     if args.json:

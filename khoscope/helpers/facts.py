@@ -11,6 +11,7 @@ from drgn.helpers.common.prog import takes_program_or_default
 from ..abi import BAD_ORDER, NO_TYPE
 from ..snapshot import Snapshot
 from ..sources.kernel import KernelSource
+from ..sources.open import how_it_is_read
 from .kexec_handover import KhoBlock
 
 __all__ = ("kho_for_each_stamped", "kho_snapshot")
@@ -45,4 +46,4 @@ def kho_snapshot(prog: Program) -> Snapshot:
 
 
 def _source(prog: Program) -> KernelSource:
-    return KernelSource(prog, "drgn session", True)
+    return KernelSource(prog, *how_it_is_read(prog))

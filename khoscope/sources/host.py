@@ -24,7 +24,7 @@ from ..snapshot import Snapshot
 from ..status import kho_parameter, kho_switch
 from ..trace.probes import BTF, KPROBES_ENABLED, TRACEABLE, import_bcc
 from .kernel import KernelSource
-from .open import LOCKDOWN, DebugInfo, debug_info, lockdown_mode
+from .open import ANOTHER_WAY, LOCKDOWN, DebugInfo, debug_info, lockdown_mode
 
 KALLSYMS: Final = Path("/proc/kallsyms")
 KCORE: Final = Path("/proc/kcore")
@@ -141,14 +141,13 @@ class Host:
 
     def _kcore(self) -> Fact:
         name, where = "kernel memory", str(KCORE)
-        path = self._at(KCORE)
-        if not path.exists():
+        if not self._is_there(KCORE):
             hint = "use a kernel with CONFIG_PROC_KCORE=y, outside a container"
             return Fact(name, State.NO, "there is none", where, hint, True)
         try:
-            path.open("rb").close()
+            self._at(KCORE).open("rb").close()
         except OSError as error:
-            hint = "see lockdown below" if os.geteuid() == 0 else _AS_ROOT
+            hint = ANOTHER_WAY if os.geteuid() == 0 else _AS_ROOT
             return Fact(name, State.NO, str(error.strerror), where, hint, True)
         return Fact(name, State.OK, "can be opened", where, needed=True)
 
@@ -166,7 +165,7 @@ class Host:
 
     def _btf(self) -> Fact:
         name, where = "BTF", str(BTF)
-        if self._at(BTF).exists():
+        if self._is_there(BTF):
             return Fact(name, State.OK, f"{self._at(BTF).stat().st_size >> 10:,} KiB", where)
         hint = "without it a vmlinux is needed, and trace uses kprobes: CONFIG_DEBUG_INFO_BTF=y"
         return Fact(name, State.NO, "this kernel has none", where, hint)
@@ -185,14 +184,17 @@ class Host:
         built = self._has("LUO", "CONFIG_LIVEUPDATE=y, for luo and carry")
         if seen.facts is None or built.state != State.OK:
             return built
-        if seen.facts.liveupdate and seen.facts.liveupdate.enabled:
-            return Fact("LUO", State.OK, "on", "luo_global.enabled")
         hint = "boot with liveupdate=on, for luo and carry"
+        if seen.facts.liveupdate is None:
+            what = "built in; whether it is on cannot be read"
+            return Fact("LUO", State.UNKNOWN, what, "luo_global.enabled", hint)
+        if seen.facts.liveupdate.enabled:
+            return Fact("LUO", State.OK, "on", "luo_global.enabled")
         return Fact("LUO", State.NO, "off", "luo_global.enabled", hint)
 
     def _liveupdate(self) -> Fact:
         name, where = "LUO's device", str(LIVEUPDATE)
-        if self._at(LIVEUPDATE).exists():
+        if self._is_there(LIVEUPDATE):
             return Fact(name, State.OK, "there", where)
         hint = "carry needs it: boot with liveupdate=on, and mount a devtmpfs on /dev"
         return Fact(name, State.NO, "there is none", where, hint)
@@ -221,10 +223,10 @@ class Host:
     def _headers(self) -> Fact:
         """What bcc compiles with."""
         name, build = "headers", MODULES / platform.release() / "build"
-        if self._at(build).exists():
+        if self._is_there(build):
             return Fact(name, State.OK, "installed", str(build))
         hint = "trace needs them: install the kernel's headers package, or use CONFIG_IKHEADERS=y"
-        if not self._at(KHEADERS).exists():
+        if not self._is_there(KHEADERS):
             what = f"neither there nor in {build}"
             return Fact(name, State.NO, what, str(KHEADERS), hint)
         lacks = [tool for tool in ("tar", "xz") if shutil.which(tool) is None]
@@ -246,7 +248,7 @@ class Host:
     def _fentry(self) -> Fact:
         """Whether functions of KHO can be patched, which is cheaper than kprobes."""
         name = "fentry"
-        if not self._at(BTF).exists():
+        if not self._is_there(BTF):
             hint = "trace uses kprobes without it"
             return Fact(name, State.NO, "needs BTF", str(BTF), hint)
         if (self._text(FTRACE_ENABLED) or "1").strip() != "1":
@@ -256,13 +258,17 @@ class Host:
         if functions is None:
             hint = f"{_AS_ROOT}; it needs CONFIG_FUNCTION_TRACER=y and tracefs"
             return Fact(name, State.UNKNOWN, "cannot be read", str(TRACEABLE), hint)
-        names = {line.split()[0] for line in functions.splitlines()}
+        names = {line.partition(" ")[0] for line in functions.splitlines()}
         if names.isdisjoint(BUILT["KHO"]):
             hint = "trace uses kprobes without it"
             return Fact(name, State.NO, "no function of KHO can be traced", str(TRACEABLE), hint)
         return Fact(name, State.OK, "functions of KHO can be traced", str(TRACEABLE))
 
     # -- files ------------------------------------------------------------------------------------
+
+    def _is_there(self, path: Path) -> bool:
+        """Also False where it leads to what is not for us."""
+        return os.path.exists(self._at(path))
 
     def _at(self, path: Path) -> Path:
         return self._root / path.relative_to("/")
@@ -278,7 +284,7 @@ class Host:
     def _symbols(self) -> frozenset[str]:
         """Names alone: the addresses may be hidden."""
         lines = (self._text(KALLSYMS) or "").splitlines()
-        return frozenset(line.split()[2] for line in lines if line.count(" ") >= 2)
+        return frozenset(words[2] for line in lines if len(words := line.split()) >= 3)
 
 
 def _look(open_kernel: Callable[[], Program], read: Callable[[Program], KernelSource]) -> Seen:

@@ -12,7 +12,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from drgn import MissingDebugInfoError, Program
+from drgn import MissingDebugInfoError, Program, ProgramFlags
 
 from .. import btf
 from ..errors import KhoscopeError
@@ -25,6 +25,15 @@ ANSWER_SECONDS = 10.0
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
+
+#: How the running kernel is read.
+LIVE = "live kernel, /proc/kcore"
+
+#: What to do where the kernel's memory is denied even to root.
+ANOTHER_WAY = (
+    "boot without lockdown (and without a seccomp or container policy that hides kernel memory),"
+    " or look at a vmcore or from the host with --qemu"
+)
 
 #: Under this name in ``Program.cache``.
 _CACHED = "khoscope_debug_info"
@@ -55,10 +64,31 @@ def debug_info(prog: Program) -> DebugInfo:
 
 
 def _debug_info_of_others(prog: Program) -> DebugInfo:
-    path = prog.main_module().debug_file_path
-    if path is None and btf.NAME in prog.enabled_type_finders():
-        return DebugInfo("BTF (khoscope)", "registered")
+    try:
+        path = prog.main_module().debug_file_path
+    except LookupError:
+        path = None
+    # BTF is asked after other debug info.
+    if path is None and btf.NAME in prog.cache:
+        reader, where = prog.cache[btf.NAME]
+        return DebugInfo(f"BTF ({reader})", where)
     return DebugInfo("DWARF", path or "unknown")
+
+
+def is_this_host(prog: Program) -> bool:
+    """Whether a program is the running kernel."""
+    this = ProgramFlags.IS_LIVE | ProgramFlags.IS_LOCAL
+    return prog.flags & this == this
+
+
+def how_it_is_read(prog: Program) -> tuple[str, bool]:
+    """Of a program that others have opened: how it is read, and whether it runs meanwhile."""
+    if is_this_host(prog):
+        ask_for_boot_id()
+        return LIVE, True
+    if prog.flags & ProgramFlags.IS_LIVE:
+        return "QEMU guest", True
+    return f"vmcore {prog.core_dump_path}" if prog.core_dump_path else "memory", False
 
 
 def ask_for_boot_id() -> None:
@@ -82,11 +112,8 @@ def open_live(vmlinux: Path | None = None) -> Program:
             raise KhoscopeError(
                 "/proc/kcore: permission denied", "run khoscope as root (sudo khoscope …)"
             ) from error
-        raise KhoscopeError(
-            f"/proc/kcore cannot be opened even by root{_lockdown()}",
-            "boot without lockdown (and without a seccomp or container policy that hides kernel"
-            " memory), or look at a vmcore or from the host with --qemu",
-        ) from error
+        what = f"/proc/kcore cannot be opened even by root{_lockdown()}"
+        raise KhoscopeError(what, ANOTHER_WAY) from error
     except (OSError, ValueError) as error:
         raise KhoscopeError(
             f"/proc/kcore: {error}", "use a kernel with CONFIG_PROC_KCORE=y, outside a container"
@@ -180,6 +207,7 @@ def _load_debug_info(prog: Program, vmlinux: Path | None, whose: str) -> None:
         raise KhoscopeError(f"{vmlinux}: cannot be read", "name the vmlinux with --vmlinux")
     try:
         prog.load_debug_info([] if vmlinux is None else [vmlinux], main=True)
+        _refuse_another(prog, vmlinux, whose)
     except MissingDebugInfoError:
         missing = _missing(prog, vmlinux)
         try:
@@ -202,6 +230,17 @@ def _load_debug_info(prog: Program, vmlinux: Path | None, whose: str) -> None:
         ) from error
 
 
+def _refuse_another(prog: Program, vmlinux: Path | None, whose: str) -> None:
+    """Where drgn has found the right one elsewhere, it says nothing of a wrong one."""
+    module = prog.main_module()
+    taken = [path for path in (module.loaded_file_path, module.debug_file_path) if path]
+    if vmlinux is not None and not any(os.path.samefile(path, vmlinux) for path in taken):
+        raise KhoscopeError(
+            f"{vmlinux} is not the vmlinux of {whose}: {' or '.join(taken)} is",
+            "name that one with --vmlinux, or none",
+        )
+
+
 def _load_btf(prog: Program, vmlinux: Path | None) -> DebugInfo:
     """
     BTF: of the vmlinux, where one was named, else of the kernel itself.
@@ -219,7 +258,6 @@ def _btf_section(vmlinux: Path, prog: Program) -> bytes:
 
     :raises btf.BtfError: if it is not, or has none.
     """
-    from elftools.common.exceptions import ELFError
     from elftools.elf.elffile import ELFFile
     from elftools.elf.sections import NoteSection
 
@@ -235,7 +273,8 @@ def _btf_section(vmlinux: Path, prog: Program) -> bytes:
                 if note["n_type"] == "NT_GNU_BUILD_ID"
             ]
             data = None if section is None else bytes(section.data())
-    except (ELFError, OSError, ValueError) as error:
+    except Exception as error:
+        # What pyelftools raises on a corrupt file is no closed set: MemoryError is among it.
         raise btf.BtfError(f"no BTF can be read from it ({error})") from error
     build_id = prog.main_module().build_id
     if build_id is None or build_id.hex() not in build_ids:
@@ -250,6 +289,7 @@ def _missing(prog: Program, vmlinux: Path | None) -> str:
     try:
         module = prog.main_module()
         build_id = module.build_id.hex() if module.build_id else "unknown"
+        release = prog["UTS_RELEASE"].string_().decode()
     except LookupError:
         return "this is not a Linux kernel, or its vmcoreinfo is missing"
     needed = f"needs the vmlinux with build id {build_id}"
@@ -258,7 +298,6 @@ def _missing(prog: Program, vmlinux: Path | None) -> str:
     options = prog.debug_info_options
     places = [*(options.directories or ()), *(options.kernel_directories or ())]
     looked = ", ".join(place or "the standard places" for place in places)
-    release = prog["UTS_RELEASE"].string_().decode()
     return f"{needed}, looked in {looked} for {release}"
 
 

@@ -62,7 +62,8 @@ class DoctorText(Text):
         lines = textwrap.wrap(fact.value, WIDTH - len(indent)) or [""]
         if len(lines[-1]) + len(source) >= WIDTH - len(indent):
             lines.append("")
-        room = WIDTH - len(indent) - len(source)
+        # A long path stands alone, and sticks out.
+        room = max(WIDTH - len(indent) - len(source), 0)
         lines[-1] = f"{lines[-1]:<{room}}{self.paint('dim', source)}"
         for i, line in enumerate(lines):
             self.line(f"{state}{fact.name:<{NAME}}{line}" if i == 0 else indent + line)
