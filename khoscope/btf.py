@@ -159,6 +159,9 @@ _NAMED: Final = {
 _NESTING: Final = 64
 #: More members, with those of unnamed members, than a structure has.
 _MEMBERS: Final = 1 << 16
+#: Where kernels are, of 64 bits; and the size of pages on all of which the same is mapped.
+_KERNEL: Final = 1 << 63
+_PAGE: Final = 4096
 #: Names that are remembered, with where they stand.
 _NAMES_KEPT: Final = 256
 
@@ -803,8 +806,7 @@ def register(prog: Program, data: bytes | None = None) -> tuple[str, str]:
         return known
     # Nothing is registered before all is there.
     symbols = _symbols(prog)
-    live = ProgramFlags.IS_LIVE | ProgramFlags.IS_LOCAL
-    local = prog.flags & live == live and SYSFS.is_dir()
+    local = _is_this_host(prog) and SYSFS.is_dir()
     where = "given"
     if data is None:
         where, data = _find(prog, symbols, local)
@@ -825,10 +827,39 @@ def register(prog: Program, data: bytes | None = None) -> tuple[str, str]:
 
 def _symbols(prog: Program) -> SymbolIndex:
     with _unreadable("the kernel's symbols"):
-        symbols = load_vmlinux_kallsyms(prog)
+        symbols = load_vmlinux_kallsyms(prog if _is_this_host(prog) else _by_pages(prog))
     if not _symbol(prog, symbols, "_stext"):
         raise SymbolsHidden("/proc/kallsyms shows no addresses (kernel.kptr_restrict)")
     return symbols
+
+
+def _is_this_host(prog: Program) -> bool:
+    """Whether it is the running kernel, whose symbols are in /proc/kallsyms."""
+    live = ProgramFlags.IS_LIVE | ProgramFlags.IS_LOCAL
+    return prog.flags & live == live
+
+
+def _by_pages(prog: Program) -> Program:
+    """
+    The same kernel's memory, read page by page and kept.
+
+    drgn reads the length of each of the kernel's names by itself, through the kernel's page tables:
+    that would be most of the time until the first result.
+    """
+    pages: dict[int, bytes] = {}
+
+    def read(address: int, count: int, _offset: int, _physical: bool) -> bytes:
+        start = address & -_PAGE
+        if address + count > start + _PAGE:
+            return prog.read(address, count)
+        if start not in pages:
+            pages[start] = prog.read(start, _PAGE)
+        return pages[start][address - start :][:count]
+
+    copy = Program(prog.platform)
+    copy.set_linux_kernel_custom(prog["VMCOREINFO"].string_(), False)
+    copy.add_memory_segment(_KERNEL, (1 << 64) - 1 - _KERNEL, read)
+    return copy
 
 
 def _symbol(prog: Program, symbols: SymbolIndex, name: str) -> int:

@@ -58,6 +58,17 @@ from tests.btf_writer import (
 from tests.fuzz import fuzz
 
 TEXT = 0xFFFFFFFF81000000
+VMCOREINFO = """\
+OSRELEASE=7.2.0
+PAGESIZE=4096
+SYMBOL(init_uts_ns)=ffffffff82000000
+OFFSET(uts_namespace.name)=0
+SYMBOL(swapper_pg_dir)=ffffffff82010000
+SYMBOL(_stext)=ffffffff81000000
+NUMBER(phys_base)=0
+NUMBER(pgtable_l5_enabled)=0
+KERNELOFFSET=0
+"""
 
 
 def program(data: bytes, symbols: dict[str, int] | None = None) -> Program:
@@ -482,6 +493,7 @@ def test_types_at_random(types: list[tuple[int, int, list[int], int, bool]]) -> 
 
 def live_program(symbols: dict[str, int], memory: dict[int, bytes]) -> Program:
     prog = Program(Platform(Architecture.X86_64))
+    prog.set_linux_kernel_custom(VMCOREINFO, True)
     for start, data in memory.items():
         prog.add_memory_segment(
             start,
@@ -497,6 +509,27 @@ def kallsyms(monkeypatch: pytest.MonkeyPatch, symbols: dict[str, int]) -> None:
         for name, address in symbols.items()
     ]
     monkeypatch.setattr(btf, "load_vmlinux_kallsyms", lambda prog: SymbolIndex(known))
+
+
+def test_symbols_are_read_by_pages() -> None:
+    """Each page once, whatever is asked for; what is not there is not there."""
+    prog = Program(Platform(Architecture.X86_64))
+    prog.set_linux_kernel_custom(VMCOREINFO, True)
+    data = bytes(range(256)) * 32
+    reads = []
+
+    def read(address: int, count: int, _offset: int, _physical: bool) -> bytes:
+        reads.append((address - TEXT, count))
+        return data[address - TEXT :][:count]
+
+    prog.add_memory_segment(TEXT, len(data), read)
+    copy = btf._by_pages(prog)
+    assert [copy.read(TEXT + at, 1)[0] for at in (0, 1, 4095, 5000)] == [0, 1, 255, 5000 % 256]
+    assert reads == [(0, 4096), (4096, 4096)]
+    assert copy.read(TEXT + 100, 6000) == data[100:6100]
+    assert copy["VMCOREINFO"].string_().decode() == VMCOREINFO
+    with pytest.raises(FaultError):
+        copy.read(TEXT + len(data), 1)
 
 
 def test_register_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -536,6 +569,9 @@ def test_register_on_a_drgn_that_reads_btf(monkeypatch: pytest.MonkeyPatch) -> N
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self._prog, name)
+
+        def __getitem__(self, name: str) -> Any:
+            return self._prog[name]
 
     kallsyms(monkeypatch, {"_stext": TEXT})
     monkeypatch.setattr(btf, "Module", Main)
