@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from vm import cache, debian
@@ -60,7 +61,8 @@ def _entry() -> Path:
 
 def _fetch(to: Path, log: Log) -> None:
     with log.step(f"fetching the kernel of Debian {SUITE}"):
-        hooks = [f"--essential-hook={_HOOK}", f"--customize-hook=copy-out /boot {to}"]
+        taken = f"copy-out /boot {shlex.quote(str(to))}"
+        hooks = [f"--essential-hook={_HOOK}", f"--customize-hook={taken}"]
         debian.bootstrap(SUITE, PACKAGES, hooks, Path("/dev/null"), log)
     (image,) = to.glob("boot/vmlinuz-*")
     release = image.name.removeprefix("vmlinuz-")
