@@ -275,7 +275,8 @@ def _btf_section(vmlinux: Path, prog: Program) -> bytes:
             data = None if section is None else bytes(section.data())
     except Exception as error:
         # What pyelftools raises on a corrupt file is no closed set: MemoryError is among it.
-        raise btf.BtfError(f"no BTF can be read from it ({error})") from error
+        said = str(error) or type(error).__name__
+        raise btf.BtfError(f"no BTF can be read from it ({said})") from error
     build_id = prog.main_module().build_id
     if build_id is None or build_id.hex() not in build_ids:
         raise btf.BtfError("its BTF is of another build")
