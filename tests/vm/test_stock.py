@@ -7,7 +7,9 @@ khoscope finds its types and symbols all the same, and says what is missing.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -16,7 +18,7 @@ from drgn.helpers.linux.pid import for_each_task
 from khoscope.sources.open import debug_info, open_qemu
 from tests.vm.test_khoscope import TIMEOUT, host
 from vm.kernel import STOCK, chosen
-from vm.machine import Machine
+from vm.machine import GuestDied, Machine
 
 COMMANDS = ("tree", "verify", "snapshot /root/x.khosnap", "status", "trace -d 1")
 SAID = [
@@ -25,10 +27,24 @@ SAID = [
 ]
 
 
+def boot(stack: contextlib.ExitStack, name: str) -> Machine:
+    """
+    The machine, running.
+
+    Of some fifty boots of this kernel under QEMU 7.2's TCG one ended in a panic in its first two
+    seconds, long before there is anything of ours: it may try once more, and says so.
+    """
+    try:
+        return stack.enter_context(Machine(name))
+    except GuestDied as error:
+        warnings.warn(f"{name} did not boot at first: {error}", stacklevel=2)
+    return stack.enter_context(Machine(name))
+
+
 @pytest.fixture(scope="module", params=chosen([STOCK]))
 def stock(request: pytest.FixtureRequest) -> Iterator[Machine]:
-    # Its initramfs alone is as large as our kernels' guests need.
-    with Machine(request.param, memory=2048) as machine:
+    with contextlib.ExitStack() as stack:
+        machine = boot(stack, request.param)
         machine.run("mount -t securityfs none /sys/kernel/security", check=True)
         yield machine
 
@@ -38,11 +54,7 @@ def test_it_says_what_is_missing(stock: Machine, command: str) -> None:
     result = stock.run(f"khoscope {command}", timeout=TIMEOUT)
     assert result.returncode == 2
     assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 2
-    assert "CONFIG_KEXEC_HANDOVER=y" in lines[1]
-    if not command.startswith("trace"):
-        assert lines == SAID
+    assert result.stderr.splitlines() == SAID
     assert stock.run("test -e /root/x.khosnap").returncode == 1
 
 
@@ -61,7 +73,7 @@ def test_doctor(stock: Machine) -> None:
 
 
 def test_from_the_host(stock: Machine) -> None:
-    """Its BTF and its kallsyms are read out of its memory, over QMP and of a vmcore."""
+    """Its BTF and its kallsyms are read out of its memory, over QMP."""
     where = ("--qemu", str(stock.qmp_socket))
     host(*where, "tree", status=2)
     prog = open_qemu(str(stock.qmp_socket))
