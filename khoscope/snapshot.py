@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,12 @@ from numpy.typing import NDArray
 from .abi import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, NO_TYPE, U64, Abi
 from .clients import Claims, Liveupdate, Luo, Owner, Vmalloc
 from .columns import CHUNK_BLOCKS, Blocks, Columns, Leaves, Nodes
+
+
+#: First and last-plus-one pfn of runs of pages.
+Run = tuple[U64, U64]
+#: Bits of leaves that are taken apart at once.
+RUN_BITS: Final = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -312,6 +319,9 @@ class Snapshot:
     :param liveupdate: LUO in this kernel; None: it has none, or was not looked at.
     :param unreadable: what else of the kernel's memory could not be read, in words: a vmcore may
         lack pages.
+    :param unrecorded: what the khoscope that took it did not record yet, in words.
+    :param contradictions: facts of it that contradict each other, in words, as far as that showed
+        when a file was opened (:mod:`khoscope.invariants`).
     :param outgoing: what this kernel is about to hand over.
     :param incoming: what it was handed; its tree is evidence, never proof.  None: not a KHO boot.
     :param stamps: stream of the stamped pages, found by scanning all struct pages; sorted by
@@ -340,6 +350,8 @@ class Snapshot:
     image: KexecImage | None = None
     liveupdate: Liveupdate | None = None
     unreadable: list[str] = field(default_factory=list)
+    unrecorded: list[str] = field(default_factory=list)
+    contradictions: list[str] = field(default_factory=list)
 
 
 class KeySet:
@@ -394,6 +406,54 @@ class KeySet:
                 return 1 << order
         return 0
 
+    def runs(self) -> Iterator[tuple[U64, U64]]:
+        """
+        What the blocks cover, whatever their order: runs of pages, sorted and apart, in chunks.
+
+        Each chunk is u64 first pfns and u64 last-plus-one pfns.  A run may go on in the next chunk.
+        It takes as long as there are leaves, and no longer for more or larger blocks.
+        """
+        abi, every = self._abi, self.leaves
+        phys, order, _ = abi.kho_radix_decode_keys(every.key)
+        low = (every.key & ~np.uint64(abi.type_bit)) == 0
+        regular = np.flatnonzero(~low & (order != BAD_ORDER))
+        first = phys >> np.uint64(abi.page_shift)
+        regular = regular[np.argsort(first[regular], kind="stable")]
+        waiting = [self._runs_of_highest(np.flatnonzero(low))]
+        step = max(RUN_BITS // abi.leaf_bits, 1)
+        for at in range(0, len(regular), step):
+            group = regular[at : at + step]
+            waiting.append(self._runs_of(group, first[group], order[group]))
+            rest = regular[at + step : at + step + 1]
+            # Whatever comes later begins there or behind.
+            done, left = _merged(waiting, first[rest[0]] if len(rest) else None)
+            waiting = [left]
+            yield done
+        if not len(regular):
+            yield _merged(waiting, None)[0]
+
+    def _runs_of(self, rows: NDArray[np.int64], first: U64, order: NDArray[np.uint8]) -> Run:
+        """The runs of set bits of some leaves, each of which has one order."""
+        bits = np.unpackbits(self.leaves.bitmap[rows], axis=1, bitorder="little")
+        # A zero between any two leaves ends what the one has at its end.
+        edges = np.diff(np.pad(bits, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+        leaf, begin = np.nonzero(edges == 1)
+        _, end = np.nonzero(edges == -1)
+        shift = order[leaf].astype(np.uint64)
+        return (
+            first[leaf] + (begin.astype(np.uint64) << shift),
+            first[leaf] + (end.astype(np.uint64) << shift),
+        )
+
+    def _runs_of_highest(self, rows: NDArray[np.int64]) -> Run:
+        """Of the leaf, one of each type, whose bits are order bits, too."""
+        blocks = Blocks.concatenate(
+            decode_leaves(self._abi, self.leaves[row : row + 1]) for row in rows.tolist()
+        )
+        blocks = blocks[blocks.order != BAD_ORDER]
+        start = blocks.phys >> np.uint64(self._abi.page_shift)
+        return start, start + blocks.page_count
+
     def covered(self, phys: U64) -> NDArray[np.bool_]:
         """Which addresses lie in a block."""
         abi = self._abi
@@ -438,6 +498,41 @@ class KeySet:
     def _types(self) -> tuple[int, ...]:
         """Of which there may be blocks."""
         return (KHO_PAGE_CONTIG, KHO_PAGE_SPLIT) if self._abi.type_bit else (NO_TYPE,)
+
+
+def _merged(runs: list[Run], until: np.uint64 | None) -> tuple[Run, Run]:
+    """
+    Runs, sorted and apart: those in front of a page, and those behind it.
+
+    :param until: a pfn at which a run is cut; None: all are in front.
+    """
+    start, end = (np.concatenate([run[i] for run in runs]) for i in (0, 1))
+    by = np.argsort(start, kind="stable")
+    start, reach = start[by], np.maximum.accumulate(end[by])
+    begins = np.ones(len(start), np.bool_)
+    begins[1:] = start[1:] > reach[:-1]
+    ends = np.append(begins[1:], np.ones(min(len(start), 1), np.bool_))
+    start, end = start[begins], reach[ends]
+    if until is None:
+        return (start, end), (start[:0], end[:0])
+    front, back = start < until, end > until
+    return (
+        (start[front], np.minimum(end[front], until)),
+        (np.maximum(start[back], until), end[back]),
+    )
+
+
+def in_ram(ram: U64, phys: int, size: int) -> bool:
+    """
+    Whether memory lies in one range of RAM.
+
+    :param ram: as :attr:`Snapshot.ram`.
+    :param phys: any number, as out of a file; ``size`` likewise.
+    """
+    if not 0 <= phys < 1 << 64 or not len(ram):
+        return False
+    at = int(np.searchsorted(ram[:, 0], np.uint64(phys), "right")) - 1
+    return at >= 0 and phys + size <= int(ram[at, 1])
 
 
 def rows(stream: Iterable[Columns]) -> int:

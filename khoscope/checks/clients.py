@@ -6,12 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..abi import U64
 from ..clients import Claims, Kind, Luo
-from ..columns import CHUNK_BLOCKS
-from ..snapshot import KeySet, Snapshot
+from ..snapshot import KeySet, Run, Snapshot
 from .kernel import misplaced
 from .rule import Message, Severity, rule
 
@@ -118,32 +116,43 @@ def _uncovered(facts: Snapshot, keys: KeySet, kinds: set[Kind]) -> Iterator[tupl
     wanted = np.array([owner.kind in kinds for owner in side.owners], np.bool_)
     if not wanted.any():
         return
-    found: dict[int, tuple[int, int]] = {}
-    for claims in side.claims:
-        for owner, phys in _pages(facts, claims[wanted[claims.owner]]):
-            bare = ~keys.covered(phys)
-            whose, at, counts = np.unique(owner[bare], return_index=True, return_counts=True)
-            for index, first, count in zip(
-                whose.tolist(), phys[bare][at].tolist(), counts.tolist(), strict=True
-            ):
-                pages, lowest = found.get(index, (0, first))
-                found[index] = pages + count, lowest
-    for index, (pages, first) in sorted(found.items()):
-        yield index, pages, first
-
-
-def _pages(facts: Snapshot, claims: Claims) -> Iterator[tuple[NDArray[np.uint32], U64]]:
-    """The pages of some claims with their owners, CHUNK_BLOCKS at a time."""
+    every = Claims.concatenate(claims[wanted[claims.owner]] for claims in side.claims)
+    every = every[every.size > 0]
     shift = np.uint64(facts.abi.page_shift)
-    claims = claims[claims.size > 0]
-    last = claims.phys + np.minimum(claims.size - np.uint64(1), ~claims.phys)
-    # Nobody has more than all there is: a corrupt size must not keep us for ever.
-    most = np.uint64(int((facts.ram[:, 1] - facts.ram[:, 0]).sum()) >> facts.abi.page_shift)
-    count = np.minimum((last >> shift) - (claims.phys >> shift) + np.uint64(1), most)
-    ends = np.cumsum(count.astype(np.int64))
-    total = int(ends[-1]) if len(ends) else 0
-    for start in range(0, total, CHUNK_BLOCKS):
-        page = np.arange(start, min(start + CHUNK_BLOCKS, total), dtype=np.int64)
-        row = np.searchsorted(ends, page, "right")
-        index = (page - (ends[row] - count[row].astype(np.int64))).astype(np.uint64)
-        yield claims.owner[row], ((claims.phys[row] >> shift) + index) << shift
+    start = every.phys >> shift
+    last = every.phys + np.minimum(every.size - np.uint64(1), ~every.phys)
+    end = (last >> shift) + np.uint64(1)
+    covered = np.zeros(len(every), np.uint64)
+    first = start.copy()
+    for run in keys.runs():
+        if not len(run[0]):
+            continue
+        near = np.flatnonzero((start < run[1][-1]) & (end > run[0][0]))
+        covered[near] += _below(run, end[near]) - _below(run, start[near])
+        first[near] = _behind(run, first[near])
+    missing = end - start - covered
+    every, first, missing = (part[missing > 0] for part in (every, first, missing))
+    pages = np.zeros(len(side.owners), np.uint64)
+    lowest = np.full(len(side.owners), np.uint64(2**64 - 1))
+    np.add.at(pages, every.owner, missing)
+    np.minimum.at(lowest, every.owner, first)
+    for owner in np.flatnonzero(pages).tolist():
+        yield owner, int(pages[owner]), int(lowest[owner]) << int(shift)
+
+
+def _below(run: Run, pfn: U64) -> U64:
+    """How many pages of some runs lie below each pfn."""
+    start, end = run
+    total = np.concatenate([np.zeros(1, np.uint64), np.cumsum(end - start, dtype=np.uint64)])
+    at = np.searchsorted(start, pfn, "right")
+    within = np.maximum(at, 1) - 1
+    over = np.where(at > 0, end[within] - np.minimum(end[within], pfn), np.uint64(0))
+    return total[at] - over
+
+
+def _behind(run: Run, pfn: U64) -> U64:
+    """Each pfn, or the first one behind the run that it lies in."""
+    start, end = run
+    at = np.searchsorted(start, pfn, "right")
+    within = np.maximum(at, 1) - 1
+    return np.where((at > 0) & (end[within] > pfn), end[within], pfn)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from ..abi import COMPATIBLES_WITHOUT_TYPES, Abi
-from ..snapshot import Fdt, Side, Snapshot, Subtree
+from ..snapshot import Fdt, Side, Snapshot, Subtree, in_ram
 from .rule import Message, Severity, rule
 
 #: ``TAINT_BAD_PAGE`` (include/linux/panic.h), a bit of ``tainted_mask``.
@@ -105,7 +105,7 @@ def misplaced(facts: Snapshot, fdt: Fdt, subtree: Subtree) -> str | None:
     where = f"its blob, {start:#x} and {size:,} bytes,"
     if fdt.phys and start < fdt.phys + facts.abi.page_size and start + size > fdt.phys:
         return f"{where} lies in the FDT itself"
-    if not any(first <= start and start + size <= end for first, end in facts.ram.tolist()):
+    if not in_ram(facts.ram, start, size):
         return f"{where} is not all in RAM"
     return None
 

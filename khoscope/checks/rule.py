@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +72,7 @@ class Rule:
     sentence: str
     explain: str
     kernel: tuple[str, ...]
-    finders: dict[str, Callable[..., Any]]
+    finders: dict[ScopeName, Callable[..., Any]]
 
     @property
     def reads(self) -> list[str]:
@@ -121,7 +121,24 @@ class Scope:
     reads: str
 
 
-SCOPES = {
+#: What a rule may look at.
+ScopeName = Literal[
+    "handover",
+    "next",
+    "abi",
+    "kexec",
+    "kernel",
+    "clients",
+    "tree",
+    "blocks",
+    "pairs",
+    "stamps",
+    "calls",
+    "touches",
+    "losses",
+]
+
+SCOPES: dict[ScopeName, Scope] = {
     "handover": Scope(
         "(before, after) → messages", "what one kernel handed over and the other got"
     ),
@@ -149,21 +166,23 @@ SCOPES = {
 
 #: Scopes that every kernel has, besides "kexec"; those that take an earlier snapshot, too; those of
 #: a trace.
-ONE_KERNEL = {"abi", "kernel", "clients", "tree", "blocks"}
-ACROSS = {"handover", "pairs", "stamps"}
-TRACE = {"calls", "touches", "losses"}
+ONE_KERNEL: set[ScopeName] = {"abi", "kernel", "clients", "tree", "blocks"}
+ACROSS: set[ScopeName] = {"handover", "pairs", "stamps"}
+TRACE: set[ScopeName] = {"calls", "touches", "losses"}
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def rule(
-    name: str, severity: Severity, scope: str, explain: str, *, kernel: str
+    name: str, severity: Severity, scope: ScopeName, explain: str, *, kernel: str
 ) -> Callable[[F], F]:
     """
     Register a function as a rule; its docstring is the rule's sentence.
 
     :param kernel: functions of the kernel behind it, with blanks between them.
+    :raises ValueError: if nothing looks at that scope: the rule would never run.
     """
+    _require_scope(name, scope)
 
     def register(find: F) -> F:
         sentence, why = (" ".join(text.split()) for text in (find.__doc__ or "", explain))
@@ -173,14 +192,24 @@ def rule(
     return register
 
 
-def also(name: str, scope: str) -> Callable[[F], F]:
-    """Register what a rule looks for in another scope."""
+def also(name: str, scope: ScopeName) -> Callable[[F], F]:
+    """
+    Register what a rule looks for in another scope.
+
+    :raises ValueError: likewise.
+    """
+    _require_scope(name, scope)
 
     def register(find: F) -> F:
         RULES[name].finders[scope] = find
         return find
 
     return register
+
+
+def _require_scope(name: str, scope: str) -> None:
+    if scope not in SCOPES:
+        raise ValueError(f"rule {name}: nothing looks at {scope!r}")
 
 
 def in_order() -> list[Rule]:
@@ -192,6 +221,6 @@ def in_order() -> list[Rule]:
     )
 
 
-def of_scopes(scopes: Iterable[str]) -> set[str]:
+def of_scopes(scopes: Iterable[ScopeName]) -> set[str]:
     """The names of the rules that have something to look for in any of some scopes."""
     return {name for name, each in RULES.items() if not each.finders.keys().isdisjoint(scopes)}

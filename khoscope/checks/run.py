@@ -34,6 +34,7 @@ from .rule import (
     Marked,
     Message,
     Rule,
+    ScopeName,
     Severity,
     in_order,
     of_scopes,
@@ -112,7 +113,7 @@ class Report:
             return next((f for f in found if RULES[f.rule].is_across), found[0])
         return found[0]
 
-    def finders(self, scope: str) -> list[tuple[Rule, Callable[..., Any]]]:
+    def finders(self, scope: ScopeName) -> list[tuple[Rule, Callable[..., Any]]]:
         """The rules that have something to look for in a scope and were asked for."""
         found = []
         for each in RULES.values():
