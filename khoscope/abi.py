@@ -35,6 +35,10 @@ POSTED_TYPE_SHIFT: Final = 63
 #: Root FDT ``compatible`` strings that kernels without page types accept.
 COMPATIBLES_WITHOUT_TYPES: Final = frozenset({"kho-v1", "kho-v2", "kho-v3", "kho-v4"})
 
+#: Those that khoscope knows: of radix trees, without types and with.  Kernels before the radix tree
+#: have had v1 to v3.
+COMPATIBLES: Final = COMPATIBLES_WITHOUT_TYPES | {"kho-v5"}
+
 TYPE_NAMES: Final = {NO_TYPE: None, KHO_PAGE_CONTIG: "contig", KHO_PAGE_SPLIT: "split"}
 
 

@@ -21,9 +21,8 @@ BLOB: Final = 16 << 20
 #: All blobs of a side together.
 BLOBS: Final = 64 << 20
 
-#: Letters of a command line (``COMMAND_LINE_SIZE`` is 2,048 to 4,096), and of any other text.
-COMMAND_LINE: Final = 1 << 14
-TEXT: Final = 1 << 12
+#: Letters of any text: a command line has 4,096 bytes, which escaped are four times as many.
+TEXT: Final = 1 << 14
 #: Entries of any list, or names of any table, in ``meta.json``.
 LIST: Final = 1 << 17
 

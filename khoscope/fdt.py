@@ -134,6 +134,15 @@ def parse_root_fdt(phys: int, blob: bytes | None) -> Fdt:
     )
 
 
+def compatible_of(blob: bytes) -> str | None:
+    """What an FDT says that it is; None: it is none that can be read, or does not say."""
+    try:
+        found = read(blob).root.property("compatible")
+    except Unreadable:
+        return None
+    return None if found is None else serialized.text(found.value)
+
+
 def reserve_mem_areas(blobs: dict[str, bytes]) -> list[tuple[str, int, int]]:
     """
     What the ``memblock`` subtree hands over (``prepare_kho_fdt`` in mm/memblock.c).

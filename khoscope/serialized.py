@@ -28,6 +28,8 @@ MEMBLOCK_COMPATIBLE: Final = "memblock-v1"
 RESERVE_MEM_COMPATIBLE: Final = "reserve-mem-v1"
 #: ``KHO_TEST_COMPAT`` (lib/test_kho.c).
 KHO_TEST_COMPATIBLE: Final = "kho-test-v1"
+#: What FDTs in subtrees are to say of themselves, by the names of the subtrees.
+SUBTREE_COMPATIBLES: Final = {MEMBLOCK: MEMBLOCK_COMPATIBLE, KHO_TEST: KHO_TEST_COMPATIBLE}
 #: ``KHO_KEXEC_METADATA_VERSION`` (kexec_metadata.h).
 KEXEC_METADATA_VERSION: Final = 1
 

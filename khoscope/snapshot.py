@@ -21,7 +21,6 @@ from .abi import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, NO_TYPE, U64, Abi
 from .clients import Claims, Liveupdate, Luo, Owner, Vmalloc
 from .columns import CHUNK_BLOCKS, Blocks, Columns, Leaves, Nodes
 
-
 #: First and last-plus-one pfn of runs of pages.
 Run = tuple[U64, U64]
 #: Bits of leaves that are taken apart at once.
@@ -366,6 +365,11 @@ class KeySet:
         self.leaves = Leaves.concatenate(leaves)
         if not len(self.leaves):
             self.leaves = Leaves(np.zeros(0, np.uint64), np.zeros((0, abi.page_size), np.uint8))
+
+    @functools.cached_property
+    def counts(self) -> NDArray[np.int64]:
+        """Blocks in each leaf."""
+        return self.leaves.counts()
 
     def leaf(self, keys: U64) -> NDArray[np.int64]:
         """The row of the leaf that would hold each key; -1: the tree has none."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import io
 import math
 import os
@@ -25,18 +26,31 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Final, Generic, Self, TypeVar
+from types import NoneType, TracebackType, UnionType
+from typing import (
+    IO,
+    Any,
+    Final,
+    Generic,
+    Self,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import msgspec
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from . import budget, invariants
 from .abi import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE, Abi
 from .clients import Claims, Liveupdate, Luo, Owner, Vmalloc
-from .columns import Blocks, Columns, Leaves, Nodes, Pages
+from .columns import CHUNK_BLOCKS, Blocks, Columns, Leaves, Nodes, Pages
 from .errors import KhoscopeError
+from .fdt import parse_root_fdt
 from .snapshot import (
     Fdt,
     Handover,
@@ -75,14 +89,14 @@ class Format:
 
 SNAPSHOT: Final = Format(
     "khosnap",
-    1,
+    2,
     "snapshot file",
     "take the snapshot again, or copy the file again",
     "khoscope --snapshot FILE opens it",
 )
 RECORDING: Final = Format(
     "khotrace",
-    1,
+    2,
     "recording",
     "record the trace again, or copy the file again",
     "khoscope trace --replay FILE shows it",
@@ -95,18 +109,20 @@ NPY_HEADER = re.compile(
     re.DOTALL,
 )
 
-#: No member is larger when unpacked: chunks are a few MiB, blobs are cut at BLOB_LIMIT.
-MEMBER_LIMIT = 64 << 20
-#: Subtree blobs are small structures; what is larger is kept up to here.
-BLOB_LIMIT = 16 << 20
-#: All blobs of a side together.
-BLOBS_SIZE = 64 << 20
 #: Snapshots up to this size stay in memory, larger ones go to an unnamed temporary file.
 SPOOL_MEMORY = 64 << 20
 
 
+#: As a source has it where the kernel has none.
+NO_FDT: Final = Fdt(0, problems=["there is none"])
+
 #: No column of the set has two dimensions.
 NARROW: Final[Mapping[str, int]] = {}
+
+#: The column of a chunk of claims that tells how many they are.
+CLAIMED: Final = re.compile(r"/claims/[0-9]+\.phys\.npy$")
+#: A member of a stream, or a blob, with its number.
+NUMBERED: Final = re.compile(r"(.*)/([0-9]{6,})\.[a-z_.]+")
 
 C = TypeVar("C", bound=Columns)
 T = TypeVar("T")
@@ -145,6 +161,85 @@ class _Meta:
 @dataclass(frozen=True)
 class _SchemaOnly:
     schema: str
+
+
+#: What files of version 1 may lack, since khoscope 0.1.0 recorded it only later: class and member,
+#: and what the verdict says then; "": no rule needs it.
+UNRECORDED_1: Final[Mapping[str, str]] = {
+    "Abi.decided": "",
+    "Abi.key_width": "how wide a key may be",
+    "Kernel.command_line": "",
+    "Kernel.page_flags": "what page flags mean",
+    "Kernel.page_types": "what page types mean",
+    "_SideMeta.luo": "live update sessions",
+    "_SideMeta.vmallocs": "vmalloc areas",
+    "_SideMeta.owners": "owners",
+    "_Meta.scratch_free": "",
+    "_Meta.image": "the kexec image",
+    "_Meta.liveupdate": "",
+    "_Meta.unreadable": "what could not be read",
+}
+#: Members of ``meta.json`` that may be negative: an errno.
+SIGNED: Final = frozenset({"LuoFile.retrieve_status"})
+
+
+class _Shape:
+    """
+    Whether JSON has all that a dataclass has, and nothing beyond measure.
+
+    :param may_lack: class and member, ``Class.member``, of what need not be there.
+    :raises ValueError: from :meth:`of`, with the path of what is wrong.
+    """
+
+    def __init__(self, may_lack: Collection[str]) -> None:
+        self._may_lack = may_lack
+        #: What of it was lacking.
+        self.lacking: set[str] = set()
+
+    def of(self, raw: Any, kind: Any, path: str, member: str = "") -> None:
+        """
+        Look at a value.
+
+        :param kind: what it should be; that it is, msgspec says better.
+        :param member: of which class it is.
+        """
+        origin, inner = get_origin(kind), get_args(kind)
+        if origin in (Union, UnionType):
+            if raw is not None:
+                self.of(raw, next(each for each in inner if each is not NoneType), path, member)
+        elif dataclasses.is_dataclass(kind) and isinstance(raw, dict):
+            self._members(raw, kind, path)
+        elif isinstance(raw, list | dict) and len(raw) > budget.LIST:
+            raise ValueError(f"{path}: {len(raw):,} entries")
+        elif origin is list and isinstance(raw, list):
+            for i, each in enumerate(raw):
+                self.of(each, inner[0], f"{path}[{i}]", member)
+        elif origin is dict and isinstance(raw, dict):
+            for name, each in raw.items():
+                self.of(name, str, path, member)
+                self.of(each, inner[1], f"{path}[{name[:20]!r}]", member)
+        elif isinstance(raw, str) and len(raw) > budget.TEXT:
+            raise ValueError(f"{path}: {len(raw):,} letters")
+        elif isinstance(raw, int) and not isinstance(raw, bool):
+            low, end = (-(1 << 31), 1 << 31) if member in SIGNED else (0, 1 << 64)
+            if not low <= raw < end:
+                raise ValueError(f"{path}: no address or count is {raw:#x}")
+
+    def _members(self, raw: dict[str, Any], kind: Any, path: str) -> None:
+        hints = _hints(kind)
+        for f in dataclasses.fields(kind):
+            member = f"{kind.__name__}.{f.name}"
+            if f.name in raw:
+                self.of(raw[f.name], hints[f.name], f"{path}.{f.name}".lstrip("."), member)
+            elif member in self._may_lack:
+                self.lacking.add(member)
+            else:
+                raise ValueError(f"{path}.{f.name}".lstrip(".") + " is not there")
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 class Writer:
@@ -205,7 +300,7 @@ def put(snapshot: Snapshot, writer: Writer) -> None:
         put_stream(f"{name}/blocks", side.blocks)
         put_stream(f"{name}/claims", side.claims)
         for i, blob in enumerate(side.blobs.values()):
-            writer.member(f"{name}/blobs/{i:06d}.bin", blob[:BLOB_LIMIT])
+            writer.member(f"{name}/blobs/{i:06d}.bin", blob[: budget.BLOB])
         return _SideMeta(
             side.fdt, side.tree.state, list(side.blobs), side.luo, side.vmallocs, side.owners
         )
@@ -318,7 +413,7 @@ def spool(snapshot: Snapshot) -> Snapshot:
     """
     file = tempfile.SpooledTemporaryFile(max_size=SPOOL_MEMORY)  # noqa: SIM115 - lives on in it
     save(snapshot, file)
-    return _load(file, "spooled snapshot")
+    return _load(file, "spooled snapshot", ours=True)
 
 
 def load_file(path: Path) -> Snapshot:
@@ -342,22 +437,29 @@ def open_file(path: Path, hint: str) -> IO[bytes]:
         raise KhoscopeError(f"{path}: {error.strerror}", hint) from error
 
 
-def _load(file: IO[bytes], name: str) -> Snapshot:
-    return get(Archive(file, name, SNAPSHOT))
+def _load(file: IO[bytes], name: str, ours: bool = False) -> Snapshot:
+    return get(Archive(file, name, SNAPSHOT, ours))
 
 
 def get(archive: Archive) -> Snapshot:
     """The snapshot that :func:`put` wrote."""
-    meta = archive.meta(SNAPSHOT, _Meta)
+    meta, lacking = archive.meta(SNAPSHOT, _Meta, {1: UNRECORDED_1})
     with archive.damage():
         _check_abi(meta.abi)
+        if not archive.ours:
+            _check_lists(meta)
     streams = _Streams(archive, meta.abi, meta.chunks)
+    wrong: list[str] = []
 
     def side(name: str, of: _SideMeta) -> Side:
+        blobs = archive.blobs(name, of.blobs)
+        fdt = _derived(of.fdt, blobs)
+        if not _same(of.fdt, fdt):
+            wrong.append(f"{name}: its root FDT's bytes say something else than what is recorded")
         return Side(
-            of.fdt,
+            fdt,
             Tree(of.tree, streams.nodes(f"{name}/nodes"), streams.leaves(f"{name}/leaves")),
-            archive.blobs(name, of.blobs),
+            blobs,
             streams.blocks(f"{name}/blocks", "key"),
             of.luo,
             of.vmallocs,
@@ -365,7 +467,10 @@ def get(archive: Archive) -> Snapshot:
             streams.claims(f"{name}/claims", len(of.owners)),
         )
 
-    return Snapshot(
+    said = {UNRECORDED_1[member]: member for member in lacking}
+    if not meta.abi.has_types:
+        said.pop(UNRECORDED_1["Abi.key_width"], None)
+    facts = Snapshot(
         meta.taken,
         meta.kernel,
         meta.abi,
@@ -384,7 +489,60 @@ def get(archive: Archive) -> Snapshot:
         meta.image,
         meta.liveupdate,
         meta.unreadable,
+        sorted(what for what in said if what),
     )
+    _check_members(archive, meta, 1 if lacking else SNAPSHOT.version)
+    if not archive.ours:
+        with archive.damage():
+            _check_memory(facts)
+    return dataclasses.replace(facts, contradictions=[*wrong, *invariants.contradictions(facts)])
+
+
+def _derived(recorded: Fdt, blobs: dict[str, bytes]) -> Fdt:
+    """What the bytes of a root FDT say, whatever was recorded of them."""
+    return parse_root_fdt(recorded.phys, blobs.get("fdt")) if recorded.phys else NO_FDT
+
+
+def _same(recorded: Fdt, derived: Fdt) -> bool:
+    """Problems are told in the words of whoever reads it."""
+    return dataclasses.replace(recorded, problems=[]) == dataclasses.replace(derived, problems=[])
+
+
+def _check_lists(meta: _Meta) -> None:
+    """Refuse more than any kernel has, where each entry costs more than its room in the file."""
+    for side in filter(None, (meta.outgoing, meta.incoming)):
+        sessions = side.luo.sessions if side.luo else []
+        entries = len(sessions) + sum(len(session.files) for session in sessions)
+        if entries > budget.ENTRIES or len(side.fdt.subtrees) > budget.SUBTREES:
+            raise ValueError("more sessions, files or subtrees than khoscope keeps")
+
+
+def _check_memory(facts: Snapshot) -> None:
+    """Refuse memory that no machine has."""
+    if len(facts.ram) > budget.RAM_RANGES or len(facts.scratch) > budget.SCRATCH:
+        raise ValueError("more ranges of RAM or scratch areas than any machine has")
+    if len(facts.ram) and int(facts.ram.max()) > budget.ADDRESSES:
+        raise ValueError(f"RAM at {int(facts.ram.max()):#x}, where no processor has any")
+
+
+def _check_members(archive: Archive, meta: _Meta, version: int) -> None:
+    """Each member is one of those that ``meta.json`` counts, and each stream is counted."""
+    sides = ["out", *(["in"] if meta.incoming else [])]
+    streams = [f"{side}/{kind}" for side in sides for kind in ("nodes", "leaves", "blocks")]
+    streams += ["stamps", "watched", "evidence"]
+    claims = [f"{side}/claims" for side in sides]
+    counted = meta.chunks.keys()
+    with archive.damage():
+        if not {*streams} <= counted <= {*streams, *claims} or (
+            version > 1 and not {*claims} <= counted
+        ):
+            raise ValueError("meta.json does not count the chunks of each stream")
+    blobs = {
+        f"{side}/blobs": len(of.blobs)
+        for side, of in (("out", meta.outgoing), ("in", meta.incoming))
+        if of is not None
+    }
+    archive.require_members({"ram.npy", "scratch.npy", "meta.json"}, {**meta.chunks, **blobs})
 
 
 def _check_abi(abi: Abi) -> None:
@@ -422,14 +580,35 @@ class Archive:
     A zip that is not believed.
 
     :param format: what it should be.
+    :param ours: khoscope has written it just now, of a kernel: that may be of any size.
     """
 
-    def __init__(self, file: IO[bytes], name: str, format: Format) -> None:
+    def __init__(self, file: IO[bytes], name: str, format: Format, ours: bool = False) -> None:
         self._name = name
         self._format = format
         self._prefix = ""
+        self.ours = ours
         with self.damage():
             self._zip = zipfile.ZipFile(file)
+            names = self._zip.namelist()
+            if len({*names}) < len(names):
+                raise ValueError("members of one name")
+            if not ours:
+                self._check_sizes(file.seek(0, os.SEEK_END))
+
+    def _check_sizes(self, size: int) -> None:
+        """Refuse what would take more memory than a file of that many bytes is worth."""
+        every = self._zip.infolist()
+        leaves = claims = 0
+        for member in every:
+            leaves += member.file_size if member.filename.endswith(".bitmap.npy") else 0
+            claims += member.file_size // 8 if CLAIMED.search(member.filename) else 0
+        if len(every) > budget.members(size):
+            raise ValueError(f"{len(every):,} members")
+        if leaves > budget.leaves(size):
+            raise ValueError(f"{leaves:,} bytes of leaves")
+        if claims > budget.claims(size):
+            raise ValueError(f"{claims:,} claims")
 
     def under(self, folder: str) -> Archive:
         """The members whose names begin so."""
@@ -460,9 +639,15 @@ class Archive:
                 self._format.again,
             ) from error
 
-    def meta(self, format: Format, kind: type[T]) -> T:
-        """``meta.json``, of a schema that we know."""
-        raw = self.member("meta.json")
+    def meta(
+        self, format: Format, kind: type[T], may_lack: Mapping[int, Collection[str]]
+    ) -> tuple[T, set[str]]:
+        """
+        ``meta.json``, of a schema that we know, and what of it is not there.
+
+        :param may_lack: by version, what such a file need not have: class and member.
+        """
+        raw = self.member("meta.json", budget.META)
         with self.damage():
             schema = msgspec.json.decode(raw, type=_SchemaOnly).schema
             family, _, version = schema.partition("/")
@@ -480,9 +665,31 @@ class Archive:
                 "use the khoscope that wrote it, or a newer one",
             )
         with self.damage():
-            return msgspec.json.decode(raw, type=kind)
+            shape = _Shape(may_lack.get(int(version), ()))
+            shape.of(msgspec.json.decode(raw), kind, "")
+            return msgspec.json.decode(raw, type=kind), shape.lacking
 
-    def member(self, name: str) -> bytes:
+    def names(self) -> list[str]:
+        """Of all members."""
+        return self._zip.namelist()
+
+    def require_members(self, names: Collection[str], numbered: Mapping[str, int]) -> None:
+        """
+        Refuse members that nothing tells of: whatever counts them says too little.
+
+        :param numbered: how many there are in each folder; some may lack members.
+        """
+        with self.damage():
+            for name in self._zip.namelist():
+                inner = name.removeprefix(self._prefix)
+                if not name.startswith(self._prefix) or inner in names:
+                    continue
+                found = NUMBERED.fullmatch(inner)
+                if found is None or int(found[2]) >= numbered.get(found[1], 0):
+                    raise ValueError(f"{name} is not among what it says to have")
+
+    def member(self, name: str, limit: int | None = None) -> bytes:
+        limit = budget.MEMBER if limit is None else limit
         name = f"{self._prefix}{name}"
         with self.damage():
             if self._zip.getinfo(name).compress_type not in (
@@ -491,8 +698,8 @@ class Archive:
             ):
                 raise ValueError(f"{name} is not compressed as khoscope does")
         with self.damage(), self._zip.open(name) as file:
-            data = file.read(MEMBER_LIMIT + 1)
-            if len(data) > MEMBER_LIMIT:
+            data = file.read(-1 if self.ours else limit + 1)
+            if len(data) > limit and not self.ours:
                 raise ValueError(f"{name} is larger than any chunk")
             return data
 
@@ -500,7 +707,7 @@ class Archive:
         members = {blob: f"{side}/blobs/{i:06d}.bin" for i, blob in enumerate(names)}
         with self.damage():
             sizes = (self._zip.getinfo(f"{self._prefix}{m}").file_size for m in members.values())
-            if sum(sizes) > BLOBS_SIZE:
+            if sum(sizes) > budget.BLOBS:
                 raise ValueError("more blobs than khoscope keeps")
         return {blob: self.member(member) for blob, member in members.items()}
 
@@ -594,7 +801,16 @@ class _Streams:
 
     def blocks(self, name: str, sorted_by: str) -> Iterable[Blocks]:
         highest = self.abi.order_0_log2
-        return self._stream(name, lambda at: self.archive.blocks(at, highest), sorted_by)
+        most = CHUNK_BLOCKS + self.abi.leaf_bits
+
+        def read(at: str) -> Blocks:
+            blocks = self.archive.blocks(at, highest)
+            with self.archive.damage():
+                if len(blocks) > most:
+                    raise ValueError(f"{name}: {len(blocks):,} blocks in one chunk")
+            return blocks
+
+        return self._stream(name, read, sorted_by)
 
     def claims(self, name: str, owners: int) -> Iterable[Claims]:
         def read(at: str) -> Claims:

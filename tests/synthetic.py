@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+import libfdt
 import numpy as np
 
 from khoscope.abi import BAD_ORDER, NO_TYPE, U64, Abi, Stamp
@@ -24,11 +25,14 @@ from khoscope.calls import (
     Calls,
     Touches,
 )
-from khoscope.columns import Blocks, Leaves, Pages
+from khoscope.clients import Claims, Owner
+from khoscope.columns import Blocks, Leaves, Nodes, Pages
+from khoscope.fdt import parse_root_fdt
 from khoscope.snapshot import (
     Fdt,
     Handover,
     Kernel,
+    KexecImage,
     Scan,
     Side,
     Snapshot,
@@ -44,6 +48,10 @@ PLAIN = Abi.for_page_shift(12, compatible="kho-v4")
 POSTED = Abi.for_page_shift(12, type_shift=63, stamp=Stamp(31, 31), compatible="kho-v4")
 #: The same on a tree of bare keys.
 REFUSED = replace(POSTED, key_width=53)
+#: Where the root node of hand-made trees is.
+ROOT = 0x1000
+#: ``enum pagetype``, likewise.
+PAGE_TYPES = {0xF0: "buddy", 0xF5: "slab"}
 #: Names of page->flags bits, as far as they matter.
 PAGE_FLAGS = ["locked", "referenced", "uptodate", "dirty", "lru"]
 FIXED = Abi.for_page_shift(12, type_shift=53, stamp=Stamp(31, 31), compatible="kho-v5")
@@ -178,12 +186,15 @@ def page_facts(blocks: Iterable[Block]) -> Pages:
         for name in Pages.DTYPES.keys() - {"zeros"}:
             getattr(facts, name)[i] = getattr(b, name)
         if b.order != BAD_ORDER:
-            facts.zeros[i] = (1 << b.order) - 1 - b.ones - b.others
+            facts.zeros[i] = max((1 << b.order) - 1 - b.ones - b.others - b.unread, 0)
+        tails = facts.zeros[i] + facts.ones[i] + facts.others[i]
+        if not facts.odd[i] and tails not in (facts.zeros[i], facts.ones[i], facts.others[i]):
+            facts.odd[i] = 2
     return facts
 
 
 def tree_of(abi: Abi, blocks: Blocks) -> Tree:
-    """The tree that holds the keys of some blocks."""
+    """The tree that holds the keys of some blocks, its nodes side by side."""
     base = blocks.key & ~np.uint64(abi.leaf_bits - 1)
     leaves = []
     for key in np.unique(base):
@@ -191,7 +202,64 @@ def tree_of(abi: Abi, blocks: Blocks) -> Tree:
         bits[(blocks.key[base == key] & np.uint64(abi.leaf_bits - 1)).astype(np.int64)] = 1
         bitmap = np.packbits(bits, bitorder="little").reshape(1, -1)
         leaves.append(Leaves(np.array([key], np.uint64), bitmap))
-    return Tree(TreeState(0x1000), [], [Leaves.concatenate(leaves)] if leaves else [])
+    every = Leaves.concatenate(leaves) if leaves else None
+    return Tree(TreeState(ROOT), nodes_of(abi, every), [every] if every else [])
+
+
+def nodes_of(abi: Abi, leaves: Leaves | None) -> list[Nodes]:
+    """The nodes above some leaves, the root at :data:`ROOT`, and the leaves themselves."""
+    keys = np.zeros(0, np.uint64) if leaves is None else leaves.key
+    used = np.zeros(0, np.int64) if leaves is None else leaves.counts()
+    levels = []
+    for level in range(abi.tree_max_depth):
+        levels.append((level, keys, used))
+        above = ~np.uint64((1 << min(abi.table_shift(level + 1) + abi.table_size_log2, 63)) - 1)
+        keys, used = np.unique(keys & above, return_counts=True)
+    found = []
+    at = ROOT
+    for level, keys, used in reversed(levels):
+        if level == abi.tree_max_depth - 1 and not len(keys):
+            keys, used = np.zeros(1, np.uint64), np.zeros(1, np.int64)
+        phys = at + np.arange(len(keys), dtype=np.uint64) * np.uint64(abi.page_size)
+        at += len(keys) * abi.page_size
+        levels_of = np.full(len(keys), level, np.uint8)
+        if len(keys):
+            found.append(Nodes(levels_of, phys, keys, used.astype(np.uint32)))
+    return found
+
+
+def fdt_blob(fdt: Fdt) -> bytes:
+    """A root FDT that says so, without what is None."""
+    made = libfdt.FdtSw(1 << 16)
+    made.finish_reservemap()
+
+    def u64(name: str, value: int | None) -> None:
+        if value is not None:
+            made.property(name, value.to_bytes(8, "little"))
+
+    with made.add_node(""):
+        if fdt.compatible is not None:
+            made.property_string("compatible", fdt.compatible)
+        u64("preserved-memory-map", fdt.memory_map)
+        for subtree in fdt.subtrees:
+            with made.add_node(subtree.name):
+                u64("preserved-data", subtree.phys)
+                u64("blob-size", subtree.size)
+    return bytes(made.as_fdt().as_bytearray()).ljust(PLAIN.page_size, b"\0")
+
+
+def claims_of(*memory: tuple[Owner, int, int]) -> tuple[list[Owner], list[Claims]]:
+    """Owners, and what they own: address and bytes."""
+    every = sorted(enumerate(memory), key=lambda row: row[1][1])
+    columns = [[phys for _, (_, phys, _) in every], [size for _, (_, _, size) in every]]
+    phys, size = (np.array(column, np.uint64) for column in columns)
+    index = np.array([i for i, _ in every], np.uint32)
+    return [owner for owner, _, _ in memory], [Claims(phys, size, index)]
+
+
+def side_of(tree: Tree, fdt: Fdt, blocks: Iterable[Blocks] = ()) -> Side:
+    """A side that hands over what its tree and root FDT say; nobody has looked for owners."""
+    return Side(fdt, tree, {"fdt": fdt_blob(fdt)} if fdt.phys else {}, blocks)
 
 
 def snapshot(
@@ -204,8 +272,8 @@ def snapshot(
     incoming: Iterable[Block] | None = None,
     stamps: Iterable[Block] = (),
     watched: tuple[Snapshot, Iterable[Block]] | None = None,
-    evidence: Iterable[Block] = (),
-    scratch: Iterable[tuple[int, int]] = (),
+    evidence: Iterable[Block] | None = None,
+    scratch: Iterable[tuple[int, int]] | None = None,
     log: Iterable[str] = (),
     tainted: int = 0,
     fdt: Fdt | None = None,
@@ -216,34 +284,46 @@ def snapshot(
     A snapshot built by hand.
 
     :param watched: the earlier snapshot and what became of its blocks.
-    :param evidence: the blocks of the earlier tree's leaves as they are now.
+    :param evidence: the blocks of the earlier tree's leaves as they are now; None: all of them.
     """
     out = columns(abi, blocks)
     tree = tree_of(abi, out)
     if state is not None:
-        tree = Tree(state, tree.nodes, tree.leaves)
+        tree = Tree(state, tree.nodes if state.root else [], tree.leaves)
     found = Fdt(0x2000, abi.compatible, tree.state.root) if fdt is None else fdt
+    came = handover or Handover(False, "", 0)
+    areas = np.array(list(ram), np.uint64).reshape(-1, 2)
+    end = int(areas[-1, 1]) if len(areas) else 0
+    # Where nothing else is.
+    kept = list(scratch or ())
+    if scratch is None and end > abi.page_size:
+        kept = [(end - abi.page_size, abi.page_size)]
     incoming_side = None
-    if incoming is not None:
-        handed = tree_of(abi, columns(abi, incoming))
-        incoming_side = Side(Fdt(0x2000, abi.compatible, handed.state.root), handed)
+    if came.is_kho_boot:
+        handed = tree_of(abi, columns(abi, incoming or ()))
+        incoming_side = side_of(handed, Fdt(0x2000, abi.compatible, handed.state.root))
+    left = tree_of(abi, columns(abi, evidence or ())).leaves
+    if evidence is None and watched:
+        left = watched[0].outgoing.tree.leaves
     stamped = sorted(stamps, key=lambda b: b.phys)
-    stamp_chunks = [columns(abi, [b]) for b in stamped]
+    # What is known by its stamp has no key.
+    stamp_chunks = [replace(columns(abi, [b]), key=np.zeros(1, np.uint64)) for b in stamped]
     return Snapshot(
         Taken("test", f"2026-01-01T00:00:0{boot_id[-1]}Z", "by hand"),
-        Kernel(release, "#1", boot_id, tainted, list(log), PAGE_FLAGS),
+        Kernel(release, "#1", boot_id, tainted, list(log), PAGE_FLAGS, PAGE_TYPES),
         abi,
         True,
-        handover or Handover(False, "", 0),
-        np.array(list(ram), np.uint64).reshape(-1, 2),
-        np.array(list(scratch), np.uint64).reshape(-1, 2),
-        Side(found, tree, {}, [out] if len(out) else []),
+        came,
+        areas,
+        np.array(kept, np.uint64).reshape(-1, 2),
+        side_of(tree, found, [out] if len(out) else []),
         incoming_side,
-        Scan(1, 0),
+        Scan(sum(int(last - first) for first, last in areas) >> abi.page_shift, 0),
         stamp_chunks,
         Watched(watched[0].taken.time, watched[0].kernel.boot_id) if watched else None,
         list(filter(len, [columns(watched[0].abi, watched[1])])) if watched else [],
-        tree_of(abi, columns(abi, evidence)).leaves,
+        left,
+        image=KexecImage(True, True, found.phys, 1 << 20),
     )
 
 
@@ -280,14 +360,21 @@ def rich(abi: Abi = FIXED) -> Snapshot:
         tainted=1 << 5,
     )
     subtrees = [Subtree("LUO", 0x5000, 4096), Subtree("memblock", None, 7)]
-    fdt = Fdt(0x2000, abi.compatible, memory.root, subtrees, ["subtree 'memblock': a problem"])
-    blobs = {"fdt": b"\xd0\x0d\xfe\xed", "subtree LUO": bytes(range(256)) * 16}
+    raw = fdt_blob(Fdt(0x2000, abi.compatible, memory.root, subtrees))
+    fdt = parse_root_fdt(0x2000, raw)
+    blobs = {"fdt": raw, "subtree LUO": bytes(range(256)) * 16}
     # Two chunks, so that what stands between them is seen, too.
     side = Side(fdt, tree, blobs, [out[:7], out[7:]])
     return replace(facts, outgoing=side)
 
 
 # Calls
+
+
+def missing(attached: Iterable[str]) -> dict[str, str]:
+    """All functions but those that are attached, as of a kernel that has no others."""
+    every = {function.name: "not in this kernel" for function in FUNCTIONS}
+    return {name: why for name, why in every.items() if name not in {*attached}}
 
 
 @dataclass(frozen=True)

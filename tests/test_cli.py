@@ -30,7 +30,7 @@ from khoscope.columns import Leaves
 from khoscope.snapshot import Handover, Scan, Snapshot, Tree
 from khoscope.trace.record import Recorder
 from tests.command import Result, Run
-from tests.synthetic import FIXED, PLAIN, Block, rich, rich_before, snapshot
+from tests.synthetic import FIXED, PLAIN, Block, missing, rich, rich_before, snapshot
 from tests.test_trace_assemble import FRAMES, added, assembler, call, page_at, restored
 from tests.test_trace_session import CALLERS, FakeProbes
 
@@ -59,7 +59,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "plain": snapshot(PLAIN, good_blocks),
         "moved": replace(good, outgoing=replace(good.outgoing, tree=moved)),
         "after": after,
-        "unseen": replace(after, scan=Scan(100, 1)),
+        "unseen": replace(after, scan=Scan((1 << 20) - 1, 1)),
         "rich": rich(),
         "before": rich_before(),
         "fewer": snapshot(FIXED, [*good_blocks[1:], Block(5 << 28, 0)], boot_id=NEXT_BOOT),
@@ -402,8 +402,7 @@ FAILED = [call("kho_preserve_folio", call=4, args=(page_at(0x400),), ret=2**32 -
 
 def tracing() -> Tracing:
     attached = {"kho_preserve_pages": "fentry", "kho_restore_folio": "kprobe"}
-    missing = {"kho_radix_add_key": "not in this kernel"}
-    return Tracing(snapshot(FIXED, []), attached, missing, "ring buffer of 16 MiB", 50)
+    return Tracing(snapshot(FIXED, []), attached, missing(attached), "ring buffer of 16 MiB", 50)
 
 
 @pytest.fixture(scope="module")
@@ -498,7 +497,7 @@ def test_replay(run: Run, traces: dict[str, Path]) -> None:
     assert "7.2.0-test, by hand" in result.out
     assert "fentry: preserve_pages" in result.out
     assert "kprobe: restore_folio" in result.out
-    assert "left out: radix_add_key (not in this kernel)" in result.out
+    assert "left out: preserve_folio, " in result.out
     assert "ring buffer of 16 MiB" in result.out
     assert "a_client_init" in result.out
     assert "type-mismatch" in result.out

@@ -35,7 +35,7 @@ from khoscope.snapshot import Side, Snapshot
 from khoscope.trace.preservers import preservers
 from khoscope.trace.record import Recorder, load
 from tests.command import Run
-from tests.synthetic import FIXED, Block, Touch, batch_of, call_of, snapshot
+from tests.synthetic import FIXED, Block, Touch, batch_of, call_of, missing, snapshot
 
 DATA, LIST, CHUNK, SLAB, SEEN, STRANGE = (
     Block(0x40000, 4),
@@ -218,7 +218,8 @@ def recording(facts: Snapshot, path: Path) -> Path:
     with Recorder(path, facts) as recorder:
         recorder.add(batch)
         symbols = {CALLER: "client_save+0x10 [client]"}
-        recorder.finish(Tracing(facts, {}, {}, "16 MiB", 0), symbols, Losses())
+        attached = {"kho_preserve_pages": "fentry"}
+        recorder.finish(Tracing(facts, attached, missing(attached), "16 MiB", 0), symbols, Losses())
     return path
 
 

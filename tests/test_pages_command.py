@@ -392,7 +392,7 @@ def test_one_address_is_the_page_that_holds_it(run: Run) -> None:
 
 def test_a_kernel_without_types_and_an_old_file(run: Run) -> None:
     facts = snapshot(PLAIN, [Block(0x1000, page_type=BUDDY, private=3)])
-    facts = replace(facts, kernel=replace(facts.kernel, page_flags=[]))
+    facts = replace(facts, kernel=replace(facts.kernel, page_flags=[], page_types={}))
     [page] = json.loads(run(facts, "0x1000", "--json"))["runs"]
     assert page["block"]["type"] is None
     assert (page["page_type"], page["flags"]) == ("0xf0", [])

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from khoscope import store
+from khoscope import budget, store
 from khoscope.abi import BAD_ORDER
 from khoscope.calls import (
     FUNCTIONS,
@@ -40,13 +40,13 @@ from khoscope.columns import Blocks, Columns, Pages
 from khoscope.errors import KhoscopeError
 from khoscope.trace import record
 from khoscope.trace.record import Recorder, Recording, load
-from tests.synthetic import rich, rich_before
+from tests.synthetic import missing, rich, rich_before
 from tests.test_store import bytes_of, npy, rewritten, same, same_columns
 
 TRACING = Tracing(
     replace(rich_before(), watched=(), watching=None),
     {"kho_preserve_pages": "fentry", "kho_restore_folio": "kprobe"},
-    {"kho_radix_add_key": "not in this kernel"},
+    missing(("kho_preserve_pages", "kho_restore_folio")),
     "16 MiB ring buffer",
     123_456_789,
 )
@@ -280,7 +280,7 @@ def test_facts_of_a_rich_kernel(tmp_path: Path) -> None:
 
 
 def test_what_is_attached_is_said_at_the_end(tmp_path: Path) -> None:
-    tracing = replace(TRACING, attached={"kho_preserve_folio": "fentry"})
+    tracing = replace(TRACING, attached={**TRACING.attached, "kho_preserve_folio": "fentry"})
     with Recorder(tmp_path / "a.khotrace", TRACING.facts) as recorder:
         recorder.finish(tracing, {}, Losses())
     assert load(tmp_path / "a.khotrace").tracing.attached == tracing.attached
@@ -545,16 +545,28 @@ def test_pickle_in_an_array_is_not_run(whole: bytes) -> None:
 
 
 def test_bomb(whole: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "MEMBER_LIMIT", 1 << 20)
+    monkeypatch.setattr(budget, "META", 1 << 20)
+    monkeypatch.setattr(budget, "MEMBER", 1 << 20)
     for name in ("meta.json", "facts/meta.json", "calls/000000.comm.npy"):
-        file = io.BytesIO(whole)
+        file = io.BytesIO()
         with (
-            pytest.warns(UserWarning, match="Duplicate name"),
-            zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive,
+            zipfile.ZipFile(io.BytesIO(whole)) as old,
+            zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
         ):
-            archive.writestr(name, bytes(1 << 26))
+            for each in old.namelist():
+                archive.writestr(each, bytes(1 << 26) if each == name else old.read(each))
         assert len(file.getvalue()) < len(whole) + (1 << 17)
         assert "larger than any chunk" in refused(file.getvalue())
+
+
+def test_two_members_of_one_name(whole: bytes) -> None:
+    file = io.BytesIO(whole)
+    with (
+        pytest.warns(UserWarning, match="Duplicate name"),
+        zipfile.ZipFile(file, "a") as archive,
+    ):
+        archive.writestr("meta.json", b"{}")
+    assert "members of one name" in refused(file.getvalue())
 
 
 def with_meta(whole: bytes, change: Callable[[dict[str, Any]], object], name: str = "") -> bytes:
@@ -619,9 +631,9 @@ def test_symbols_without_end(whole: bytes, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_newer_schema(whole: bytes) -> None:
     for name, schema in (("", "khotrace"), ("facts/", "khosnap")):
-        newer = {"schema": f"{schema}/2", "unheard_of": {}}
+        newer = {"schema": f"{schema}/3", "unheard_of": {}}
         data = with_meta(whole, lambda meta, newer=newer: meta.update(newer), name)  # type: ignore[misc]
-        refused(data, rf"schema is {schema}/2, this .* reads up to {schema}/1")
+        refused(data, rf"schema is {schema}/3, this .* reads up to {schema}/2")
 
 
 def test_facts_of_another_kind(whole: bytes) -> None:

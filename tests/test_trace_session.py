@@ -27,7 +27,17 @@ from khoscope.trace.record import Recorder, load
 from khoscope.trace.select import Wanted
 from khoscope.trace.session import POLL, Session
 from khoscope.views.trace import JsonView, Lines
-from tests.synthetic import FIXED, PLAIN, POSTED, Block, Touch, call_of, snapshot, touches_of
+from tests.synthetic import (
+    FIXED,
+    PLAIN,
+    POSTED,
+    Block,
+    Touch,
+    call_of,
+    missing,
+    snapshot,
+    touches_of,
+)
 from tests.test_trace_assemble import (
     added,
     as_read,
@@ -314,9 +324,11 @@ class Seen:
         self.losses.append(losses)
 
 
-def tracing(facts: Snapshot | None = None, **missing: str) -> Tracing:
+def tracing(facts: Snapshot | None = None, **untraced: str) -> Tracing:
     attached = {"kho_preserve_pages": "fentry"}
-    return Tracing(facts or snapshot(FIXED, []), attached, missing, "16 MiB ring buffer", 50)
+    attached |= {} if untraced else {"kho_restore_page": "fentry"}
+    facts = facts or snapshot(FIXED, [])
+    return Tracing(facts, attached, missing(attached) | untraced, "16 MiB ring buffer", 50)
 
 
 def interrupt(number: int = signal.SIGINT) -> None:

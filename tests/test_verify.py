@@ -34,7 +34,7 @@ from khoscope.errors import KhoscopeError
 from khoscope.snapshot import Handover, KexecImage, Snapshot, TreeState
 from khoscope.views.text import WIDTH, Text
 from tests.command import Result, Run
-from tests.synthetic import FIXED, POSTED, Block, snapshot
+from tests.synthetic import FIXED, POSTED, Block, fdt_blob, snapshot
 from tests.test_image import TEXT, elf
 
 NEXT_BOOT = "00000000-0000-0000-0000-000000000002"
@@ -231,7 +231,8 @@ def test_rules_that_do_not_run_cost_nothing() -> None:
     report = check(facts, asked=Asked(frozenset({"type-not-stored", "kernel-tainted"})))
     assert report.passed
     assert report.rules == {"type-not-stored", "kernel-tainted"}
-    now = replace(facts, watching=after(BEFORE, GOOD).watching, handover=HANDED_OVER)
+    later = after(BEFORE, GOOD)
+    now = replace(facts, watching=later.watching, handover=HANDED_OVER, incoming=later.incoming)
     report = compare(BEFORE, now, asked=Asked(frozenset({"not-a-handover"})))
     assert report.rules == {"not-a-handover"}
     assert report.incomplete == []
@@ -257,7 +258,8 @@ def test_next(run: Run, saved: Saved, tmp_path: Path) -> None:
     result = run("--snapshot", saved(good), "verify", "--next", image)
     assert (result.status, result.err) == (0, "")
     assert "next kernel: 7.2.12-test, not compressed, kho-v5, luo-v5, memfd-v2" in result.out
-    other = replace(good.outgoing, fdt=replace(good.outgoing.fdt, compatible="kho-v4"))
+    fdt = replace(good.outgoing.fdt, compatible="kho-v4")
+    other = replace(good.outgoing, fdt=fdt, blobs={"fdt": fdt_blob(fdt)})
     path = saved(replace(good, outgoing=other))
     for more in ([], ["--only", "image-abi-differs"]):
         result = run("--snapshot", path, "verify", "--next", image, "--json", *more)

@@ -13,6 +13,8 @@ from .changes import Changes, changes
 from .rule import (
     ACROSS,
     EVERYTHING,
+    KEXEC,
+    NEXT,
     ONE_KERNEL,
     RULES,
     Asked,
@@ -27,6 +29,8 @@ from .run import About, Found, Report, check, check_batch, compare, end_trace, s
 __all__ = [
     "ACROSS",
     "EVERYTHING",
+    "KEXEC",
+    "NEXT",
     "ONE_KERNEL",
     "RULES",
     "About",

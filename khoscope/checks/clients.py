@@ -90,6 +90,13 @@ def broken_luo(facts: Snapshot, keys: KeySet) -> Iterator[Message]:
         yield from _session_trouble(luo)
 
 
+def malformed(luo: Luo | None) -> Iterator[str]:
+    """What of LUO could not be followed to its end, in words."""
+    if luo is not None:
+        yield from luo.problems
+        yield from (message.text for message in _session_trouble(luo))
+
+
 def _session_trouble(luo: Luo) -> Iterator[Message]:
     for session in luo.sessions:
         name = f"session {session.name!r}"
@@ -131,11 +138,11 @@ def _uncovered(facts: Snapshot, keys: KeySet, kinds: set[Kind]) -> Iterator[tupl
         covered[near] += _below(run, end[near]) - _below(run, start[near])
         first[near] = _behind(run, first[near])
     missing = end - start - covered
-    every, first, missing = (part[missing > 0] for part in (every, first, missing))
+    bare = missing > 0
     pages = np.zeros(len(side.owners), np.uint64)
     lowest = np.full(len(side.owners), np.uint64(2**64 - 1))
-    np.add.at(pages, every.owner, missing)
-    np.minimum.at(lowest, every.owner, first)
+    np.add.at(pages, every.owner[bare], missing[bare])
+    np.minimum.at(lowest, every.owner[bare], first[bare])
     for owner in np.flatnonzero(pages).tolist():
         yield owner, int(pages[owner]), int(lowest[owner]) << int(shift)
 

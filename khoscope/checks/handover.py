@@ -86,13 +86,14 @@ class Evidence:
 
     def __init__(self, before: Snapshot, after: Snapshot) -> None:
         self._left = KeySet(after.abi, after.evidence)
-        recorded = KeySet(before.abi, before.outgoing.tree.leaves)
+        #: What the old kernel had recorded.
+        self.recorded = recorded = KeySet(before.abi, before.outgoing.tree.leaves)
         row = recorded.leaf(self._left.leaves.key)
         known = row >= 0
-        was = recorded.leaves.counts()[row[known]]
+        was = recorded.counts[row[known]]
         shared = self._left.leaves.bitmap[known] & recorded.leaves.bitmap[row[known]]
         left = np.bitwise_count(shared.view(np.uint64)).sum(axis=1, dtype=np.int64)
-        known[known] = (2 * left >= was) & (self._left.leaves.counts()[known] == left)
+        known[known] = (2 * left >= was) & (self._left.counts[known] == left)
         self._believed = known
 
     def says_absent(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:

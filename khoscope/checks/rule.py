@@ -164,9 +164,11 @@ SCOPES: dict[ScopeName, Scope] = {
     "losses": Scope("(Losses) → messages", "what trace did not see"),
 }
 
-#: Scopes that every kernel has, besides "kexec"; those that take an earlier snapshot, too; those of
-#: a trace.
+#: Scopes that every kernel has; those before a kexec, and with the image of the next kernel; those
+#: that take an earlier snapshot, too; those of a trace.
 ONE_KERNEL: set[ScopeName] = {"abi", "kernel", "clients", "tree", "blocks"}
+KEXEC: set[ScopeName] = {"kexec"}
+NEXT: set[ScopeName] = {"next"}
 ACROSS: set[ScopeName] = {"handover", "pairs", "stamps"}
 TRACE: set[ScopeName] = {"calls", "touches", "losses"}
 

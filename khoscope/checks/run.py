@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import invariants
 from ..abi import BAD_ORDER, Abi
 from ..calls import NO_PHYS, Action, Batch, Calls, Losses
 from ..columns import Blocks, aligned
@@ -19,12 +21,12 @@ from ..errors import KhoscopeError
 from ..image import NextKernel
 from ..owners import Owners
 from ..snapshot import KeySet, Snapshot
-from . import blocks as blocks_rules
 from . import calls as _calls_rules  # noqa: F401 - registers its rules
-from . import clients as _clients_rules  # noqa: F401 - registers its rules
 from . import handover as handover_rules
 from . import image as _image_rules  # noqa: F401 - registers its rules
 from . import kernel as _kernel_rules  # noqa: F401 - registers its rules
+from .clients import malformed
+from .evidence import Rows, gaps
 from .inplace import InPlace
 from .rule import (
     EVERYTHING,
@@ -37,7 +39,6 @@ from .rule import (
     ScopeName,
     Severity,
     in_order,
-    of_scopes,
 )
 
 #: Findings that are kept of each rule; all are counted.
@@ -205,45 +206,36 @@ def _check(facts: Snapshot, next_kernel: NextKernel | None, about: About, asked:
     if next_kernel is not None:
         for rule, find in report.finders("next"):
             report.add_messages(rule, find(facts, next_kernel))
-    seen = [_check_tree(facts, report), _check_blocks(facts, report)]
-    moved = facts.outgoing.tree.state.moved
-    if moved and any(seen):
-        report.incomplete.append(f"{moved} blocks came or went while the tree was read")
-    report.incomplete += [f"cannot be read: {what}" for what in facts.unreadable]
+    keys = functools.cache(lambda: KeySet(facts.abi, facts.outgoing.tree.leaves))
+    _check_tree(facts, keys, report)
+    _check_blocks(facts, keys, report)
+    report.incomplete += gaps(facts, clients=bool(report.finders("clients")))
+    if about == About.KEXEC and facts.image is None and report.finders("kexec"):
+        report.incomplete.append("whether a kexec image is loaded, and with what, is not known")
     return report
 
 
-def _check_tree(facts: Snapshot, report: Report) -> bool:
-    """Run the rules that look something up in the tree; whether there are any."""
-    clients, tree = report.finders("clients"), report.finders("tree")
-    if not clients and not tree:
-        return False
-    keys = KeySet(facts.abi, facts.outgoing.tree.leaves)
-    for rule, find in clients:
-        report.add_messages(rule, find(facts, keys))
-    for rule, find in tree:
-        for blocks, marked in find(facts, keys):
+def _check_tree(facts: Snapshot, keys: Callable[[], KeySet], report: Report) -> None:
+    """Run the rules that look something up in the tree."""
+    for rule, find in report.finders("clients"):
+        report.add_messages(rule, find(facts, keys()))
+    for rule, find in report.finders("tree"):
+        for blocks, marked in find(facts, keys()):
             report.add_marked(rule, blocks, marked)
-    return True
 
 
-def _check_blocks(facts: Snapshot, report: Report) -> bool:
-    """Run the rules about blocks; whether there are any."""
+def _check_blocks(facts: Snapshot, keys: Callable[[], KeySet], report: Report) -> None:
+    """Run the rules about blocks."""
     rules = report.finders("blocks")
     if not rules:
-        return False
-    unjudged = 0
+        return
+    rows = Rows(facts, keys())
     for blocks in facts.outgoing.blocks:
-        report.blocks += len(blocks)
+        rows.add(blocks)
         for rule, find in rules:
             report.add_marked(rule, blocks, find(facts, blocks))
-        unjudged += blocks_rules.unjudged(facts, blocks)
-    if unjudged:
-        report.incomplete.append(f"the struct pages of {unjudged} blocks could not be read")
-    held = sum(int(leaves.counts().sum()) for leaves in facts.outgoing.tree.leaves)
-    if held != report.blocks:
-        report.incomplete.append(f"the tree holds {held} blocks, the facts are of {report.blocks}")
-    return True
+    report.blocks = rows.count
+    report.incomplete += rows.gaps()
 
 
 def compare(
@@ -261,16 +253,25 @@ def compare(
     report = _check(after, next_kernel, About.ARRIVAL, asked)
     for rule, find in report.finders("handover"):
         report.add_messages(rule, find(before, after))
-    unjudged = _compare_blocks(before, after, report)
+    missing = gaps(before, clients=bool(report.finders("pairs")))
+    missing += _compare_blocks(before, after, report)
     _compare_stamps(before, after, report)
-    state = before.outgoing.tree.state
-    compared = report.rules & of_scopes({"pairs", "stamps"})
-    if compared and (unjudged or state.moved or state.problem_count):
-        report.incomplete.append(
-            f"the earlier snapshot is not whole: {unjudged} blocks without struct pages, "
-            f"{state.moved} that moved, {state.problem_count} bad tree entries"
-        )
+    if bad := before.outgoing.tree.state.problem_count:
+        missing.append(f"{bad} bad tree entries")
+    missing += _malformed(before)
+    report.incomplete += [f"the earlier snapshot: {what}" for what in dict.fromkeys(missing)]
+    if after.incoming is not None and after.incoming.luo is not None:
+        report.incomplete += [f"incoming LUO: {what}" for what in after.incoming.luo.problems]
     return report
+
+
+def _malformed(before: Snapshot) -> Iterator[str]:
+    """What the earlier kernel would hand over, and could not be followed to its end."""
+    side = before.outgoing
+    yield from (f"root FDT: {what}" for what in side.fdt.problems)
+    yield from (f"LUO: {what}" for what in malformed(side.luo))
+    for area in side.vmallocs:
+        yield from (f"{area.name}: {what}" for what in area.problems)
 
 
 def _require_comparable(before: Snapshot, after: Snapshot) -> None:
@@ -290,22 +291,23 @@ def _require_comparable(before: Snapshot, after: Snapshot) -> None:
         )
 
 
-def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> int:
-    """Run the rules about what became of each block; how many nobody could judge before."""
+def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> list[str]:
+    """Run the rules about what became of each block; what is not known of it before."""
     rules = report.finders("pairs")
     if not rules:
-        return 0
+        return []
     report.fates = Counter()
     owners = Owners.of_side(before.outgoing, before.abi.page_shift)
     evidence, in_place = handover_rules.Evidence(before, after), InPlace(before)
-    unjudged = 0
+    rows, wrong = Rows(before, evidence.recorded), Counter[str]()
     for was, now in aligned(before.outgoing.blocks, after.watched):
         if len(was) != len(now) or (was.key != now.key).any():
             raise KhoscopeError(
                 "the two snapshots do not list the same recorded blocks",
                 "one of them is damaged: take the later one again",
             )
-        unjudged += blocks_rules.unjudged(before, was)
+        rows.add(was)
+        wrong += invariants.of_blocks(before.abi, now)
         pairs = handover_rules.pair(was, now, after, evidence, in_place)
         whose = owners.of(was)
         _add_fates(report, pairs.fate, whose, owners)
@@ -317,7 +319,12 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> int:
         report.incomplete.append(
             f"the pages of {report.fates['unread']} recorded blocks could not be read"
         )
-    return unjudged
+    report.incomplete += [
+        f"facts contradict each other: {count:,} recorded blocks, as they are now, {what}"
+        for what, count in wrong.items()
+    ]
+    report.incomplete += invariants.of_evidence(before, after)
+    return rows.gaps()
 
 
 def _add_fates(
@@ -351,9 +358,15 @@ def _compare_stamps(before: Snapshot, after: Snapshot, report: Report) -> None:
     if not rules:
         return
     recorded = KeySet(before.abi, before.outgoing.tree.leaves)
+    wrong = Counter[str]()
     for stamps in after.stamps:
+        wrong += invariants.of_stamps(after.abi, stamps)
         for rule, find in rules:
             report.add_marked(rule, stamps, find(before, recorded, stamps))
+    report.incomplete += [
+        f"facts contradict each other: {count:,} stamped blocks {what}"
+        for what, count in wrong.items()
+    ]
     if after.scan is None or after.scan.unread:
         unread = after.scan.unread if after.scan else "all"
         report.incomplete.append(f"{unread} struct pages could not be searched for stamps")

@@ -98,10 +98,8 @@ def _refuse(args: argparse.Namespace) -> str | None:
 
 def _possible(args: argparse.Namespace) -> frozenset[str]:
     """The rules that have something to look at."""
-    about = checks.ACROSS if args.before else {"kexec"}
-    return frozenset(
-        checks.of_scopes(checks.ONE_KERNEL | about | ({"next"} if args.next else set()))
-    )
+    scopes = checks.ONE_KERNEL | (checks.ACROSS if args.before else checks.KEXEC)
+    return frozenset(checks.of_scopes(scopes | (checks.NEXT if args.next else set())))
 
 
 def _wanted(args: argparse.Namespace, possible: frozenset[str]) -> frozenset[str]:

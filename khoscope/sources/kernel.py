@@ -27,7 +27,7 @@ from drgn.helpers.linux.mmzone import for_each_online_pgdat
 from drgn.helpers.linux.module import for_each_module
 from drgn.helpers.linux.printk import get_printk_records
 
-from .. import __version__, btf
+from .. import __version__, btf, budget
 from ..abi import COMPATIBLES_WITHOUT_TYPES, POSTED_TYPE_SHIFT, U64, Abi, Stamp
 from ..clients import Kind, Liveupdate, Owner
 from ..columns import Blocks, Columns, Leaves
@@ -48,7 +48,7 @@ from ..snapshot import (
     Tree,
     Watched,
 )
-from ..store import BLOB_LIMIT, BLOBS_SIZE, spool
+from ..store import spool
 from .clients import with_clients, with_vm_structs
 from .follow import Following
 from .pages import PageLayout, PageReader
@@ -624,7 +624,7 @@ class KernelSource:
                 np.array([min(subtree.phys + subtree.size, 2**64 - 1)], np.uint64),
             )
             if in_ranges(self.ram, *span)[0]:
-                kept = min(subtree.size, BLOB_LIMIT, BLOBS_SIZE - sum(map(len, blobs.values())))
+                kept = min(subtree.size, budget.BLOB, budget.BLOBS - sum(map(len, blobs.values())))
                 data = self.read_phys(subtree.phys, kept)
                 if data:
                     blobs[f"subtree {subtree.name}"] = data

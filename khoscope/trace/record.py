@@ -249,10 +249,14 @@ def load(path: Path) -> Recording:
 
 def _load(file: IO[bytes], name: str) -> Recording:
     archive = store.Archive(file, name, RECORDING)
-    meta = archive.meta(RECORDING, _Meta)
+    meta, _ = archive.meta(RECORDING, _Meta, {})
     with archive.damage():
         _check(meta)
         symbols = {_address(text): symbol for text, symbol in meta.symbols.items()}
+    archive.require_members(
+        {"meta.json", *(n for n in archive.names() if n.startswith("facts/"))},
+        dict.fromkeys(("batches", "calls", "touches"), meta.chunks),
+    )
     facts = store.get(archive.under("facts"))
     return Recording(
         Tracing(facts, meta.attached, meta.missing, meta.buffer, meta.started),
@@ -273,6 +277,8 @@ def _check(meta: _Meta) -> None:
         raise ValueError("meta.json: other functions")
     if not NUMBERS.keys() >= {*meta.attached, *meta.missing}:
         raise ValueError("meta.json: functions that khoscope does not trace")
+    if {*meta.functions} - {*meta.attached} - {*meta.missing} or not meta.attached:
+        raise ValueError("meta.json: functions of which it does not say whether they were traced")
     if not {"fentry", "kprobe"} >= {*meta.attached.values()}:
         raise ValueError("meta.json: functions that are attached in no way that khoscope knows")
     if len(meta.symbols) > MOST_SYMBOLS:

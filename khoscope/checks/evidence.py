@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+What a snapshot does not show: nothing passes while there is any of it.
+
+The same is asked of the one snapshot that is judged, and of both sides of a kexec.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from .. import invariants, serialized
+from ..abi import COMPATIBLES
+from ..clients import Luo
+from ..columns import Blocks
+from ..fdt import MAGIC, compatible_of
+from ..snapshot import KeySet, Side, Snapshot
+from . import blocks as blocks_rules
+
+
+def gaps(facts: Snapshot, clients: bool) -> list[str]:
+    """
+    What is not known of a kernel, in words, as far as single facts tell.
+
+    :param clients: whether what clients own matters, too.
+    """
+    found = [f"cannot be read: {what}" for what in facts.unreadable]
+    found += [f"not recorded by khoscope {facts.taken.khoscope}: {w}" for w in facts.unrecorded]
+    every = [*facts.contradictions, *invariants.contradictions(facts)]
+    every += invariants.of_claims(facts) if clients else ()
+    found += [f"facts contradict each other: {what}" for what in every]
+    found += _off(facts)
+    for which, side in (("outgoing", facts.outgoing), ("incoming", facts.incoming)):
+        if side is not None:
+            found += [f"{which} {what}" for what in _unknown(side)]
+    return list(dict.fromkeys(found))
+
+
+def _off(facts: Snapshot) -> Iterator[str]:
+    if not facts.kho_enable or not facts.outgoing.tree.state.root:
+        yield "KHO is off, or has no tree: there is nothing to judge"
+    elif not len(facts.scratch):
+        yield "KHO is on, and where its scratch areas are is not known"
+
+
+def _unknown(side: Side) -> Iterator[str]:
+    """What is handed over in a form that khoscope does not know, or that could not be read."""
+    fdt = side.fdt
+    if fdt.phys and "fdt" not in side.blobs:
+        yield "root FDT: it could not be read"
+    elif fdt.compatible is not None and fdt.compatible not in COMPATIBLES:
+        yield f"root FDT: {fdt.compatible!r} is an ABI that khoscope does not know"
+    there = {subtree.name for subtree in fdt.subtrees}
+    luo = side.luo
+    if luo is None:
+        if serialized.LUO in there:
+            yield "LUO: what it hands over was not looked at"
+    elif luo.raw is not None or luo.compatible is None:
+        yield f"LUO: {_named(luo.compatible)}: its sessions were not looked at"
+    else:
+        yield from _unknown_files(luo)
+    for name, known in serialized.SUBTREE_COMPATIBLES.items():
+        blob = side.blobs.get(f"subtree {name}")
+        if blob is None or name not in there:
+            continue
+        says = compatible_of(blob) if blob.startswith(MAGIC) else None
+        if says != known:
+            yield f"subtree {name}: {_named(says)}: not looked at"
+    yield from _unknown_metadata(side)
+
+
+def _named(compatible: str | None) -> str:
+    if compatible is None:
+        return "its ABI could not be read"
+    return f"{compatible!r} is an ABI that khoscope does not know"
+
+
+def _unknown_files(luo: Luo) -> Iterator[str]:
+    handlers = Counter(file.handler for session in luo.sessions for file in session.files)
+    for handler, count in handlers.items():
+        if handler != serialized.MEMFD_COMPATIBLE:
+            yield f"LUO: {count:,} files of handler {handler!r}: their memory was not looked at"
+
+
+def _unknown_metadata(side: Side) -> Iterator[str]:
+    raw = side.blobs.get(f"subtree {serialized.KEXEC_METADATA}")
+    if raw is None:
+        return
+    version = int.from_bytes(raw[:4], "little")
+    if version != serialized.KEXEC_METADATA_VERSION:
+        yield f"{serialized.KEXEC_METADATA}: version {version}, khoscope knows another"
+
+
+class Rows:
+    """
+    What is not known of the blocks of a kernel's tree, chunk by chunk.
+
+    :param keys: of the outgoing tree.
+    """
+
+    def __init__(self, facts: Snapshot, keys: KeySet) -> None:
+        self._facts = facts
+        self._keys = keys
+        self._wrong: Counter[str] = Counter()
+        self._unjudged = self._strange = 0
+        self.count = 0
+
+    def add(self, blocks: Blocks) -> None:
+        """The next chunk."""
+        self.count += len(blocks)
+        self._unjudged += blocks_rules.unjudged(self._facts, blocks)
+        self._wrong += invariants.of_blocks(self._facts.abi, blocks)
+        self._strange += int((~self._keys.contains(blocks.key)).sum())
+
+    def gaps(self) -> list[str]:
+        """What there was, in words."""
+        facts = self._facts
+        found = [
+            f"facts contradict each other: {count:,} blocks {what}"
+            for what, count in self._wrong.items()
+        ]
+        if self._strange:
+            found.append(f"facts contradict each other: {self._strange:,} blocks are in no leaf")
+        if self._unjudged:
+            found.append(f"the struct pages of {self._unjudged} blocks could not be read")
+        moved = facts.outgoing.tree.state.moved
+        if moved:
+            found.append(f"{moved} blocks came or went while the tree was read")
+        held = int(self._keys.counts.sum())
+        if held != self.count:
+            found.append(f"the tree holds {held} blocks, the facts are of {self.count}")
+        tree = invariants.of_tree(facts, facts.outgoing, self._keys)
+        return found + [f"facts contradict each other: tree: {what}" for what in tree]

@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+What the facts of any snapshot have in common: where they say a thing twice, both say the same.
+
+Facts that do not add up were forged, damaged, or read wrongly; whichever it was, nothing may pass
+on the strength of them.  This is asked when a file is opened and when facts are judged, read live
+or not, and says which facts contradict each other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import serialized
+from .abi import BAD_ORDER, NO_TYPE, Abi
+from .clients import Kind, Luo, LuoFile, LuoSession, Memfd, Owner, Vmalloc
+from .columns import Blocks, Pages
+from .fdt import kho_test_folios, parse_root_fdt, reserve_mem_areas
+from .owners import claimed
+from .snapshot import KexecImage, KeySet, Side, Snapshot, in_ram
+
+#: How ``--type-shift`` shows in ``Abi.decided``.
+OVERRIDDEN: Final = "--type-shift"
+
+
+def contradictions(facts: Snapshot) -> Iterator[str]:
+    """Single facts that contradict each other, in words."""
+    yield from _abi(facts.abi)
+    yield from _kernel(facts)
+    yield from _memory(facts)
+    if facts.image is not None:
+        yield from _image(facts.image, facts.outgoing.fdt.phys)
+    for which, side in (("outgoing", facts.outgoing), ("incoming", facts.incoming)):
+        if side is not None:
+            yield from (f"{which} {said}" for said in _side(side, side is facts.outgoing))
+
+
+def _abi(abi: Abi) -> Iterator[str]:
+    usual = Abi.for_page_shift(abi.page_shift)
+    for name in ("order_0_log2", "table_size_log2", "bitmap_size_log2", "tree_max_depth"):
+        says, fits = getattr(abi, name), getattr(usual, name)
+        if says != fits:
+            yield f"ABI: {name} is {says}, pages of {abi.page_size} bytes make it {fits}"
+    stamp, said = abi.stamp, abi.decided.get("KHO_KEY_TYPE_SHIFT")
+    if (abi.type_shift is None) != (stamp.type_shift is None) and said != OVERRIDDEN:
+        yield f"ABI: keys have their type at bit {abi.type_shift}, stamps at {stamp.type_shift}"
+    typed = 0 if stamp.type_shift is None else 1
+    fits_below = stamp.order_bits + typed <= stamp.magic_shift
+    if not fits_below or stamp.type_shift not in (None, stamp.order_bits):
+        yield f"ABI: a stamp's order, type and magic overlap ({stamp})"
+
+
+def _kernel(facts: Snapshot) -> Iterator[str]:
+    kernel, came = facts.kernel, facts.handover
+    if not kernel.release or not kernel.page_flags or not kernel.page_types:
+        yield "the kernel has no release, or no names for page flags and types"
+    if came.is_kho_boot != (facts.incoming is not None):
+        yield f"a KHO boot: {came.is_kho_boot}, but there is {_there(facts.incoming)} incoming side"
+    if not came.is_kho_boot and (came.previous_release or came.kexec_count):
+        yield "not a KHO boot, but there is a kernel that handed over, or a count of kexecs"
+    if facts.incoming is not None:
+        yield from _metadata(facts, facts.incoming)
+    if facts.abi.compatible != facts.outgoing.fdt.compatible:
+        yield (
+            f"the ABI's compatible is {facts.abi.compatible!r}, the root FDT's "
+            f"{facts.outgoing.fdt.compatible!r}"
+        )
+    if facts.liveupdate is None and facts.outgoing.luo is not None:
+        yield "LUO hands something over, and the kernel has no LUO"
+
+
+def _there(what: object) -> str:
+    return "no" if what is None else "an"
+
+
+def _metadata(facts: Snapshot, side: Side) -> Iterator[str]:
+    """``struct kho_kexec_metadata``, and what the kernel has taken of it."""
+    layout = serialized.KHO_KEXEC_METADATA
+    raw = side.blobs.get(f"subtree {serialized.KEXEC_METADATA}", b"")
+    if len(raw) < layout.itemsize:
+        return
+    found = serialized.one(layout, raw)
+    if int(found["version"]) != serialized.KEXEC_METADATA_VERSION:
+        return
+    release, count = serialized.text(bytes(found["previous_release"])), int(found["kexec_count"])
+    came = facts.handover
+    if (came.previous_release, came.kexec_count) != (release, count):
+        yield (
+            f"handed over by {came.previous_release!r}, kexec {came.kexec_count}: "
+            f"{serialized.KEXEC_METADATA} says {release!r}, {count}"
+        )
+
+
+def _memory(facts: Snapshot) -> Iterator[str]:
+    ram, shift = facts.ram, facts.abi.page_shift
+    if not len(ram) or (ram[:, 0] >= ram[:, 1]).any() or (ram[1:, 0] < ram[:-1, 1]).any():
+        yield "RAM: its ranges are none, empty, or not in order"
+        return
+    areas, free = facts.scratch.tolist(), facts.scratch_free
+    if any(size and not in_ram(ram, phys, size) for phys, size in areas):
+        yield "scratch: an area is not in RAM"
+    if free and len(free) != len(areas):
+        yield f"scratch: {len(areas)} areas, and of {len(free)} how much is free"
+    elif any(
+        n is not None and n > size >> shift for n, (_, size) in zip(free, areas, strict=False)
+    ):
+        yield "scratch: more pages of an area are free than it has"
+    if facts.scan is not None:
+        looked, pages = facts.scan.scanned + facts.scan.unread, ram_pages(facts)
+        if looked != pages:
+            yield f"the search for stamps looked at {looked:,} struct pages, RAM has {pages:,}"
+
+
+def ram_pages(facts: Snapshot) -> int:
+    """Whole pages of RAM: those that have a struct page of the page allocator's."""
+    shift = facts.abi.page_shift
+    return sum(max((end >> shift) - -(-first >> shift), 0) for first, end in facts.ram.tolist())
+
+
+def _image(image: KexecImage, fdt: int) -> Iterator[str]:
+    if image.kho_fdt and image.kho_fdt != fdt:
+        yield f"the kexec image is handed the FDT at {image.kho_fdt:#x}, KHO's is at {fdt:#x}"
+    if image.loaded != (image.size > 0) or (not image.loaded and image.kho_fdt):
+        yield f"a kexec image is loaded: {image.loaded}, of {image.size:,} bytes"
+
+
+def _side(side: Side, outgoing: bool) -> Iterator[str]:
+    state, fdt = side.tree.state, side.fdt
+    if len(state.problems) > state.problem_count or (state.problem_count and not state.problems):
+        yield f"tree: {state.problem_count} bad entries, {len(state.problems)} are listed"
+    if not fdt.phys and not outgoing:
+        yield "root FDT: it was handed over, and is nowhere"
+    if fdt.phys and fdt != parse_root_fdt(fdt.phys, side.blobs.get("fdt")):
+        yield "root FDT: its bytes say something else than what was recorded of it"
+    yield from _blobs(side)
+    if side.luo is not None:
+        yield from (f"LUO: {said}" for said in _luo(side, side.luo, outgoing))
+
+
+def _blobs(side: Side) -> Iterator[str]:
+    known = {f"subtree {s.name}": s.size for s in side.fdt.subtrees}
+    for name, blob in side.blobs.items():
+        if name == "fdt":
+            continue
+        size = known.get(name)
+        if size is None or len(blob) > size:
+            yield f"{name}: {len(blob):,} bytes were kept, the root FDT has {size or 0:,}"
+
+
+def _luo(side: Side, luo: Luo, outgoing: bool) -> Iterator[str]:
+    named = {s.name: s.phys for s in side.fdt.subtrees}
+    if named.get(serialized.LUO) != luo.phys:
+        yield f"struct luo_ser at {luo.phys:#x}, the root FDT does not have it there"
+    raw = side.blobs.get(f"subtree {serialized.LUO}", b"")
+    if outgoing and luo.raw is None and len(raw) >= serialized.LUO_SER.itemsize:
+        ser = serialized.one(serialized.LUO_SER, raw)
+        says = serialized.text(bytes(ser["compatible"])), int(ser["liveupdate_num"])
+        if not luo.problems and says != (luo.compatible, luo.liveupdate_num):
+            yield f"{luo.compatible}, live update {luo.liveupdate_num}: its bytes say {says}"
+    if luo.raw is not None and (luo.sessions or luo.flbs):
+        yield "sessions of an ABI that is not known"
+    names = Counter(session.name for session in luo.sessions)
+    if names and max(names.values()) > 1:
+        yield "two sessions of one name"
+    for session in luo.sessions:
+        yield from (f"session {session.name!r}: {said}" for said in _session(session))
+
+
+def _session(session: LuoSession) -> Iterator[str]:
+    if session.count != len(session.files) and not session.problems:
+        yield f"counts {session.count} files, {len(session.files)} are listed"
+    if len({file.token for file in session.files}) < len(session.files):
+        yield "two files with one token"
+    for file in session.files:
+        yield from (f"token {file.token:#x}: {said}" for said in _file(file))
+
+
+def _file(file: LuoFile) -> Iterator[str]:
+    known = file.handler == serialized.MEMFD_COMPATIBLE and not file.retrieve_status
+    if file.memfd is None:
+        if known and not file.problems:
+            yield "a memfd of which nothing was recorded"
+        return
+    if not known:
+        yield f"a memfd under the handler {file.handler!r}"
+    if file.memfd.phys != file.data:
+        yield f"its memfd_luo_ser is at {file.memfd.phys:#x}, its data at {file.data:#x}"
+    yield from _memfd(file.memfd)
+
+
+def _memfd(memfd: Memfd) -> Iterator[str]:
+    if (memfd.folios is None) != (memfd.nr_folios == 0):
+        yield f"{memfd.nr_folios} folios, and {_there(memfd.folios)} list of them"
+    if memfd.problems:
+        return
+    if memfd.size and (not memfd.nr_folios or not memfd.pages):
+        yield f"{memfd.size:,} bytes in {memfd.nr_folios} folios, {memfd.pages} pages"
+    if memfd.pages < memfd.nr_folios:
+        yield f"{memfd.nr_folios:,} folios with {memfd.pages:,} pages"
+
+
+def of_claims(facts: Snapshot) -> Iterator[str]:
+    """What the structures of clients lead to, against what they say of it, in words."""
+    for which, side in (("outgoing", facts.outgoing), ("incoming", facts.incoming)):
+        if side is not None:
+            said = _claims(facts, side, side is facts.outgoing)
+            yield from (f"{which} {what}" for what in said)
+
+
+def _claims(facts: Snapshot, side: Side, outgoing: bool) -> Iterator[str]:
+    size = facts.abi.page_size
+    named: Counter[tuple[Kind, str]] = Counter()
+    data: Counter[tuple[str | None, int | None]] = Counter()
+    for owner, has in claimed(side):
+        named[owner.kind, owner.name] += has
+        if owner.kind == Kind.MEMFD:
+            data[owner.session, owner.token] += has
+        if not has:
+            yield f"{owner} owns nothing"
+    # Without any owner nobody has looked for them.
+    for owner in _expected(facts, side) if side.owners else ():
+        if not named[owner.kind, owner.name]:
+            yield f"nothing is recorded of the memory of {owner}"
+    for area in side.vmallocs:
+        yield from (f"{area.name}: {said}" for said in _vmalloc(area, size, named))
+    listed = {(area.name, area.phys) for area in side.vmallocs}
+    for session, file, memfd in _memfds(side):
+        name = f"session {session.name!r}, token {file.token:#x}"
+        if memfd.folios and (memfd.folios.name, memfd.folios.phys) not in listed:
+            yield f"{name}: its list of folios is no vmalloc area"
+        has = data[session.name, file.token]
+        if has != memfd.pages * size:
+            yield f"{name}: {memfd.pages:,} pages, and {has:,} bytes are recorded"
+    folios = kho_test_folios(side.blobs) if outgoing else None
+    if folios and not {int(folios[0]["first"])} & {area.first for area in side.vmallocs}:
+        yield "kho_test: its list of folios is no vmalloc area"
+
+
+def _expected(facts: Snapshot, side: Side) -> Iterator[Owner]:
+    """Owners that there must be, by what leads to their memory."""
+    if side.fdt.phys:
+        yield Owner(Kind.FDT, "root FDT")
+    for subtree in side.fdt.subtrees:
+        if subtree.phys and subtree.size and in_ram(facts.ram, subtree.phys, subtree.size):
+            yield Owner(Kind.SUBTREE, f"subtree {subtree.name}")
+    for name, _, _ in reserve_mem_areas(side.blobs):
+        yield Owner(Kind.RESERVE_MEM, f"reserve_mem {name}")
+    for session, file, _ in _memfds(side):
+        name = f"memfd {file.token:#x} of session {session.name}: memfd_luo_ser"
+        yield Owner(Kind.FILE, name)
+
+
+def _memfds(side: Side) -> Iterator[tuple[LuoSession, LuoFile, Memfd]]:
+    for session in side.luo.sessions if side.luo else ():
+        for file in session.files:
+            if file.memfd is not None:
+                yield session, file, file.memfd
+
+
+def _vmalloc(area: Vmalloc, size: int, sums: Counter[tuple[Kind, str]]) -> Iterator[str]:
+    if area.problems:
+        return
+    if area.listed != area.total_pages or (area.total_pages and not area.chunks):
+        yield f"{area.total_pages} pages, {area.listed} in {area.chunks} chunks"
+    for kind, pages in ((Kind.VMALLOC_CHUNK, area.chunks), (Kind.VMALLOC_PAGE, area.listed)):
+        if sums[kind, area.name] != pages * size:
+            yield f"{pages:,} {kind}s, they have {sums[kind, area.name]:,} bytes"
+
+
+# -- columns --------------------------------------------------------------------------------------
+
+Rows = Callable[[Abi, Blocks], NDArray[np.bool_]]
+
+
+def _other_key(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
+    phys, order, types = abi.kho_radix_decode_keys(blocks.key)
+    return (phys != blocks.phys) | (order != blocks.order) | (types != blocks.type)
+
+
+def _other_stamp(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
+    private = blocks.facts.private
+    types = abi.stamp.type(private) if abi.has_types else np.full(len(blocks), NO_TYPE, np.int8)
+    order = abi.stamp.order(private)
+    nonsense = blocks.order == BAD_ORDER
+    other = ~nonsense & (order != blocks.order) | (types != blocks.type)
+    return ~abi.stamp.is_stamp(private) | other | (blocks.key != 0)
+
+
+def _not_all_pages(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
+    pages = blocks.facts
+    seen = pages.zeros.astype(np.uint64) + pages.ones + pages.others + pages.unread
+    count = blocks.page_count
+    # The head has no column of its own among them, unless it is unread, too.  What is counted as
+    # unread beyond all memory has an end.
+    head_unread = (pages.unread > 0) & (seen == count)
+    endless = pages.unread >= np.uint32(1 << 31)
+    whole = (seen + np.uint64(1) == count) | head_unread | endless
+    return (blocks.order != BAD_ORDER) & ~whole | (blocks.order == BAD_ORDER) & (seen > 0)
+
+
+def _more_than_all(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
+    pages, count = blocks.facts, blocks.page_count
+    # A head may be of any order: a folio that was resized, or memory that holds anything.
+    compound = pages.compound < Pages.COMPOUND_TAIL
+    return compound | (pages.free > count) | ((pages.odd > 0) & (pages.odd >= count))
+
+
+def _other_odd(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
+    pages = blocks.facts
+    tails = pages.zeros.astype(np.int64) + pages.ones + pages.others
+    alike = (pages.zeros == tails) | (pages.ones == tails)
+    mixed = ~alike & (pages.others != tails)
+    wrong = np.where(pages.odd > 0, alike | (pages.odd < 2), mixed)
+    return wrong & (pages.unread == 0)
+
+
+_PAGES: Final[dict[str, Rows]] = {
+    "have other pages than their order says": _not_all_pages,
+    "have more free or odd pages than pages": _more_than_all,
+    "have a first odd page, and no odd pages, or the other way round": _other_odd,
+}
+_KEYS: Final[dict[str, Rows]] = {"are not what their keys say": _other_key, **_PAGES}
+_STAMPS: Final[dict[str, Rows]] = {"are not what their stamps say": _other_stamp, **_PAGES}
+
+
+def of_blocks(abi: Abi, blocks: Blocks) -> Counter[str]:
+    """How many blocks of a tree have facts that contradict each other, by what is said of them."""
+    return _counted(_KEYS, abi, blocks)
+
+
+def of_stamps(abi: Abi, stamps: Blocks) -> Counter[str]:
+    """The same of stamped blocks."""
+    return _counted(_STAMPS, abi, stamps)
+
+
+def _counted(what: dict[str, Rows], abi: Abi, blocks: Blocks) -> Counter[str]:
+    found = {said: int(wrong(abi, blocks).sum()) for said, wrong in what.items()}
+    return Counter({said: count for said, count in found.items() if count})
+
+
+def of_tree(facts: Snapshot, side: Side, keys: KeySet) -> Iterator[str]:
+    """
+    What the nodes of a tree say of the leaves, and of each other.
+
+    :param keys: of the side's leaves.
+    """
+    state, depth = side.tree.state, facts.abi.tree_max_depth
+    nodes, used = np.zeros(depth, np.int64), np.zeros(depth, np.int64)
+    other = 0
+    first = True
+    for chunk in side.tree.nodes:
+        if (chunk.level >= depth).any():
+            yield f"nodes above level {depth - 1}"
+            return
+        if first and (int(chunk.phys[0]), int(chunk.level[0])) != (state.root, depth - 1):
+            yield f"the root is at {state.root:#x}, the first node at {int(chunk.phys[0]):#x}"
+        first = False
+        np.add.at(nodes, chunk.level, 1)
+        np.add.at(used, chunk.level, chunk.used)
+        leaves = chunk[(chunk.level == 0) & (chunk.used > 0)]
+        row = keys.leaf(leaves.key)
+        there = row >= 0
+        counts = keys.counts[row[there]]
+        other += int((~there).sum()) + int((counts != leaves.used[there]).sum())
+    if state.root and first:
+        yield f"the root is at {state.root:#x}, and there is no node"
+    if state.moved:
+        # What moved is in the one and not in the other.
+        return
+    held = int(keys.counts.sum())
+    if other or int(used[0]) != held:
+        yield f"the leaves hold {held:,} blocks, the nodes say {int(used[0]):,}"
+    if not state.problem_count and (used[1:] != nodes[:-1]).any():
+        yield "tables have more or fewer entries than there are nodes below them"
+
+
+def of_evidence(before: Snapshot, after: Snapshot) -> Iterator[str]:
+    """Leaves of the earlier tree that were not read again, in the later snapshot."""
+    wanted = 0
+    size = after.abi.page_size
+    for nodes in before.outgoing.tree.nodes:
+        leaves = nodes[(nodes.level == 0) & (nodes.used > 0)]
+        wanted += sum(
+            in_ram(after.ram, phys, size) and phys % size == 0 for phys in leaves.phys.tolist()
+        )
+    found = sum(map(len, after.evidence))
+    if found < wanted:
+        yield f"of {wanted:,} leaves of the earlier tree {found:,} were read again"
