@@ -208,7 +208,7 @@ def test_all_that_is_kept_can_be_stored() -> None:
     for start in range(0, size, per_session):
         part = entries[start : start + per_session]
         head = machine.blocks(LUO_FILE_SER, part)[0]
-        sessions.append(session_ser(b"\xff" * 64, head, len(part)))
+        sessions.append(session_ser(b"\xff" * 59 + b"%05d" % start, head, len(part)))
     following = machine.following()
     serialized = Serialized(following)
     found = serialized.sessions(machine.blocks(LUO_SESSION_SER, sessions)[0])
