@@ -313,3 +313,20 @@ def test_any_flbs(number: int, pages: int, count: int, away: int) -> None:
     found = serialized.flbs((ser + away) % 2**64)
     assert found or serialized.problems or count == 0 or away
     bound(machine, following, Luo(DATA, "luo-v5", flbs=found, problems=serialized.problems))
+
+
+# What is there twice
+
+
+def test_a_session_and_a_token_that_are_there_twice() -> None:
+    """Names and tokens are what tells them apart: the second is left out, with all it leads to."""
+    machine = Machine()
+    handler = b"vfio-v9"
+    (files,) = machine.blocks(LUO_FILE_SER, [file_ser(0, t, handler) for t in (7, 8, 7)])
+    more = machine.blocks(LUO_FILE_SER, [file_ser(0, 9, handler)])
+    entries = [session_ser(b"a", files, 3), session_ser(b"a", more[0], 1)]
+    (head,) = machine.blocks(LUO_SESSION_SER, entries)
+    ((session,), problems) = read(Handed(machine, head, []))
+    assert problems == ["session name 'a' is there twice"]
+    assert [file.token for file in session.files] == [7, 8]
+    assert session.problems == ["token 0x7 is there twice"]

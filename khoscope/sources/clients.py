@@ -15,7 +15,7 @@ from drgn.helpers.linux.mm import for_each_vmap_area
 from ..abi import U64, Abi
 from ..clients import Kind, Luo, Owner
 from ..owners import UNKNOWN, Owners
-from ..serialized import LUO, LUO_COMPATIBLE
+from ..serialized import LUO
 from ..snapshot import KeySet, Side
 from .follow import Following
 from .luo import Handed, read_incoming, read_outgoing, unknown
@@ -75,7 +75,7 @@ def _luo(
         return read_outgoing(at.prog, following, handed, at.moves)
     # One kernel writes and takes the same ABI.
     its = outgoing.luo
-    if its is not None and its.compatible not in (None, LUO_COMPATIBLE):
+    if its is not None and its.raw is not None:
         return unknown(following, handed), []
     return read_incoming(at.prog, following, handed, at.moves)
 

@@ -264,7 +264,7 @@ class KernelSource:
             )
         facts = spool(facts)
         if lost.value:
-            reading.cannot(f"{lost.value:,} pages where recorded leaves were")
+            reading.cannot(f"{lost.value:,} of the pages where the earlier snapshot's leaves were")
         result = scan.result() if stamps else None
         return replace(facts, scan=result, unreadable=list(reading.unreadable))
 
