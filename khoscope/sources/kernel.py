@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
-from drgn import FaultError, Object, Program, TypeKind, offsetof
+from drgn import BadDataError, FaultError, Object, Program, TypeKind, offsetof
 from drgn.helpers.linux.kallsyms import module_kallsyms
 from drgn.helpers.linux.mm import follow_phys, virt_to_phys
 from drgn.helpers.linux.module import for_each_module
@@ -84,7 +84,7 @@ def told() -> Iterator[None]:
     """
     try:
         yield
-    except FaultError as error:
+    except (FaultError, BadDataError) as error:
         raise KhoscopeError(
             f"kernel memory cannot be read ({error})",
             "a vmcore must be whole and hold all kernel pages (makedumpfile -d 23 keeps them); "
