@@ -8,18 +8,24 @@ version, stays bytes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
 
 from . import serialized
+from .abi import U64
 from .clients import Vmalloc
-from .fdt import MAGIC, DeviceTree, Node, Property, Unreadable, read
+from .fdt import MAGIC, DeviceTree, Node, Problems, Property, Unreadable, read
 from .serialized import KHO_VMALLOC, KHO_VMALLOC_FLAGS
 from .snapshot import KeySet, Side, Snapshot, Subtree
+
+#: Bytes of FDTs that are decoded of all subtrees together: a hostile one takes its time.
+DECODED: Final = 4 << 20
 
 #: Counts are numbers, addresses and patterns of bits are "0x…", structures are dicts.
 Value = int | str | list[str] | dict[str, "Value"]
@@ -136,6 +142,7 @@ class Blobs:
         self._side = side
         self._outgoing = outgoing
         self._keys = KeySet(facts.abi, side.tree.leaves)
+        self._times = Counter(subtree.name for subtree in side.fdt.subtrees)
 
     def root(self) -> Blob:
         """The root FDT."""
@@ -193,7 +200,7 @@ class Blobs:
             return None, ["the root FDT does not say where it is, or how large"]
         if size == 0:
             return None, ["empty: blob-size is 0"]
-        if sum(subtree.name == other.name for other in self._side.fdt.subtrees) > 1:
+        if self._times[subtree.name] > 1:
             return None, ["not the only subtree of this name: which bytes are whose is not known"]
         raw = self._side.blobs.get(f"subtree {subtree.name}")
         if raw is None:
@@ -205,7 +212,33 @@ class Blobs:
         return raw, []
 
     def _in_ram(self, phys: int, size: int) -> bool:
-        return any(first <= phys and phys + size <= end for first, end in self._facts.ram.tolist())
+        # Out of a file, these may be any numbers.
+        if not 0 <= phys < phys + size <= 1 << 64:
+            return False
+        starts, reach = self._ram
+        at = int(np.searchsorted(starts, np.uint64(phys), "right")) - 1
+        return at >= 0 and phys + size <= int(reach[at])
+
+    @cached_property
+    def _ram(self) -> tuple[U64, U64]:
+        """Where ranges of RAM begin, sorted, and how far those that begin up to there reach."""
+        ranges = self._facts.ram[np.argsort(self._facts.ram[:, 0], kind="stable")]
+        return ranges[:, 0], np.maximum.accumulate(ranges[:, 1])
+
+    @cached_property
+    def _decoded(self) -> frozenset[str]:
+        """The subtrees whose FDTs are decoded: the first ones, as far as DECODED reaches."""
+        names: list[str] = []
+        left = DECODED
+        for subtree in self._side.fdt.subtrees:
+            raw = self._side.blobs.get(f"subtree {subtree.name}")
+            if raw is None or self._times[subtree.name] > 1 or not _is_fdt(subtree.name, raw):
+                continue
+            left -= len(raw)
+            if left < 0:
+                break
+            names.append(subtree.name)
+        return frozenset(names)
 
     def _preserved(self, phys: int | None, size: int | None) -> bool | None:
         if phys is None or not size:
@@ -214,9 +247,11 @@ class Blobs:
         return covered if covered or self._outgoing else None
 
     def _decode(self, blob: Blob, raw: bytes) -> Blob:
-        # What is an FDT is shown as one, whatever its name: LUO's blob was one once.
-        if raw.startswith(MAGIC) or blob.name in (serialized.MEMBLOCK, serialized.KHO_TEST):
-            return self._fdt(blob, raw)
+        if _is_fdt(blob.name, raw):
+            if blob.name in self._decoded:
+                return self._fdt(blob, raw)
+            problem = f"not decoded: more than {DECODED >> 20} MiB of FDTs in all"
+            return replace(blob, problems=[*blob.problems, problem])
         known = _STRUCTURES.get(blob.name or "")
         return _structure(blob, raw, known) if known else blob
 
@@ -228,7 +263,10 @@ class Blobs:
         found = tree.root.property("compatible")
         compatible = "" if found is None else serialized.text(found.value)
         known = _PROPERTIES.get(compatible, {})
-        problems = [*blob.problems, *tree.problems, *_odd(tree.root, known)]
+        odd = Problems()
+        for each in _odd(tree.root, known):
+            odd.add(each)
+        problems = [*blob.problems, *tree.problems, *odd.all()]
         if not known and blob.name in (serialized.MEMBLOCK, serialized.KHO_TEST):
             problems.append(f"compatible {compatible!r} is not known: values as they stand")
         return replace(
@@ -244,12 +282,19 @@ class Blobs:
         for path, found in _properties(root):
             if known.get(found.name) == KHO_VMALLOC == _layout(known, found):
                 desc = serialized.one(KHO_VMALLOC, found.value)
-                chains = (
-                    chain
-                    for chain in self._side.vmallocs
-                    if (chain.first, chain.total_pages) == (desc["first"], desc["total_pages"])
-                )
-                yield Area(path, fields(KHO_VMALLOC, found.value), next(chains, None))
+                chain = self._chains.get((int(desc["first"]), int(desc["total_pages"])))
+                yield Area(path, fields(KHO_VMALLOC, found.value), chain)
+
+    @cached_property
+    def _chains(self) -> dict[tuple[int, int], Vmalloc]:
+        """The vmalloc areas that were followed, by where they begin and their pages."""
+        first_comes_last = reversed(self._side.vmallocs)
+        return {(chain.first, chain.total_pages): chain for chain in first_comes_last}
+
+
+def _is_fdt(name: str | None, raw: bytes) -> bool:
+    # What is an FDT is shown as one, whatever its name: LUO's blob was one once.
+    return raw.startswith(MAGIC) or name in (serialized.MEMBLOCK, serialized.KHO_TEST)
 
 
 def fields(layout: np.dtype[Any], raw: bytes) -> dict[str, Value]:

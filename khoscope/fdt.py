@@ -34,6 +34,8 @@ _SIZE_LIMIT: Final = 1 << 20
 _DEPTH_LIMIT: Final = 64
 #: The specification has 31.  Properties share their names: long ones would come many times.
 _NAME_LIMIT: Final = 255
+#: Problems that are kept of an FDT: paths are long, and nodes many.
+PROBLEMS_KEPT: Final = 256
 
 
 class Unreadable(ValueError):
@@ -94,10 +96,33 @@ def read(blob: bytes) -> DeviceTree:
     :raises Unreadable: if it is none, or reaches beyond the bytes that are there.
     """
     fdt = _open(blob)
-    root, problems = _nodes(fdt)
-    problems += _names_twice(root, "")
-    reserved = [tuple(fdt.get_mem_rsv(i)) for i in range(fdt.num_mem_rsv())]
-    return DeviceTree(root, fdt.totalsize(), reserved, problems)
+    problems = Problems()
+    try:
+        root = _nodes(fdt, problems)
+        reserved = [tuple(fdt.get_mem_rsv(i)) for i in range(fdt.num_mem_rsv())]
+    except libfdt.FdtException as error:
+        raise Unreadable(libfdt.strerror(error.err)) from None
+    for each in _names_twice(root, ""):
+        problems.add(each)
+    return DeviceTree(root, fdt.totalsize(), reserved, problems.all())
+
+
+@dataclass
+class Problems:
+    """The first PROBLEMS_KEPT problems, each once, and how many more there are."""
+
+    _kept: dict[str, None] = field(default_factory=dict)
+    _more: int = 0
+
+    def add(self, problem: str) -> None:
+        if len(self._kept) < PROBLEMS_KEPT:
+            self._kept[problem] = None
+        elif problem not in self._kept:
+            self._more += 1
+
+    def all(self) -> list[str]:
+        more = [f"{self._more:,} more problems like these"] if self._more else []
+        return [*self._kept, *more]
 
 
 def parse_root_fdt(phys: int, blob: bytes | None) -> Fdt:
@@ -191,14 +216,16 @@ def _open(blob: bytes) -> libfdt.FdtRo:
         if fdt.version() < _VERSION:
             raise Unreadable(f"version {fdt.version()}, kernels write {_VERSION}")
         libfdt.check_err(libfdt.fdt_check_full(fdt.as_bytearray(), len(blob)))
+        # libfdt takes an empty structure for a whole one.
+        if libfdt.fdt_next_node(fdt.as_bytearray(), -1, 0)[0] != 0:
+            raise Unreadable("no root node")
     except libfdt.FdtException as error:
         raise Unreadable(libfdt.strerror(error.err)) from None
     return fdt
 
 
-def _nodes(fdt: libfdt.FdtRo) -> tuple[Node, list[str]]:
-    """The root node of an FDT with all below it, and what is wrong with them."""
-    problems: list[str] = []
+def _nodes(fdt: libfdt.FdtRo, problems: Problems) -> Node:
+    """The root node of an FDT with all below it."""
     blob = fdt.as_bytearray()
     way: list[Node] = []
     left_out = at = depth = 0
@@ -215,12 +242,12 @@ def _nodes(fdt: libfdt.FdtRo) -> tuple[Node, list[str]]:
             left_out += 1
         at, depth = libfdt.fdt_next_node(blob, at, depth)
     if left_out:
-        problems.append(f"{left_out:,} nodes below the {_DEPTH_LIMIT}th level are left out")
-    return way[0], problems
+        problems.add(f"{left_out:,} nodes below the {_DEPTH_LIMIT}th level are left out")
+    return way[0]
 
 
 def _properties(
-    fdt: libfdt.FdtRo, blob: bytearray, node: int, problems: list[str]
+    fdt: libfdt.FdtRo, blob: bytearray, node: int, problems: Problems
 ) -> Iterator[Property]:
     """
     The properties of a node.
@@ -242,14 +269,14 @@ def _properties(
         at = fdt.next_property_offset(at, [libfdt.FDT_ERR_NOTFOUND])
 
 
-def _name(raw: bytes, what: str, problems: list[str]) -> str:
+def _name(raw: bytes, what: str, problems: Problems) -> str:
     """What a name reads like."""
     if len(raw) > _NAME_LIMIT:
-        problems.append(f"the name of a {what} has more than {_NAME_LIMIT} bytes: cut")
+        problems.add(f"the name of a {what} has more than {_NAME_LIMIT} bytes: cut")
         raw = raw[:_NAME_LIMIT]
     name = _escaped(raw)
     if not raw.isascii():
-        problems.append(f"{what} {name!r}: its name is not ASCII")
+        problems.add(f"{what} {name!r}: its name is not ASCII")
     return name
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Iterator
 from typing import Final
 
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from khoscope.fdt import (
+    PROBLEMS_KEPT,
     Node,
     Unreadable,
     kho_test_folios,
@@ -319,6 +321,57 @@ def test_any_damaged_fdt(changes: list[tuple[int, int]], missing: int) -> None:
     for node in nodes(tree.root):
         for each in node.properties:
             assert raw[each.offset : each.offset + len(each.value)] == each.value
+
+
+@pytest.mark.parametrize("structure", [END, NOP + END, NOP * 3 + ROOT + END_NODE + END])
+def test_no_root_node(structure: bytes) -> None:
+    """libfdt takes the first two for whole, and finds no root in any of them."""
+    raw = bytearray(encode(ROOT + NOP * len(structure)))
+    raw[56 : 56 + len(structure)] = structure
+    with pytest.raises(Unreadable, match="no root node"):
+        read(bytes(raw))
+    found = parse_root_fdt(AT, bytes(raw))
+    assert found.problems == ["not a readable FDT (no root node)"]
+    assert kho_test_folios({"subtree kho_test": bytes(raw)}) is None
+
+
+def test_problems_are_not_as_many_as_nodes() -> None:
+    """Each has its path, which may be long."""
+    twice = b"".join(BEGIN_NODE + b"%07d\0" % n + prop(0) * 2 + END_NODE for n in range(18_000))
+    deep = (BEGIN_NODE + b"n" * 251 + bytes(1)) * 60
+    tree = read(encode(ROOT + deep + twice + END_NODE * 60, b"a\0"))
+    assert len(tree.problems) == PROBLEMS_KEPT + 1
+    assert tree.problems[-1] == f"{18_000 - PROBLEMS_KEPT:,} more problems like these"
+
+
+def test_the_worst_of_a_mebibyte() -> None:
+    """Half of it is one name, which all properties have: libfdt looks for the end of each."""
+    raw = encode(ROOT + prop(0) * 43_000, b"n" * (1 << 19) + b"\0")
+    start = time.process_time()
+    read(raw)
+    assert time.process_time() - start < 20
+
+
+#: What stands at offsets in an FDT: tags, sizes and offsets, sane and not.
+_WORDS = st.sampled_from([0, 1, 2, 3, 4, 9, 40, 56, PAGE, 2**31 - 1, 2**31, 2**32 - 1])
+_VALID = st.sampled_from([GOOD, SOME, blob({}), encode(ROOT + prop(0), b"a\0")])
+
+
+@fuzz
+@given(_VALID, st.lists(st.tuples(st.integers(0, 75), _WORDS | st.integers(0, 400)), max_size=5))
+def test_words_of_a_valid_fdt_changed(raw: bytes, changes: list[tuple[int, int]]) -> None:
+    """Nothing is raised but that it is none, and all of it lies within the bytes."""
+    data = bytearray(raw)
+    for at, word in changes:
+        if 4 * at + 4 <= len(data):
+            struct.pack_into(">I", data, 4 * at, word)
+    try:
+        tree = read(bytes(data))
+    except Unreadable:
+        return
+    every = list(nodes(tree.root))
+    assert len(every) <= len(data) // 12
+    assert sum(len(p.value) for node in every for p in node.properties) <= len(data)
 
 
 # What known subtrees lead to

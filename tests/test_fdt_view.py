@@ -6,27 +6,29 @@ from __future__ import annotations
 import io
 import json
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import libfdt
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from khoscope import serialized, store
-from khoscope.blobs import Blob, Blobs, Kind
+from khoscope.blobs import DECODED, Blob, Blobs, Kind
 from khoscope.cli import main
 from khoscope.clients import Vmalloc
 from khoscope.fdt import Node, Property, parse_root_fdt, read
-from khoscope.snapshot import Fdt, Side, Snapshot
+from khoscope.snapshot import Fdt, Side, Snapshot, Subtree
 from khoscope.views.fdt import FdtText, write_json
 from tests.fuzz import fuzz
 from tests.synthetic import FIXED, PLAIN, Block, snapshot
+from tests.test_fdt import BEGIN_NODE, END_NODE, ROOT, data, encode, u64
 from tests.test_fdt import blob as root_fdt
-from tests.test_fdt import data, u64
 
 DEMO = Path(__file__).parent.parent / "khoscope" / "demo"
 ROOT_AT = 0x2000
@@ -625,3 +627,44 @@ def test_a_damaged_root_fdt(changes: list[tuple[float, int]]) -> None:
     page = facts_of(blobs).outgoing.blobs["fdt"]
     used = int.from_bytes(page[4:8], "big")
     views_hold(facts_of(blobs, root=changed(page[:used], changes).ljust(4096, b"\0")))
+
+
+def test_more_fdts_than_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first ones are, whichever is asked for; what is no FDT costs nothing."""
+    raw = fdt(node("", {"compatible": b"x\0"})).ljust(1000, b"\0")
+    monkeypatch.setattr("khoscope.blobs.DECODED", 2500)
+    facts = facts_of({"a": raw, "b": raw, "none": bytes(9000), "c": raw, "d": raw})
+    found = {blob.name: blob for blob in blobs_of(facts)[1:]}
+    assert [name for name, blob in found.items() if blob.tree is not None] == ["a", "b"]
+    for name in ("c", "d"):
+        assert found[name].raw == raw
+        assert found[name].problems == ["not decoded: more than 0 MiB of FDTs in all"]
+    assert Blobs(facts, facts.outgoing, outgoing=True).subtree("c") == found["c"]
+
+
+def test_many_large_fdts_take_no_minutes() -> None:
+    raw = encode(ROOT + (BEGIN_NODE + b"a\0\0\0" + END_NODE) * 78_000)
+    facts = facts_of({f"{n}": raw for n in range(60)})
+    start = time.process_time()
+    found = blobs_of(facts)[1:]
+    assert time.process_time() - start < 60
+    assert 0 < sum(blob.tree is not None for blob in found) * len(raw) <= DECODED
+    assert all(blob.tree is not None or blob.problems for blob in found)
+
+
+def test_where_ram_is() -> None:
+    """Ranges out of a file need be in no order, and addresses may be any numbers."""
+    facts = facts_of({"a": b""}, sizes={"a": 8})
+    for ram, inside in (
+        ([[0, 1 << 40]], True),
+        ([[1 << 30, 1 << 31], [AT, AT + 8], [0, 4096]], True),
+        ([[AT + 1, 1 << 40], [0, AT + 4]], False),
+    ):
+        there = replace(facts, ram=np.array(ram, np.uint64))
+        problem = "it could not be read" if inside else "it is not in RAM: not read"
+        assert only(there).problems == [problem]
+    for phys, size in ((2**70, 8), (-5, 8), (2**64 - 4, 8)):
+        fdt_there = replace(facts.outgoing.fdt, subtrees=[Subtree("a", phys, size)])
+        side = replace(facts.outgoing, fdt=fdt_there)
+        blobs = Blobs(replace(facts, outgoing=side), side, outgoing=True)
+        assert blobs._in_ram(phys, size) is False

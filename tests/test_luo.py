@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khoscope import store
+from khoscope import budget, store
 from khoscope.clients import Flb, Kind, Luo, LuoFile, LuoSession, Memfd
 from khoscope.serialized import (
     LUO_FILE_SER,
@@ -20,7 +20,6 @@ from khoscope.serialized import (
     LUO_SESSION_SER,
     MEMFD_COMPATIBLE,
 )
-from khoscope.sources import luo
 from khoscope.sources.luo import Serialized
 from tests.fuzz import fuzz
 from tests.test_follow import (
@@ -79,7 +78,7 @@ def handed_over(*files: int) -> Handed:
     return Handed(machine, blocks[0] if blocks else 0, heads)
 
 
-def read(handed: Handed, kept: int = luo.ENTRIES_KEPT) -> tuple[list[LuoSession], list[str]]:
+def read(handed: Handed, kept: int = budget.ENTRIES) -> tuple[list[LuoSession], list[str]]:
     """The sessions, and what is wrong with the list of them."""
     following = handed.machine.following()
     serialized = Serialized(following, _left=kept)
@@ -200,7 +199,7 @@ def test_all_that_is_kept_can_be_stored() -> None:
     """As many files as are looked at, with names and numbers that take the most room."""
     machine = Machine()
     # Each has a list of its own, which is broken.
-    size = luo.ENTRIES_KEPT - 300
+    size = budget.ENTRIES - 300
     ser = machine.memfd([(PFN, 0)], 2**64 - 1, 2**64 - 1)
     entries = [file_ser(ser, 2**64 - 1 - n) for n in range(size)]
     per_session = -(-size // 300)
@@ -208,7 +207,7 @@ def test_all_that_is_kept_can_be_stored() -> None:
     for start in range(0, size, per_session):
         part = entries[start : start + per_session]
         head = machine.blocks(LUO_FILE_SER, part)[0]
-        sessions.append(session_ser(b"\xff" * 64, head, len(part)))
+        sessions.append(session_ser(b"\xff" * 59 + b"%05d" % start, head, len(part)))
     following = machine.following()
     serialized = Serialized(following)
     found = serialized.sessions(machine.blocks(LUO_SESSION_SER, sessions)[0])
@@ -313,3 +312,20 @@ def test_any_flbs(number: int, pages: int, count: int, away: int) -> None:
     found = serialized.flbs((ser + away) % 2**64)
     assert found or serialized.problems or count == 0 or away
     bound(machine, following, Luo(DATA, "luo-v5", flbs=found, problems=serialized.problems))
+
+
+# What is there twice
+
+
+def test_a_session_and_a_token_that_are_there_twice() -> None:
+    """Names and tokens are what tells them apart: the second is left out, with all it leads to."""
+    machine = Machine()
+    handler = b"vfio-v9"
+    (files,) = machine.blocks(LUO_FILE_SER, [file_ser(0, t, handler) for t in (7, 8, 7)])
+    more = machine.blocks(LUO_FILE_SER, [file_ser(0, 9, handler)])
+    entries = [session_ser(b"a", files, 3), session_ser(b"a", more[0], 1)]
+    (head,) = machine.blocks(LUO_SESSION_SER, entries)
+    ((session,), problems) = read(Handed(machine, head, []))
+    assert problems == ["session name 'a' is there twice"]
+    assert [file.token for file in session.files] == [7, 8]
+    assert session.problems == ["token 0x7 is there twice"]

@@ -6,12 +6,11 @@ kernel's own vmalloc areas lead to.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from drgn import FaultError, Object, Program
 from drgn.helpers.linux.mm import for_each_vmap_area
-from drgn.helpers.linux.module import address_to_module
 
 from ..abi import U64, Abi
 from ..clients import Kind, Luo, Owner
@@ -19,41 +18,83 @@ from ..owners import UNKNOWN, Owners
 from ..serialized import LUO
 from ..snapshot import KeySet, Side
 from .follow import Following
-from .luo import read_incoming, read_outgoing
+from .luo import Handed, read_incoming, read_outgoing, unknown
 from .pages import PageLayout
+from .probe import Parts, module_at
 from .walk import READS, ReadPhys
 
 
-def with_clients(
-    prog: Program, abi: Abi, ram: U64, read: ReadPhys, side: Side, outgoing: bool
-) -> Side:
+@dataclass(frozen=True)
+class Where:
     """
-    The same with what its clients' structures say.
+    A kernel that is being read.
 
-    :param outgoing: what LUO keeps of it in the kernel differs by direction.
+    :param ram: u64, shape (n, 2).
+    :param moves: it runs meanwhile: what cannot be read may be there at the next look.
     """
-    following = Following(abi, ram, read, keys=KeySet(abi, side.tree.leaves))
+
+    prog: Program
+    parts: Parts
+    abi: Abi
+    ram: U64
+    read: ReadPhys
+    moves: bool
+
+
+def with_clients(at: Where, side: Side, outgoing: Side | None) -> tuple[Side, list[str]]:
+    """
+    The same with what its clients' structures say, and what of those could not be read.
+
+    :param outgoing: of an incoming side, the other one with its clients; None: this is that one.
+        What LUO keeps of it in the kernel differs by direction.
+    """
+    following = Following(at.abi, at.ram, at.read, keys=KeySet(at.abi, side.tree.leaves))
     following.subtrees(side.fdt, side.blobs)
     luo: Luo | None = None
+    unread: list[str] = []
     phys = next((subtree.phys for subtree in side.fdt.subtrees if subtree.name == LUO), None)
-    if phys is not None and "luo_global" in prog:
-        luo = (read_outgoing if outgoing else read_incoming)(prog, following, phys)
-    return replace(
+    if phys is not None:
+        blob = side.blobs.get(f"subtree {LUO}")
+        luo, unread = _luo(at, following, Handed(phys, blob), outgoing)
+    found = replace(
         side,
         luo=luo,
         vmallocs=following.vmallocs,
         owners=following.owners,
         claims=following.claims(),
     )
+    return found, unread
 
 
-def with_vm_structs(prog: Program, abi: Abi, layout: PageLayout, side: Side) -> Side:
+def _luo(
+    at: Where, following: Following, handed: Handed, outgoing: Side | None
+) -> tuple[Luo, list[str]]:
+    if not at.parts.sessions:
+        return unknown(following, handed), []
+    if outgoing is None:
+        return read_outgoing(at.prog, following, handed, at.moves)
+    # One kernel writes and takes the same ABI.
+    its = outgoing.luo
+    if its is not None and its.raw is not None:
+        return unknown(following, handed), []
+    return read_incoming(at.prog, following, handed, at.moves)
+
+
+def with_vm_structs(at: Where, layout: PageLayout, side: Side) -> tuple[Side, list[str]]:
     """
-    The same with owners for preserved pages that are mapped by vmalloc, by who allocated the area.
+    The same with owners for preserved pages that are mapped by vmalloc, by who allocated the area;
+    and what could not be read.
 
     Whoever preserves such an area page by page leaves no trace of it but this.
     """
-    caller, phys = _vm_structs(prog, abi, layout)
+    if not at.parts.vmalloc:
+        return side, ["the areas of vmalloc: the debug info lacks their types"]
+    found = _vm_structs(at, layout)
+    for _ in range(READS - 1 if at.moves else 0):
+        if not found.unread:
+            break
+        found = _vm_structs(at, layout)
+    abi, caller, phys = at.abi, found.caller, found.phys
     mine = KeySet(abi, side.tree.leaves).covered(phys)
     caller, phys = caller[mine], phys[mine]
     owners = Owners.of_side(side, abi.page_shift)
@@ -61,53 +102,74 @@ def with_vm_structs(prog: Program, abi: Abi, layout: PageLayout, side: Side) -> 
     caller, phys = caller[mine], phys[mine]
     more = Following(abi, np.zeros((0, 2), np.uint64), lambda *_: None, list(side.owners))
     for each in np.unique(caller).tolist():
-        owner = Owner(Kind.VM_STRUCT, f"vm_struct of {_symbol(prog, each)}")
+        owner = Owner(Kind.VM_STRUCT, f"vm_struct of {_symbol(at.prog, each)}")
         more.claim(owner, np.unique(phys[caller == each]), abi.page_size)
-    return replace(side, owners=more.owners, claims=[*side.claims, *more.claims()])
+    side = replace(side, owners=more.owners, claims=[*side.claims, *more.claims()])
+    return side, found.unread
 
 
-def _vm_structs(prog: Program, abi: Abi, layout: PageLayout) -> tuple[U64, U64]:
-    """Of each page of all vmalloc areas that have pages of their own: who allocated it, and its
-    address."""
+@dataclass(frozen=True)
+class _VmStructs:
+    """
+    Each page of all vmalloc areas that have pages of their own.
+
+    :param caller: u64, who allocated it.
+    :param phys: u64, its address.
+    :param unread: what could not be read.
+    """
+
+    caller: U64
+    phys: U64
+    unread: list[str]
+
+
+def _vm_structs(at: Where, layout: PageLayout) -> _VmStructs:
     callers = [np.zeros(0, np.uint64)]
     pages = [np.zeros(0, np.uint64)]
-    for area in _vmap_areas(prog):
+    most = int((at.ram[:, 1] - at.ram[:, 0]).sum()) >> at.abi.page_shift
+    areas, whole = _vmap_areas(at)
+    unread = 0
+    for area in areas:
         try:
-            vm = area.vm
+            vm = area.vm.read_()
             count = vm.nr_pages.value_() if vm else 0
             # One that says to have more pages than it maps was written over.
-            if not 0 < count <= vm.size.value_() >> abi.page_shift:
+            if not 0 < count <= min(vm.size.value_() >> at.abi.page_shift, most):
                 continue
-            raw = prog.read(vm.pages.value_(), 8 * count)
+            raw = at.prog.read(vm.pages.value_(), 8 * count)
             callers.append(np.full(count, vm.caller.value_(), np.uint64))
         except FaultError:
-            # The area went while it was looked at: it is nobody's any more.
+            # It went while it was looked at, or a vmcore lacks it.
+            unread += 1
             continue
         pages.append(np.frombuffer(raw, np.uint64))
     pfn = (np.concatenate(pages) - np.uint64(layout.vmemmap)) // np.uint64(layout.size)
-    return np.concatenate(callers), pfn << np.uint64(abi.page_shift)
+    missing = [] if whole else ["the list of vmalloc areas (struct vmap_area), whole"]
+    if unread:
+        missing.append(f"{unread:,} vmalloc areas (struct vm_struct)")
+    return _VmStructs(np.concatenate(callers), pfn << np.uint64(at.abi.page_shift), missing)
 
 
-def _vmap_areas(prog: Program) -> list[Object]:
+def _vmap_areas(at: Where) -> tuple[list[Object], bool]:
     """
-    Every ``struct vmap_area``, once.
+    Every ``struct vmap_area``, once, and whether these are all.
 
     They hang on lists that move: an area that was taken off while it was looked at leads to itself
     for ever. Then it is tried again, READS times, and what was seen last is what there is.
     """
     found: dict[int, Object] = {}
-    for _ in range(READS):
+    for _ in range(READS if at.moves else 1):
         found = {}
         try:
-            for area in for_each_vmap_area(prog):
+            for area in for_each_vmap_area(at.prog):
                 if area.value_() in found:
                     break
                 found[area.value_()] = area
             else:
-                break
+                return list(found.values()), True
         except FaultError:
             continue
-    return list(found.values())
+    return list(found.values()), False
 
 
 def _symbol(prog: Program, address: int) -> str:
@@ -115,5 +177,4 @@ def _symbol(prog: Program, address: int) -> str:
     try:
         return prog.symbol(address).name
     except LookupError:
-        module = address_to_module(prog, address)
-        return f"{address:#x}" + (f" [{module.name.string_().decode()}]" if module else "")
+        return f"{address:#x}" + module_at(prog, address)

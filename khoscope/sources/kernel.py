@@ -10,36 +10,26 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import re
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Final, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
-from drgn import FaultError, Object, Program, Type, TypeKind, cast, offsetof, sizeof
-from drgn.helpers.linux.ioport import for_each_resource
+from drgn import BadDataError, FaultError, Object, Program, TypeKind, offsetof
 from drgn.helpers.linux.kallsyms import module_kallsyms
-from drgn.helpers.linux.list import list_for_each_entry
-from drgn.helpers.linux.mm import follow_phys, phys_to_virt, virt_to_phys
-from drgn.helpers.linux.mmzone import for_each_online_pgdat
+from drgn.helpers.linux.mm import follow_phys, virt_to_phys
 from drgn.helpers.linux.module import for_each_module
-from drgn.helpers.linux.printk import get_printk_records
 
-from .. import __version__, btf, budget
-from ..abi import COMPATIBLES_WITHOUT_TYPES, POSTED_TYPE_SHIFT, U64, Abi, Stamp
-from ..clients import Kind, Liveupdate, Owner
+from .. import __version__, btf
+from ..abi import U64
+from ..clients import Kind, Owner
 from ..columns import Blocks, Columns, Leaves
 from ..errors import KhoscopeError
-from ..fdt import parse_root_fdt
 from ..runs import PageRuns, Seen
 from ..serialized import KHO_VMALLOC, one
 from ..snapshot import (
     Fdt,
-    Handover,
     Kernel,
-    KexecImage,
     KeySet,
     Scan,
     Side,
@@ -49,27 +39,13 @@ from ..snapshot import (
     Watched,
 )
 from ..store import spool
-from .clients import with_clients, with_vm_structs
+from .clients import Where, with_clients, with_vm_structs
 from .follow import Following
 from .pages import PageLayout, PageReader
-from .walk import READ_SIZE, READS, in_ranges, settle, walk
-
-#: ``IORESOURCE_SYSTEM_RAM`` (include/linux/ioport.h, a #define).
-IORESOURCE_SYSTEM_RAM: Final = 0x01000000
-#: More scratch areas than nodes any kernel supports (MAX_NUMNODES is 1024): a corrupt count.
-SCRATCH_LIMIT: Final = 1 << 12
-#: More file handlers than any kernel has: a corrupt list.
-HANDLER_LIMIT: Final = 1 << 8
-
-#: What a kernel says when KHO or the page allocator finds something broken.
-TROUBLE = re.compile(
-    r"KHO: .*(fail|disabl|incompatib|invalid|broken|too small|not supported)"
-    r"|Bad page state|page dumped because"
-    r"|(WARNING|kernel BUG).*(kexec_handover|kho_)",
-    re.IGNORECASE,
-)
-#: Lines of it that are kept.
-TROUBLE_KEPT: Final = 64
+from .probe import Overrides as Overrides
+from .probe import direct_map, page_layout, probe, probe_abi, refuse_platform
+from .reading import Reading
+from .walk import READ_SIZE, in_ranges, settle, walk
 
 C = TypeVar("C", bound=Columns)
 
@@ -99,23 +75,16 @@ def no_progress(what: str, done: int, total: int) -> None:
     """Says nothing."""
 
 
-@dataclass(frozen=True)
-class Overrides:
-    """
-    What the user knows better than the kernel's debug info.
-
-    :param type_shift: key bit of the page type; -1: the kernel has no types.
-    """
-
-    type_shift: int | None = None
-
-
 @contextlib.contextmanager
 def told() -> Iterator[None]:
-    """Turn what drgn raises when a kernel cannot be read into a KhoscopeError."""
+    """
+    Turn what drgn raises when a kernel cannot be read into a KhoscopeError.
+
+    That debug info lacks something is not among it: the probe has asked for all.
+    """
     try:
         yield
-    except FaultError as error:
+    except (FaultError, BadDataError) as error:
         raise KhoscopeError(
             f"kernel memory cannot be read ({error})",
             "a vmcore must be whole and hold all kernel pages (makedumpfile -d 23 keeps them); "
@@ -125,11 +94,6 @@ def told() -> Iterator[None]:
         raise KhoscopeError(
             f"the kernel's debug info cannot be used ({error})",
             "name the vmlinux of this very kernel by --vmlinux",
-        ) from error
-    except (LookupError, AttributeError) as error:
-        raise KhoscopeError(
-            f"the kernel's debug info lacks what khoscope needs ({error})",
-            "name the vmlinux of this very kernel, with DWARF, by --vmlinux",
         ) from error
     except Exception as error:
         # drgn raises a bare Exception when a QMP server hangs up. Anything else is a bug of ours.
@@ -164,34 +128,21 @@ class KernelSource:
         self._label = label
         self._moves = moves
         self._progress = progress
-        self._unreadable: list[str] = []
-        try:
-            self._kho_out = prog["kho_out"]
-            self._kho_in = prog["kho_in"]
-        except KeyError:
-            raise KhoscopeError(
-                "this kernel has no kexec handover (no kho_out in its debug info)",
-                "boot a kernel that was built with CONFIG_KEXEC_HANDOVER=y",
-            ) from None
-        try:
-            self._tree = self._kho_out.radix_tree
-        except AttributeError:
-            raise KhoscopeError(
-                "this kernel's KHO is older than the radix tree (no kho_out.radix_tree)",
-                "use a kernel that keeps preserved memory in a struct kho_radix_tree",
-            ) from None
+        refuse_platform(prog)
+        self._parts = probe(prog)
+        self._kho_out = prog["kho_out"]
+        self._kho_in = prog["kho_in"]
+        self._tree = self._kho_out.radix_tree
         self.enabled = bool(prog["kho_enable"].value_())
-        self.ram = self._read_ram()
-        fdt, _ = self._read_fdt(self.phys(self._kho_out.fdt))
+        reading = self._begin()
+        fdt, _ = reading.root_fdt(self.phys(self._kho_out.fdt))
         self.abi = probe_abi(prog, fdt.compatible, overrides or Overrides())
-        ram_end = int(self.ram[-1, 1]) >> self.abi.page_shift
         self.layout = Layout(
             page_layout(prog),
-            int(phys_to_virt(prog, 0).value_()),
+            direct_map(prog),
             self._tree.address_ or 0,
             offsetof(prog.type("struct kho_radix_tree"), "root"),
         )
-        self._pages = PageReader(self.abi, self.layout.pages, self._read_virt, ram_end)
 
     @told()
     def tree(self) -> Snapshot:
@@ -208,16 +159,22 @@ class KernelSource:
         """
         What :meth:`tree` gives, whether KHO is on or off: without it, there is no tree.
         """
-        if self._moves:
-            _, tree = settle(self._walk_outgoing, lambda _: None)
-        else:
-            tree = self._walk_outgoing()
-        return self._snapshot(tree, self._kernel())
+        return self._outline(self._begin())
+
+    def _outline(self, reading: Reading) -> Snapshot:
+        def walk_it() -> Tree:
+            return self._walk_outgoing(reading)
+
+        tree = settle(walk_it, lambda _: None)[1] if self._moves else walk_it()
+        return self._snapshot(reading, tree, reading.kernel())
 
     @told()
     def clients(self) -> Snapshot:
         """:meth:`outline`, and what the structures of KHO's clients lead to."""
-        return self._with_clients(self.outline())
+        return self._clients(self._begin())
+
+    def _clients(self, reading: Reading) -> Snapshot:
+        return self._with_clients(reading, self._outline(reading))
 
     @told()
     def status(self) -> Snapshot:
@@ -225,10 +182,12 @@ class KernelSource:
         :meth:`clients`, how full scratch is, and what is stamped, which can be only after a KHO
         boot: looking for it takes a scan of all struct pages.
         """
-        facts = replace(self.clients(), scratch_free=self._scratch_free())
+        reading = self._begin()
+        facts = self._clients(reading)
+        facts = replace(facts, scratch_free=self._scratch_free(facts))
         if not facts.handover.is_kho_boot:
             return facts
-        scan = _Scan(self)
+        scan = _Scan(self, facts.ram)
         facts = spool(replace(facts, stamps=_Lazy(scan.stamps)))
         return replace(facts, scan=scan.result())
 
@@ -248,33 +207,18 @@ class KernelSource:
                 f"this kernel has {self.abi.page_size}",
                 "compare with a snapshot of the kernel that handed over",
             )
-        kernel = self._kernel()
-        scan = _Scan(self)
+        reading = self._begin()
+        kernel = reading.kernel()
 
         def read(tree: Tree) -> Snapshot:
-            facts = self._with_clients(self._snapshot(tree, kernel))
-            outgoing = with_vm_structs(self.prog, self.abi, self.layout.pages, facts.outgoing)
-            blocks = _Lazy(lambda: map(self._pages.with_pages, tree.blocks(self.abi)))
-            facts = replace(
-                facts,
-                outgoing=replace(outgoing, blocks=blocks),
-                stamps=_Lazy(scan.stamps) if stamps else (),
-                scratch_free=self._scratch_free(),
-            )
-            if before is not None:
-                recorded = before.outgoing.tree
-                watched = _Lazy(lambda: map(self._pages.with_pages, recorded.blocks(before.abi)))
-                facts = replace(
-                    facts,
-                    watching=Watched(before.taken.time, before.kernel.boot_id),
-                    watched=watched,
-                    evidence=_Lazy(lambda: self._leaves_now(recorded)),
-                )
-            return replace(spool(facts), scan=scan.result() if stamps else None)
+            return self._everything(reading.attempt(), tree, kernel, before, stamps)
+
+        def walk_it() -> Tree:
+            return self._walk_outgoing(reading)
 
         if not self._moves:
-            return read(self._walk_outgoing())
-        facts, tree = settle(self._walk_outgoing, read)
+            return read(walk_it())
+        facts, tree = settle(walk_it, read)
         outgoing = replace(facts.outgoing, tree=tree)
         if tree.state.moved:
             # Blocks that came or went meanwhile are not judged: their pages were in motion.
@@ -288,6 +232,42 @@ class KernelSource:
             )
         return replace(facts, outgoing=outgoing)
 
+    def _everything(
+        self,
+        reading: Reading,
+        tree: Tree,
+        kernel: Kernel,
+        before: Snapshot | None,
+        stamps: bool,
+    ) -> Snapshot:
+        """All facts, read on the strength of a tree."""
+        scan = _Scan(self, reading.ram)
+        pages = self._page_reader(reading.ram)
+        facts = self._with_clients(reading, self._snapshot(reading, tree, kernel))
+        outgoing = self._with_vm_structs(reading, facts)
+        facts = replace(
+            facts,
+            outgoing=replace(
+                outgoing, blocks=_Lazy(lambda: map(pages.with_pages, tree.blocks(self.abi)))
+            ),
+            stamps=_Lazy(scan.stamps) if stamps else (),
+            scratch_free=self._scratch_free(facts),
+        )
+        lost = _Count()
+        if before is not None:
+            recorded = before.outgoing.tree
+            facts = replace(
+                facts,
+                watching=Watched(before.taken.time, before.kernel.boot_id),
+                watched=_Lazy(lambda: map(pages.with_pages, recorded.blocks(before.abi))),
+                evidence=_Lazy(lambda: self._leaves_now(reading, recorded, lost)),
+            )
+        facts = spool(facts)
+        if lost.value:
+            reading.cannot(f"{lost.value:,} of the pages where the earlier snapshot's leaves were")
+        result = scan.result() if stamps else None
+        return replace(facts, scan=result, unreadable=list(reading.unreadable))
+
     @told()
     def vmalloc(self, address: int) -> Snapshot:
         """
@@ -296,8 +276,9 @@ class KernelSource:
         :param address: physical, or kernel virtual.
         :raises KhoscopeError: if nothing can be read there.
         """
-        facts = self.outline()
-        following = Following(self.abi, self.ram, self.read_phys)
+        reading = self._begin()
+        facts = self._outline(reading)
+        following = Following(self.abi, reading.ram, reading.read_phys)
         try:
             phys = self._physical(address)
             desc = one(KHO_VMALLOC, self.prog.read(phys, KHO_VMALLOC.itemsize, physical=True))
@@ -325,9 +306,10 @@ class KernelSource:
         :raises KhoscopeError: if there is no such tree.
         """
         root = self._root_of(where)
+        reading = self._begin()
 
         def read() -> Tree:
-            return walk(self.abi, root(), self.ram, self.read_phys)
+            return walk(self.abi, root(), reading.ram, reading.read_phys)
 
         return settle(read, lambda _: None)[1] if self._moves else read()
 
@@ -387,21 +369,12 @@ class KernelSource:
 
     def stamps(self) -> Iterator[Blocks]:
         """Every stamped page; a scan of all struct pages."""
-        return _Scan(self).stamps()
+        return _Scan(self, self._begin().ram).stamps()
 
     def pages(self, start: int, end: int) -> Iterator[PageRuns]:
         """The struct pages of the pfns [start, end), window by window, each a row."""
         with told():
-            yield from self._pages.pages(start, end)
-
-    def scratch(self) -> U64:
-        """``kho_scratch``: u64, shape (n, 2), address and size of each area."""
-        count = self.prog["kho_scratch_cnt"].value_()
-        areas = self.prog["kho_scratch"]
-        if not areas or count > SCRATCH_LIMIT:
-            return np.zeros((0, 2), np.uint64)
-        found = [(areas[i].addr.value_(), areas[i].size.value_()) for i in range(count)]
-        return np.array(found, np.uint64).reshape(-1, 2)
+            yield from self._page_reader(self._begin().ram).pages(start, end)
 
     @told()
     def arguments(self, function: str) -> int | None:
@@ -420,230 +393,132 @@ class KernelSource:
                 "boot it with kho=on",
             )
 
-    def _snapshot(self, tree: Tree, kernel: Kernel) -> Snapshot:
-        fdt, blobs = self._read_fdt(self.phys(self._kho_out.fdt))
-        kho_in = self._kho_in
-        came_from = Handover(
-            bool(kho_in.fdt_phys),
-            kho_in.previous_release.string_().decode("ascii", "backslashreplace"),
-            kho_in.kexec_count.value_(),
-        )
+    def _begin(self) -> Reading:
+        """RAM comes and goes, and so do faults: whoever reads begins anew."""
+        return Reading.begin(self.prog, self._parts)
+
+    def _page_reader(self, ram: U64) -> PageReader:
+        end = int(ram[-1, 1]) >> self.abi.page_shift
+        return PageReader(self.abi, self.layout.pages, self._read_virt, end)
+
+    def _snapshot(self, reading: Reading, tree: Tree, kernel: Kernel) -> Snapshot:
+        fdt, blobs = reading.fdt(self.phys(self._kho_out.fdt), "outgoing")
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return Snapshot(
             Taken(__version__, now.replace("+00:00", "Z"), self._label),
             kernel,
             self.abi,
             self.enabled,
-            came_from,
-            self.ram,
-            self.scratch(),
+            reading.handover(),
+            reading.ram,
+            reading.scratch(self.enabled),
             Side(fdt, tree, blobs),
-            self._incoming(),
-            image=self._image(),
-            liveupdate=self._liveupdate(),
-            unreadable=list(dict.fromkeys(self._unreadable)),
+            self._incoming(reading),
+            image=reading.image(),
+            liveupdate=reading.liveupdate(),
+            unreadable=list(reading.unreadable),
         )
 
-    def _incoming(self) -> Side | None:
-        phys = self._kho_in.fdt_phys.value_()
+    def _incoming(self, reading: Reading) -> Side | None:
+        phys = reading.incoming_fdt()
         if not phys:
             return None
-        fdt, blobs = self._read_fdt(phys)
+        fdt, blobs = reading.fdt(phys, "incoming")
         # Its pages went back to the page allocator after the boot: no second look can agree.
-        tree = walk(self.abi, self._incoming_root(fdt), self.ram, self.read_phys)
-        return Side(fdt, tree, blobs)
+        root = reading.fact(
+            "the root of the incoming tree (kho_in)", lambda: self._incoming_root(fdt), 0
+        )
+        return Side(fdt, walk(self.abi, root, reading.ram, reading.read_phys), blobs)
 
     def _incoming_root(self, fdt: Fdt) -> int:
         """Where the kernel found the tree; before linux 7.3 it did not keep what the FDT says."""
-        try:
+        if self._parts.incoming_tree:
             return self.phys(self._kho_in.radix_tree.root)
-        except AttributeError:
-            return fdt.memory_map or 0
+        return fdt.memory_map or 0
 
-    def _with_clients(self, facts: Snapshot) -> Snapshot:
-        def of(side: Side, outgoing: bool) -> Side:
-            return with_clients(self.prog, self.abi, self.ram, self.read_phys, side, outgoing)
+    def _with_clients(self, reading: Reading, facts: Snapshot) -> Snapshot:
+        at = self._where(reading)
+        outgoing, incoming = facts.outgoing, facts.incoming
+        outgoing, unread = with_clients(at, outgoing, None)
+        for what in unread:
+            reading.cannot(f"{what} (outgoing)")
+        if incoming is not None:
+            incoming, unread = with_clients(at, incoming, outgoing)
+            for what in unread:
+                reading.cannot(f"{what} (incoming)")
+        return replace(
+            facts, outgoing=outgoing, incoming=incoming, unreadable=list(reading.unreadable)
+        )
 
-        incoming = None if facts.incoming is None else of(facts.incoming, False)
-        return replace(facts, outgoing=of(facts.outgoing, True), incoming=incoming)
+    def _with_vm_structs(self, reading: Reading, facts: Snapshot) -> Side:
+        at = self._where(reading)
+        outgoing, unread = with_vm_structs(at, self.layout.pages, facts.outgoing)
+        for what in unread:
+            reading.cannot(what)
+        return outgoing
 
-    def _walk_outgoing(self) -> Tree:
-        return walk(self.abi, self.phys(self._tree.root), self.ram, self.read_phys)
+    def _where(self, reading: Reading) -> Where:
+        ram, read = reading.ram, reading.read_phys
+        return Where(self.prog, self._parts, self.abi, ram, read, self._moves)
 
-    def _leaves_now(self, recorded: Tree) -> Iterator[Leaves]:
-        """What stands where the leaves of another kernel's tree stood."""
+    def _walk_outgoing(self, reading: Reading) -> Tree:
+        return walk(self.abi, self.phys(self._tree.root), reading.ram, reading.read_phys)
+
+    def _leaves_now(self, reading: Reading, recorded: Tree, lost: _Count) -> Iterator[Leaves]:
+        """
+        What stands where the leaves of another kernel's tree stood.
+
+        :param lost: is set to how many of them cannot be read.
+        """
+        lost.value = 0
         for nodes in recorded.nodes:
             # The addresses come out of a file.
             size = np.uint64(self.abi.page_size)
-            sound = in_ranges(self.ram, nodes.phys, nodes.phys + size) & (nodes.phys % size == 0)
+            sound = in_ranges(reading.ram, nodes.phys, nodes.phys + size) & (nodes.phys % size == 0)
             every = nodes[(nodes.level == 0) & (nodes.used > 0) & sound]
             step = READ_SIZE // self.abi.page_size
             for leaves in (every[at : at + step] for at in range(0, len(every), step)):
-                pages = [self.read_phys(phys, self.abi.page_size) for phys in leaves.phys.tolist()]
+                pages = [
+                    reading.read_phys(phys, self.abi.page_size) for phys in leaves.phys.tolist()
+                ]
                 read = np.array([page is not None for page in pages])
+                lost.value += int((~read).sum())
                 if not read.any():
                     continue
                 raw = b"".join(page for page in pages if page is not None)
                 yield Leaves(leaves.key[read], np.frombuffer(raw, np.uint8).reshape(sum(read), -1))
 
-    def _scratch_free(self) -> list[int | None]:
+    def _scratch_free(self, facts: Snapshot) -> list[int | None]:
         """Pages of each scratch area that the buddy allocator holds; None: they cannot be read."""
         # Nothing of a corrupt area beyond RAM.
-        end = int(self.ram[-1, 1])
-        return [self._free(at, min(at + size, end)) for at, size in self.scratch().tolist()]
+        end = int(facts.ram[-1, 1])
+        reader = self._page_reader(facts.ram)
+        return [self._free(reader, at, min(at + size, end)) for at, size in facts.scratch.tolist()]
 
-    def _free(self, start: int, end: int) -> int | None:
+    def _free(self, reader: PageReader, start: int, end: int) -> int | None:
         shift = self.abi.page_shift
         free = 0
-        for pages in self.pages(start >> shift, end >> shift):
+        for pages in reader.pages(start >> shift, end >> shift):
             if (pages.seen != Seen.READ).any():
                 return None
             free += int((pages.buddy != PageRuns.ALLOCATED).sum())
         return free
 
-    def _image(self) -> KexecImage | None:
-        """``kexec_image``; None: this kernel has none of its members that KHO is about."""
-        try:
-            image = self.prog["kexec_image"]
-            if not image:
-                return KexecImage(False)
-            known = min(image.nr_segments.value_(), image.segment.type_.length or 0)
-            return KexecImage(
-                True,
-                bool(image.file_mode),
-                image.kho.fdt.value_(),
-                sum(image.segment[i].memsz.value_() for i in range(known)),
-            )
-        except (KeyError, AttributeError):
-            return None
-        except FaultError:
-            self._unreadable.append("the loaded kexec image (kexec_image)")
-            return None
-
-    def _liveupdate(self) -> Liveupdate | None:
-        """``luo_global`` and the file handlers; None: this kernel has no LUO."""
-        try:
-            enabled = bool(self.prog["luo_global"].enabled)
-            handlers = self.prog["luo_file_handler_list"].address_of_()
-        except (KeyError, AttributeError):
-            return None
-        listed = list_for_each_entry("struct liveupdate_file_handler", handlers, "list")
-        return Liveupdate(
-            enabled,
-            [
-                handler.compatible.string_().decode("ascii", "backslashreplace")
-                for handler in islice(listed, HANDLER_LIMIT)
-            ],
-        )
-
-    def _kernel(self) -> Kernel:
-        uts = self.prog["init_uts_ns"].name
-        boot_id = uuid.UUID(bytes=bytes(self.prog["sysctl_bootid"].value_()))
-        log: list[str] = []
-        for record in get_printk_records(self.prog):
-            text = record.text.decode("utf-8", "backslashreplace")
-            if TROUBLE.search(text) and len(log) < TROUBLE_KEPT:
-                log.append(text)
-        flags = self.prog.type("enum pageflags").enumerators or ()
-        names: dict[int, str] = {}
-        for flag in flags:
-            names.setdefault(flag.value, flag.name.removeprefix("PG_"))
-        last = self.prog["__NR_PAGEFLAGS"].value_()
-        return Kernel(
-            uts.release.string_().decode(),
-            uts.version.string_().decode(),
-            str(boot_id) if boot_id.int else None,
-            self.prog["tainted_mask"].value_(),
-            log,
-            [names.get(bit, "") for bit in range(last)],
-            {
-                value: name.removeprefix("PGTY_")
-                for name, value in _enumerators(self.prog, "enum pagetype").items()
-            },
-            self.prog["saved_command_line"].string_().decode("utf-8", "backslashreplace"),
-        )
-
-    def _read_ram(self) -> U64:
-        """
-        System RAM from ``iomem_resource``, adjacent ranges joined.
-
-        Resources are in the kernel's heap, of which vmcores may lack pages: then what nodes span,
-        with the holes in it.
-        """
-        try:
-            ranges = sorted(
-                (resource.start.value_(), resource.end.value_() + 1)
-                for resource in for_each_resource(self.prog["iomem_resource"].address_of_())
-                if resource.flags.value_() & IORESOURCE_SYSTEM_RAM
-            )
-        except FaultError:
-            self._unreadable.append(
-                "where RAM is (iomem_resource): what nodes span is taken for it"
-            )
-            ranges = sorted(self._node_spans())
-        joined: list[tuple[int, int]] = []
-        for start, end in ranges:
-            if joined and start <= joined[-1][1]:
-                joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
-            else:
-                joined.append((start, end))
-        if not joined:
-            raise KhoscopeError(
-                "this kernel lists no System RAM in iomem_resource",
-                "check that the debug info belongs to this kernel",
-            )
-        return np.array(joined, np.uint64)
-
-    def _node_spans(self) -> Iterator[tuple[int, int]]:
-        """First and last-plus-one physical address of each NUMA node."""
-        shift = self.prog["PAGE_SHIFT"].value_()
-        for node in for_each_online_pgdat(self.prog):
-            first, pages = node.node_start_pfn.value_(), node.node_spanned_pages.value_()
-            if pages:
-                yield first << shift, first + pages << shift
-
-    def _read_fdt(self, phys: int) -> tuple[Fdt, dict[str, bytes]]:
-        """A root FDT and the blobs: itself as "fdt", subtrees by name as far as readable."""
-        if not phys:
-            return Fdt(0, problems=["there is none"]), {}
-        size = self.prog["PAGE_SIZE"].value_()
-        blob = self.read_phys(phys, size)
-        # kho_add_subtree() moves things about in it.
-        for _ in range(READS):
-            again = self.read_phys(phys, size)
-            if again == blob:
-                break
-            blob = again
-        fdt = parse_root_fdt(phys, blob)
-        blobs = {} if blob is None else {"fdt": blob}
-        for subtree in fdt.subtrees:
-            if subtree.phys is None or not subtree.size:
-                continue
-            span = (
-                np.array([subtree.phys], np.uint64),
-                np.array([min(subtree.phys + subtree.size, 2**64 - 1)], np.uint64),
-            )
-            if in_ranges(self.ram, *span)[0]:
-                kept = min(subtree.size, budget.BLOB, budget.BLOBS - sum(map(len, blobs.values())))
-                data = self.read_phys(subtree.phys, kept)
-                if data:
-                    blobs[f"subtree {subtree.name}"] = data
-        return fdt, blobs
-
     def phys(self, pointer: Object) -> int:
         return int(virt_to_phys(pointer).value_()) if pointer else 0
-
-    def read_phys(self, address: int, size: int) -> bytes | None:
-        try:
-            return self.prog.read(address, size, physical=True)
-        except FaultError:
-            return None
 
     def _read_virt(self, address: int, size: int) -> bytes | None:
         try:
             return self.prog.read(address, size)
         except FaultError:
             return None
+
+
+@dataclass
+class _Count:
+    """A number that is known after a stream was read."""
+
+    value: int = 0
 
 
 @dataclass
@@ -659,20 +534,22 @@ class _Lazy(Generic[C]):
 class _Scan:
     """The stamp scan of a source, and what it could not see."""
 
-    def __init__(self, source: KernelSource) -> None:
+    def __init__(self, source: KernelSource, ram: U64) -> None:
         self._source = source
+        self._ram = ram
+        self._pages = source._page_reader(ram)
         self._scanned = self._unread = 0
 
     def stamps(self) -> Iterator[Blocks]:
         self._scanned = self._unread = 0
-        return self._source._pages.stamps(self._source.ram, self._count)
+        return self._pages.stamps(self._ram, self._count)
 
     def _count(self, pages: int) -> None:
         if pages > 0:
             self._scanned += pages
         else:
             self._unread -= pages
-        total = int((self._source.ram[:, 1] - self._source.ram[:, 0]).sum())
+        total = int((self._ram[:, 1] - self._ram[:, 0]).sum())
         self._source._progress(
             "scanning struct pages for stamps",
             self._scanned + self._unread,
@@ -681,123 +558,3 @@ class _Scan:
 
     def result(self) -> Scan:
         return Scan(self._scanned, self._unread)
-
-
-def probe_abi(prog: Program, compatible: str | None, overrides: Overrides) -> Abi:
-    """
-    What this kernel does, from its types.
-
-    :param compatible: of its own root FDT.
-    """
-    decided: dict[str, str] = {}
-    constants = _enumerators(prog, "enum kho_radix_consts")
-    page_shift = prog["PAGE_SHIFT"].value_()
-    computed = Abi.for_page_shift(page_shift)
-
-    def constant(name: str, otherwise: int) -> int:
-        if name in constants:
-            decided[name] = "enum kho_radix_consts"
-            return constants[name]
-        decided[name] = "computed from PAGE_SHIFT: not in the debug info"
-        return otherwise
-
-    stamp = probe_stamp(prog)
-    order_0 = constant("KHO_ORDER_0_LOG2", computed.order_0_log2)
-    return Abi(
-        page_shift,
-        order_0,
-        constant("KHO_TABLE_SIZE_LOG2", computed.table_size_log2),
-        constant("KHO_BITMAP_SIZE_LOG2", computed.bitmap_size_log2),
-        constant("KHO_TREE_MAX_DEPTH", computed.tree_max_depth),
-        prog.type("struct zone").member("free_area").type.length - 1,
-        _probe_type_shift(prog, constants, order_0, compatible, overrides, stamp, decided),
-        stamp,
-        compatible,
-        # Trees of bare keys (linux 7.3) have it, and have lost KHO_ORDER_0_LOG2.
-        constants.get("KHO_RADIX_KEY_WIDTH"),
-        decided,
-    )
-
-
-def _probe_type_shift(
-    prog: Program,
-    constants: dict[str, int],
-    order_0: int,
-    compatible: str | None,
-    overrides: Overrides,
-    stamp: Stamp,
-    decided: dict[str, str],
-) -> int | None:
-    name = "KHO_KEY_TYPE_SHIFT"
-    if overrides.type_shift is not None:
-        if 0 <= overrides.type_shift <= order_0:
-            raise KhoscopeError(
-                f"key bit {overrides.type_shift} holds an order or an address, not a type",
-                "give a bit above KHO_ORDER_0_LOG2, or none",
-            )
-        decided[name] = "--type-shift"
-        return None if overrides.type_shift < 0 else overrides.type_shift
-    if name in constants:
-        decided[name] = "enum kho_radix_consts"
-        return constants[name]
-    if not _enumerators(prog, "enum kho_page_type") and stamp.type_shift is None:
-        decided[name] = "no enum kho_page_type, no type in union kho_page_info: no types"
-        return None
-    posted = compatible in COMPATIBLES_WITHOUT_TYPES
-    decided[name] = (
-        "there are page types, but the bit is a #define that debug info does not carry; "
-        + (f"{compatible}: taken for the series as posted" if posted else "guessed as posted")
-    )
-    return POSTED_TYPE_SHIFT
-
-
-def probe_stamp(prog: Program) -> Stamp:
-    """The layout of ``union kho_page_info``."""
-    bits: dict[str, tuple[int, int]] = {}
-
-    def collect(type_: Type, offset: int) -> None:
-        for member in type_.members or ():
-            at = offset + member.bit_offset
-            if member.name is None:
-                collect(member.type, at)
-            else:
-                bits[member.name] = at, member.bit_field_size or 8 * sizeof(member.type)
-
-    collect(prog.type("union kho_page_info"), 0)
-    return Stamp(bits["order"][1], bits["type"][0] if "type" in bits else None, bits["magic"][0])
-
-
-def page_layout(prog: Program) -> PageLayout:
-    """Where this kernel's ``struct page`` keeps things."""
-    page = prog.type("struct page")
-    pagetype = _enumerators(prog, "enum pagetype")
-    try:
-        vmemmap = prog["vmemmap"]
-    except KeyError:
-        raise KhoscopeError(
-            "this kernel's struct pages are not one array (no vmemmap)",
-            "use a kernel that was built with CONFIG_SPARSEMEM_VMEMMAP=y",
-        ) from None
-    compound = "compound_info" if page.has_member("compound_info") else "compound_head"
-    return PageLayout(
-        vmemmap=cast("unsigned long", vmemmap).value_(),
-        size=sizeof(page),
-        flags=offsetof(page, "flags"),
-        private=offsetof(page, "private"),
-        refcount=offsetof(page, "_refcount"),
-        page_type=offsetof(page, "page_type"),
-        compound=offsetof(page, compound),
-        lru=offsetof(page, "lru"),
-        head_bit=_enumerators(prog, "enum pageflags")["PG_head"],
-        buddy_type=pagetype["PGTY_buddy"],
-        untyped=pagetype["PGTY_mapcount_underflow"],
-    )
-
-
-def _enumerators(prog: Program, name: str) -> dict[str, int]:
-    """The constants of an enum; none where the kernel has no such enum."""
-    try:
-        enumerators = prog.type(name).enumerators
-    except LookupError:
-        return {}
-    return {e.name: e.value for e in enumerators or ()}

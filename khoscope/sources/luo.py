@@ -9,7 +9,7 @@ Kernel sources: ``kernel/liveupdate/luo_*.c``, ``include/linux/kho/abi/luo.h``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,7 +19,9 @@ from drgn.helpers.linux.list import list_empty, list_for_each_entry
 from drgn.helpers.linux.mm import virt_to_phys
 from numpy.typing import NDArray
 
+from .. import budget
 from ..clients import FLB_LIST, Flb, Kind, Luo, LuoFile, LuoSession, Memfd, Owner
+from ..fdt import MAGIC, Unreadable, read
 from ..serialized import (
     LUO_COMPATIBLE,
     LUO_FILE_SER,
@@ -28,35 +30,52 @@ from ..serialized import (
     LUO_SER,
     LUO_SESSION_SER,
     MEMFD_COMPATIBLE,
+    one,
     text,
 )
 from .follow import Following
 
-#: Sessions, files and FLBs that are kept, all together: where there are more, something was
-#: written over, or a list loops.
-ENTRIES_KEPT: Final = 1 << 14
-
 LIST_OF_SESSIONS: Final = Owner(Kind.LUO, "LUO: list of sessions")
 
 
-def read_outgoing(prog: Program, following: Following, phys: int) -> Luo:
+@dataclass(frozen=True)
+class Handed:
     """
-    What LUO would hand over.
+    The blob of LUO's subtree, a ``struct luo_ser`` where its ABI is known.
 
-    :param phys: of the outgoing ``struct luo_ser``, the blob of the subtree.
+    :param phys: ``phys_addr_t``.
+    :param blob: its bytes, as far as they could be read.
     """
+
+    phys: int
+    blob: bytes | None
+
+
+def read_outgoing(
+    prog: Program, following: Following, handed: Handed, moves: bool
+) -> tuple[Luo, list[str]]:
+    """
+    What LUO would hand over, and what of it could not be read.
+
+    :param moves: the kernel runs meanwhile: what cannot be read may be there at the next look.
+    """
+    phys = handed.phys
     ser = following.structure(phys, LUO_SER)
     compatible = None if ser is None else text(bytes(ser["compatible"]))
     if ser is None or compatible != LUO_COMPATIBLE:
-        return _unknown(following, phys, compatible)
-    lists = _Lists(following, prog=prog)
+        return unknown(following, handed), []
+    lists = _Lists(following, prog=prog, moves=moves)
     header = prog["luo_session_global"].outgoing
     sessions = lists.listed(header)
-    lists.blocks(header.block_set, LUO_SESSION_SER, LIST_OF_SESSIONS, lists.problems)
-    flbs = lists.listed_flbs()
+    lists.try_to(
+        "the blocks of LUO's sessions",
+        lambda: lists.blocks(header.block_set, LUO_SESSION_SER, LIST_OF_SESSIONS, lists.problems),
+    )
+    flbs: list[Flb] = []
+    lists.try_to("LUO's FLBs", lambda: flbs.extend(lists.listed_flbs()))
     if int(ser["flbs_pa"]):
         lists.flbs(int(ser["flbs_pa"]))
-    return Luo(
+    luo = Luo(
         phys,
         compatible,
         int(ser["liveupdate_num"]),
@@ -65,27 +84,44 @@ def read_outgoing(prog: Program, following: Following, phys: int) -> Luo:
         flbs,
         problems=lists.problems,
     )
+    return luo, lists.unread
 
 
-def read_incoming(prog: Program, following: Following, phys: int) -> Luo:
+def read_incoming(
+    prog: Program, following: Following, handed: Handed, moves: bool
+) -> tuple[Luo, list[str]]:
     """
-    What LUO was handed, as far as it is still there.
+    What LUO was handed, as far as it is still there, and what of it could not be read.
 
-    :param phys: of the ``struct luo_ser`` that came; its page was given back early in the boot.
+    The page of the blob was given back early in the boot.
     """
-    lists = _Lists(following, prog=prog)
+    lists = _Lists(following, prog=prog, moves=moves)
     header = prog["luo_session_global"].incoming
-    head = header.block_set.head_pa.value_()
-    live = not list_empty(header.list.address_of_()) or not head
-    sessions = lists.listed(header) if live else lists.sessions(head)
-    number = prog["luo_global"].liveupdate_num.value_()
-    flbs = []
-    incoming = prog["luo_flb_global"].incoming
-    if incoming.active:
-        flbs = lists.flbs(int(virt_to_phys(incoming.header_ser)))
+    sessions: list[LuoSession] = []
+    flbs: list[Flb] = []
+    live, number = False, 0
+
+    def read_sessions() -> None:
+        nonlocal live
+        head = header.block_set.head_pa.value_()
+        live = not list_empty(header.list.address_of_()) or not head
+        sessions.extend(lists.listed(header) if live else lists.sessions(head))
+
+    def read_number() -> None:
+        nonlocal number
+        number = prog["luo_global"].liveupdate_num.value_()
+
+    def read_flbs() -> None:
+        incoming = prog["luo_flb_global"].incoming
+        if incoming.active:
+            flbs.extend(lists.flbs(int(virt_to_phys(incoming.header_ser))))
+
+    lists.try_to("LUO's sessions", read_sessions)
+    lists.try_to("LUO's number of live updates", read_number)
+    lists.try_to("LUO's FLBs", read_flbs)
     # The kernel takes no other ABI than its own: it would not have booted.
-    return Luo(
-        phys,
+    luo = Luo(
+        handed.phys,
         LUO_COMPATIBLE if number else None,
         number,
         live,
@@ -93,14 +129,28 @@ def read_incoming(prog: Program, following: Following, phys: int) -> Luo:
         flbs,
         problems=lists.problems,
     )
+    return luo, lists.unread
 
 
-def _unknown(following: Following, phys: int, compatible: str | None) -> Luo:
+def unknown(following: Following, handed: Handed) -> Luo:
     """An ABI that is not known: its first bytes, and no guess."""
+    phys = handed.phys
     raw = following.bytes_at(phys, LUO_SER.itemsize)
     if raw is None:
         return Luo(phys, None, problems=[f"struct luo_ser at {phys:#x} cannot be read"])
-    return Luo(phys, compatible, raw=raw.hex())
+    if raw.startswith(MAGIC):
+        return Luo(phys, _compatible_of_fdt(handed.blob), raw=raw.hex())
+    ser = one(LUO_SER, raw)
+    return Luo(phys, text(bytes(ser["compatible"])), raw=raw.hex())
+
+
+def _compatible_of_fdt(blob: bytes | None) -> str | None:
+    """In linux 7.1 LUO's blob was an FDT."""
+    try:
+        found = None if blob is None else read(blob).root.property("compatible")
+    except Unreadable:
+        return None
+    return None if found is None else text(found.value)
 
 
 @dataclass
@@ -113,7 +163,7 @@ class Serialized:
 
     following: Following
     problems: list[str] = field(default_factory=list)
-    _left: int = ENTRIES_KEPT
+    _left: int = budget.ENTRIES
 
     def sessions(self, head: int) -> list[LuoSession]:
         """
@@ -122,12 +172,14 @@ class Serialized:
         :param head: ``phys_addr_t`` of the first block.
         """
         entries = self._entries(head, LUO_SESSION_SER, LIST_OF_SESSIONS, self.problems)
-        return [self._session_ser(ser) for ser in entries]
+        names = _Once("session name", self.problems)
+        return [self._session_ser(ser) for ser in entries if names.is_new(text(bytes(ser["name"])))]
 
     def _session_ser(self, ser: np.void) -> LuoSession:
         name, count = text(bytes(ser["name"])), int(ser["count"])
         problems: list[str] = []
         entries = self._entries(int(ser["files"]), LUO_FILE_SER, _list_of_files(name), problems)
+        tokens = _Once("token", problems)
         files = [
             self._file(
                 name,
@@ -137,9 +189,10 @@ class Serialized:
                 None,
             )
             for entry in entries
+            if tokens.is_new(int(entry["token"]))
         ]
-        if count != len(files):
-            problems.append(f"counts {count} files, lists {len(files)}")
+        if count != len(entries):
+            problems.append(f"counts {count} files, lists {len(entries)}")
         return LuoSession(name, None, count, files, problems)
 
     def _entries(
@@ -179,7 +232,7 @@ class Serialized:
         pages, count = int(header["pgcnt"]), int(header["count"])
         used = LUO_FLB_HEADER_SER.itemsize + count * LUO_FLB_SER.itemsize
         size = pages * following.abi.page_size
-        sound = used <= size and count <= ENTRIES_KEPT and following.in_ram(phys, size)
+        sound = used <= size and count <= budget.ENTRIES and following.in_ram(phys, size)
         raw = following.bytes_at(phys, used) if sound else None
         if raw is None:
             self.problems.append(f"FLB header at {phys:#x}: {pages} pages, {count} entries")
@@ -194,18 +247,39 @@ class Serialized:
 
 @dataclass
 class _Lists(Serialized):
-    """A kernel's own lists, too."""
+    """
+    A kernel's own lists, too.
+
+    :param moves: the kernel runs meanwhile.
+    :param unread: what could not be read, in words: of a kernel that stands still.
+    """
 
     prog: Program = field(kw_only=True)
+    moves: bool = field(kw_only=True)
+    unread: list[str] = field(default_factory=list)
+
+    def try_to(self, what: str, read: Callable[[], None]) -> None:
+        """Read something, or note that it cannot be read."""
+        try:
+            read()
+        except FaultError as error:
+            if self.moves:
+                self.problems.append(f"{what} cannot be read ({error}): they moved, or are corrupt")
+            else:
+                # A vmcore may lack pages, and nothing is wrong with them.
+                self.unread.append(what)
 
     def listed(self, header: Object) -> list[LuoSession]:
         """The sessions of a ``struct luo_session_header``."""
         sessions: list[LuoSession] = []
-        try:
+        names = _Once("session name", self.problems)
+
+        def read() -> None:
             for session in self._walk("struct luo_session", header.list, "list", self.problems):
-                sessions.append(self._session(session))
-        except FaultError as error:
-            self.problems.append(f"sessions cannot be read ({error}): they moved, or are corrupt")
+                if names.is_new(text(_string(session.name))):
+                    sessions.append(self._session(session))
+
+        self.try_to("LUO's sessions", read)
         return sessions
 
     def _session(self, session: Object) -> LuoSession:
@@ -213,26 +287,32 @@ class _Lists(Serialized):
         problems: list[str] = []
         file_set = session.file_set
         self.blocks(file_set.block_set, LUO_FILE_SER, _list_of_files(name), problems)
-        files = [
-            self._file(
-                name,
-                text(_string(file.fh.compatible)),
-                file.token.value_(),
-                file.serialized_data.value_(),
-                file.retrieve_status.value_(),
-            )
-            for file in self._walk("struct luo_file", file_set.files_list, "list", problems)
-        ]
+        tokens = _Once("token", problems)
+        files: list[LuoFile] = []
+        listed = 0
+        for file in self._walk("struct luo_file", file_set.files_list, "list", problems):
+            listed += 1
+            if tokens.is_new(file.token.value_()):
+                files.append(self._listed_file(name, file))
         count = file_set.count.value_()
-        if count != len(files):
-            problems.append(f"counts {count} files, lists {len(files)}")
+        if count != listed:
+            problems.append(f"counts {count} files, lists {listed}")
         return LuoSession(name, bool(session.retrieved), count, files, problems)
+
+    def _listed_file(self, session: str, file: Object) -> LuoFile:
+        return self._file(
+            session,
+            text(_string(file.fh.compatible)),
+            file.token.value_(),
+            file.serialized_data.value_(),
+            file.retrieve_status.value_(),
+        )
 
     def _walk(self, kind: str, head: Object, member: str, problems: list[str]) -> Iterator[Object]:
         """The entries of a kernel list, which may move meanwhile."""
         for entry in list_for_each_entry(kind, head.address_of_(), member):
             if not self._left:
-                problems.append(f"more than {ENTRIES_KEPT} entries: not followed")
+                problems.append(f"more than {budget.ENTRIES} entries: not followed")
                 return
             self._left -= 1
             yield entry
@@ -255,6 +335,26 @@ class _Lists(Serialized):
             if count > 0:
                 found.append(Flb(text(_string(flb.compatible)), state.data.value_(), count))
         return found
+
+
+@dataclass
+class _Once:
+    """What names one thing: whatever comes under the same name again is left out, and told."""
+
+    what: str
+    problems: list[str]
+    _seen: set[str | int] = field(default_factory=set)
+    _told: set[str | int] = field(default_factory=set)
+
+    def is_new(self, name: str | int) -> bool:
+        if name not in self._seen:
+            self._seen.add(name)
+            return True
+        if name not in self._told:
+            self._told.add(name)
+            shown = f"{name:#x}" if isinstance(name, int) else repr(name)
+            self.problems.append(f"{self.what} {shown} is there twice")
+        return False
 
 
 def _list_of_files(session: str) -> Owner:

@@ -12,7 +12,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from drgn import MissingDebugInfoError, Program, ProgramFlags
+from drgn import BadDataError, FaultError, MissingDebugInfoError, Program, ProgramFlags
 
 from .. import btf
 from ..errors import KhoscopeError
@@ -34,6 +34,9 @@ ANOTHER_WAY = (
     "boot without lockdown (and without a seccomp or container policy that hides kernel memory),"
     " or look at a vmcore or from the host with --qemu"
 )
+
+#: What drgn raises over the headers and notes of a damaged vmcore.
+_DAMAGED = (BadDataError, ValueError, RuntimeError)
 
 #: Under this name in ``Program.cache``.
 _CACHED = "khoscope_debug_info"
@@ -189,8 +192,8 @@ def open_core(path: Path, vmlinux: Path | None = None) -> Program:
             f"{path}: {error.strerror or error}", "name a vmcore that you can read"
         ) from error
     except Exception as error:
-        # libkdumpfile's refusals are bare Exceptions.
-        if not isinstance(error, ValueError | RuntimeError) and type(error) is not Exception:
+        # libkdumpfile's refusals are bare Exceptions, libelf's and drgn's own of these types.
+        if not isinstance(error, _DAMAGED) and type(error) is not Exception:
             raise
         raise KhoscopeError(
             f"{path}: not a vmcore that drgn can read ({error})",
@@ -223,6 +226,12 @@ def _load_debug_info(prog: Program, vmlinux: Path | None, whose: str) -> None:
                 "name its vmlinux with --vmlinux, install the kernel's debug symbols package, or"
                 " use a kernel with CONFIG_DEBUG_INFO_BTF=y",
             ) from unusable
+    except (BadDataError, FaultError) as error:
+        # Without a VMCOREINFO drgn takes a vmcore for that of a process, and misses more.
+        raise KhoscopeError(
+            f"{whose} cannot be made out ({error})",
+            "give a whole vmcore, with its VMCOREINFO: this one is damaged, or not of a kernel",
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise KhoscopeError(
             f"the debug info of {whose} cannot be used ({error})",

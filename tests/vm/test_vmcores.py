@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from drgn.helpers.linux.mm import follow_phys
 
-from khoscope.sources.kernel import page_layout
 from khoscope.sources.open import open_core
+from khoscope.sources.probe import page_layout
 from tests.vm.test_khoscope import TIMEOUT, host
 from vm.exercise import Exercise
 from vm.machine import Machine

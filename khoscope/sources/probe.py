@@ -1,0 +1,434 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+What a kernel is, from its debug info: asked once, before anything of it is read.
+
+Here alone a type, a member or a symbol may be missing.  What khoscope cannot do without is refused;
+what not all kernels have is one of the :class:`Parts`, and is there or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+from drgn import (
+    FaultError,
+    ObjectAbsentError,
+    PlatformFlags,
+    Program,
+    Type,
+    TypeKind,
+    cast,
+    offsetof,
+    sizeof,
+)
+from drgn.helpers.linux.mm import for_each_vmap_area, phys_to_virt
+from drgn.helpers.linux.mmzone import for_each_online_pgdat
+from drgn.helpers.linux.module import address_to_module
+
+from ..abi import COMPATIBLES_WITHOUT_TYPES, POSTED_TYPE_SHIFT, Abi, Stamp
+from ..errors import KhoscopeError
+from ..serialized import text
+from .pages import PageLayout
+
+#: What drgn raises where debug info has no such type, member, symbol or value.
+_LACKING: Final = (LookupError, AttributeError, TypeError, ObjectAbsentError)
+
+#: Variables, types and members by which KHO and the small facts are read: all kernels with KHO
+#: have them.
+_NEEDED: Final = (
+    "kho_enable",
+    "kho_in.fdt_phys",
+    "kho_in.kexec_count",
+    "kho_in.previous_release",
+    "kho_out.fdt",
+    "kho_out.radix_tree.root",
+    "kho_scratch.addr",
+    "kho_scratch.size",
+    "kho_scratch_cnt",
+    "struct kho_radix_tree.root",
+    "init_mm.pgd",
+    "init_uts_ns.name.release",
+    "init_uts_ns.name.version",
+    "iomem_resource.child",
+    "iomem_resource.end",
+    "iomem_resource.flags",
+    "iomem_resource.sibling",
+    "iomem_resource.start",
+    "saved_command_line",
+    "sysctl_bootid",
+    "tainted_mask",
+    "PAGE_SHIFT",
+    "PAGE_SIZE",
+    "__NR_PAGEFLAGS",
+)
+_INCOMING_TREE: Final = ("kho_in.radix_tree.root",)
+_IMAGE: Final = (
+    "kexec_image.file_mode",
+    "kexec_image.kho.fdt",
+    "kexec_image.nr_segments",
+    "kexec_image.segment.memsz",
+)
+_LIVEUPDATE: Final = (
+    "luo_global.enabled",
+    "luo_file_handler_list.next",
+    "struct liveupdate_file_handler.compatible",
+    "struct liveupdate_file_handler.list",
+)
+_SESSIONS: Final = (
+    "luo_global.liveupdate_num",
+    "luo_session_global.incoming.block_set.head_pa",
+    "luo_session_global.incoming.list",
+    "luo_session_global.outgoing.block_set.head_pa",
+    "luo_session_global.outgoing.list",
+    "struct luo_session.file_set.block_set.head_pa",
+    "struct luo_session.file_set.count",
+    "struct luo_session.file_set.files_list",
+    "struct luo_session.list",
+    "struct luo_session.name",
+    "struct luo_session.retrieved",
+    "struct luo_file.fh.compatible",
+    "struct luo_file.list",
+    "struct luo_file.retrieve_status",
+    "struct luo_file.serialized_data",
+    "struct luo_file.token",
+    "luo_flb_global.incoming.active",
+    "luo_flb_global.incoming.header_ser",
+    "luo_flb_global.list",
+    "struct liveupdate_flb.compatible",
+    "struct liveupdate_flb.private.list",
+    "struct liveupdate_flb.private.outgoing.count.refs.counter",
+    "struct liveupdate_flb.private.outgoing.data",
+)
+#: By drgn's get_printk_records(), too.
+_LOG: Final = (
+    "LOG_CONT",
+    "desc_committed",
+    "desc_finalized",
+    "prb.desc_ring.count_bits",
+    "prb.desc_ring.descs.state_var.counter",
+    "prb.desc_ring.descs.text_blk_lpos.begin",
+    "prb.desc_ring.descs.text_blk_lpos.next",
+    "prb.desc_ring.head_id.counter",
+    "prb.desc_ring.infos.caller_id",
+    "prb.desc_ring.infos.dev_info.device",
+    "prb.desc_ring.infos.dev_info.subsystem",
+    "prb.desc_ring.infos.facility",
+    "prb.desc_ring.infos.flags",
+    "prb.desc_ring.infos.level",
+    "prb.desc_ring.infos.seq",
+    "prb.desc_ring.infos.text_len",
+    "prb.desc_ring.infos.ts_nsec",
+    "prb.desc_ring.tail_id.counter",
+    "prb.text_data_ring.data",
+    "prb.text_data_ring.size_bits",
+)
+_VMALLOC: Final = (
+    "struct vmap_area.vm",
+    "struct vm_struct.caller",
+    "struct vm_struct.nr_pages",
+    "struct vm_struct.pages",
+    "struct vm_struct.size",
+)
+_NODES: Final = (
+    "struct pglist_data.node_spanned_pages",
+    "struct pglist_data.node_start_pfn",
+)
+
+
+class Parts:
+    """What not every kernel has, or not every debug info describes; asked when it is wanted."""
+
+    def __init__(self, prog: Program) -> None:
+        self._prog = prog
+
+    @cached_property
+    def incoming_tree(self) -> bool:
+        """``kho_in.radix_tree`` (linux 7.3)."""
+        return self._has(_INCOMING_TREE)
+
+    @cached_property
+    def image(self) -> bool:
+        """``kexec_image``, with the members that KHO is about."""
+        return self._has(_IMAGE)
+
+    @cached_property
+    def liveupdate(self) -> bool:
+        """``luo_global`` and the file handlers."""
+        return self._has(_LIVEUPDATE)
+
+    @cached_property
+    def sessions(self) -> bool:
+        """The lists of LUO's sessions, files and FLBs, as they are since linux 7.2."""
+        return self._has(_SESSIONS)
+
+    @cached_property
+    def log(self) -> bool:
+        """printk's ring buffer."""
+        return self._has(_LOG)
+
+    @cached_property
+    def vmalloc(self) -> bool:
+        """The areas of vmalloc."""
+        first = lambda: next(for_each_vmap_area(self._prog), None)  # noqa: E731
+        return self._has(_VMALLOC) and _works(first)
+
+    @cached_property
+    def nodes(self) -> bool:
+        """``struct pglist_data`` of each NUMA node."""
+        first = lambda: next(for_each_online_pgdat(self._prog), None)  # noqa: E731
+        return self._has(_NODES) and _works(first)
+
+    def _has(self, paths: tuple[str, ...]) -> bool:
+        def look() -> None:
+            for path in paths:
+                _look_up(self._prog, path)
+
+        return _works(look)
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """
+    What the user knows better than the kernel's debug info.
+
+    :param type_shift: key bit of the page type; -1: the kernel has no types.
+    """
+
+    type_shift: int | None = None
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """What debug info lacks becomes a KhoscopeError; for what asks debug info alone."""
+    try:
+        yield
+    except _LACKING as error:
+        raise KhoscopeError(
+            f"the kernel's debug info lacks what khoscope needs ({error})",
+            "name the vmlinux of this very kernel, with DWARF, by --vmlinux",
+        ) from error
+
+
+def refuse_platform(prog: Program) -> None:
+    """
+    Everything that is read is taken for 64 bit and little endian.
+
+    :raises KhoscopeError: if it is not.
+    """
+    known = PlatformFlags.IS_64_BIT | PlatformFlags.IS_LITTLE_ENDIAN
+    if prog.platform is None or prog.platform.flags & known != known:
+        raise KhoscopeError(
+            "this kernel is not a 64-bit little-endian one", "use khoscope on x86-64 or arm64"
+        )
+
+
+@guarded()
+def probe(prog: Program) -> Parts:
+    """
+    Look up all types, members and variables that are going to be used.
+
+    :raises KhoscopeError: if there is no KHO that khoscope knows, or the debug info lacks some.
+    """
+    try:
+        tree = prog["kho_out"].type_
+    except KeyError:
+        raise KhoscopeError(
+            "this kernel has no kexec handover (no kho_out in its debug info)",
+            "boot a kernel that was built with CONFIG_KEXEC_HANDOVER=y",
+        ) from None
+    if not tree.has_member("radix_tree"):
+        raise KhoscopeError(
+            "this kernel's KHO is older than the radix tree (no kho_out.radix_tree)",
+            "use a kernel that keeps preserved memory in a struct kho_radix_tree",
+        )
+    for path in _NEEDED:
+        _look_up(prog, path)
+    return Parts(prog)
+
+
+def _works(ask: Callable[[], object]) -> bool:
+    """Whether debug info has all that a function asks it for."""
+    try:
+        ask()
+    except FaultError:
+        # Then it knew where to read.
+        return True
+    except _LACKING:
+        return False
+    return True
+
+
+def _look_up(prog: Program, path: str) -> None:
+    """
+    Look up a variable, or a type, and its members.
+
+    :param path: as in C, but that what is behind a pointer or in an array has dots, too.
+    :raises LookupError: if something of it is not there.
+    """
+    name, *members = path.split(".")
+    if " " in name:
+        found = prog.type(name)
+    else:
+        variable = prog[name]
+        if variable.absent_:
+            raise LookupError(f"{name} has no address")
+        found = variable.type_
+    for member in members:
+        while found.kind in (TypeKind.POINTER, TypeKind.ARRAY, TypeKind.TYPEDEF):
+            found = found.type
+        found = found.member(member).type
+
+
+@guarded()
+def probe_abi(prog: Program, compatible: str | None, overrides: Overrides) -> Abi:
+    """
+    What this kernel does, from its types.
+
+    :param compatible: of its own root FDT.
+    """
+    decided: dict[str, str] = {}
+    constants = enumerators(prog, "enum kho_radix_consts")
+    page_shift = prog["PAGE_SHIFT"].value_()
+    computed = Abi.for_page_shift(page_shift)
+
+    def constant(name: str, otherwise: int) -> int:
+        if name in constants:
+            decided[name] = "enum kho_radix_consts"
+            return constants[name]
+        decided[name] = "computed from PAGE_SHIFT: not in the debug info"
+        return otherwise
+
+    stamp = probe_stamp(prog)
+    order_0 = constant("KHO_ORDER_0_LOG2", computed.order_0_log2)
+    return Abi(
+        page_shift,
+        order_0,
+        constant("KHO_TABLE_SIZE_LOG2", computed.table_size_log2),
+        constant("KHO_BITMAP_SIZE_LOG2", computed.bitmap_size_log2),
+        constant("KHO_TREE_MAX_DEPTH", computed.tree_max_depth),
+        prog.type("struct zone").member("free_area").type.length - 1,
+        _probe_type_shift(prog, constants, order_0, compatible, overrides, stamp, decided),
+        stamp,
+        compatible,
+        # Trees of bare keys (linux 7.3) have it, and have lost KHO_ORDER_0_LOG2.
+        constants.get("KHO_RADIX_KEY_WIDTH"),
+        decided,
+    )
+
+
+def _probe_type_shift(
+    prog: Program,
+    constants: dict[str, int],
+    order_0: int,
+    compatible: str | None,
+    overrides: Overrides,
+    stamp: Stamp,
+    decided: dict[str, str],
+) -> int | None:
+    name = "KHO_KEY_TYPE_SHIFT"
+    if overrides.type_shift is not None:
+        if 0 <= overrides.type_shift <= order_0:
+            raise KhoscopeError(
+                f"key bit {overrides.type_shift} holds an order or an address, not a type",
+                "give a bit above KHO_ORDER_0_LOG2, or none",
+            )
+        decided[name] = "--type-shift"
+        return None if overrides.type_shift < 0 else overrides.type_shift
+    if name in constants:
+        decided[name] = "enum kho_radix_consts"
+        return constants[name]
+    if not enumerators(prog, "enum kho_page_type") and stamp.type_shift is None:
+        decided[name] = "no enum kho_page_type, no type in union kho_page_info: no types"
+        return None
+    posted = compatible in COMPATIBLES_WITHOUT_TYPES
+    decided[name] = (
+        "there are page types, but the bit is a #define that debug info does not carry; "
+        + (f"{compatible}: taken for the series as posted" if posted else "guessed as posted")
+    )
+    return POSTED_TYPE_SHIFT
+
+
+def probe_stamp(prog: Program) -> Stamp:
+    """The layout of ``union kho_page_info``."""
+    bits: dict[str, tuple[int, int]] = {}
+
+    def collect(type_: Type, offset: int) -> None:
+        for member in type_.members or ():
+            at = offset + member.bit_offset
+            if member.name is None:
+                collect(member.type, at)
+            else:
+                bits[member.name] = at, member.bit_field_size or 8 * sizeof(member.type)
+
+    collect(prog.type("union kho_page_info"), 0)
+    return Stamp(bits["order"][1], bits["type"][0] if "type" in bits else None, bits["magic"][0])
+
+
+@guarded()
+def page_layout(prog: Program) -> PageLayout:
+    """Where this kernel's ``struct page`` keeps things."""
+    page = prog.type("struct page")
+    pagetype = enumerators(prog, "enum pagetype")
+    try:
+        vmemmap = prog["vmemmap"]
+    except KeyError:
+        raise KhoscopeError(
+            "this kernel's struct pages are not one array (no vmemmap)",
+            "use a kernel that was built with CONFIG_SPARSEMEM_VMEMMAP=y",
+        ) from None
+    if not page.has_member("compound_info"):
+        # There, struct pages in the middle of an optimised hugetlb folio read like its head.
+        raise KhoscopeError(
+            "this kernel's struct page is older than linux 7.1 (no compound_info)",
+            "use khoscope on kernels whose struct page has compound_info",
+        )
+    if page.has_member("memdesc") or _stamp_is_too_large(prog, page):
+        raise KhoscopeError(
+            "what KHO keeps in a struct page is not in page->private of this kernel",
+            "use a khoscope that knows this kernel",
+        )
+    return PageLayout(
+        vmemmap=cast("unsigned long", vmemmap).value_(),
+        size=sizeof(page),
+        flags=offsetof(page, "flags"),
+        private=offsetof(page, "private"),
+        refcount=offsetof(page, "_refcount"),
+        page_type=offsetof(page, "page_type"),
+        compound=offsetof(page, "compound_info"),
+        lru=offsetof(page, "lru"),
+        head_bit=enumerators(prog, "enum pageflags")["PG_head"],
+        buddy_type=pagetype["PGTY_buddy"],
+        untyped=pagetype["PGTY_mapcount_underflow"],
+    )
+
+
+def _stamp_is_too_large(prog: Program, page: Type) -> bool:
+    return sizeof(prog.type("union kho_page_info")) > sizeof(page.member("private").type)
+
+
+@guarded()
+def direct_map(prog: Program) -> int:
+    """Virtual address at which physical address 0 is mapped."""
+    return int(phys_to_virt(prog, 0).value_())
+
+
+def module_at(prog: Program, address: int) -> str:
+    """The module that an address belongs to, in brackets; nothing where that cannot be told."""
+    try:
+        module = address_to_module(prog, address)
+        return f" [{text(bytes(module.name.string_()))}]" if module else ""
+    except (FaultError, *_LACKING):
+        return ""
+
+
+def enumerators(prog: Program, name: str) -> dict[str, int]:
+    """The constants of an enum; none where the kernel has no such enum."""
+    try:
+        found = prog.type(name).enumerators
+    except LookupError:
+        return {}
+    return {e.name: e.value for e in found or ()}

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+One reading of a kernel: where its RAM is, and all small facts.
+
+Each fact is there, or is named as unreadable: a vmcore may lack any page, and memory may hold
+anything.  Both belong to the reading: the next one looks anew.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Final, TypeVar
+
+import numpy as np
+from drgn import FaultError, Program
+from drgn.helpers.linux.list import list_for_each_entry
+from drgn.helpers.linux.mmzone import for_each_online_pgdat
+from drgn.helpers.linux.printk import get_printk_records
+
+from .. import budget
+from ..abi import U64
+from ..clients import Liveupdate
+from ..errors import KhoscopeError
+from ..fdt import parse_root_fdt
+from ..serialized import text
+from ..snapshot import Fdt, Handover, Kernel, KexecImage
+from .probe import Parts, enumerators
+from .walk import READS, in_ranges
+
+#: ``IORESOURCE_SYSRAM`` (include/linux/ioport.h, a #define).
+IORESOURCE_SYSRAM: Final = 0x01000000
+#: More resources than any machine has: a corrupt list.
+RESOURCE_LIMIT: Final = 1 << 16
+#: More file handlers than any kernel has: a corrupt list.
+HANDLER_LIMIT: Final = 1 << 8
+#: More than any command line has, bytes.
+COMMAND_LINE_LIMIT: Final = 1 << 16
+#: The largest log that can be configured has 2^25 bytes (CONFIG_LOG_BUF_SHIFT), or what
+#: log_buf_len= says: more records than this are a corrupt ring.
+LOG_COUNT_BITS: Final = 26
+
+#: What a kernel says when KHO or the page allocator finds something broken.
+TROUBLE = re.compile(
+    r"KHO: .*(fail|disabl|incompatib|invalid|broken|too small|not supported)"
+    r"|Bad page state|page dumped because"
+    r"|(WARNING|kernel BUG).*(kexec_handover|kho_)",
+    re.IGNORECASE,
+)
+#: Lines of it that are kept: the newest.
+TROUBLE_KEPT: Final = 64
+
+T = TypeVar("T")
+
+
+class _Corrupt(Exception):
+    """What stands there can be read, and is no such thing; says why."""
+
+
+@dataclass
+class Reading:
+    """
+    What is read of a kernel at one time.
+
+    :param ram: u64, shape (n, 2), sorted and disjoint: System RAM.
+    :param unreadable: what could not be read, in words.
+    """
+
+    prog: Program
+    parts: Parts
+    ram: U64 = field(default_factory=lambda: np.zeros((0, 2), np.uint64))
+    unreadable: list[str] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, prog: Program, parts: Parts) -> Reading:
+        """A new one, which knows where RAM is."""
+        reading = cls(prog, parts)
+        reading.ram = reading._read_ram()
+        return reading
+
+    def attempt(self) -> Reading:
+        """The same to go on from: what is unreadable in an attempt that is thrown away is not."""
+        return Reading(self.prog, self.parts, self.ram, list(self.unreadable))
+
+    def cannot(self, what: str) -> None:
+        """Name what cannot be read."""
+        if what not in self.unreadable:
+            self.unreadable.append(what)
+
+    def fact(self, what: str, read: Callable[[], T], otherwise: T) -> T:
+        """What can be read, or is named."""
+        try:
+            return read()
+        except FaultError:
+            self.cannot(what)
+        except _Corrupt as error:
+            self.cannot(f"{what}: {error}")
+        return otherwise
+
+    # -- the kernel -------------------------------------------------------------------------------
+
+    def kernel(self) -> Kernel:
+        """Which kernel it is, and what it says of itself."""
+        prog = self.prog
+        name = prog["init_uts_ns"].name
+        flags: dict[int, str] = {}
+        for flag, bit in enumerators(prog, "enum pageflags").items():
+            flags.setdefault(bit, flag.removeprefix("PG_"))
+        return Kernel(
+            # Without it nothing else would be of use.
+            text(bytes(name.release.string_())),
+            self.fact(
+                "the kernel's version (init_uts_ns)",
+                lambda: text(bytes(name.version.string_())),
+                "",
+            ),
+            self.fact("the boot id (sysctl_bootid)", self._boot_id, None),
+            self.fact(
+                "whether the kernel is tainted (tainted_mask)",
+                lambda: int(prog["tainted_mask"].value_()),
+                0,
+            ),
+            self.fact("the kernel log (prb)", self._trouble, []),
+            [flags.get(bit, "") for bit in range(prog["__NR_PAGEFLAGS"].value_())],
+            {
+                value: name.removeprefix("PGTY_")
+                for name, value in enumerators(prog, "enum pagetype").items()
+            },
+            self.fact("the command line (saved_command_line)", self._command_line, ""),
+        )
+
+    def _boot_id(self) -> str | None:
+        boot_id = uuid.UUID(bytes=bytes(self.prog["sysctl_bootid"].value_()))
+        return str(boot_id) if boot_id.int else None
+
+    def _command_line(self) -> str:
+        at = self.prog["saved_command_line"].value_()
+        line = self.prog.read_c_string(at, max_size=COMMAND_LINE_LIMIT)
+        return line.decode("utf-8", "backslashreplace")
+
+    def _trouble(self) -> list[str]:
+        """The newest lines of the log that say that something is broken."""
+        if not self.parts.log:
+            raise _Corrupt("the debug info lacks its types")
+        self._check_log()
+        kept: deque[str] = deque(maxlen=TROUBLE_KEPT)
+        for record in get_printk_records(self.prog):
+            line = record.text.decode("utf-8", "backslashreplace")
+            if TROUBLE.search(line):
+                kept.append(line)
+        return list(kept)
+
+    def _check_log(self) -> None:
+        """drgn goes from one descriptor to the other, however many a corrupt ring has."""
+        ring = self.prog["prb"].desc_ring
+        bits = ring.count_bits.value_()
+        if bits > LOG_COUNT_BITS or self.prog["prb"].text_data_ring.size_bits.value_() > 32:
+            raise _Corrupt("its ring buffer is corrupt")
+        # The two highest bits are no part of a descriptor's id (DESC_ID_MASK).
+        first, last = ring.tail_id.counter.value_(), ring.head_id.counter.value_()
+        if (last - first) % (1 << 62) >= 1 << bits or max(first, last) >> 62 or first < 0:
+            raise _Corrupt("its ring buffer is corrupt")
+
+    # -- RAM --------------------------------------------------------------------------------------
+
+    def _read_ram(self) -> U64:
+        """
+        System RAM from ``iomem_resource``, adjacent ranges joined.
+
+        Resources are in the kernel's heap, of which vmcores may lack pages: then what nodes span,
+        with the holes in it.
+        """
+        what = "where RAM is (iomem_resource): what nodes span is taken for it"
+        ranges = self.fact(what, self._resources, None)
+        if ranges is None:
+            ranges = list(self._node_spans()) if self.parts.nodes else []
+        joined: list[tuple[int, int]] = []
+        for start, end in sorted(ranges):
+            if joined and start <= joined[-1][1]:
+                joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+            else:
+                joined.append((start, end))
+        if not joined:
+            raise KhoscopeError(
+                "this kernel lists no System RAM in iomem_resource",
+                "check that the debug info belongs to this kernel",
+            )
+        return np.array(joined, np.uint64)
+
+    def _resources(self) -> list[tuple[int, int]] | None:
+        """As drgn's :func:`for_each_resource` has them; those of a corrupt tree end, too."""
+        found: list[tuple[int, int]] = []
+        waiting = [self.prog["iomem_resource"].address_of_()]
+        seen: set[int] = set()
+        while waiting:
+            resource = waiting.pop()
+            if not resource:
+                continue
+            if resource.value_() in seen or len(seen) == RESOURCE_LIMIT:
+                raise _Corrupt("its list is corrupt")
+            seen.add(resource.value_())
+            start, end = resource.start.value_(), resource.end.value_()
+            if resource.flags.value_() & IORESOURCE_SYSRAM and start <= end < 2**64 - 1:
+                found.append((start, end + 1))
+            waiting += resource.sibling.read_(), resource.child.read_()
+        return found
+
+    def _node_spans(self) -> Iterator[tuple[int, int]]:
+        """First and last-plus-one physical address of each NUMA node."""
+        shift = self.prog["PAGE_SHIFT"].value_()
+        for node in for_each_online_pgdat(self.prog):
+            first, pages = node.node_start_pfn.value_(), node.node_spanned_pages.value_()
+            if pages and (first + pages) << shift < 1 << 64:
+                yield first << shift, first + pages << shift
+
+    # -- KHO --------------------------------------------------------------------------------------
+
+    def handover(self) -> Handover:
+        """How this kernel came to be."""
+        return self.fact(
+            "how this kernel came to be (kho_in)", self._handover, Handover(False, "", 0)
+        )
+
+    def _handover(self) -> Handover:
+        kho_in = self.prog["kho_in"]
+        return Handover(
+            bool(kho_in.fdt_phys),
+            kho_in.previous_release.string_().decode("ascii", "backslashreplace"),
+            kho_in.kexec_count.value_(),
+        )
+
+    def incoming_fdt(self) -> int:
+        """Where the FDT is that came, ``phys_addr_t``; 0: there is none."""
+        what = "how this kernel came to be (kho_in)"
+        return self.fact(what, lambda: int(self.prog["kho_in"].fdt_phys.value_()), 0)
+
+    def scratch(self, enabled: bool) -> U64:
+        """
+        ``kho_scratch``: u64, shape (n, 2), address and size of each area.
+
+        :param enabled: KHO is on: then there are some.
+        """
+        nothing: list[tuple[int, int]] = []
+        what = "the scratch areas (kho_scratch)"
+        found = self.fact(what, lambda: list(self._scratch(enabled)), nothing)
+        return np.array(found, np.uint64).reshape(-1, 2)
+
+    def _scratch(self, enabled: bool) -> Iterator[tuple[int, int]]:
+        count = self.prog["kho_scratch_cnt"].value_()
+        areas = self.prog["kho_scratch"].read_()
+        if not areas:
+            if enabled:
+                raise _Corrupt("there are none, though KHO is on")
+            return
+        if count > budget.SCRATCH:
+            raise _Corrupt(f"{count} are more than any kernel has")
+        for i in range(count):
+            yield areas[i].addr.value_(), areas[i].size.value_()
+
+    def image(self) -> KexecImage | None:
+        """``kexec_image``; None: this kernel has none of its members that KHO is about."""
+        if not self.parts.image:
+            return None
+        return self.fact("the loaded kexec image (kexec_image)", self._image, None)
+
+    def _image(self) -> KexecImage:
+        image = self.prog["kexec_image"].read_()
+        if not image:
+            return KexecImage(False)
+        known = min(image.nr_segments.value_(), image.segment.type_.length or 0)
+        return KexecImage(
+            True,
+            bool(image.file_mode),
+            image.kho.fdt.value_(),
+            sum(image.segment[i].memsz.value_() for i in range(known)),
+        )
+
+    def liveupdate(self) -> Liveupdate | None:
+        """``luo_global`` and the file handlers; None: this kernel has no LUO."""
+        if not self.parts.liveupdate:
+            return None
+        handlers: list[str] = []
+        what = "LUO's file handlers (luo_file_handler_list)"
+        self.fact(what, lambda: self._handlers(handlers), None)
+        return self.fact(
+            "LUO's state (luo_global)",
+            lambda: Liveupdate(bool(self.prog["luo_global"].enabled), handlers),
+            None,
+        )
+
+    def _handlers(self, found: list[str]) -> None:
+        head = self.prog["luo_file_handler_list"].address_of_()
+        listed = list_for_each_entry("struct liveupdate_file_handler", head, "list")
+        for handler in islice(listed, HANDLER_LIMIT + 1):
+            if len(found) == HANDLER_LIMIT:
+                raise _Corrupt(f"the list does not end after {HANDLER_LIMIT}")
+            found.append(handler.compatible.string_().decode("ascii", "backslashreplace"))
+
+    # -- FDTs -------------------------------------------------------------------------------------
+
+    def fdt(self, phys: int, side: str) -> tuple[Fdt, dict[str, bytes]]:
+        """
+        A root FDT and the blobs: itself as "fdt", subtrees by name as far as readable.
+
+        :param side: whose blobs cannot be read, in words.
+        """
+        fdt, blob = self.root_fdt(phys)
+        blobs = {} if blob is None else {"fdt": blob}
+        for subtree in fdt.subtrees:
+            if subtree.phys is None or not subtree.size:
+                continue
+            span = (
+                np.array([subtree.phys], np.uint64),
+                np.array([min(subtree.phys + subtree.size, 2**64 - 1)], np.uint64),
+            )
+            # bad-fdt speaks of one that is not in RAM.
+            if not in_ranges(self.ram, *span)[0]:
+                continue
+            kept = min(subtree.size, budget.BLOB, budget.BLOBS - sum(map(len, blobs.values())))
+            data = self.read_phys(subtree.phys, kept)
+            if data:
+                blobs[f"subtree {subtree.name}"] = data
+            else:
+                self.cannot(f"the {side} subtree {subtree.name!r}")
+        return fdt, blobs
+
+    def root_fdt(self, phys: int) -> tuple[Fdt, bytes | None]:
+        """A root FDT, and its page."""
+        if not phys:
+            return Fdt(0, problems=["there is none"]), None
+        size = self.prog["PAGE_SIZE"].value_()
+        blob = self.read_phys(phys, size)
+        # kho_add_subtree() moves things about in it.
+        for _ in range(READS):
+            again = self.read_phys(phys, size)
+            if again == blob:
+                break
+            blob = again
+        return parse_root_fdt(phys, blob), blob
+
+    def read_phys(self, address: int, size: int) -> bytes | None:
+        try:
+            return self.prog.read(address, size, physical=True)
+        except FaultError:
+            return None
