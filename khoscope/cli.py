@@ -112,7 +112,8 @@ examples:
   khoscope --qemu guest.qmp --vmlinux vmlinux tree
   khoscope --core vmcore --vmlinux vmlinux verify
 
-exit status: 0 fine, 1 verify or trace --check found an error, 2 could not do it""",
+exit status: 0 fine, 1 verify or trace --check found an error, 2 could not do it,
+3 no verdict: nothing wrong was found, and not everything could be seen""",
     )
     source = top.add_mutually_exclusive_group()
     source.add_argument(

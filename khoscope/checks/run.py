@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,14 @@ class About(Enum):
     KEXEC = "is it safe to kexec"
     ARRIVAL = "did everything arrive"
     TRACE = "was anything wrong while it was traced"
+
+
+class Verdict(StrEnum):
+    """What a report comes to."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    INCOMPLETE = "incomplete"
 
 
 @dataclass
@@ -99,7 +107,14 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        return not self.failed and not self.incomplete
+        return self.verdict == Verdict.PASS
+
+    @property
+    def verdict(self) -> Verdict:
+        """What is wrong is wrong, whatever else could not be seen."""
+        if self.failed:
+            return Verdict.FAIL
+        return Verdict.INCOMPLETE if self.incomplete else Verdict.PASS
 
     @property
     def reason(self) -> Finding | None:

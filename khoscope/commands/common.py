@@ -7,10 +7,11 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from .. import store
 from ..carry import retrieve
+from ..checks import Report, Verdict
 from ..errors import KhoscopeError
 from ..snapshot import Snapshot
 from ..views.progress import Progress
@@ -23,8 +24,15 @@ if TYPE_CHECKING:
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-#: Exit statuses (design: 0 fine, 1 found an error, 2 could not do it).
-FINE, FOUND, UNABLE = 0, 1, 2
+#: Exit statuses: fine; found an error; could not do it; found nothing wrong, and could not see
+#: everything.
+FINE, FOUND, UNABLE, NO_VERDICT = 0, 1, 2, 3
+
+_STATUSES: Final = {
+    Verdict.PASS: FINE,
+    Verdict.FAIL: FOUND,
+    Verdict.INCOMPLETE: NO_VERDICT,
+}
 
 #: Instead of a file after --before; a file of that name is ``./carried``.
 CARRIED = "carried"
@@ -52,6 +60,11 @@ def _limit(text: str) -> int | None:
     if number < 0:
         raise ValueError(text)
     return number or None
+
+
+def judged(report: Report) -> int:
+    """The exit status that says what a report comes to."""
+    return _STATUSES[report.verdict]
 
 
 def before_option(command: argparse.ArgumentParser, help: str) -> None:

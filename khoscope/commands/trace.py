@@ -42,14 +42,14 @@ examples:
   khoscope trace --record a.khotrace   keep it
   khoscope trace --replay a.khotrace   show and check it, anywhere
 
-exit status: 0 fine, 1 --check found an error or missed something, 2 could not
-do it""",
+exit status: 0 fine, 1 --check found an error, 2 could not do it, 3 --check has
+no verdict: nothing was wrong, and something was missed""",
     )
     trace.set_defaults(run=_run, refuse=_refuse)
     kind = common.output(trace, "call")
     kind.add_argument("--summary", action="store_true", help="totals by client, not each call")
     trace.add_argument(
-        "--check", action="store_true", help="exit status 1 if anything was wrong, or missed"
+        "--check", action="store_true", help="exit status 1 if anything was wrong, 3 if missed"
     )
     trace.add_argument("--stacks", action="store_true", help="the kernel stack of each call")
     trace.add_argument(
@@ -196,4 +196,4 @@ def _trace_view(args: argparse.Namespace, symbols: Symbols) -> View:
 
 
 def _judged(args: argparse.Namespace, report: checks.Report) -> int:
-    return common.FINE if not args.check or report.passed else common.FOUND
+    return common.judged(report) if args.check else common.FINE
