@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from .printable import printable
+
 
 class KhoscopeError(Exception):
     """
@@ -14,7 +16,6 @@ class KhoscopeError(Exception):
 
     def __init__(self, what: str, hint: str) -> None:
         # Part of it may be another library's words, or a file's name, which may hold anything.
-        what = " ".join(what.split())
-        super().__init__(what)
-        self.what = what
-        self.hint = hint
+        self.what = printable(" ".join(what.split()))
+        self.hint = printable(" ".join(hint.split()))
+        super().__init__(self.what)
