@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The one exception that means: could not do it (exit status 2)."""
+"""The one exception that means: could not do it (exit status 2); and how that is said."""
 
 from __future__ import annotations
+
+import contextlib
+import sys
 
 from .printable import printable
 
@@ -19,3 +22,12 @@ class KhoscopeError(Exception):
         self.what = printable(" ".join(what.split()))
         self.hint = printable(" ".join(hint.split()))
         super().__init__(self.what)
+
+
+def say(*lines: str) -> None:
+    """Lines on stderr, if anybody can hear them."""
+    # What is closed is None, for which print() would take stdout.
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            for line in lines:
+                print(f"khoscope: {printable(line)}", file=sys.stderr)

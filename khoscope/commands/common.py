@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from .. import store
 from ..carry import retrieve
 from ..checks import Report, Verdict
-from ..errors import KhoscopeError
+from ..errors import KhoscopeError, say
 from ..snapshot import Snapshot
 from ..views.progress import Progress
 from ..views.text import LIMIT
@@ -57,9 +57,22 @@ def output(
 
 def _limit(text: str) -> int | None:
     number = int(text)
-    if number < 0:
+    # Python's lists are no longer than that.
+    if not 0 <= number < 1 << 63:
         raise ValueError(text)
     return number or None
+
+
+def given(text: str) -> str:
+    """Anything but nothing, which an unset variable gives, and which would mean something else."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: give a value, or leave the option out")
+    return text
+
+
+def path(text: str) -> Path:
+    """A file's name."""
+    return Path(given(text))
 
 
 def judged(report: Report) -> int:
@@ -72,6 +85,7 @@ def before_option(command: argparse.ArgumentParser, help: str) -> None:
     command.add_argument(
         "--before",
         metavar="FILE",
+        type=given,
         help=f"{help}; {CARRIED!r}: the one that khoscope carry handed over",
     )
 
@@ -132,7 +146,7 @@ def _program(args: argparse.Namespace) -> tuple[Program, str, bool]:
     else:
         opened = open_live(args.vmlinux), LIVE, True
     if args.verbose:
-        print(f"khoscope: types: {debug_info(opened[0])}", file=sys.stderr)
+        say(f"types: {debug_info(opened[0])}")
     return opened
 
 

@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import checks
@@ -63,7 +62,9 @@ no verdict: nothing was wrong, and something was missed""",
         help="with --summary: print it every so often",
     )
     trace.add_argument("-p", "--pid", type=_pid, help="only calls by this process")
-    trace.add_argument("-c", "--comm", help="only calls by processes of this name")
+    trace.add_argument(
+        "-c", "--comm", type=common.given, help="only calls by processes of this name"
+    )
     trace.add_argument(
         "--only",
         type=_kinds,
@@ -80,9 +81,9 @@ no verdict: nothing was wrong, and something was missed""",
     common.before_option(trace, "snapshot of the kernel that handed over")
     files = trace.add_mutually_exclusive_group()
     files.add_argument(
-        "--record", metavar="FILE", type=Path, help="write the events to a file, too"
+        "--record", metavar="FILE", type=common.path, help="write the events to a file, too"
     )
-    files.add_argument("--replay", metavar="FILE", type=Path, help="show recorded events")
+    files.add_argument("--replay", metavar="FILE", type=common.path, help="show recorded events")
     trace.add_argument("--probe", choices=["fentry", "kprobe"], help="this kind of probe only")
     trace.add_argument(
         "--buffer",

@@ -47,7 +47,7 @@ wrong was found, and not everything could be seen""",
     verify.add_argument(
         "--next",
         metavar="FILE",
-        type=Path,
+        type=common.path,
         help="the kernel that is to be booted: a bzImage, an arm64 Image, a vmlinux, or a "
         "directory with one",
     )
