@@ -7,14 +7,16 @@ import sys
 
 def main() -> int:
     """Import the command line, and run it."""
-    # Until all is imported there is nothing to tidy up: Ctrl-C just ends it, without a traceback.
-    ends = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if ends:
+    # As khoscope/__init__.py, if somebody else has imported that: the command line sets it again.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from .cli import main as run
+    try:
+        from .cli import main as run
+    except ImportError as error:
+        from .errors import say
 
-    if ends:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        say(f"it is not whole: {error}", "install khoscope again, with all that it needs")
+        return 2
     return run()
 
 

@@ -21,6 +21,7 @@ from typing import IO, Final
 
 from . import store
 from .errors import KhoscopeError
+from .files import NewFile
 from .liveupdate import LIVEUPDATE, LiveUpdate, Session
 from .snapshot import Snapshot
 
@@ -204,17 +205,33 @@ def retrieve() -> Path:
     """
     path = DIRECTORY / f"carried-{BOOT_ID.read_text().strip()}.khosnap"
     with _told(f"cannot keep anything in {DIRECTORY}", _DIRECTORY):
-        DIRECTORY.mkdir(mode=0o700, exist_ok=True)
-        there = path.name in os.listdir(DIRECTORY)
+        there = path.exists()
     if not there:
-        # What the kernel has handed back it does not hand back again: first a place for it.
-        with store.NewFile(path) as new:
-            _copy(new)
+        # What the kernel has handed back it does not hand back again: first a place for it.  Of
+        # those who have the device open there is one.
+        with _device() as device, _directory(), NewFile(path) as new:
+            _copy(device, new)
     return path
 
 
-def _copy(new: store.NewFile) -> None:
-    with _told(f"cannot retrieve the LUO session {SESSION}", _RETRIEVE), _device() as device:
+@contextlib.contextmanager
+def _directory() -> Iterator[None]:
+    """:data:`DIRECTORY`, which goes again if it was made for nothing."""
+    with _told(f"cannot keep anything in {DIRECTORY}", _DIRECTORY):
+        was_there = DIRECTORY.is_dir()
+        DIRECTORY.mkdir(exist_ok=True)
+        if not was_there:
+            # Whatever the umask is.
+            DIRECTORY.chmod(0o700)
+    try:
+        yield
+    finally:
+        if not was_there and not any(DIRECTORY.iterdir()):
+            DIRECTORY.rmdir()
+
+
+def _copy(device: LiveUpdate, new: NewFile) -> None:
+    with _told(f"cannot retrieve the LUO session {SESSION}", _RETRIEVE):
         session = device.retrieve_session(SESSION)
     with session:
         with _told("cannot retrieve the snapshot", _RETRIEVE_FD):

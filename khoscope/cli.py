@@ -9,29 +9,97 @@ import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from types import ModuleType
-from typing import IO, TYPE_CHECKING, Any
+from types import FrameType, ModuleType
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
-from .commands import COMMANDS, IN_DRGN
+from .commands import COMMANDS, IN_DRGN, common
 from .commands.common import UNABLE
-from .errors import KhoscopeError
+from .errors import KhoscopeError, say
+from .printable import printable
 
 if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
     from drgn import Program
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    if sys.stderr is None:
+        # Closed: what others write there must not come into a file that is opened meanwhile.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it stays
+    if sys.stdout is None:
+        say("cannot write: stdout is closed", "see where the output goes")
+        return UNABLE
     try:
-        return perform(parser(), argv)
+        with _signals():
+            return perform(parser(), argv)
     except BrokenPipeError:
         return _die_of(signal.SIGPIPE)
     except KeyboardInterrupt:
-        print("khoscope: interrupted", file=sys.stderr)
+        say("interrupted")
         return _die_of(signal.SIGINT)
+    except Ended as ended:
+        return _die_of(ended.number)
+    except Exception:
+        return _bug()
+    finally:
+        _settle()
+
+
+class Ended(BaseException):
+    """A signal that ends us has come: what is open is put in order on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = signal.Signals(number)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, SIGTERM and SIGHUP :class:`Ended`; ignored ones nothing."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        # A second one does not wait for us.
+        signal.signal(number, signal.SIG_DFL)
+        raise Ended(number)
+
+    ours = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: end, signal.SIGHUP: end}
+    taken = [number for number in ours if signal.getsignal(number) is signal.SIG_DFL]
+    try:
+        for number in taken:
+            signal.signal(number, ours[number])
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _bug() -> int:
+    """Say where an exception came from that nobody has expected."""
+    # Of the lines of a traceback the last ones may be anybody's: none begins like one of ours.
+    say(*(f"  {line}" for line in traceback.format_exc().splitlines()))
+    say(
+        "this is a bug in khoscope",
+        f"please report it with the lines above; this is khoscope {__version__}",
+    )
+    return UNABLE
+
+
+def _settle() -> None:
+    """What cannot be written is not tried again: Python would make a status of its own of it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            _discard(stream)
+
+
+def _discard(stream: IO[str]) -> None:
+    """What is still buffered has nobody to go to."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def perform(top: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
@@ -50,14 +118,13 @@ def perform(top: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
             sys.stdout.flush()
             return status
     except KhoscopeError as error:
-        print(f"khoscope: {error.what}\nkhoscope: {error.hint}", file=sys.stderr)
+        say(error.what, error.hint)
         return UNABLE
     except BrokenPipeError:
         raise
     except OSError as error:
         # What reads and writes files says so itself: this is what we print to.
-        print(f"khoscope: cannot write: {error.strerror or error}", file=sys.stderr)
-        print("khoscope: see where the output goes", file=sys.stderr)
+        say(f"cannot write: {error.strerror or error}", "see where the output goes")
         return UNABLE
 
 
@@ -87,16 +154,32 @@ def _parse(top: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse
 
 def _die_of(number: signal.Signals) -> int:
     """End as the signal would have ended us, so that a shell sees what happened."""
-    # What is still buffered has nobody to go to.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _discard(sys.stdout)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     return UNABLE
 
 
+class _Parser(argparse.ArgumentParser):
+    """As argparse's, but for what it does of errors: those of users, and those of writing."""
+
+    def error(self, message: str) -> NoReturn:
+        """Words that nobody knows may be anything."""
+        super().error(printable(message))
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        is_data = file is sys.stdout
+        if is_data:
+            # Help that cannot be written is said like anything else that cannot.
+            sys.stdout.write(message)
+            sys.stdout.flush()
+        else:
+            super()._print_message(message, file)
+
+
 def parser() -> argparse.ArgumentParser:
     """The options and commands."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="khoscope",
         description="See what Kexec HandOver carries across a kexec, and check that it arrived.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -112,16 +195,19 @@ examples:
   khoscope --qemu guest.qmp --vmlinux vmlinux tree
   khoscope --core vmcore --vmlinux vmlinux verify
 
-exit status: 0 fine, 1 verify or trace --check found an error, 2 could not do it""",
+exit status: 0 fine, 1 verify or trace --check found an error, 2 could not do it,
+3 no verdict: nothing wrong was found, and not everything could be seen""",
     )
     source = top.add_mutually_exclusive_group()
     source.add_argument(
         "--live", action="store_true", help="the running kernel, /proc/kcore (default)"
     )
-    source.add_argument("--qemu", metavar="SOCKET", help="a QEMU guest, by its QMP socket")
-    source.add_argument("--core", metavar="FILE", type=Path, help="a vmcore")
-    source.add_argument("--snapshot", metavar="FILE", type=Path, help="a .khosnap file")
-    top.add_argument("--vmlinux", metavar="FILE", type=Path, help="debug info of the kernel")
+    source.add_argument(
+        "--qemu", metavar="SOCKET", type=common.given, help="a QEMU guest, by its QMP socket"
+    )
+    source.add_argument("--core", metavar="FILE", type=common.path, help="a vmcore")
+    source.add_argument("--snapshot", metavar="FILE", type=common.path, help="a .khosnap file")
+    top.add_argument("--vmlinux", metavar="FILE", type=common.path, help="debug info of the kernel")
     top.set_defaults(program=None)
     _add_commands(top, COMMANDS)
     return top
@@ -129,7 +215,7 @@ exit status: 0 fine, 1 verify or trace --check found an error, 2 could not do it
 
 def parser_for(prog: Program) -> argparse.ArgumentParser:
     """The options and commands of ``%kho`` in a drgn session, which look at its program."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="%kho",
         description="khoscope's command line, on the program of this drgn session.",
         epilog="khoscope COMMAND --help and man khoscope tell more.",

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The one exception that means: could not do it (exit status 2)."""
+"""The one exception that means: could not do it (exit status 2); and how that is said."""
 
 from __future__ import annotations
+
+import contextlib
+import sys
+
+from .printable import printable
 
 
 class KhoscopeError(Exception):
@@ -14,7 +19,15 @@ class KhoscopeError(Exception):
 
     def __init__(self, what: str, hint: str) -> None:
         # Part of it may be another library's words, or a file's name, which may hold anything.
-        what = " ".join(what.split())
-        super().__init__(what)
-        self.what = what
-        self.hint = hint
+        self.what = printable(" ".join(what.split()))
+        self.hint = printable(" ".join(hint.split()))
+        super().__init__(self.what)
+
+
+def say(*lines: str) -> None:
+    """Lines on stderr, if anybody can hear them."""
+    # What is closed is None, for which print() would take stdout.
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            for line in lines:
+                print(f"khoscope: {printable(line)}", file=sys.stderr)

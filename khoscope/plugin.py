@@ -33,7 +33,8 @@ def _has_kho(prog: Program) -> bool:
     khoscope's command line on the program of this session: the same commands, options and output.
     %{NAME} -h lists the commands, %{NAME} *COMMAND* -h the options of one.
 
-    Return the exit status: 0 fine, 1 verify found an error, 2 could not do it.
+    Return the exit status: 0 fine, 1 verify found an error, 2 could not do it, 3 verify has no
+    verdict: it found nothing wrong, and could not see everything.
     """,
     parse=parse_shell_command,
     enabled=_has_kho,

@@ -26,13 +26,12 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, TracebackType, UnionType
+from types import NoneType, UnionType
 from typing import (
     IO,
     Any,
     Final,
     Generic,
-    Self,
     TypeVar,
     Union,
     get_args,
@@ -51,6 +50,7 @@ from .clients import Claims, Liveupdate, Luo, Owner, Vmalloc
 from .columns import CHUNK_BLOCKS, Blocks, Columns, Leaves, Nodes, Pages
 from .errors import KhoscopeError
 from .fdt import parse_root_fdt
+from .files import NewFile, open_file
 from .snapshot import (
     Fdt,
     Handover,
@@ -341,60 +341,6 @@ def save(snapshot: Snapshot, file: IO[bytes]) -> None:
         put(snapshot, Writer(archive))
 
 
-class NewFile:
-    """
-    A file that is there, mode 0600, once all of it is written, and not before: until
-    :meth:`finish` it has another name, and what had the name stays.
-
-    :raises KhoscopeError: if it cannot be written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._finished = False
-        with self.told():
-            # Replacing what is there would put a file in the place of /dev/null or of a link.
-            if path.is_symlink() or (path.exists() and not path.is_file()):
-                raise KhoscopeError(f"{path}: is not a file", "name a new file, or one to replace")
-            handle, self._temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        self.file = open(handle, "wb")  # noqa: SIM115 - __exit__ closes it
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        if self._finished:
-            return
-        # What could not be written goes with the file.
-        with contextlib.suppress(OSError):
-            self.file.close()
-        os.unlink(self._temporary)
-
-    @contextlib.contextmanager
-    def told(self) -> Iterator[None]:
-        """What the system says of the file becomes one clear line."""
-        try:
-            yield
-        except OSError as error:
-            raise KhoscopeError(
-                f"{self._path}: {error.strerror}",
-                "choose a directory that you can write to and that has space",
-            ) from error
-
-    def finish(self) -> None:
-        with self.told():
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
-            os.replace(self._temporary, self._path)
-        self._finished = True
-
-
 def save_file(snapshot: Snapshot, path: Path) -> None:
     """
     Write a snapshot file, mode 0600, all of it or nothing.
@@ -423,18 +369,6 @@ def load_file(path: Path) -> Snapshot:
     :raises KhoscopeError: if it is not there, damaged, hostile or of a newer schema.
     """
     return _load(open_file(path, "name a file that `khoscope snapshot` wrote"), str(path))
-
-
-def open_file(path: Path, hint: str) -> IO[bytes]:
-    """
-    Open a file to read from as long as anybody needs it.
-
-    :raises KhoscopeError: with that hint, if it cannot be opened.
-    """
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise KhoscopeError(f"{path}: {error.strerror}", hint) from error
 
 
 def _load(file: IO[bytes], name: str, ours: bool = False) -> Snapshot:

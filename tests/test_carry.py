@@ -278,7 +278,26 @@ def test_luo_refuses_to_give_back(luo: Luo, step: str, number: int, what: str, h
     assert what in caught.value.what
     assert hint in caught.value.hint
     assert luo.devices == 0
+    assert not carry.DIRECTORY.exists()
+
+
+def test_a_directory_that_was_there_stays(luo: Luo) -> None:
+    carry.DIRECTORY.mkdir()
+    with pytest.raises(KhoscopeError, match="nothing was carried"):
+        retrieve()
     assert list(carry.DIRECTORY.iterdir()) == []
+
+
+def test_a_directory_that_nobody_else_enters(luo: Luo) -> None:
+    with carry.carry(rich_before):
+        luo.kexec()
+    mask = os.umask(0o777)
+    try:
+        path = retrieve()
+    finally:
+        os.umask(mask)
+    modes = [stat.S_IMODE(each.stat().st_mode) for each in (carry.DIRECTORY, path)]
+    assert modes == [0o700, 0o600]
 
 
 def test_no_space_for_it(luo: Luo, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +311,7 @@ def test_no_space_for_it(luo: Luo, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KhoscopeError, match="no space for what was carried, and LUO hands") as c:
         retrieve()
     assert "/run" in c.value.hint
-    assert list(carry.DIRECTORY.iterdir()) == []
+    assert not carry.DIRECTORY.exists()
 
 
 def test_a_place_for_it_is_there_before_it_is_taken(luo: Luo) -> None:

@@ -481,7 +481,7 @@ bash[412] fill [kho_exercise]
     assert sum(line.startswith("  → ") for line in end) == 2
     assert end[-2:] == [
         "incomplete: events lost for want of room in the buffer: 3",
-        "FAIL: mixed-refcounts: no type fits: the pages are 1/mixe… (4 errors, 1 warning)",
+        "FAIL: mixed-refcounts (4 errors, 1 warning)",
     ]
 
 

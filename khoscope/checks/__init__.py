@@ -24,7 +24,17 @@ from .rule import (
     in_order,
     of_scopes,
 )
-from .run import About, Found, Report, check, check_batch, compare, end_trace, start_trace
+from .run import (
+    About,
+    Found,
+    Report,
+    Verdict,
+    check,
+    check_batch,
+    compare,
+    end_trace,
+    start_trace,
+)
 
 __all__ = [
     "ACROSS",
@@ -41,6 +51,7 @@ __all__ = [
     "Report",
     "Rule",
     "Severity",
+    "Verdict",
     "changes",
     "check",
     "check_batch",

@@ -50,5 +50,5 @@ def changes(was: Report, now: Report) -> Changes:
 def _sum(report: Report) -> tuple[object, ...]:
     """What the last line is made of."""
     reason = report.reason
-    first = None if reason is None else (reason.rule, reason.message)
+    first = None if reason is None else reason.rule
     return report.errors, report.warnings, first, report.incomplete

@@ -7,7 +7,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,14 @@ class About(Enum):
     KEXEC = "is it safe to kexec"
     ARRIVAL = "did everything arrive"
     TRACE = "was anything wrong while it was traced"
+
+
+class Verdict(StrEnum):
+    """What a report comes to."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    INCOMPLETE = "incomplete"
 
 
 @dataclass
@@ -101,7 +109,14 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        return not self.failed and not self.incomplete
+        return self.verdict == Verdict.PASS
+
+    @property
+    def verdict(self) -> Verdict:
+        """What is wrong is wrong, whatever else could not be seen."""
+        if self.failed:
+            return Verdict.FAIL
+        return Verdict.INCOMPLETE if self.incomplete else Verdict.PASS
 
     @property
     def reason(self) -> Finding | None:

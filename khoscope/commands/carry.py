@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from ..carry import carry
+from ..errors import say
 from ..views import carry as view
 from ..views.progress import Progress
 from ..views.text import Text
@@ -63,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
             while True:
                 signal.pause()
     except _Stopped as stopped:
-        print("khoscope: nothing is carried any more", file=sys.stderr)
+        say("nothing is carried any more")
         # Once more, without us in between.
         signal.raise_signal(stopped.number)
     return common.FINE

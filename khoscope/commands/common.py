@@ -7,11 +7,12 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from .. import store
 from ..carry import retrieve
-from ..errors import KhoscopeError
+from ..checks import Report, Verdict
+from ..errors import KhoscopeError, say
 from ..snapshot import Snapshot
 from ..views.progress import Progress
 from ..views.text import LIMIT
@@ -23,8 +24,15 @@ if TYPE_CHECKING:
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-#: Exit statuses (design: 0 fine, 1 found an error, 2 could not do it).
-FINE, FOUND, UNABLE = 0, 1, 2
+#: Exit statuses: fine; found an error; could not do it; found nothing wrong, and could not see
+#: everything.
+FINE, FOUND, UNABLE, NO_VERDICT = 0, 1, 2, 3
+
+_STATUSES: Final = {
+    Verdict.PASS: FINE,
+    Verdict.FAIL: FOUND,
+    Verdict.INCOMPLETE: NO_VERDICT,
+}
 
 #: Instead of a file after --before; a file of that name is ``./carried``.
 CARRIED = "carried"
@@ -49,9 +57,27 @@ def output(
 
 def _limit(text: str) -> int | None:
     number = int(text)
-    if number < 0:
+    # Python's lists are no longer than that.
+    if not 0 <= number < 1 << 63:
         raise ValueError(text)
     return number or None
+
+
+def given(text: str) -> str:
+    """Anything but nothing, which an unset variable gives, and which would mean something else."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: give a value, or leave the option out")
+    return text
+
+
+def path(text: str) -> Path:
+    """A file's name."""
+    return Path(given(text))
+
+
+def judged(report: Report) -> int:
+    """The exit status that says what a report comes to."""
+    return _STATUSES[report.verdict]
 
 
 def before_option(command: argparse.ArgumentParser, help: str) -> None:
@@ -59,6 +85,7 @@ def before_option(command: argparse.ArgumentParser, help: str) -> None:
     command.add_argument(
         "--before",
         metavar="FILE",
+        type=given,
         help=f"{help}; {CARRIED!r}: the one that khoscope carry handed over",
     )
 
@@ -119,7 +146,7 @@ def _program(args: argparse.Namespace) -> tuple[Program, str, bool]:
     else:
         opened = open_live(args.vmlinux), LIVE, True
     if args.verbose:
-        print(f"khoscope: types: {debug_info(opened[0])}", file=sys.stderr)
+        say(f"types: {debug_info(opened[0])}")
     return opened
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from .. import store
 from ..views import json as json_view
@@ -17,8 +16,8 @@ def add(commands: common.Commands) -> None:
     diff = commands.add_parser("diff", help="what changed between two snapshots")
     diff.set_defaults(run=_run)
     common.output(diff, "block")
-    diff.add_argument("a", metavar="A", type=Path)
-    diff.add_argument("b", metavar="B", type=Path)
+    diff.add_argument("a", metavar="A", type=common.path)
+    diff.add_argument("b", metavar="B", type=common.path)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -8,9 +8,9 @@ import sys
 
 from ..blobs import Blob, Blobs
 from ..errors import KhoscopeError
+from ..printable import printable
 from ..snapshot import Snapshot
 from ..views.fdt import FdtText, write_json
-from ..views.text import printable
 from . import common
 
 #: The sides as users name them, and in words.

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from ..errors import KhoscopeError
 from ..owners import NOBODY, Callers, Holders
@@ -23,7 +22,7 @@ def add(commands: common.Commands) -> None:
     owners.add_argument(
         "--trace",
         metavar="FILE",
-        type=Path,
+        type=common.path,
         help="a recording of khoscope trace: who preserved what nothing else tells of",
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from .. import store
 from ..views import json as json_view
@@ -17,7 +16,7 @@ def add(commands: common.Commands) -> None:
     snapshot = commands.add_parser("snapshot", help="write all facts to a file")
     snapshot.set_defaults(run=_run, refuse=_refuse)
     common.output(snapshot)
-    snapshot.add_argument("file", metavar="FILE", type=Path)
+    snapshot.add_argument("file", metavar="FILE", type=common.path)
     common.before_option(snapshot, "also look at the pages that FILE recorded")
 
 

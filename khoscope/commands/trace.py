@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import checks
@@ -42,14 +41,14 @@ examples:
   khoscope trace --record a.khotrace   keep it
   khoscope trace --replay a.khotrace   show and check it, anywhere
 
-exit status: 0 fine, 1 --check found an error or missed something, 2 could not
-do it""",
+exit status: 0 fine, 1 --check found an error, 2 could not do it, 3 --check has
+no verdict: nothing was wrong, and something was missed""",
     )
     trace.set_defaults(run=_run, refuse=_refuse)
     kind = common.output(trace, "call")
     kind.add_argument("--summary", action="store_true", help="totals by client, not each call")
     trace.add_argument(
-        "--check", action="store_true", help="exit status 1 if anything was wrong, or missed"
+        "--check", action="store_true", help="exit status 1 if anything was wrong, 3 if missed"
     )
     trace.add_argument("--stacks", action="store_true", help="the kernel stack of each call")
     trace.add_argument(
@@ -63,7 +62,9 @@ do it""",
         help="with --summary: print it every so often",
     )
     trace.add_argument("-p", "--pid", type=_pid, help="only calls by this process")
-    trace.add_argument("-c", "--comm", help="only calls by processes of this name")
+    trace.add_argument(
+        "-c", "--comm", type=common.given, help="only calls by processes of this name"
+    )
     trace.add_argument(
         "--only",
         type=_kinds,
@@ -80,9 +81,9 @@ do it""",
     common.before_option(trace, "snapshot of the kernel that handed over")
     files = trace.add_mutually_exclusive_group()
     files.add_argument(
-        "--record", metavar="FILE", type=Path, help="write the events to a file, too"
+        "--record", metavar="FILE", type=common.path, help="write the events to a file, too"
     )
-    files.add_argument("--replay", metavar="FILE", type=Path, help="show recorded events")
+    files.add_argument("--replay", metavar="FILE", type=common.path, help="show recorded events")
     trace.add_argument("--probe", choices=["fentry", "kprobe"], help="this kind of probe only")
     trace.add_argument(
         "--buffer",
@@ -196,4 +197,4 @@ def _trace_view(args: argparse.Namespace, symbols: Symbols) -> View:
 
 
 def _judged(args: argparse.Namespace, report: checks.Report) -> int:
-    return common.FINE if not args.check or report.passed else common.FOUND
+    return common.judged(report) if args.check else common.FINE

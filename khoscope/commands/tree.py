@@ -33,10 +33,10 @@ def add(commands: common.Commands) -> None:
         action="store_true",
         help="the tree that this kernel was handed, as far as it is still there",
     )
-
     tree.add_argument(
         "--root",
         metavar="TREE",
+        type=common.given,
         help="any struct kho_radix_tree: a symbol (with members: kho_out.radix_tree), its virtual"
         " address, or the physical address of a root node",
     )

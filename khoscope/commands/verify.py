@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import checks
-from ..errors import KhoscopeError
 from ..image import NextKernel
 from ..snapshot import Snapshot
 from ..views import json as json_view
@@ -39,7 +38,8 @@ examples:
   khoscope verify --watch 10                     tell what changes, until Ctrl-C
   khoscope verify --before before.khosnap        after the kexec
 
-exit status: 0 fine, 1 a check failed, 2 no verdict, or could not do it""",
+exit status: 0 fine, 1 a check failed, 2 could not do it, 3 no verdict: nothing
+wrong was found, and not everything could be seen""",
     )
     verify.set_defaults(run=_run, refuse=_refuse)
     common.output(verify)
@@ -47,7 +47,7 @@ exit status: 0 fine, 1 a check failed, 2 no verdict, or could not do it""",
     verify.add_argument(
         "--next",
         metavar="FILE",
-        type=Path,
+        type=common.path,
         help="the kernel that is to be booted: a bzImage, an arm64 Image, a vmlinux, or a "
         "directory with one",
     )
@@ -124,7 +124,7 @@ def _run(args: argparse.Namespace) -> int:
         json_view.write_verify(facts, found, sys.stdout, next_kernel)
     else:
         Text(sys.stdout, args.limit).verify(facts, found, next_kernel)
-    return _status(found)
+    return common.judged(found)
 
 
 def _read_next(path: Path) -> NextKernel:
@@ -158,16 +158,4 @@ def _watch(
     except KeyboardInterrupt:
         if last is None:
             raise
-        return _status(last)
-
-
-def _status(report: checks.Report) -> int:
-    if report.failed:
-        return common.FOUND
-    if report.incomplete:
-        raise KhoscopeError(
-            f"no verdict: {'; '.join(report.incomplete)}",
-            "let the clients of KHO come to rest, or give a source that has all struct pages, and "
-            "run it again",
-        )
-    return common.FINE
+        return common.judged(last)

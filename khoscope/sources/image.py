@@ -12,14 +12,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import stat
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import IO, Final
 
 from ..errors import KhoscopeError
+from ..files import open_file
 from ..image import NextKernel
 from .decompress import LIMIT, PIECE, Damaged, decompress
 
@@ -100,21 +100,17 @@ def _images(directory: Path) -> list[Path]:
 
 
 def _read(path: Path) -> NextKernel:
-    with _told(path):
-        # A pipe would keep us waiting, a device has no end.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise KhoscopeError(f"{path}: not a regular file", _HINT)
-        with path.open("rb") as file:
-            start = file.read(_HEADER)
-            if start.startswith(b"\x7fELF"):
-                compression, pieces = None, _segments(file, start)
-            elif start[0x202:0x206] == b"HdrS":
-                compression, pieces = decompress(_payload(file, start))
-            elif start[0x38:0x3C] == b"ARM\x64":
-                compression, pieces = None, _whole(file)
-            else:
-                raise KhoscopeError(f"{path}: no bzImage, no arm64 Image and no vmlinux", _HINT)
-            found = _strings(pieces)
+    with _told(path), open_file(path, _HINT) as file:
+        start = file.read(_HEADER)
+        if start.startswith(b"\x7fELF"):
+            compression, pieces = None, _segments(file, start)
+        elif start[0x202:0x206] == b"HdrS":
+            compression, pieces = decompress(_payload(file, start))
+        elif start[0x38:0x3C] == b"ARM\x64":
+            compression, pieces = None, _whole(file)
+        else:
+            raise KhoscopeError(f"{path}: no bzImage, no arm64 Image and no vmlinux", _HINT)
+        found = _strings(pieces)
     releases = found.pop("release")
     if len(releases) != 1:
         which = " and ".join(releases) or "none"
@@ -122,7 +118,7 @@ def _read(path: Path) -> NextKernel:
     return NextKernel(str(path), compression, releases[0], **found)
 
 
-def _payload(file: BinaryIO, start: bytes) -> bytes:
+def _payload(file: IO[bytes], start: bytes) -> bytes:
     """The compressed kernel in a bzImage; `start` has the whole setup header."""
     if len(start) < _HEADER:
         raise Damaged("it ends in its header")
@@ -137,7 +133,7 @@ def _payload(file: BinaryIO, start: bytes) -> bytes:
     return b"".join(_range(file, setup + offset, length))
 
 
-def _segments(file: BinaryIO, start: bytes) -> Iterator[bytes]:
+def _segments(file: IO[bytes], start: bytes) -> Iterator[bytes]:
     """What an ELF file has to load: not its debug info."""
     # 64 bit, little endian, ET_EXEC or ET_DYN: no object file, and no dump of memory, which has
     # everybody's strings.
@@ -160,7 +156,7 @@ def _segments(file: BinaryIO, start: bytes) -> Iterator[bytes]:
         yield from _range(file, offset, length)
 
 
-def _whole(file: BinaryIO) -> Iterator[bytes]:
+def _whole(file: IO[bytes]) -> Iterator[bytes]:
     """An arm64 Image: it is not packed."""
     size = os.fstat(file.fileno()).st_size
     if size > LIMIT:
@@ -168,7 +164,7 @@ def _whole(file: BinaryIO) -> Iterator[bytes]:
     yield from _range(file, 0, size)
 
 
-def _range(file: BinaryIO, offset: int, length: int) -> Iterator[bytes]:
+def _range(file: IO[bytes], offset: int, length: int) -> Iterator[bytes]:
     """A range of a file, piece by piece, if all of it is there."""
     size = os.fstat(file.fileno()).st_size
     if offset + length > size:

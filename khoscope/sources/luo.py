@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from .. import budget
 from ..clients import FLB_LIST, Flb, Kind, Luo, LuoFile, LuoSession, Memfd, Owner
-from ..fdt import MAGIC, Unreadable, read
+from ..fdt import MAGIC, compatible_of
 from ..serialized import (
     LUO_COMPATIBLE,
     LUO_FILE_SER,
@@ -139,18 +139,9 @@ def unknown(following: Following, handed: Handed) -> Luo:
     if raw is None:
         return Luo(phys, None, problems=[f"struct luo_ser at {phys:#x} cannot be read"])
     if raw.startswith(MAGIC):
-        return Luo(phys, _compatible_of_fdt(handed.blob), raw=raw.hex())
+        return Luo(phys, compatible_of(handed.blob), raw=raw.hex())
     ser = one(LUO_SER, raw)
     return Luo(phys, text(bytes(ser["compatible"])), raw=raw.hex())
-
-
-def _compatible_of_fdt(blob: bytes | None) -> str | None:
-    """In linux 7.1 LUO's blob was an FDT."""
-    try:
-        found = None if blob is None else read(blob).root.property("compatible")
-    except Unreadable:
-        return None
-    return None if found is None else text(found.value)
 
 
 @dataclass

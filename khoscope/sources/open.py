@@ -16,6 +16,7 @@ from drgn import BadDataError, FaultError, MissingDebugInfoError, Program, Progr
 
 from .. import btf
 from ..errors import KhoscopeError
+from ..files import require_regular
 
 # What drgn logs about missing debug info is in the error that it raises, too.
 logging.getLogger("drgn").setLevel(logging.CRITICAL)
@@ -184,6 +185,7 @@ def open_core(path: Path, vmlinux: Path | None = None) -> Program:
 
     :raises KhoscopeError: if it is no whole vmcore, or without debug info.
     """
+    require_regular(path, "name a vmcore that you can read")
     prog = Program()
     try:
         prog.set_core_dump(path)
@@ -206,8 +208,10 @@ def open_core(path: Path, vmlinux: Path | None = None) -> Program:
 
 def _load_debug_info(prog: Program, vmlinux: Path | None, whose: str) -> None:
     """DWARF that drgn finds, else BTF."""
-    if vmlinux is not None and not os.access(vmlinux, os.R_OK):
-        raise KhoscopeError(f"{vmlinux}: cannot be read", "name the vmlinux with --vmlinux")
+    if vmlinux is not None:
+        require_regular(vmlinux, "name the vmlinux with --vmlinux")
+        if not os.access(vmlinux, os.R_OK):
+            raise KhoscopeError(f"{vmlinux}: cannot be read", "name the vmlinux with --vmlinux")
     try:
         prog.load_debug_info([] if vmlinux is None else [vmlinux], main=True)
         _refuse_another(prog, vmlinux, whose)

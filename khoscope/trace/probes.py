@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ..abi import KHO_PAGE_MAGIC
 from ..calls import FUNCTIONS, NUMBERS, Action, Batch, Function, Kind, Use
-from ..errors import KhoscopeError
+from ..errors import KhoscopeError, say
 from ..sources.kernel import KernelSource
 from .assemble import left_at, record_size
 from .ring import Ring
@@ -159,7 +159,7 @@ class Probes:
                 self._detach()
                 raise
         if self._note:
-            print(f"khoscope: {self._note}", file=sys.stderr)
+            say(self._note)
         return self
 
     def __exit__(

@@ -39,6 +39,7 @@ from ..calls import (
     Tracing,
 )
 from ..columns import CHUNK_BLOCKS, Columns, Pages
+from ..files import NewFile, open_file
 from ..snapshot import Snapshot
 from ..store import RECORDING
 
@@ -122,7 +123,7 @@ class Recorder:
         self._calls = self._touches = 0
         self._chunks = 0
         self._frames: int | None = None
-        self._new = store.NewFile(path)
+        self._new = NewFile(path)
         self._zip = zipfile.ZipFile(self._new.file, "w")
         self._writer = store.Writer(self._zip)
 
@@ -244,7 +245,7 @@ def load(path: Path) -> Recording:
     :raises KhoscopeError: if it is not there, damaged, hostile, of a newer schema or no recording.
     """
     hint = "name a file that `khoscope trace --record` wrote"
-    return _load(store.open_file(path, hint), str(path))
+    return _load(open_file(path, hint), str(path))
 
 
 def _load(file: IO[bytes], name: str) -> Recording:

@@ -25,8 +25,8 @@ class Checks(Text):
                 [
                     rule.name,
                     str(rule.severity),
-                    textwrap.fill(rule.sentence, _SENTENCE),
-                    textwrap.fill("; ".join(rule.reads), _READS),
+                    textwrap.wrap(rule.sentence, _SENTENCE),
+                    textwrap.wrap("; ".join(rule.reads), _READS),
                 ]
                 for rule in rules
             ),

@@ -8,6 +8,7 @@ from typing import IO
 
 from .. import __version__
 from ..doctor import Fact, State, missing
+from ..printable import printable
 from . import json
 from .text import WIDTH, Text
 
@@ -59,7 +60,7 @@ class DoctorText(Text):
         indent = " " * (STATE + NAME)
         state = self.paint(_COLOURS[fact.state], f"{fact.state:<{STATE}}")
         source = f"[{fact.read_from}]"
-        lines = textwrap.wrap(fact.value, WIDTH - len(indent)) or [""]
+        lines = textwrap.wrap(printable(fact.value), WIDTH - len(indent)) or [""]
         if len(lines[-1]) + len(source) >= WIDTH - len(indent):
             lines.append("")
         # A long path stands alone, and sticks out.

@@ -9,19 +9,23 @@ values are not.  What is said about a tree is a ``//`` comment, too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from itertools import islice
 from typing import IO, Any
 
 from ..blobs import Area, Blob, Value
 from ..fdt import DeviceTree, Node, Property
+from ..printable import printable
 from ..snapshot import Snapshot
 from . import json
-from .text import WIDTH, Text, counted, printable
+from .text import WIDTH, Text, counted
 
 _INDENT = " " * 4
 #: Bytes of a line of a dump, or of a byte string.
 _ROW = 16
+#: No character of a name; a backslash begins one that fdt.py has escaped.
+_NO_NAME = re.compile(r"[^0-9A-Za-z,._+*#?@\\-]")
 
 
 class FdtText(Text):
@@ -39,7 +43,7 @@ class FdtText(Text):
 
     def blob(self, blob: Blob) -> None:
         """A blob, with what is wrong with it first."""
-        self.wrapped(self.paint("bold", _title(blob)), "//   ", "// ")
+        self.wrapped(_title(blob), "//   ", "// ", "bold")
         if blob.preserved is False:
             self.line(self.paint("red", "// not preserved: the next kernel may find anything"))
         self.problems(blob.problems)
@@ -47,7 +51,7 @@ class FdtText(Text):
             self.tree_source(blob.tree, blob.values)
         elif blob.fields:
             for name, value in blob.fields.items():
-                self.line(f"{name:<16}  {printable(_words(value))}".rstrip())
+                self.line(f"{name:<16}  {_words(value)}".rstrip())
         elif blob.raw:
             self.dump(blob.raw)
         for area in blob.areas:
@@ -62,7 +66,7 @@ class FdtText(Text):
         self._node(tree.root, values, "")
 
     def _node(self, node: Node, values: dict[int, Value], indent: str) -> None:
-        self.line(f"{indent}{printable(node.name) or '/'} {{")
+        self.line(f"{indent}{_name(node.name) or '/'} {{")
         inside = indent + _INDENT
         for found in node.properties:
             self._property(found, values.get(found.offset), inside)
@@ -73,7 +77,7 @@ class FdtText(Text):
         self.line(f"{indent}}};")
 
     def _property(self, found: Property, value: Value | None, indent: str) -> None:
-        name = indent + printable(found.name)
+        name = indent + _name(found.name)
         if not found.value:
             self.line(f"{name};")
             return
@@ -83,16 +87,22 @@ class FdtText(Text):
             return
         rows = [row.hex(" ") for row in _rows(found.value)]
         source = f"{name} = [{rows[0]}];"
-        comment = "" if value is None else f"/* {_words(value)} */"
-        if len(rows) > 1 or len(source) > WIDTH:
-            # Each row in a line of its own, below the name.
-            start = f"\n{indent}{_INDENT}"
-            source = f"{name} ={start}[" + f"{start} ".join(rows) + "];"
-        elif len(source) + len(comment) < WIDTH:
+        comment = "" if value is None else f"/* {_comment(_words(value))} */"
+        below = len(rows) > 1 or len(source) > WIDTH
+        if not below and len(source) + len(comment) < WIDTH:
             source, comment = f"{source} {comment}".rstrip(), ""
         if comment:
             self.line(indent + comment)
-        self.line(source)
+        if below:
+            self._byte_rows(name, rows, indent + _INDENT)
+        else:
+            self.line(source)
+
+    def _byte_rows(self, name: str, rows: list[str], indent: str) -> None:
+        """A byte string, each row in a line of its own, below the name."""
+        self.line(f"{name} =")
+        for i, row in enumerate(rows):
+            self.line(f"{indent}{' ' if i else '['}{row}{'];' if i == len(rows) - 1 else ''}")
 
     def dump(self, raw: bytes) -> None:
         """Bytes, in hex and as text."""
@@ -104,7 +114,7 @@ class FdtText(Text):
 
     def area(self, area: Area) -> None:
         """A vmalloc area and its chain."""
-        what = f"{printable(area.where)}: struct kho_vmalloc"
+        what = f"{area.where}: struct kho_vmalloc"
         if area.chain is None:
             self.line(f"// {what}, its chain was not followed")
             return
@@ -115,17 +125,27 @@ class FdtText(Text):
     def problems(self, problems: list[str]) -> None:
         """What is wrong."""
         for problem in islice(problems, self._limit):
-            self.wrapped(printable(problem), "//   ", self.paint("red", "// problem: "))
+            self.wrapped(problem, "//   ", self.paint("red", "// problem: "))
         self._more(len(problems), len(problems), "problems")
 
 
 def _title(blob: Blob) -> str:
-    name = "root FDT" if blob.name is None else printable(blob.name)
+    name = "root FDT" if blob.name is None else blob.name
     size = "size unknown" if blob.size is None else counted(blob.size, "byte")
     phys = "" if blob.phys is None else f" at {blob.phys:#x}"
     preserved = ", preserved" if blob.preserved else ""
     kind = "" if blob.name is None else f"{blob.kind}, "
     return f"{name}: {kind}{size}{phys}{preserved}"
+
+
+def _name(text: str) -> str:
+    """A name as dtc takes it: any other character would mean something in device-tree source."""
+    return _NO_NAME.sub(lambda c: f"\\x{ord(c[0]):02x}", text)
+
+
+def _comment(text: str) -> str:
+    """Text that does not end the comment that it is in."""
+    return text.replace("*/", "*\\x2f")
 
 
 def _rows(raw: bytes) -> Iterable[bytes]:
@@ -136,6 +156,9 @@ def _strings(raw: bytes, value: Value | None) -> str:
     """A value as strings of device-tree source; empty: it is none."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or "".join(f"{text}\0" for text in texts).encode() != raw:
+        return ""
+    # Bytes instead of what would be escaped: dtc has escapes of its own.
+    if any(printable(text) != text for text in texts):
         return ""
     quoted = (text.replace("\\", r"\\").replace('"', r"\"") for text in texts)
     return ", ".join(f'"{text}"' for text in quoted)

@@ -183,7 +183,7 @@ def finding(f: Finding) -> dict[str, Any]:
 def verdict(report: Report) -> dict[str, Any]:
     """The part of ``verify --json`` that says how it went."""
     return {
-        "verdict": "pass" if report.passed else "fail",
+        "verdict": str(report.verdict),
         "incomplete": report.incomplete,
         "blocks": report.blocks,
         "fates": None if report.fates is None else dict(report.fates),

@@ -11,7 +11,7 @@ from ..owners import Memory
 from ..serialized import SEALS, bits
 from ..snapshot import Side, Snapshot
 from . import json as json_view
-from .text import counted, human, printable
+from .text import counted, human
 from .vmalloc import VmallocText, area_row, range_rows
 
 
@@ -23,7 +23,7 @@ class LuoText(VmallocText):
         self.header(facts)
         if facts.liveupdate is not None:
             on = "on" if facts.liveupdate.enabled else "off (liveupdate=on turns it on)"
-            handlers = ", ".join(map(printable, facts.liveupdate.handlers)) or "none"
+            handlers = ", ".join(facts.liveupdate.handlers) or "none"
             self.line(f"live update is {on}, file handlers: {handlers}")
         shift = facts.abi.page_shift
         self._side("outgoing", facts.outgoing, shift)
@@ -46,16 +46,14 @@ class LuoText(VmallocText):
             self._session(memory, session)
         self._more(len(luo.sessions), len(luo.sessions), "sessions")
         for flb in islice(luo.flbs, self._limit):
-            self.line(
-                f"  FLB {printable(flb.name)}: data {flb.data:#x}, {counted(flb.count, 'file')}"
-            )
+            self.line(f"  FLB {flb.name}: data {flb.data:#x}, {counted(flb.count, 'file')}")
         self._more(len(luo.flbs), len(luo.flbs), "FLBs")
 
     def _session(self, memory: Memory, session: LuoSession) -> None:
         self.line()
         state = {True: ", retrieved", False: "", None: ", not looked at by the kernel yet"}
         self.line(
-            f"  session {printable(session.name)}: {counted(session.count, 'file')}, "
+            f"  session {session.name}: {counted(session.count, 'file')}, "
             f"{human(memory.session_bytes(session.name))}{state[session.retrieved]}"
         )
         self._problems(session.problems, "  ")
@@ -65,7 +63,7 @@ class LuoText(VmallocText):
 
     def _file(self, memory: Memory, session: LuoSession, file: LuoFile) -> None:
         self.line(
-            f"    token {file.token:#x}: {printable(file.handler)}, data {file.data:#x}"
+            f"    token {file.token:#x}: {file.handler}, data {file.data:#x}"
             f"{_status(file.retrieve_status)}"
         )
         self._problems(file.problems, "    ")
@@ -91,14 +89,12 @@ class LuoText(VmallocText):
 
     def _problems(self, problems: list[str], indent: str) -> None:
         for problem in problems:
-            self.wrapped(
-                printable(problem), f"{indent}    ", f"{indent}  {self.paint('red', 'problem')}: "
-            )
+            self.wrapped(problem, f"{indent}    ", f"{indent}  {self.paint('red', 'problem')}: ")
 
 
 def _title(luo: Luo) -> str:
     number = "" if luo.liveupdate_num is None else f", live update {luo.liveupdate_num}"
-    compatible = printable(luo.compatible or "nothing that can be read")
+    compatible = luo.compatible or "nothing that can be read"
     sessions = counted(len(luo.sessions), "session")
     return f"{compatible}{number}, {sessions}, struct luo_ser at {luo.phys:#x}"
 

@@ -12,7 +12,7 @@ from ..clients import Owner
 from ..owners import UNKNOWN, Holders
 from ..snapshot import Snapshot
 from . import json as json_view
-from .text import Text, human, printable
+from .text import Text, human
 
 
 class OwnersText(Text):
@@ -61,7 +61,7 @@ def _owner(holders: Holders, index: int) -> Owner | None:
 
 
 def _name(owner: Owner | None) -> str:
-    return "unknown" if owner is None else printable(str(owner))
+    return "unknown" if owner is None else str(owner)
 
 
 def _row(owner: Owner | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ..owners import UNKNOWN
 from ..runs import PageRuns, Seen
 from ..snapshot import Snapshot
 from . import json
-from .text import Text, counted, printable
+from .text import Text, counted
 
 #: Why there is nothing to say of a page.
 SILENT = {
@@ -143,7 +143,7 @@ def _words(row: dict[str, Any]) -> Iterator[str]:
     if row["block"]:
         yield f"in block {_kind(row['block'])}"
     if row["owner"]:
-        yield f"owner {printable(row['owner'])}"
+        yield f"owner {row['owner']}"
 
 
 def _state(row: dict[str, Any]) -> Iterator[str]:

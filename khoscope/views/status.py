@@ -9,11 +9,12 @@ from itertools import islice
 from typing import IO, Any
 
 from ..clients import Luo
+from ..printable import printable
 from ..serialized import LUO
 from ..snapshot import KexecImage, Side, Snapshot, Subtree
 from ..status import READ_FROM, Status
 from . import json
-from .text import WIDTH, Text, counted, human, printable, types_in_words
+from .text import WIDTH, Text, counted, human, types_in_words
 
 #: Columns of the name of a fact.
 NAME = 12
@@ -110,7 +111,11 @@ class StatusText(Text):
     def facts(self, name: str, values: list[str], read_from: str) -> None:
         """What was read in one place, a fact a line."""
         source = f"[{READ_FROM[read_from]}]"
-        lines = [line for value in values for line in textwrap.wrap(value, WIDTH - NAME) or [""]]
+        lines = [
+            line
+            for value in values
+            for line in textwrap.wrap(printable(value), WIDTH - NAME) or [""]
+        ]
         room = WIDTH - NAME - len(source)
         at = next((i for i, line in enumerate(lines) if len(line) < room), len(lines))
         for i, line in enumerate([*lines, ""] if at == len(lines) else lines):
@@ -135,7 +140,7 @@ class StatusText(Text):
         if facts.incoming and facts.incoming.luo:
             self.fact("", f"{_named(facts.incoming.luo.compatible)} handed over", "luo_abi_in")
         if live:
-            files = ", ".join(map(printable, live.handlers)) or "none"
+            files = ", ".join(live.handlers) or "none"
             self.fact("file ABIs", files, "handlers")
 
     def _scratch(self, status: Status) -> None:
@@ -202,11 +207,11 @@ class StatusText(Text):
         states = {None: "", True: ", retrieved", False: ", not retrieved"}
         incoming = read_from == "sessions_in"
         sessions = [
-            f"{printable(session.name)}: {counted(session.count, 'file')}"
+            f"{session.name}: {counted(session.count, 'file')}"
             + (states[session.retrieved] if incoming else "")
             for session in luo.sessions
         ]
-        sessions += [printable(problem) for problem in luo.problems]
+        sessions += luo.problems
         if luo.raw is not None:
             sessions.append("not known: nothing of this ABI is decoded")
         # Until somebody opens /dev/liveupdate, the serialized form is all there is.
@@ -218,12 +223,12 @@ def _boot(facts: Snapshot) -> str:
     came = facts.handover
     if not came.is_kho_boot:
         return "not a handover"
-    previous = printable(came.previous_release) or "an unnamed kernel"
+    previous = came.previous_release or "an unnamed kernel"
     return f"a handover from {previous}, {counted(came.kexec_count, 'kexec')} since the cold boot"
 
 
 def _named(compatible: str | None) -> str:
-    return printable(compatible) if compatible else "no compatible"
+    return compatible or "no compatible"
 
 
 def _place(subtree: Subtree) -> str:

@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Text views: 80 columns, tables by tabulate, colour only on a terminal."""
+"""
+Text views: 80 columns, tables by tabulate, colour only on a terminal.
+
+Facts may come from anywhere, and say anything: what reaches the stream goes through
+:func:`khoscope.printable.printable`, line by line.
+"""
 
 from __future__ import annotations
 
 import re
+import secrets
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -14,10 +20,11 @@ from tabulate import tabulate
 
 from .. import diff
 from ..abi import BAD_ORDER, Abi
-from ..checks import RULES, About, Finding, Report, Severity
+from ..checks import RULES, About, Finding, Report, Severity, Verdict
 from ..checks.pattern import describe, type_name
 from ..columns import Blocks
 from ..image import NextKernel
+from ..printable import printable
 from ..snapshot import Snapshot, Tree
 from .select import Filter
 
@@ -25,11 +32,16 @@ WIDTH = 80
 #: Rows of a list that are shown unless --limit says otherwise.
 LIMIT = 20
 
-#: What could steer a terminal: snapshots and kernel logs are not trusted.  Colours are our own.
-_CONTROL = re.compile(r"(?!\033\[\d*m)[\x00-\x09\x0b-\x1f\x7f-\x9f]")
-
 _COLOURS = {"red": "31", "yellow": "33", "green": "32", "bold": "1", "dim": "2"}
 SEVERITY_COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.INFO: "dim"}
+
+
+#: What to do about a verdict that is none; of a trace, and of a kernel.
+_WAY_OUT = {
+    True: "trace less at a time (--only, -p, -c), or with a larger --buffer, and run it again",
+    False: "let the clients of KHO come to rest, or give a source that has all struct pages, and "
+    "run it again",
+}
 
 
 class Text:
@@ -39,29 +51,58 @@ class Text:
         self._out = out
         self._limit = limit
         self._colour = out.isatty()
+        # Where a colour begins and ends, until the line is escaped.  No text from elsewhere can
+        # have it, as it is drawn anew each time.
+        marker = secrets.token_hex(8)
+        self._mark = f"<{marker}:{{}}>"
+        self._marks = re.compile(f"<{marker}:([0-9]*)>")
 
     def paint(self, colour: str, text: str) -> str:
-        return f"\033[{_COLOURS[colour]}m{text}\033[m" if self._colour else text
+        """Text in a colour, for :meth:`line` and the first words of :meth:`wrapped`."""
+        if not self._colour:
+            return text
+        return f"{self._mark.format(_COLOURS[colour])}{text}{self._mark.format('')}"
 
     def line(self, text: str = "") -> None:
-        self._out.write(_CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}", text) + "\n")
+        """One line, whatever the text holds."""
+        text = printable(text)
+        if self._colour:
+            text = self._marks.sub("\033[\\1m", text)
+        self._out.write(text + "\n")
 
-    def wrapped(self, text: str, indent: str = "", first: str | None = None) -> None:
-        """A paragraph."""
-        start = indent if first is None else first
-        self.line(
-            textwrap.fill(
-                text,
-                WIDTH,
-                initial_indent=start,
-                subsequent_indent=indent,
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
+    def wrapped(
+        self,
+        text: str,
+        indent: str = "",
+        first: str | None = None,
+        colour: str | None = None,
+    ) -> None:
+        """
+        A paragraph.
+
+        :param first: the first line begins so, instead of by the indent.
+        :param colour: of the lines, but for what they begin with.
+        """
+        start = printable(indent if first is None else first)
+        plain = self._marks.sub("", start)
+        lines = textwrap.wrap(
+            printable(text),
+            WIDTH,
+            initial_indent=plain,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
         )
+        for i, line in enumerate(lines or [""]):
+            before, words = (indent, line[len(indent) :]) if i else (start, line[len(plain) :])
+            self.line(before + (self.paint(colour, words) if colour else words))
 
     def table(self, rows: Iterable[Iterable[Any]], headers: list[str], align: list[str]) -> None:
-        self.line(tabulate(rows, headers, tablefmt="simple", colalign=align, disable_numparse=True))
+        """A table; a cell that is a list has these lines."""
+        cells = [[_cell(cell) for cell in row] for row in rows]
+        table = tabulate(cells, headers, tablefmt="simple", colalign=align, disable_numparse=True)
+        for line in table.split("\n"):
+            self.line(line)
 
     def header(self, facts: Snapshot) -> None:
         """Which kernel, read when and how, and how it came to be."""
@@ -76,7 +117,7 @@ class Text:
             self.line(f"{boot}, not a KHO boot")
         self.line(f"{facts.abi.compatible or 'no compatible'}, {types_in_words(facts.abi)}")
         for what in facts.unreadable:
-            self.wrapped(f"cannot be read: {printable(what)}", "  ", "")
+            self.wrapped(f"cannot be read: {what}", "  ", "")
 
     def tree(
         self,
@@ -196,7 +237,7 @@ class Text:
         """``khoscope verify``."""
         self.header(facts)
         if next_kernel is not None:
-            self.wrapped(f"next kernel: {printable(next_kernel.in_words)}", "  ", "")
+            self.wrapped(f"next kernel: {next_kernel.in_words}", "  ", "")
         if report.blocks or not report.left_out:
             self.line(f"{report.blocks:,} outgoing blocks checked")
         if report.fates is not None:
@@ -222,7 +263,9 @@ class Text:
         self.findings(report)
         self.line()
         for reason in report.incomplete:
-            self.wrapped(self.paint("red", "incomplete: ") + reason, "  ", "")
+            self.wrapped(reason, "  ", self.paint("red", "incomplete: "))
+        if report.verdict == Verdict.INCOMPLETE:
+            self.wrapped(_WAY_OUT[report.about == About.TRACE], "    ", "  → ")
         self.verdict(report)
 
     def scene(
@@ -272,15 +315,14 @@ class Text:
             self.wrapped(rule.explain, "    ", "  → ")
 
     def verdict(self, report: Report) -> None:
-        """The last line: what to do, and why."""
-        word = "FAIL" if report.failed else "INCOMPLETE" if report.incomplete else "PASS"
+        """The last line, whole however long it is: what to do, and why."""
+        word = str(report.verdict).upper()
         counts = f"{counted(report.errors, 'error')}, {counted(report.warnings, 'warning')}"
         if report.left_out:
             every = len(report.rules) + len(report.left_out)
             counts += f"; {len(report.rules)} of {every} rules"
-        room = WIDTH - len(f"{word}:  ({counts})")
-        said = shortened(printable(_verdict(report)), room)
-        self.line(f"{self.paint('green' if word == 'PASS' else 'red', word)}: {said} ({counts})")
+        colour = "green" if report.verdict == Verdict.PASS else "red"
+        self.line(f"{self.paint(colour, word)}: {_verdict(report)} ({counts})")
 
     def snapshot(self, facts: Snapshot, path: Path) -> None:
         """``khoscope snapshot``."""
@@ -322,6 +364,10 @@ class Text:
             self.line(self.paint("dim", f"  … {hidden} ({hint})"))
 
 
+def _cell(cell: Any) -> str:
+    return "\n".join(printable(str(line)) for line in (cell if isinstance(cell, list) else [cell]))
+
+
 def counted(number: int, what: str) -> str:
     """A number of things."""
     return f"{number:,} {what}" + ("" if number == 1 else "s")
@@ -336,9 +382,9 @@ def _verdict(report: Report) -> str:
     """What a report comes to, in words."""
     reason = report.reason
     if reason is not None:
-        return f"{_failure(report, reason)}{reason.rule}: {reason.message}"
+        return f"{_failure(report, reason)}{reason.rule}"
     if report.incomplete:
-        return f"no verdict: {report.incomplete[0]}"
+        return f"no verdict: {counted(len(report.incomplete), 'thing')} could not be seen"
     if report.left_out:
         return "nothing found"
     if report.about == About.KEXEC:
@@ -394,13 +440,6 @@ def _block_rows(blocks: Blocks) -> list[list[Any]]:
         kind = type_name(int(blocks.type[i]))
         rows.append([f"{blocks.phys[i]:#014x}", blocks.order[i], f"{count:,}", kind, key])
     return rows
-
-
-def printable(text: str) -> str:
-    """A name that anybody may have chosen: so it can neither steer a terminal nor end the line."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def where(finding: Finding) -> str:

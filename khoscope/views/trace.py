@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Iterator
 from itertools import islice
 from typing import IO, Any
@@ -29,6 +28,7 @@ from ..calls import (
 )
 from ..checks import Finding, Found, Report
 from ..checks.pattern import describe, type_name
+from ..printable import printable
 from ..trace.summary import (
     Caller,
     Callers,
@@ -41,7 +41,7 @@ from ..trace.summary import (
     pages,
 )
 from . import json as rows
-from .text import LIMIT, SEVERITY_COLOURS, WIDTH, Text, counted, human, printable, where
+from .text import LIMIT, SEVERITY_COLOURS, WIDTH, Text, counted, human, where
 
 #: Where the columns of a line are: the first character of a left-aligned one, the last but one of
 #: a right-aligned one.
@@ -197,14 +197,14 @@ class Lines(_TraceText):
         if now == self._last:
             return
         self._last = now
-        who = f"{printable(calls.comm[i])}[{calls.tgid[i]}] {printable(caller.client)}"
+        who = f"{calls.comm[i]}[{calls.tgid[i]}] {caller.client}"
         if self._stacks:
             who += f" stack #{caller.number}"
         self.line(self.paint("bold", who))
         if self._stacks and caller.number not in self._stacks_shown:
             self._stacks_shown.add(caller.number)
             for frame in caller.stack:
-                self.line(f"    {printable(frame)}")
+                self.line(f"    {frame}")
 
     def _call(self, calls: _Calls, i: int, groups: list[str]) -> None:
         function = calls.function[i]
@@ -238,17 +238,9 @@ class Lines(_TraceText):
             by_rule.setdefault(finding.rule, []).append(finding)
         for name, some in by_rule.items():
             for finding in islice(some, self._limit):
-                severity = str(finding.severity)
-                text = textwrap.fill(
-                    f"{severity}: {name}: {where(finding)}{finding.message}",
-                    WIDTH,
-                    initial_indent="    ",
-                    subsequent_indent="        ",
-                    break_long_words=False,
-                    break_on_hyphens=False,
-                )
-                painted = self.paint(SEVERITY_COLOURS[finding.severity], severity)
-                self.line(text.replace(severity, painted, 1))
+                severity = self.paint(SEVERITY_COLOURS[finding.severity], str(finding.severity))
+                text = f"{name}: {where(finding)}{finding.message}"
+                self.wrapped(text, " " * 8, f"    {severity}: ")
             if self._limit is not None and len(some) > self._limit:
                 self.line(self.paint("dim", f"    … {len(some) - self._limit:,} more {name}"))
 
@@ -359,7 +351,7 @@ class SummaryView(_TraceText):
         )
         for name, sums in islice(clients, self._limit):
             self.line()
-            self.line(self.paint("bold", printable(name)))
+            self.line(self.paint("bold", name))
             self._client(sums, summary.cut_short)
         self._more(len(clients), len(clients), "clients")
 

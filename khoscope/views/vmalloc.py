@@ -13,7 +13,7 @@ from ..owners import Memory
 from ..serialized import KHO_VMALLOC_FLAGS, bits
 from ..snapshot import Snapshot
 from . import json as json_view
-from .text import Text, counted, printable
+from .text import Text, counted
 
 
 class VmallocText(Text):
@@ -25,7 +25,7 @@ class VmallocText(Text):
         memory = Memory(facts.outgoing, facts.abi.page_shift)
         for area in facts.outgoing.vmallocs:
             self.line()
-            self.line(f"struct kho_vmalloc at {area.phys:#014x}: {printable(area.name)}")
+            self.line(f"struct kho_vmalloc at {area.phys:#014x}: {area.name}")
             self._area(memory, area)
         for found in findings:
             at = "" if found.phys is None else f"{found.phys:#014x} "

@@ -117,7 +117,7 @@ def test_blobs_that_nobody_preserves(fixed: Look) -> None:
     (finding,) = of(findings, "in-scratch")
     assert finding["phys"] == f"{scratch:#x}"
     assert repr(at.subtree) in finding["message"]
-    assert text.splitlines()[-1].startswith("FAIL: not safe to kexec: blob-not-preserved: the blob")
+    assert text.splitlines()[-1].startswith("FAIL: not safe to kexec: blob-not-preserved (")
 
 
 def test_a_blob_in_the_fdt(fixed: Look) -> None:
@@ -335,6 +335,5 @@ def test_the_kernel_complains(story: Story) -> None:
 
 def test_the_last_line_says_it(story: Story) -> None:
     (blob,) = (p for p in story.pieces if p.scenario == "blob")
-    assert story.text.splitlines()[-1].startswith(
-        f"FAIL: not intact: lost: subtree '{blob.subtree}"
-    )
+    assert f"'{blob.subtree}'" in story.text
+    assert story.text.splitlines()[-1].startswith("FAIL: not intact: lost (")

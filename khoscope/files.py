@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Files that khoscope reads, which may be anything, and that it writes, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import signal
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Final, Self
+
+from .errors import KhoscopeError
+
+#: The open files of this process, by number.
+_OPEN_FILES: Final = Path("/proc/self/fd")
+#: What the system says where a directory's file system, or the kernel, has no unnamed files.
+_NO_UNNAMED: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
+#: What it says where a file system cannot, or we may not, have a directory written out.
+_NO_SYNC: Final = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
+#: Those that end us, or would.
+_ENDING: Final = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
+
+#: What a file may be instead of a regular one.
+_OTHERS: Final = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def require_regular(path: Path, hint: str) -> None:
+    """
+    A pipe would keep us waiting, and a device has no end.
+
+    :raises KhoscopeError: with that hint, if it is no regular file, or not there.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise KhoscopeError(f"{path}: {error.strerror}", hint) from error
+    _require_regular(path, mode, hint)
+
+
+def _require_regular(path: Path, mode: int, hint: str) -> None:
+    if not stat.S_ISREG(mode):
+        what = _OTHERS.get(stat.S_IFMT(mode), "something else")
+        raise KhoscopeError(f"{path}: not a regular file, but {what}", hint)
+
+
+def open_file(path: Path, hint: str) -> IO[bytes]:
+    """
+    Open a regular file, without waiting, to read from as long as anybody needs it.
+
+    :raises KhoscopeError: with that hint, if it cannot be opened, or is something else.
+    """
+    # Opening a device may do something already.
+    require_regular(path, hint)
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        raise KhoscopeError(f"{path}: {error.strerror}", hint) from error
+    file = open(handle, "rb")  # noqa: SIM115 - the caller closes it
+    try:
+        # It may be another one by now.
+        _require_regular(path, os.fstat(handle).st_mode, hint)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+class NewFile:
+    """
+    A file that is there, mode 0600, once all of it is written, and not before: until
+    :meth:`finish` it has no name, so that whatever ends us leaves nothing behind, and what had
+    the name stays.
+
+    :raises KhoscopeError: if it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        #: The name that it has meanwhile where the file system has no unnamed files.
+        self._temporary: Path | None = None
+        with self.told():
+            # Replacing what is there would put a file in the place of /dev/null or of a link.
+            if _is_taken(path):
+                raise KhoscopeError(f"{path}: is not a file", "name a new file, or one to replace")
+            handle = _unnamed(path.parent)
+            if handle is None:
+                handle, name = tempfile.mkstemp(prefix=self._prefix(), dir=path.parent)
+                self._temporary = Path(name)
+            self.file = open(handle, "wb")  # noqa: SIM115 - __exit__ closes it
+            # Whatever the umask is.
+            os.fchmod(handle, 0o600)
+
+    def _prefix(self) -> str:
+        # A name has 255 bytes, of which a letter may take four.
+        return f".{self._path.name[:50]}."
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        # What could not be written goes with the file.
+        with contextlib.suppress(OSError):
+            self.file.close()
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._temporary is not None:
+            self._temporary.unlink(missing_ok=True)
+            self._temporary = None
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """What the system says of the file becomes one clear line."""
+        try:
+            yield
+        except OSError as error:
+            raise KhoscopeError(
+                f"{self._path}: {error.strerror}",
+                "choose a directory that you can write to and that has space",
+            ) from error
+
+    def finish(self) -> None:
+        """Give the file its name, when all of it is on the disk."""
+        with self.told():
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            with _undisturbed():
+                self._put_in_place()
+            self.file.close()
+            _sync_directory(self._path.parent)
+
+    def _put_in_place(self) -> None:
+        if self._temporary is None:
+            if _link(self.file.fileno(), self._path):
+                return
+            # A link replaces nothing: only a rename does.
+            self._temporary = self._path.with_name(f"{self._prefix()}{secrets.token_hex(8)}")
+            if not _link(self.file.fileno(), self._temporary):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        os.replace(self._temporary, self._path)
+        self._temporary = None
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether the name is that of something else than a file."""
+    try:
+        return not stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _unnamed(directory: Path) -> int | None:
+    """An unnamed file, or None where there is no such thing, or no way to name it later."""
+    if not _OPEN_FILES.is_dir():
+        return None
+    try:
+        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno not in _NO_UNNAMED:
+            raise
+        return None
+
+
+def _link(handle: int, path: Path) -> bool:
+    """Give an unnamed file a name; False: somebody has that already."""
+    # Python follows the link to the file only from a directory that it is given.
+    directory = os.open(_OPEN_FILES, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.link(str(handle), path, src_dir_fd=directory, follow_symlinks=True)
+    except FileExistsError:
+        return False
+    finally:
+        os.close(directory)
+    return True
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """What would end us waits."""
+    waiting = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Have a new name written out, so that it outlives a kexec."""
+    try:
+        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        # One may write to a directory that one may not read.
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(handle)
