@@ -18,11 +18,10 @@ from typing import Any, Final
 import numpy as np
 
 from . import serialized
-from .abi import U64
 from .clients import Vmalloc
 from .fdt import MAGIC, DeviceTree, Node, Problems, Property, Unreadable, read
 from .serialized import KHO_VMALLOC, KHO_VMALLOC_FLAGS
-from .snapshot import KeySet, Side, Snapshot, Subtree
+from .snapshot import KeySet, Side, Snapshot, Subtree, in_ram
 
 #: Bytes of FDTs that are decoded of all subtrees together: a hostile one takes its time.
 DECODED: Final = 4 << 20
@@ -205,25 +204,13 @@ class Blobs:
         raw = self._side.blobs.get(f"subtree {subtree.name}")
         if raw is None:
             return None, [
-                "it could not be read" if self._in_ram(phys, size) else "it is not in RAM: not read"
+                "it could not be read"
+                if in_ram(self._facts.ram, phys, size)
+                else "it is not in RAM: not read"
             ]
         if len(raw) < size:
             return raw, [f"only the first {len(raw):,} of {size:,} bytes were kept"]
         return raw, []
-
-    def _in_ram(self, phys: int, size: int) -> bool:
-        # Out of a file, these may be any numbers.
-        if not 0 <= phys < phys + size <= 1 << 64:
-            return False
-        starts, reach = self._ram
-        at = int(np.searchsorted(starts, np.uint64(phys), "right")) - 1
-        return at >= 0 and phys + size <= int(reach[at])
-
-    @cached_property
-    def _ram(self) -> tuple[U64, U64]:
-        """Where ranges of RAM begin, sorted, and how far those that begin up to there reach."""
-        ranges = self._facts.ram[np.argsort(self._facts.ram[:, 0], kind="stable")]
-        return ranges[:, 0], np.maximum.accumulate(ranges[:, 1])
 
     @cached_property
     def _decoded(self) -> frozenset[str]:

@@ -266,8 +266,32 @@ class _Ahead:
             self._held.append(chunk[chunk.end(self._shift) > np.uint64(low)])
         held = Blocks.concatenate(part for part in self._held if len(part))
         held = held[held.end(self._shift) > np.uint64(low)] if len(held) else held
+        # Those that overlap could be any many: what begins earlier counts as in _covered_by().
+        early = int(np.searchsorted(held.phys, np.uint64(low)))
+        if early > 2:
+            furthest = int(np.argmax(held.end(self._shift)[:early]))
+            held = held[np.append(np.unique([furthest, early - 1]), range(early, len(held)))]
         self._held = [held] if len(held) else []
         return held[: int(np.searchsorted(held.phys, np.uint64(min(high, 2**64 - 1))))]
+
+
+def _covered_by(
+    begin: NDArray[np.int64], end: NDArray[np.int64], pages: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """
+    Pages that lie in a block, and which; of several it is the last that reaches so far, or else
+    the one that reaches furthest.
+
+    :param begin: of each block, sorted; pages count from 0.
+    """
+    reach = np.maximum.accumulate(end)
+    furthest = np.maximum.accumulate(np.where(end == reach, np.arange(len(end)), 0))
+    page = np.arange(pages)
+    last = np.searchsorted(begin, page, "right") - 1
+    inside = last >= 0
+    inside[inside] = reach[last[inside]] > page[inside]
+    page, last = page[inside], last[inside]
+    return page, np.where(end[last] > page, last, furthest[last])
 
 
 def _fill(window: PageRuns, blocks: Blocks, abi: Abi, buddy: int | None) -> None:
@@ -278,11 +302,7 @@ def _fill(window: PageRuns, blocks: Blocks, abi: Abi, buddy: int | None) -> None
     facts = blocks.facts
     begin = (blocks.phys >> shift).astype(np.int64) - int(window.phys[0] >> shift)
     count = np.minimum(blocks.page_count, np.uint64(1 << 52)).astype(np.int64)
-    # Each page's block, and its index in it.
-    low, high = np.maximum(begin, 0), np.minimum(begin + count, len(window))
-    length = np.maximum(high - low, 0)
-    block = np.repeat(np.arange(len(blocks)), length)
-    page = np.arange(len(block)) - np.repeat(np.cumsum(length) - length - low, length)
+    page, block = _covered_by(begin, begin + count, len(window))
     tails = (facts.zeros + facts.ones + facts.others)[block]
     unread = facts.unread[block] > 0
     alike = (facts.zeros[block] == tails) | (facts.ones[block] == tails)

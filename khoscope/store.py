@@ -165,7 +165,7 @@ class _SchemaOnly:
 
 #: What files of version 1 may lack, since khoscope 0.1.0 recorded it only later: class and member,
 #: and what the verdict says then; "": no rule needs it.
-UNRECORDED_1: Final[Mapping[str, str]] = {
+UNRECORDED_1: Final[dict[str, str]] = {
     "Abi.decided": "",
     "Abi.key_width": "how wide a key may be",
     "Kernel.command_line": "",
@@ -179,6 +179,8 @@ UNRECORDED_1: Final[Mapping[str, str]] = {
     "_Meta.liveupdate": "",
     "_Meta.unreadable": "what could not be read",
 }
+#: What need not be in any file: the bytes of the FDT say it.
+DERIVED: Final = {f"Fdt.{f.name}": "" for f in dataclasses.fields(Fdt) if f.name != "phys"}
 #: Members of ``meta.json`` that may be negative: an errno.
 SIGNED: Final = frozenset({"LuoFile.retrieve_status"})
 
@@ -377,7 +379,7 @@ def _load(file: IO[bytes], name: str, ours: bool = False) -> Snapshot:
 
 def get(archive: Archive) -> Snapshot:
     """The snapshot that :func:`put` wrote."""
-    meta, lacking = archive.meta(SNAPSHOT, _Meta, {1: UNRECORDED_1})
+    meta, lacking = archive.meta(SNAPSHOT, _Meta, {1: UNRECORDED_1 | DERIVED, 2: DERIVED})
     with archive.damage():
         _check_abi(meta.abi)
         if not archive.ours:
@@ -401,7 +403,7 @@ def get(archive: Archive) -> Snapshot:
             streams.claims(f"{name}/claims", len(of.owners)),
         )
 
-    said = {UNRECORDED_1[member]: member for member in lacking}
+    said = {(UNRECORDED_1 | DERIVED)[member]: member for member in lacking}
     if not meta.abi.has_types:
         said.pop(UNRECORDED_1["Abi.key_width"], None)
     facts = Snapshot(
@@ -425,7 +427,7 @@ def get(archive: Archive) -> Snapshot:
         meta.unreadable,
         sorted(what for what in said if what),
     )
-    _check_members(archive, meta, 1 if lacking else SNAPSHOT.version)
+    _check_members(archive, meta)
     if not archive.ours:
         with archive.damage():
             _check_memory(facts)
@@ -459,7 +461,7 @@ def _check_memory(facts: Snapshot) -> None:
         raise ValueError(f"RAM at {int(facts.ram.max()):#x}, where no processor has any")
 
 
-def _check_members(archive: Archive, meta: _Meta, version: int) -> None:
+def _check_members(archive: Archive, meta: _Meta) -> None:
     """Each member is one of those that ``meta.json`` counts, and each stream is counted."""
     sides = ["out", *(["in"] if meta.incoming else [])]
     streams = [f"{side}/{kind}" for side in sides for kind in ("nodes", "leaves", "blocks")]
@@ -468,7 +470,7 @@ def _check_members(archive: Archive, meta: _Meta, version: int) -> None:
     counted = meta.chunks.keys()
     with archive.damage():
         if not {*streams} <= counted <= {*streams, *claims} or (
-            version > 1 and not {*claims} <= counted
+            meta.schema == SNAPSHOT.schema and not {*claims} <= counted
         ):
             raise ValueError("meta.json does not count the chunks of each stream")
     blobs = {

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT
+from ..abi import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, U64
 from ..columns import Blocks, Leaves, Pages
 from ..snapshot import KeySet, Snapshot, decode_leaves
 from .inplace import InPlace
@@ -156,10 +156,7 @@ def _judged(blocks: Blocks) -> NDArray[np.bool_]:
 def in_scratch(facts: Snapshot, blocks: Blocks) -> Marked:
     """A preserved block or a subtree blob lies in a scratch area."""
     start, end = blocks.phys, blocks.end(facts.abi.page_shift)
-    hit = np.zeros(len(blocks), np.bool_)
-    for address, size in facts.scratch.tolist():
-        last = min(address + size, 2**64 - 1)
-        hit |= (start < np.uint64(last)) & (end > np.uint64(address)) & (end > start)
+    hit = _in_areas(facts.scratch, start, end)
 
     def say(row: int) -> str:
         for address, size in facts.scratch.tolist():
@@ -170,11 +167,26 @@ def in_scratch(facts: Snapshot, blocks: Blocks) -> Marked:
     return Marked(hit, say)
 
 
+def _in_areas(areas: U64, start: U64, end: U64) -> NDArray[np.bool_]:
+    """Which of the spans [start, end) share memory with an area; areas as Snapshot.scratch."""
+    areas = areas[np.argsort(areas[:, 0], kind="stable")]
+    reach = np.maximum.accumulate(areas[:, 0] + np.minimum(areas[:, 1], ~areas[:, 0]))
+    # Of those that begin before the span's end, the one that reaches furthest.
+    at = np.searchsorted(areas[:, 0], end).astype(np.int64) - 1
+    hit = (at >= 0) & (end > start)
+    hit[hit] = reach[at[hit]] > start[hit]
+    return hit
+
+
 @also("in-scratch", "kernel")
 def subtree_in_scratch(facts: Snapshot) -> Iterator[Message]:
     """A subtree blob lies in a scratch area."""
     for subtree in facts.outgoing.fdt.subtrees:
         if subtree.phys is None or not subtree.size:
+            continue
+        last = min(subtree.phys + subtree.size, 2**64 - 1)
+        span = np.array([subtree.phys], np.uint64), np.array([last], np.uint64)
+        if not _in_areas(facts.scratch, *span)[0]:
             continue
         for address, size in facts.scratch.tolist():
             if subtree.phys < address + size and subtree.phys + subtree.size > address:

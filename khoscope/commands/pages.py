@@ -7,8 +7,12 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from .. import store
+import numpy as np
+
+from .. import budget, store
+from ..errors import KhoscopeError
 from ..runs import PageRuns, recorded, runs
+from ..snapshot import Snapshot
 from ..views import pages as view
 from ..views.progress import Progress
 from . import common
@@ -43,6 +47,7 @@ def _run(args: argparse.Namespace) -> int:
     with Progress(sys.stderr) as progress:
         if args.snapshot:
             facts = store.load_file(args.snapshot)
+            _require_few(facts, first, end)
             look = recorded(facts)
         else:
             source = common.kernel(args, progress)
@@ -63,6 +68,16 @@ def _run(args: argparse.Namespace) -> int:
         else:
             view.PagesText(sys.stdout, args.limit).pages(facts, found)
     return common.FINE
+
+
+def _require_few(facts: Snapshot, first: int, end: int) -> None:
+    """Of a file, RAM may be said to be anywhere."""
+    low, high = (np.clip(facts.ram, first, end).T).tolist()
+    pages = sum(end - start for start, end in zip(low, high, strict=True)) >> facts.abi.page_shift
+    if pages > budget.PAGES:
+        raise KhoscopeError(
+            f"{pages:,} pages of RAM, more than {budget.PAGES:,}", "give a smaller range"
+        )
 
 
 def _cleared(found: Iterator[PageRuns], progress: Progress) -> Iterator[PageRuns]:

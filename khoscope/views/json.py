@@ -69,6 +69,8 @@ def about(facts: Snapshot) -> dict[str, Any]:
             "decided": abi.decided,
         },
         "unreadable": facts.unreadable,
+        "unrecorded": facts.unrecorded,
+        "contradictions": facts.contradictions,
         "handover": {
             "is_kho_boot": facts.handover.is_kho_boot,
             "previous_release": facts.handover.previous_release or None,

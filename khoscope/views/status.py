@@ -14,7 +14,7 @@ from ..serialized import LUO
 from ..snapshot import KexecImage, Side, Snapshot, Subtree
 from ..status import READ_FROM, Status
 from . import json
-from .text import WIDTH, Text, counted, human, types_in_words
+from .text import WIDTH, Text, counted, human, types_in_words, word
 
 #: Columns of the name of a fact.
 NAME = 12
@@ -90,7 +90,7 @@ class StatusText(Text):
     """The same for people."""
 
     def status(self, facts: Snapshot, status: Status) -> None:
-        self.line(self.paint("bold", f"{facts.kernel.release}, {facts.taken.source}"))
+        self.line(self.paint("bold", f"{word(facts.kernel.release)}, {facts.taken.source}"))
         self.line(f"read {facts.taken.time} by khoscope {facts.taken.khoscope}")
         self.line()
         self.fact("KHO", f"{'on' if status.kho.on else 'off'}: {status.kho.why}", "kho")

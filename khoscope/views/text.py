@@ -39,8 +39,8 @@ SEVERITY_COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.
 #: What to do about a verdict that is none; of a trace, and of a kernel.
 _WAY_OUT = {
     True: "trace less at a time (--only, -p, -c), or with a larger --buffer, and run it again",
-    False: "let the clients of KHO come to rest, or give a source that has all struct pages, and "
-    "run it again",
+    False: "let the clients of KHO come to rest, give a source that has all of the kernel's "
+    "memory, or take the snapshot again with this khoscope, and run it again",
 }
 
 
@@ -106,7 +106,7 @@ class Text:
 
     def header(self, facts: Snapshot) -> None:
         """Which kernel, read when and how, and how it came to be."""
-        self.line(self.paint("bold", f"{facts.kernel.release}, {facts.taken.source}"))
+        self.line(self.paint("bold", f"{word(facts.kernel.release)}, {facts.taken.source}"))
         self.line(f"read {facts.taken.time} by khoscope {facts.taken.khoscope}")
         boot = f"boot {facts.kernel.boot_id}" if facts.kernel.boot_id else "boot without an id yet"
         came = facts.handover
@@ -115,9 +115,16 @@ class Text:
             self.line(f"handed over by {came.previous_release or 'an unnamed kernel'}")
         else:
             self.line(f"{boot}, not a KHO boot")
-        self.line(f"{facts.abi.compatible or 'no compatible'}, {types_in_words(facts.abi)}")
-        for what in facts.unreadable:
-            self.wrapped(f"cannot be read: {what}", "  ", "")
+        compatible = word(facts.abi.compatible) if facts.abi.compatible else "no compatible"
+        self.line(f"{compatible}, {types_in_words(facts.abi)}")
+        for said, every in (
+            ("cannot be read", facts.unreadable),
+            (f"not recorded by khoscope {facts.taken.khoscope}", facts.unrecorded),
+            ("facts contradict each other", facts.contradictions),
+        ):
+            for what in islice(every, self._limit):
+                self.wrapped(f"{said}: {what}", "  ", "")
+            self._more(len(every), len(every), f"that {said}")
 
     def tree(
         self,
@@ -333,7 +340,9 @@ class Text:
     def diff(self, a: Snapshot, b: Snapshot) -> None:
         """``khoscope diff``."""
         for name, side in (("A", a), ("B", b)):
-            self.line(f"{name}: {side.kernel.release}, {side.taken.time}, {side.taken.source}")
+            self.line(
+                f"{name}: {word(side.kernel.release)}, {side.taken.time}, {side.taken.source}"
+            )
         self.line()
         changed = diff.facts(a, b)
         for fact in changed:
@@ -366,6 +375,11 @@ class Text:
 
 def _cell(cell: Any) -> str:
     return "\n".join(printable(str(line)) for line in (cell if isinstance(cell, list) else [cell]))
+
+
+def word(text: str) -> str:
+    """A name that has no blanks, if it is what it should be: others must not look like a line."""
+    return text if text and " " not in text else repr(text)
 
 
 def counted(number: int, what: str) -> str:
