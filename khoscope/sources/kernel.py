@@ -402,7 +402,7 @@ class KernelSource:
         return PageReader(self.abi, self.layout.pages, self._read_virt, end)
 
     def _snapshot(self, reading: Reading, tree: Tree, kernel: Kernel) -> Snapshot:
-        fdt, blobs = reading.fdt(self.phys(self._kho_out.fdt), "outgoing")
+        fdt, blobs = reading.fdt(self.phys(self._kho_out.fdt), outgoing=True)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return Snapshot(
             Taken(__version__, now.replace("+00:00", "Z"), self._label),
@@ -423,7 +423,7 @@ class KernelSource:
         phys = reading.incoming_fdt()
         if not phys:
             return None
-        fdt, blobs = reading.fdt(phys, "incoming")
+        fdt, blobs = reading.fdt(phys, outgoing=False)
         # Its pages went back to the page allocator after the boot: no second look can agree.
         root = reading.fact(
             "the root of the incoming tree (kho_in)", lambda: self._incoming_root(fdt), 0

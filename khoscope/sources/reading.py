@@ -302,11 +302,12 @@ class Reading:
 
     # -- FDTs -------------------------------------------------------------------------------------
 
-    def fdt(self, phys: int, side: str) -> tuple[Fdt, dict[str, bytes]]:
+    def fdt(self, phys: int, outgoing: bool) -> tuple[Fdt, dict[str, bytes]]:
         """
         A root FDT and the blobs: itself as "fdt", subtrees by name as far as readable.
 
-        :param side: whose blobs cannot be read, in words.
+        :param outgoing: its blobs must be there; those that came may have been given back since,
+            and a vmcore without free pages lacks them.
         """
         fdt, blob = self.root_fdt(phys)
         blobs = {} if blob is None else {"fdt": blob}
@@ -324,8 +325,8 @@ class Reading:
             data = self.read_phys(subtree.phys, kept)
             if data:
                 blobs[f"subtree {subtree.name}"] = data
-            else:
-                self.cannot(f"the {side} subtree {subtree.name!r}")
+            elif outgoing:
+                self.cannot(f"the outgoing subtree {subtree.name!r}")
         return fdt, blobs
 
     def root_fdt(self, phys: int) -> tuple[Fdt, bytes | None]:

@@ -10,12 +10,13 @@ import json
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from drgn import Object, Program
 from drgn.helpers.linux.mm import follow_phys
 
 from khoscope.sources.open import open_core
@@ -188,35 +189,39 @@ def test_without_struct_pages(story: Story, tmp_path: Path) -> None:
 
 
 def without_vmemmap(core: Path, to: Path) -> Path:
-    """The same ELF core with program headers that leave out where the struct pages are."""
+    """The same ELF core without the struct pages."""
     prog = open_core(core)
     layout = page_layout(prog)
-    init_mm = prog["init_mm"].address_of_()
+    # The vmemmap is of whole huge pages.
+    step = 2 << 20
+    size = (1536 << 20) // 4096 * layout.size
+    virtual = {layout.vmemmap + at for at in range(0, size, step)}
+    return without(core, to, {_physical(prog, at) for at in virtual}, step)
+
+
+def _physical(prog: Program, address: int) -> int:
+    return int(follow_phys(prog["init_mm"].address_of_(), address).value_())
+
+
+def without(core: Path, to: Path, missing: set[int], step: int = 4096) -> Path:
+    """The same ELF core with program headers that leave out pages of a size, by their addresses."""
     raw = bytearray(core.read_bytes())
     (table,) = struct.unpack_from("<Q", raw, 32)
     (count,) = struct.unpack_from("<H", raw, 56)
     headers = [list(struct.unpack_from("<IIQQQQQQ", raw, table + 56 * i)) for i in range(count)]
-    end = max(phys + size for kind, _, _, _, phys, size, _, _ in headers if kind == 1)
-    # The vmemmap is of whole huge pages.
-    step = 2 << 20
-    huge = {
-        int(follow_phys(init_mm, layout.vmemmap + at).value_()) // step
-        for at in range(0, min(end, 1536 << 20) // 4096 * layout.size, step)
-    }
     kept = []
     for header in headers:
-        kind, flags, offset, virtual, phys, size, _, align = header
+        kind, flags, offset, virtual, first, size, _, align = header
         if kind != 1:
             kept.append(header)
             continue
-        at = phys
-        while at < phys + size:
-            following = min((at // step + 1) * step, phys + size)
-            if at // step not in huge:
-                where = offset + at - phys
-                part = [kind, flags, where, virtual, at, following - at, following - at, align]
-                kept.append(part)
-            at = following
+        at, last = first, first + size
+        for hole in [*sorted(hole // step * step for hole in missing), last]:
+            if at < hole <= last:
+                length = hole - at
+                kept.append([kind, flags, offset + at - first, virtual, at, length, length, align])
+            if at <= hole < last:
+                at = hole + step
     struct.pack_into("<Q", raw, 32, len(raw))
     struct.pack_into("<H", raw, 56, len(kept))
     with open(to, "wb") as file:
@@ -224,6 +229,32 @@ def without_vmemmap(core: Path, to: Path) -> Path:
         for header in kept:
             file.write(struct.pack("<IIQQQQQQ", *header))
     return to
+
+
+#: What cannot be read without a page, and where that is in the kernel.
+FACTS: dict[str, Callable[[Program], Object]] = {
+    "the kernel log (prb)": lambda prog: prog["prb"].desc_ring.descs,
+    "the scratch areas (kho_scratch)": lambda prog: prog["kho_scratch"],
+    "LUO's file handlers (luo_file_handler_list)": lambda p: p["luo_file_handler_list"].next,
+    "the list of vmalloc areas (struct vmap_area), whole": (
+        lambda prog: prog["vmap_nodes"][0].busy.head.next
+    ),
+}
+
+
+@pytest.mark.parametrize("fact", FACTS)
+def test_without_a_page(story: Story, tmp_path: Path, fact: str) -> None:
+    """The tree is there, the fact is named where it was looked for, and nothing passes."""
+    prog = open_core(story.core)
+    page = _physical(prog, FACTS[fact](prog).value_())
+    core = without(story.core, tmp_path / "cut", {page})
+    tree = json.loads(host("--core", str(core), "tree", "--json"))
+    assert tree["blocks"] == story.tree["blocks"]
+    result = khoscope("--core", str(core), "verify")
+    assert "PASS" not in result.stdout
+    assert result.returncode in (2, 3)
+    assert f"cannot be read: {fact}" in result.stdout
+    assert "Traceback" not in result.stderr
 
 
 # A vmlinux without DWARF
