@@ -84,7 +84,7 @@ def test_the_device_is_busy(machine: Machine) -> None:
 
 def test_not_root(machine: Machine) -> None:
     words = "setpriv --reuid 65534 --clear-groups khoscope verify --before carried"
-    _refused(machine.run(words, timeout=TIMEOUT), "/run/khoscope: permission denied", "as root")
+    _refused(machine.run(words, timeout=TIMEOUT), "/dev/liveupdate: permission denied", "as root")
 
 
 def test_luo_is_off() -> None:
