@@ -23,7 +23,7 @@ from khoscope.blobs import DECODED, Blob, Blobs, Kind
 from khoscope.cli import main
 from khoscope.clients import Vmalloc
 from khoscope.fdt import Node, Property, parse_root_fdt, read
-from khoscope.snapshot import Fdt, Side, Snapshot
+from khoscope.snapshot import Fdt, Side, Snapshot, in_ram
 from khoscope.views.fdt import FdtText, write_json
 from tests.fuzz import fuzz
 from tests.synthetic import FIXED, PLAIN, Block, snapshot
