@@ -132,7 +132,9 @@ def bases() -> list[Base]:
             "after the kexec",
             path("fixed-after").read_bytes(),
             1,
-            before=path("fixed-before").read_bytes(),
+            # What became of the pages is not told twice.
+            tuple(f"watched/000000.pages.{name}" for name in Pages.DTYPES),
+            path("fixed-before").read_bytes(),
         ),
     ]
 

@@ -128,6 +128,7 @@ def test_what_drgn_raises_when_it_looks_for_debug_info(
         def load_debug_info(self, *_: object, **__: object) -> None:
             raise error
 
+    (tmp_path / "core").touch()
     monkeypatch.setattr(open_module, "Program", Prog)
     with pytest.raises(KhoscopeError, match="cannot be made out"):
         open_core(tmp_path / "core")
@@ -141,6 +142,7 @@ def test_a_bug_of_ours_is_no_damage(
         def set_core_dump(self, path: Path) -> None:
             raise error
 
+    (tmp_path / "core").touch()
     monkeypatch.setattr(open_module, "Program", Prog)
     with pytest.raises(type(error)):
         open_core(tmp_path / "core")

@@ -14,7 +14,7 @@ from .. import invariants, serialized
 from ..abi import COMPATIBLES
 from ..clients import Luo
 from ..columns import Blocks
-from ..fdt import MAGIC, compatible_of
+from ..fdt import compatible_of
 from ..snapshot import KeySet, Side, Snapshot
 from . import blocks as blocks_rules
 
@@ -33,7 +33,7 @@ def gaps(facts: Snapshot, clients: bool) -> list[str]:
     found += _off(facts)
     for which, side in (("outgoing", facts.outgoing), ("incoming", facts.incoming)):
         if side is not None:
-            found += [f"{which} {what}" for what in _unknown(side)]
+            found += [f"{which} {what}" for what in _unknown(side, side is facts.outgoing)]
     return list(dict.fromkeys(found))
 
 
@@ -44,7 +44,7 @@ def _off(facts: Snapshot) -> Iterator[str]:
         yield "KHO is on, and where its scratch areas are is not known"
 
 
-def _unknown(side: Side) -> Iterator[str]:
+def _unknown(side: Side, outgoing: bool) -> Iterator[str]:
     """What is handed over in a form that khoscope does not know, or that could not be read."""
     fdt = side.fdt
     if fdt.phys and "fdt" not in side.blobs:
@@ -61,13 +61,13 @@ def _unknown(side: Side) -> Iterator[str]:
     else:
         yield from _unknown_files(luo)
     for name, known in serialized.SUBTREE_COMPATIBLES.items():
-        blob = side.blobs.get(f"subtree {name}")
-        if blob is None or name not in there:
-            continue
-        says = compatible_of(blob) if blob.startswith(MAGIC) else None
-        if says != known:
+        blob = side.blobs.get(f"subtree {name}", b"")
+        # What cannot be read is bad-fdt's; of what came, whoever took it back may have freed it.
+        says = compatible_of(blob)
+        if says is not None and says != known:
             yield f"subtree {name}: {_named(says)}: not looked at"
-    yield from _unknown_metadata(side)
+    if outgoing:
+        yield from _unknown_metadata(side)
 
 
 def _named(compatible: str | None) -> str:

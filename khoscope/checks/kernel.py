@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 
 from ..abi import COMPATIBLES_WITHOUT_TYPES, Abi
+from ..fdt import Unreadable, read
+from ..serialized import SUBTREE_COMPATIBLES
 from ..snapshot import Fdt, Side, Snapshot, Subtree, in_ram
 from .rule import Message, Severity, rule
 
@@ -76,6 +78,7 @@ def abi_not_bumped(abi: Abi) -> Iterator[Message]:
 def bad_fdt(facts: Snapshot) -> Iterator[Message]:
     """Root FDT unreadable, wrong compatible, missing or malformed properties."""
     yield from _fdt_trouble(facts, "outgoing", facts.outgoing)
+    yield from _subtree_trouble(facts.outgoing)
     if facts.incoming is not None:
         yield from _fdt_trouble(facts, "incoming", facts.incoming)
 
@@ -95,6 +98,18 @@ def _fdt_trouble(facts: Snapshot, which: str, side: Side) -> Iterator[Message]:
             f"the tree's root is {side.tree.state.root:#x}",
             fdt.phys,
         )
+
+
+def _subtree_trouble(side: Side) -> Iterator[Message]:
+    """Subtrees whose blobs are FDTs, by their names, and are none."""
+    for subtree in side.fdt.subtrees:
+        blob = side.blobs.get(f"subtree {subtree.name}")
+        if subtree.name not in SUBTREE_COMPATIBLES or blob is None:
+            continue
+        try:
+            read(blob)
+        except Unreadable as error:
+            yield Message(f"subtree {subtree.name!r}: not a readable FDT ({error})", subtree.phys)
 
 
 def misplaced(facts: Snapshot, fdt: Fdt, subtree: Subtree) -> str | None:
