@@ -451,6 +451,15 @@ def _check_lists(meta: _Meta) -> None:
         entries = len(sessions) + sum(len(session.files) for session in sessions)
         if entries > budget.ENTRIES or len(side.fdt.subtrees) > budget.SUBTREES:
             raise ValueError("more sessions, files or subtrees than khoscope keeps")
+        # Whatever these own is found by their names.
+        files = [(session.name, file.token) for session in sessions for file in session.files]
+        for named, names in (
+            (len(sessions), {session.name for session in sessions}),
+            (len(files), {*files}),
+            (len(side.vmallocs), {area.name for area in side.vmallocs}),
+        ):
+            if len(names) < named:
+                raise ValueError("sessions, files or vmalloc areas of one name")
 
 
 def _check_memory(facts: Snapshot) -> None:

@@ -13,13 +13,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pytest
 
+from khoscope import store
 from khoscope.calls import Losses, Tracing
+from khoscope.clients import Claims, LuoSession
+from khoscope.columns import Blocks, Leaves, Pages
 from khoscope.demo import path
+from khoscope.snapshot import Snapshot
 from khoscope.trace.record import Recorder
 from tests import mutants
 from tests.command import Result, Run
@@ -207,3 +213,101 @@ def test_more_mutants(request: pytest.FixtureRequest) -> None:
     many = request.config.getoption("--hypothesis-profile") == "long"
     seed = time.time_ns() if many else 4
     assert campaign(seed, 50_000 if many else 100) == "", f"seed {seed}"
+
+
+# Large when it is unpacked
+
+
+def large(tmp_path: Path, facts: Snapshot) -> Path:
+    file = tmp_path / "large.khosnap"
+    store.save_file(facts, file)
+    assert file.stat().st_size < 8 << 20
+    return file
+
+
+def measured(file: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], int]:
+    """khoscope on a file, in a process that may take 120 seconds, and the bytes that it needed."""
+    code = "import resource, sys\nfrom khoscope.cli import main\nstatus = main(sys.argv[1:])\n"
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, file=sys.stderr)\n"
+    code += "sys.exit(status)"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--snapshot", str(file), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=limits(120, 4 << 30),
+    )
+    assert "Traceback" not in result.stderr, result.stderr
+    return result, int(result.stderr.splitlines()[-1])
+
+
+def base() -> Snapshot:
+    return mutants.whole()
+
+
+def with_leaves() -> Snapshot:
+    """As many full leaves as a file may have, and no facts about their blocks."""
+    facts = base()
+    count = (128 << 20) // facts.abi.page_size - 8
+    key = facts.abi.kho_radix_encode_key(0, 0)
+    keys = np.uint64(key) + np.arange(count, dtype=np.uint64) * np.uint64(facts.abi.leaf_bits)
+    full = np.full((256, facts.abi.page_size), 0xFF, np.uint8)
+    leaves = [Leaves(keys[at : at + 256], full[: count - at]) for at in range(0, count, 256)]
+    tree = replace(facts.outgoing.tree, leaves=leaves)
+    return replace(facts, outgoing=replace(facts.outgoing, tree=tree))
+
+
+def with_claims() -> Snapshot:
+    """Four million claims of one owner."""
+    facts = base()
+    rows = 1 << 20
+    phys = np.arange(rows, dtype=np.uint64) * np.uint64(8192)
+    size = np.full(rows, 4096, np.uint64)
+    chunks = [Claims(phys, size, np.zeros(rows, np.uint32)) for _ in range(3)]
+    return replace(facts, outgoing=replace(facts.outgoing, claims=chunks))
+
+
+def with_stamps() -> Snapshot:
+    """Stamps of blocks each of which reaches to the end of RAM."""
+    facts = base()
+    rows = 1 << 15
+    stamps = []
+    for chunk in range(8):
+        phys = np.arange(chunk * rows, (chunk + 1) * rows, dtype=np.uint64) << np.uint64(12)
+        pages = Pages.blank(rows)
+        pages.zeros[:] = (1 << 30) - 1
+        pages.private[:] = facts.abi.stamp.encode(30)
+        order, kind = np.full(rows, 30, np.uint8), np.zeros(rows, np.int8)
+        stamps.append(Blocks(np.zeros(rows, np.uint64), phys, order, kind, pages))
+    return replace(facts, stamps=stamps)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (with_leaves, ["verify"]),
+        (with_leaves, ["owners"]),
+        (with_claims, ["verify"]),
+        (with_claims, ["owners"]),
+        (with_stamps, ["pages", "0..0x40000000", "--json"]),
+        (with_stamps, ["status"]),
+    ],
+)
+def test_what_is_large_when_it_is_unpacked(
+    tmp_path: Path, make: Callable[[], Snapshot], words: list[str]
+) -> None:
+    result, memory = measured(large(tmp_path, make()), *words)
+    assert result.returncode in ((1, 3) if words == ["verify"] else (0,)), result.stderr
+    assert memory < 1 << 30
+
+
+def test_areas_and_sessions_without_end(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "a.khosnap"
+    facts = base()
+    store.save_file(replace(facts, scratch=np.zeros((1 << 20, 2), np.uint64)), file)
+    run("--snapshot", file, "verify").refused("more ranges of RAM or scratch areas")
+    luo = facts.outgoing.luo
+    assert luo is not None
+    twice = replace(luo, sessions=[LuoSession("a", None, 0)] * 4000)
+    store.save_file(replace(facts, outgoing=replace(facts.outgoing, luo=twice)), file)
+    run("--snapshot", file, "luo", "--json").refused("of one name")

@@ -335,6 +335,8 @@ def overlap(facts: Snapshot, every: KeySet) -> Iterator[tuple[Blocks, Marked]]:
         leaf = every.leaves[i : i + 1]
         larger = [order for order in present if order > orders[i]]
         covered = _covered(facts, every, int(leaf.key[0]), int(orders[i]), larger)
+        if covered is None:
+            continue
         hit = leaf.bitmap & np.packbits(covered, bitorder="little")
         if hit.any():
             blocks = decode_leaves(abi, Leaves(leaf.key, hit))
@@ -349,15 +351,15 @@ def overlap(facts: Snapshot, every: KeySet) -> Iterator[tuple[Blocks, Marked]]:
 
 def _covered(
     facts: Snapshot, every: KeySet, key: int, order: int, larger: list[int]
-) -> NDArray[np.bool_]:
+) -> NDArray[np.bool_] | None:
     """
-    Which blocks of one leaf, present or not, lie inside a larger block of the tree.
+    Which blocks of one leaf, present or not, lie inside a larger block of the tree; None: none.
 
     All blocks of a leaf have one order; the larger blocks around them are a run of bits of one
     leaf of the larger order, each to be repeated for the blocks inside.
     """
     abi = facts.abi
-    covered = np.zeros(abi.leaf_bits, np.bool_)
+    covered: NDArray[np.bool_] | None = None
     index = key & ~abi.type_bit & ~(1 << (abi.order_0_log2 - order))
     for above in larger:
         step = above - order
@@ -370,7 +372,8 @@ def _covered(
                 continue
             bits = np.unpackbits(every.leaves.bitmap[row], bitorder="little").view(np.bool_)
             at = wanted & (abi.leaf_bits - 1)
-            covered |= np.repeat(bits[at : at + length], abi.leaf_bits // length)
+            here = np.repeat(bits[at : at + length], abi.leaf_bits // length)
+            covered = here if covered is None else covered | here
     return covered
 
 

@@ -92,6 +92,14 @@ def _unknown_metadata(side: Side) -> Iterator[str]:
         yield f"{serialized.KEXEC_METADATA}: version {version}, khoscope knows another"
 
 
+def all_gaps(facts: Snapshot) -> list[str]:
+    """What is not known of a kernel, and of the blocks of its tree."""
+    rows = Rows(facts, KeySet(facts.abi, facts.outgoing.tree.leaves))
+    for blocks in facts.outgoing.blocks:
+        rows.add(blocks)
+    return gaps(facts, clients=False) + rows.gaps()
+
+
 class Rows:
     """
     What is not known of the blocks of a kernel's tree, chunk by chunk.

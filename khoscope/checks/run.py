@@ -26,7 +26,7 @@ from . import handover as handover_rules
 from . import image as _image_rules  # noqa: F401 - registers its rules
 from . import kernel as _kernel_rules  # noqa: F401 - registers its rules
 from .clients import malformed
-from .evidence import Rows, gaps
+from .evidence import Rows, all_gaps, gaps
 from .inplace import InPlace
 from .rule import (
     EVERYTHING,
@@ -387,9 +387,17 @@ def _compare_stamps(before: Snapshot, after: Snapshot, report: Report) -> None:
         report.incomplete.append(f"{unread} struct pages could not be searched for stamps")
 
 
-def start_trace(facts: Snapshot) -> Report:
-    """A report on a trace of this kernel; what is in its tree already is not looked at."""
-    return _start(facts.abi, About.TRACE, EVERYTHING)
+def start_trace(facts: Snapshot, before: Snapshot | None = None) -> Report:
+    """
+    A report on a trace of this kernel; what is in its tree already is not looked at.
+
+    :param before: the snapshot that says what blocks were before the kexec.
+    """
+    report = _start(facts.abi, About.TRACE, EVERYTHING)
+    report.incomplete += [f"facts contradict each other: {each}" for each in facts.contradictions]
+    if before is not None:
+        report.incomplete += [f"the earlier snapshot: {each}" for each in all_gaps(before)]
+    return report
 
 
 def check_batch(facts: Snapshot, batch: Batch, report: Report) -> Found:

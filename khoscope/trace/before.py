@@ -25,6 +25,7 @@ class Before:
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
         self._abi = snapshot.abi
         recorded = rows(snapshot.outgoing.blocks)
         if not recorded and rows(snapshot.outgoing.tree.leaves):

@@ -62,7 +62,7 @@ class Session:
         self._wanted = wanted
         self._view = view
         self._before = before
-        self._report = checks.start_trace(tracing.facts)
+        self._report = checks.start_trace(tracing.facts, before.snapshot if before else None)
         self._losses = Losses()
 
     def live(
