@@ -438,16 +438,17 @@ class KeySet:
 
     def _runs_of(self, rows: NDArray[np.int64], first: U64, order: NDArray[np.uint8]) -> Run:
         """The runs of set bits of some leaves, each of which has one order."""
-        bits = np.unpackbits(self.leaves.bitmap[rows], axis=1, bitorder="little")
         # A zero between any two leaves ends what the one has at its end.
-        edges = np.diff(np.pad(bits, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-        leaf, begin = np.nonzero(edges == 1)
-        _, end = np.nonzero(edges == -1)
+        width = self._abi.leaf_bits + 1
+        bits = np.zeros(len(rows) * width + 1, np.bool_)
+        apart = bits[1:].reshape(len(rows), width)
+        apart[:, :-1] = np.unpackbits(self.leaves.bitmap[rows], axis=1, bitorder="little")
+        # They begin with a zero, so that what changes begins a run, then ends it.
+        begin, end = np.flatnonzero(bits[1:] != bits[:-1]).reshape(-1, 2).T
+        leaf = begin // width
         shift = order[leaf].astype(np.uint64)
-        return (
-            first[leaf] + (begin.astype(np.uint64) << shift),
-            first[leaf] + (end.astype(np.uint64) << shift),
-        )
+        start = first[leaf] + ((begin % width).astype(np.uint64) << shift)
+        return start, start + ((end - begin).astype(np.uint64) << shift)
 
     def _runs_of_highest(self, rows: NDArray[np.int64]) -> Run:
         """Of the leaf, one of each type, whose bits are order bits, too."""
