@@ -196,12 +196,8 @@ def _file(file: LuoFile) -> Iterator[str]:
 def _memfd(memfd: Memfd) -> Iterator[str]:
     if (memfd.folios is None) != (memfd.nr_folios == 0):
         yield f"{memfd.nr_folios} folios, and {_there(memfd.folios)} list of them"
-    if memfd.problems:
-        return
-    if memfd.size and (not memfd.nr_folios or not memfd.pages):
-        yield f"{memfd.size:,} bytes in {memfd.nr_folios} folios, {memfd.pages} pages"
-    if memfd.pages < memfd.nr_folios:
-        yield f"{memfd.nr_folios:,} folios with {memfd.pages:,} pages"
+    if memfd.size and not memfd.nr_folios and not memfd.problems:
+        yield f"{memfd.size:,} bytes and no folio"
 
 
 def of_claims(facts: Snapshot) -> Iterator[str]:

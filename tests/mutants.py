@@ -49,6 +49,7 @@ class Base:
     :param alone: facts that no other fact tells of: changed to another sound one, the fault is
         gone, and nobody could know.
     :param before: the snapshot to compare with.
+    :param after: or the one that is compared with this.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Base:
     status: int
     alone: tuple[str, ...] = ()
     before: bytes | None = None
+    after: bytes | None = None
 
 
 def bytes_of(facts: Snapshot) -> bytes:
@@ -112,7 +114,7 @@ def split(pages: Pages) -> None:
 
 
 def bases() -> list[Base]:
-    """Four snapshots with a fault each, and one of both sides of a kexec."""
+    """Four snapshots with a fault each, and both sides of a kexec after which much is wrong."""
     good = whole()
     luo = good.outgoing.luo
     assert luo is not None
@@ -135,6 +137,13 @@ def bases() -> list[Base]:
             # What became of the pages is not told twice.
             tuple(f"watched/000000.pages.{name}" for name in Pages.DTYPES),
             path("fixed-before").read_bytes(),
+        ),
+        Base(
+            "before the kexec",
+            path("fixed-before").read_bytes(),
+            1,
+            tuple(f"out/blocks/000000.pages.{name}" for name in Pages.DTYPES),
+            after=path("fixed-after").read_bytes(),
         ),
     ]
 
@@ -285,7 +294,7 @@ def _name(where: Where) -> str:
 
 COMMANDS: Final = [
     *(["status"], ["tree", "--nodes"], ["tree", "--incoming"], ["verify"], ["owners"], ["luo"]),
-    *(["pages", "0..0x4000000"], ["fdt"], ["fdt", "in"], ["vmalloc", "0x1000"]),
+    *(["pages", "0..0x4000000"], ["fdt"], ["fdt", "in"], ["vmalloc", "0x1000"], ["diff"]),
 ]
 MODES: Final = [[], ["--json"], ["--limit", "0"]]
 
@@ -321,32 +330,31 @@ def trouble(found: Mutant, words: list[str], status: int, out: str, err: str) ->
     return None
 
 
+def asked(folder: Path, base: Base, data: bytes, words: list[str]) -> list[str]:
+    """The command line that asks this of a mutant of a base."""
+    file, other = folder / "mutant.khosnap", folder / "other.khosnap"
+    file.write_bytes(data)
+    other.write_bytes(base.before or base.after or base.data)
+    if words[0] == "diff":
+        return [*words, str(file), str(other)]
+    if words[0] == "verify" and base.before is not None:
+        return ["--snapshot", str(file), *words, "--before", str(other)]
+    if words[0] == "verify" and base.after is not None:
+        return ["--snapshot", str(other), *words, "--before", str(file)]
+    return ["--snapshot", str(file), *words]
+
+
 def campaign(seed: int, count: int) -> int:
     """Run so many mutants; what was wrong goes to stdout, and the status says how many."""
     rng = random.Random(seed)
     every = bases()
     wrong = 0
-    with tempfile.TemporaryDirectory() as folder:
-        file, before = Path(folder) / "mutant.khosnap", Path(folder) / "before.khosnap"
-        for base in every:
-            file.write_bytes(base.data)
-            words = ["--snapshot", str(file), "verify"]
-            if base.before is not None:
-                before.write_bytes(base.before)
-                words += ["--before", str(before)]
-            status, out, _ = run(words)
-            if status != base.status:
-                wrong += 1
-                print(f"{base.name}: status {status}, not {base.status}: {out}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         for _ in range(count):
             found = mutant(rng, every)
-            file.write_bytes(found.data)
             words = rng.choice([*COMMANDS, ["verify"], ["verify"]]) + rng.choice(MODES)
-            if "verify" in words and found.base.before is not None:
-                before.write_bytes(found.base.before)
-                words = [*words, "--before", str(before)]
-            asked = ["--snapshot", str(file), *words]
-            said = trouble(found, words, *run(asked))
+            said = trouble(found, words, *run(asked(folder, found.base, found.data, words)))
             if said:
                 wrong += 1
                 print(f"{found.base.name}: {found.fact} {found.what}: {words}: {said}")
