@@ -9,6 +9,7 @@ import re
 import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from khoscope import demo, store
 from khoscope.checks import check
 from khoscope.cli import main
 from khoscope.errors import KhoscopeError
-from khoscope.fdt import DeviceTree, Node, Property
+from khoscope.fdt import DeviceTree, Node, Property, parse_root_fdt
 from khoscope.printable import printable
+from khoscope.snapshot import Fdt, Subtree
 from khoscope.views.fdt import FdtText
 from khoscope.views.text import Text
 from tests.command import Result, Run
-from tests.synthetic import PLAIN, Block, snapshot
+from tests.synthetic import PLAIN, ROOT, Block, fdt_blob, snapshot
 from tests.test_store import CLIENTS, rewritten
 from tests.test_trace_record import some_batches, write
 
@@ -278,8 +280,25 @@ def test_the_strings_are_shown(run: Run, victims: Victims) -> None:
     seen = {kind_of(at) for number, at in enumerate(victims.places) if marker(number) in shown}
     assert seen >= {("kernel", "release"), ("taken", "source"), ("taken", "time")}
     assert seen >= {("taken", "khoscope"), ("kernel", "boot_id")}
-    if ("outgoing", "fdt", "subtrees", "*", "name") in map(kind_of, victims.places):
-        assert ("outgoing", "fdt", "subtrees", "*", "name") in seen
+    # Of a root FDT its bytes are shown, and nothing that is recorded of them.
+    assert ("outgoing", "fdt", "subtrees", "*", "name") not in seen
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_with_names_in_an_fdt(run: Run, tmp_path: Path, command: str) -> None:
+    """They are in no string of the schema, but in bytes."""
+    name = f"a{HOSTILE}".encode("ascii", "replace").decode()
+    fdt = Fdt(0x2000, "kho-v4", ROOT, [Subtree(name, 0x5000, 16)])
+    facts = snapshot(PLAIN, [Block(0x1000)], fdt=parse_root_fdt(0x2000, fdt_blob(fdt)))
+    side = replace(facts.outgoing, blobs={"fdt": fdt_blob(fdt)})
+    facts = replace(facts, outgoing=side)
+    path = tmp_path / "a.khosnap"
+    store.save_file(facts, path)
+    names = {"FILE": str(path), "OTHER": str(path), "COPY": str(tmp_path / "b.khosnap")}
+    result = run("--snapshot", path, *(names.get(word, word) for word in command.split()))
+    nothing_is_forged(result)
+    if command in ("status", "fdt out"):
+        assert "a\\nPASS" in result.out or "a\\x0aPASS" in result.out
 
 
 @pytest.mark.parametrize("command", [each for each in COMMANDS if each != "snapshot COPY"])
@@ -377,5 +396,5 @@ def test_a_verdict_is_ours() -> None:
     facts = snapshot(PLAIN, [Block(0x1000)], release=f"7.2{HOSTILE}")
     Text(out).verify(facts, check(facts))
     lines = out.getvalue().split("\n")
-    assert lines[0].startswith("7.2\\nPASS: safe to kexec\\x1b[31m\\u202e\\u200b, ")
+    assert lines[0].startswith("'7.2\\nPASS: safe to kexec\\x1b[31m\\u202e\\u200b', ")
     assert [line for line in lines if line.startswith("PASS")] in ([], [lines[-2]])

@@ -139,7 +139,7 @@ def unknown(following: Following, handed: Handed) -> Luo:
     if raw is None:
         return Luo(phys, None, problems=[f"struct luo_ser at {phys:#x} cannot be read"])
     if raw.startswith(MAGIC):
-        return Luo(phys, compatible_of(raw), raw=raw.hex())
+        return Luo(phys, compatible_of(handed.blob or raw), raw=raw.hex())
     ser = one(LUO_SER, raw)
     return Luo(phys, text(bytes(ser["compatible"])), raw=raw.hex())
 
