@@ -124,7 +124,7 @@ class Text:
         ):
             for what in islice(every, self._limit):
                 self.wrapped(f"{said}: {what}", "  ", "")
-            self._more(len(every), len(every), f"that {said}")
+            self._more(len(every), len(every), "of these")
 
     def tree(
         self,
