@@ -144,8 +144,8 @@ with ZipFile("/root/a.khotrace") as old, ZipFile("/root/new.khotrace", "w") as n
     for name in old.namelist():
         data = old.read(name)
         if name == "meta.json":
-            assert data.count(b"khotrace/1") == 1, data
-            data = data.replace(b"khotrace/1", b"khotrace/9")
+            assert data.count(b"khotrace/2") == 1, data
+            data = data.replace(b"khotrace/2", b"khotrace/9")
         new.writestr(name, data)
 """
     guest.run(("python3", "-c", other), check=True)
