@@ -426,7 +426,7 @@ def test_a_tree_that_moves() -> None:
         machine.run(busy, check=True)
         for _ in range(3):
             result = machine.run(("khoscope", "verify"), timeout=TIMEOUT)
-            assert result.returncode in (0, 1, 2), result
+            assert result.returncode in (0, 1, 3), result
             assert "Traceback" not in result.stderr
             if result.returncode == 0:
                 assert "PASS" in result.stdout
