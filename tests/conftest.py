@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -18,6 +20,16 @@ settings.register_profile(
     "long", settings.get_profile("khoscope"), max_examples=20 * 60, derandomize=False
 )
 settings.load_profile("khoscope")
+
+# A script that starts the tests in the background has them ignore these, and with them all the
+# programs that they start to interrupt them.
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGQUIT, signal.SIG_DFL),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 @pytest.fixture
