@@ -141,23 +141,23 @@ BPF_PERF_OUTPUT(events);
 
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE void count(int what)
+INLINE void count(int what, u64 times)
 {
 	u64 *counter = counters.lookup(&what);
 
 	if (counter)
-		(*counter)++;
+		*counter += times;
 }
 
 INLINE void output(void *ctx, union record *event)
 {
-	count(MADE);
+	count(MADE, 1);
 #ifdef RING_PAGES
 	if (events.ringbuf_output(event, sizeof(*event), 0))
 #else
 	if (events.perf_submit(ctx, event, sizeof(*event)))
 #endif
-		count(LOST);
+		count(LOST, 1);
 }
 
 /*
@@ -427,19 +427,19 @@ enter(void *ctx, int function, int kind, u64 a, u64 b, u64 c, u64 d)
 		tasks.update(&tid, t);
 		t = tasks.lookup(&tid);
 		if (!t) {
-			count(MISSED);
+			count(MISSED, 1);
 			return 0;
 		}
 	}
 
 	/* No function of KHO calls itself: its last return was missed. */
+	depth = t->depth;
 #pragma unroll
-	for (int i = 0; i < MAX_DEPTH; i++) {
-		if (i < t->depth && t->frames[i].function == function) {
-			count(MISSED);
+	for (int i = MAX_DEPTH - 1; i >= 0; i--)
+		if (i < t->depth && t->frames[i].function == function)
 			t->depth = i;
-		}
-	}
+	if (t->depth != depth)
+		count(MISSED, 1);
 
 	depth = t->depth;
 	if (depth == 0) {
@@ -453,7 +453,7 @@ enter(void *ctx, int function, int kind, u64 a, u64 b, u64 c, u64 d)
 			bpf_get_stack(ctx, t->outer.call.stack, sizeof(t->outer.call.stack), 0);
 	}
 	if (depth >= MAX_DEPTH) {
-		count(MISSED);
+		count(MISSED, 1);
 		return 0;
 	}
 
@@ -505,14 +505,12 @@ INLINE struct task *leave(int function)
 	}
 	if (!t || depth == NO_FUNCTION) {
 		if (on && *on)
-			count(UNSEEN);
+			count(UNSEEN, 1);
 		return 0;
 	}
 	/* Calls inside of this one that have not returned: their returns were missed. */
-#pragma unroll
-	for (int i = 1; i < MAX_DEPTH; i++)
-		if (i > depth && i < t->depth)
-			count(MISSED);
+	if (t->depth != depth + 1)
+		count(MISSED, t->depth - depth - 1);
 	t->depth = depth;
 
 	return t;
