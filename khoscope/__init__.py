@@ -19,10 +19,12 @@ def _is_started() -> bool:
 
 if _is_started():
     # Until all is imported there is nothing to tidy up: Ctrl-C just ends it, without a traceback.
+    # A shell has the jobs that a script starts in the background ignore it; whoever sends it to
+    # such a job wants it to end like any other.
     # What is built in takes no time to import; signal itself does.
     import _signal  # type: ignore[import-not-found]
 
-    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    if _signal.getsignal(_signal.SIGINT) in (_signal.default_int_handler, _signal.SIG_IGN):
         _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 TYPE_CHECKING = False

@@ -8,7 +8,7 @@ import sys
 def main() -> int:
     """Import the command line, and run it."""
     # As khoscope/__init__.py, if somebody else has imported that: the command line sets it again.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_IGN):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         from .cli import main as run

@@ -364,7 +364,7 @@ def test_the_word_and_a_file_of_that_name(
 COMMAND = """
 import sys
 from khoscope import carry
-from khoscope.cli import main
+from khoscope.__main__ import main
 from khoscope.commands import common
 from tests.synthetic import rich_before
 from tests.test_carry import Luo
@@ -377,7 +377,7 @@ luo = Luo()
 carry.LiveUpdate = luo.open
 common.kernel = lambda args, progress: Source()
 try:
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
 finally:
     assert not luo.outgoing
 """
@@ -396,10 +396,16 @@ def running(*words: str, ignored: str = "") -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize(
-    ("number", "more"), [(signal.SIGINT, "khoscope: interrupted\n"), (signal.SIGTERM, "")]
+    ("number", "more", "ignored"),
+    [
+        (signal.SIGINT, "khoscope: interrupted\n", ""),
+        (signal.SIGTERM, "", ""),
+        # A script's job in the background.
+        (signal.SIGINT, "khoscope: interrupted\n", "INT"),
+    ],
 )
-def test_it_stays_until_it_is_ended(number: signal.Signals, more: str) -> None:
-    with running("carry") as process:
+def test_it_stays_until_it_is_ended(number: signal.Signals, more: str, ignored: str) -> None:
+    with running("carry", ignored=ignored) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         shown = [process.stdout.readline()]
@@ -414,17 +420,17 @@ def test_it_stays_until_it_is_ended(number: signal.Signals, more: str) -> None:
 
 
 def test_json_is_one_document(luo: Luo) -> None:
-    """And a signal that is ignored ends nothing: a script's background job, nohup."""
-    with running("carry", "--json", ignored="INT") as process:
+    """And a signal that is ignored ends nothing: nohup."""
+    with running("carry", "--json", ignored="TERM") as process:
         assert process.stdout is not None
         lines = [process.stdout.readline()]
         while lines[-1] != "}\n":
             lines.append(process.stdout.readline())
             assert lines[-1]
-        process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
         assert process.stdout.read() == ""
-    assert process.returncode == -signal.SIGTERM
+    assert process.returncode == -signal.SIGINT
     document = json.loads("".join(lines))
     assert document["schema"] == "khoscope.carry/1"
     assert document["session"] == SESSION

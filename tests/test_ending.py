@@ -201,10 +201,12 @@ def test_that_it_is_the_interrupt() -> None:
         assert (result.status, result.out, result.err) == (0, "khoscope 0.1.0\n", "")
 
 
-def test_ctrl_c_that_is_ignored_stays_so() -> None:
-    """A script's job in the background."""
-    command = ["env", "--ignore-signal=INT", sys.executable, "-c", INTERRUPTED]
-    assert finished([*command, "khoscope.cli", "script"]).out == "khoscope 0.1.0\n"
+@pytest.mark.parametrize("way", ["script", "module"])
+@pytest.mark.parametrize("module", ["khoscope.cli", "numpy"])
+def test_ctrl_c_ends_a_job_in_the_background(module: str, way: str) -> None:
+    """A script's shell has it ignore SIGINT; ``kill -INT`` ends it all the same, at any moment."""
+    command = ["env", "--ignore-signal=INT", sys.executable, "-c", INTERRUPTED, module, way]
+    assert finished(command) == Result(-signal.SIGINT, "", "")
 
 
 @pytest.mark.parametrize("program", ["drgn", "-c", "script.py", "-m", "/opt/khoscope/x.py"])

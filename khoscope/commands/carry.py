@@ -78,7 +78,7 @@ class _Stopped(Exception):
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise :class:`_Stopped`, once; what is ignored stays so."""
+    """Ctrl-C and SIGTERM raise :class:`_Stopped`, once; a SIGTERM that is ignored stays so."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
