@@ -8,7 +8,7 @@ BIN := .venv/bin
 KERNELS ?= 7.2 debian
 export KERNELS
 
-.PHONY: demo check packages kernels lint unit fuzz vm-test bench clean
+.PHONY: demo check packages kernels lint unit fuzz vm-test bench dist clean
 
 demo: .venv/demo
 	$(BIN)/khoscope demo
@@ -65,5 +65,9 @@ bench: .venv/dev kernels
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.trace_overhead
 
+# A source archive, and a wheel that is built from it.
+dist: .venv/dev
+	$(BIN)/python -m build --outdir dist .
+
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

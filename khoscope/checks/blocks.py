@@ -33,10 +33,10 @@ from .rule import Marked, Message, Severity, also, rule
     "blocks",
     """
     The next kernel restores refcounts by the recorded type, whatever the pages were. Recorded
-    contig but split: the tails come back at 0 and freeing one hits VM_BUG_ON_PAGE. Recorded split
-    but contig: the tails come back at 1, freeing the block trips "Bad page state" and leaks it.
-    Either the kernel cannot store the type, or the block was split after it was preserved:
-    unpreserve it, and preserve it again as it is now (kho_split_preserved_pages() does both).
+    contig but split: the tails come back at 0, and freeing one hits VM_BUG_ON_PAGE. Recorded split
+    but contig: the tails come back at 1, and freeing the block trips "Bad page state" and leaks it.
+    Either the kernel cannot store the type, or the block was split after it was preserved.
+    Unpreserve it, and preserve it again as it is now (kho_split_preserved_pages() does both).
     """,
     kernel="kho_preserve_pages kho_restore_page",
 )
@@ -59,9 +59,9 @@ def type_mismatch(facts: Snapshot, blocks: Blocks) -> Marked:
     Severity.ERROR,
     "blocks",
     """
-    Restore knows two patterns: 1 on the first page and 0 on the others, or 1 on every page. What
-    was two unsplit blocks, or a part of one, when it was preserved with one call comes back
-    wrong under either type, in every kernel. Preserve each block by itself and whole.
+    Restore knows two patterns: 1 on the first page and 0 on the others, or 1 on every page. Two
+    unsplit blocks that were preserved with one call, or a part of a block, come back wrong under
+    either type, in every kernel. Preserve each block by itself, and whole.
     """,
     kernel="kho_restore_page kho_init_pages kho_init_folio",
 )
@@ -79,10 +79,10 @@ def mixed_refcounts(facts: Snapshot, blocks: Blocks) -> Marked:
     Severity.ERROR,
     "blocks",
     """
-    Forecast: kho_restore_pages() or kho_restore_folio() in a next kernel like this one will give
-    these pages other refcounts than they have. Tails that come back at 1 instead of 0 trip "Bad
-    page state" when the block is freed, and leak; tails that come back at 0 instead of 1 hit
-    VM_BUG_ON_PAGE. Do not kexec with this memory preserved, or restore and never free it.
+    In a next kernel like this one, kho_restore_pages() or kho_restore_folio() will give these pages
+    other refcounts than they have now. Tails that come back at 1 instead of 0 trip "Bad page state"
+    when the block is freed, and leak. Tails that come back at 0 instead of 1 hit VM_BUG_ON_PAGE. Do
+    not kexec with this memory preserved, or restore it and never free it.
     """,
     kernel="kho_restore_page kho_init_pages kho_init_folio",
 )
@@ -106,9 +106,9 @@ def wrong_after_restore(facts: Snapshot, blocks: Blocks) -> Marked:
     Severity.ERROR,
     "blocks",
     """
-    The owner has let go of the memory, or changed it, and forgot to unpreserve it. The next kernel
-    reserves the block all the same: nobody restores it and it leaks, or the wrong owner restores
-    what somebody else is using now. Unpreserve before freeing, splitting or resizing.
+    The owner freed the memory, or changed it, and did not unpreserve it. The next kernel reserves
+    the block all the same: nobody restores it and it leaks, or the wrong owner restores what
+    somebody else is using now. Unpreserve memory before freeing, splitting or resizing it.
     """,
     kernel="kho_preserved_memory_reserve kho_restore_page",
 )
@@ -147,9 +147,9 @@ def _judged(blocks: Blocks) -> NDArray[np.bool_]:
     Severity.ERROR,
     "blocks",
     """
-    The next kernel boots in the scratch areas and reuses them before anything is restored: this
-    memory will be overwritten. Without CONFIG_KEXEC_HANDOVER_DEBUG the kernel does not refuse it.
-    Preserve memory that was not allocated from scratch (CMA, movable).
+    The next kernel boots in the scratch areas, and uses them before anything is restored: it will
+    overwrite this memory. A kernel without CONFIG_KEXEC_HANDOVER_DEBUG does not refuse it. Preserve
+    memory that was not allocated from scratch (CMA, movable).
     """,
     kernel="kho_populate kho_scratch_overlap",
 )
@@ -202,9 +202,10 @@ def subtree_in_scratch(facts: Snapshot) -> Iterator[Message]:
     Severity.ERROR,
     "blocks",
     """
-    No memory, or not all of it, is there. kho_preserved_memory_reserve() in the next kernel would
-    reserve it and write a stamp into a struct page that may not exist: expect a crash early in
-    the boot. The tree was written over, or a device's memory was preserved as if it were RAM.
+    There is no memory at this address, or not for all of the block. kho_preserved_memory_reserve()
+    in the next kernel would reserve it and write a stamp into a struct page that may not exist:
+    expect a crash early in the boot. Either somebody wrote over the tree, or a device's memory was
+    preserved as if it were RAM. Do not kexec with this handover.
     """,
     kernel="kho_preserved_memory_reserve kho_get_preserved_page",
 )
@@ -227,9 +228,10 @@ def outside_ram(facts: Snapshot, blocks: Blocks) -> Marked:
     Severity.ERROR,
     "blocks",
     """
-    kho_radix_decode_key() in the next kernel takes the highest bit for the order without a check;
-    for such a key order and address are nonsense, and that is what it will reserve. A page of the
-    tree was written over, or another kernel's keys are in it.
+    kho_radix_decode_key() in the next kernel takes the highest bit for the order, without a check.
+    The order and address of such a key are nonsense, and that is what the next kernel will reserve.
+    Either somebody wrote over a page of the tree, or another kernel's keys are in it. Do not kexec
+    with this handover.
     """,
     kernel="kho_radix_decode_key",
 )
@@ -254,11 +256,12 @@ def _order_limit(facts: Snapshot) -> int:
     Severity.WARNING,
     "blocks",
     """
-    The page allocator has no such block: kho_preserve_pages() has made one of neighbours, or it is
-    a gigantic folio. Of neighbours that were never split, restore keeps the first one's refcount
-    alone; restored as a folio, it is one that the page allocator cannot take back. Let its owner
-    restore it with the address and the count that it was preserved with, and free it in the blocks
-    that it was allocated in. What reserve_mem= sets aside is not meant: nobody frees it.
+    The page allocator has no block of this order. Either kho_preserve_pages() merged adjacent
+    blocks, or this is a gigantic folio. If the blocks were never split, restore sets only the first
+    block's refcount; if they are restored as a folio, it is larger than the page allocator can
+    free. Restore them with the address and the count that they were preserved with, and free them
+    in the blocks that they were allocated in. (Memory from reserve_mem= is exempt: nobody frees
+    it.)
     """,
     kernel="__kho_preserve_pages_order kho_restore_page",
 )
@@ -282,10 +285,10 @@ def huge_order(facts: Snapshot, blocks: Blocks) -> Marked:
     Severity.ERROR,
     "tree",
     """
-    The next kernel walks both entries and the later one, split, overwrites the stamp of the
-    other. Whoever preserved the block last may not be the one whose pattern wins. A block that
-    was split and preserved again without kho_split_preserved_pages() ends like this: unpreserve
-    it as what it was.
+    The next kernel walks both entries, and the later one, split, overwrites the stamp of the other.
+    The pattern that wins may not be that of the owner who preserved the block last. This is what
+    becomes of a block that was split and preserved again without kho_split_preserved_pages().
+    Unpreserve it as what it was.
     """,
     kernel="kho_radix_walk_tree kho_preserved_memory_reserve",
 )
@@ -313,10 +316,11 @@ def both_types(facts: Snapshot, every: KeySet) -> Iterator[tuple[Blocks, Marked]
     Severity.ERROR,
     "tree",
     """
-    The next kernel stamps the first page of each block. Restoring the larger one sets the
-    refcounts of all its pages, the smaller one's among them, and the other way round: who comes
-    second destroys what the first restored, and both think they own the memory. Two clients
-    preserve the same pages, or one preserved a part and the whole.
+    The next kernel stamps the first page of each block. Restoring the larger block sets the
+    refcounts of all its pages, including those of the smaller one, and the other way round: the
+    later restore destroys what the earlier one set, and both owners think that the memory is
+    theirs. Either two clients preserve the same pages, or one preserved a part and the whole.
+    Unpreserve one of the two.
     """,
     kernel="kho_preserved_memory_reserve kho_restore_page",
 )

@@ -32,9 +32,9 @@ from .rule import Marked, Message, Severity, also, rule
     Severity.WARNING,
     "touches",
     """
-    kho_radix_add_page(), or kho_radix_add_key(), sets one bit per block and counts nothing: the
-    first unpreserve, by whichever owner, takes the block out of the tree for both, and its memory
-    is lost at the kexec without a word. Let one owner preserve it once.
+    kho_radix_add_page(), or kho_radix_add_key(), sets one bit for each block and counts nothing.
+    The first unpreserve, by whichever owner, takes the block out of the tree for both; its memory
+    is then lost at the kexec, silently. Let one owner preserve the block, once.
     """,
     kernel="kho_radix_add_page kho_radix_add_key",
 )
@@ -52,11 +52,11 @@ def preserved_twice(facts: Snapshot, touches: Touches) -> Marked:
     Severity.WARNING,
     "touches",
     """
-    kho_radix_del_page(), or kho_radix_del_key(), clears a bit that is clear, without a word where
-    the leaf exists and with a WARN where it does not. Either the block was never preserved or is
-    unpreserved twice, or it is still preserved under another key: with another order because the
-    range differs from the one that was preserved, or with another type because the pages were split
-    since then (kho_split_preserved_pages() is for that). The old entry then goes through the kexec.
+    kho_radix_del_page(), or kho_radix_del_key(), found the bit clear. It says nothing if the leaf
+    exists, and WARNs if it does not. Either the block was never preserved, or it was unpreserved
+    twice, or it is still preserved under another key: with another order, because the range differs
+    from the one that was preserved, or with another type, because the pages were split since then
+    (kho_split_preserved_pages() is for that). That old entry then goes through the kexec.
     Unpreserve exactly what was preserved, as it was.
     """,
     kernel="kho_radix_del_page kho_radix_del_key",
@@ -105,11 +105,11 @@ def restored_wrong(facts: Snapshot, touches: Touches) -> Marked:
     """
     kho_restore_page() goes by the stamp's order and by which function was called, and compares
     neither with what was preserved. A folio restored as pages is no compound page: the owner's
-    folio_put() frees its first page and leaks or corrupts the rest. Pages restored as a folio are
-    freed all at once by the first put; kernels that store the type WARN and return NULL instead.
-    kho_restore_pages() with another range than was preserved gives back more pages than were
-    asked for, which somebody else may own, or skips blocks, which leak. Restore with the function,
-    the address and the count that the memory was preserved with.
+    folio_put() frees its first page, and leaks or corrupts the rest. Pages restored as a folio are
+    all freed by the first put; kernels that store the type WARN and return NULL instead.
+    kho_restore_pages() with another range than was preserved restores pages that somebody else may
+    own, or skips blocks, which then leak. Restore with the function, the address and the count that
+    the memory was preserved with.
     """,
     kernel="kho_restore_page kho_restore_pages kho_restore_folio",
 )
@@ -146,13 +146,12 @@ def wrong_restore_call(facts: Snapshot, touches: Touches) -> Marked:
     Severity.WARNING,
     "calls",
     """
-    The call did not do what it was asked for. A preserve that failed has undone its part: the
-    memory will not survive the kexec, and its owner must not hand over state that points to it.
-    A kho_split_preserved_pages() that failed leaves the pages split and no longer preserved. A
-    restore gives NULL where no block begins (kho_restore_page() found no stamp: never preserved,
-    restored before, or begun in the middle) or where the type is not what the call is for; what
-    kho_restore_pages() and kho_restore_vmalloc() had restored until then stays, and leaks. See
-    dmesg for a WARN at the same time.
+    The call did not do what it was asked for. After a failed preserve the memory will not survive
+    the kexec, and its owner must not hand over state that points to it. After a failed
+    kho_split_preserved_pages() the pages are split and no longer preserved. A restore returns NULL
+    if no preserved block starts at the address (never preserved, already restored, or not its first
+    page), or if the block's type does not match the call. Pages that kho_restore_pages() or
+    kho_restore_vmalloc() restored before it failed leak. Look in dmesg for a WARN at the same time.
     """,
     kernel="kho_preserve_folio kho_preserve_pages kho_add_subtree kho_restore_page",
 )
@@ -179,10 +178,10 @@ def failed(facts: Snapshot, calls: Calls) -> Marked:
     Severity.WARNING,
     "losses",
     """
-    What was not seen was not checked: the verdict is incomplete, and calls may be shown without
-    some of their blocks. The buffer overran because calls came faster than they were read, or
-    tasks nested deeper, or were more, than are followed. Trace fewer calls (--only, -p, -c) or
-    take a larger buffer.
+    khoscope did not check what it did not see: the verdict is incomplete, and calls may be shown
+    without some of their blocks. Either calls came faster than khoscope read them and the buffer
+    overran, or tasks nested deeper, or were more, than khoscope follows. Trace fewer calls (--only,
+    -p, -c), or take a larger buffer.
     """,
     kernel="bpf_ringbuf_output",
 )

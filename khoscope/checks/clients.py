@@ -25,10 +25,11 @@ NEEDED = {
     Severity.ERROR,
     "clients",
     """
-    kho_add_subtree() records where a blob is and preserves nothing, and LUO's structures are
+    kho_add_subtree() records where a blob is, and preserves nothing; LUO's structures are
     addresses, too. The next kernel follows them to memory that it has given to somebody else by
-    then: it reads garbage, and acts on it. Preserve all of it (kho_alloc_preserve(),
-    kho_preserve_folio()) before handing out its address, and as long as that is known.
+    then: it reads garbage, and acts on it. Preserve all of the memory (kho_alloc_preserve(),
+    kho_preserve_folio()) before handing out its address, and for as long as somebody has that
+    address.
     """,
     kernel="kho_add_subtree kho_retrieve_subtree",
 )
@@ -52,11 +53,11 @@ def blob_not_preserved(facts: Snapshot, keys: KeySet) -> Iterator[Message]:
     Severity.ERROR,
     "clients",
     """
-    kho_restore_vmalloc() follows the chunks without a check and restores each page that they list.
-    A chain that leaves RAM crashes the next kernel. If it loops, lists other pages than it says, or
-    one that was not preserved, the whole area is given up, most often without a word, and what was
-    restored of it until then leaks. Do not kexec; unpreserve the area (kho_unpreserve_vmalloc())
-    and preserve it again.
+    kho_restore_vmalloc() follows the chunks without a check, and restores each page that they list.
+    A chain that leaves RAM crashes the next kernel. If the chain loops, lists another number of
+    pages than it says, or lists a page that was not preserved, that kernel gives up the whole area,
+    most often silently, and leaks what it had restored of it. Do not kexec; unpreserve the area
+    (kho_unpreserve_vmalloc()) and preserve it again.
     """,
     kernel="kho_restore_vmalloc",
 )
@@ -75,10 +76,10 @@ def broken_vmalloc(facts: Snapshot, keys: KeySet) -> Iterator[Message]:
     Severity.ERROR,
     "clients",
     """
-    The next kernel reads these structures first of all: kho_block_set_restore() panics it over a
-    chain that loops or whose counts are wrong, and a session or a file that cannot be read is never
-    given back to whoever waits for it. Somebody wrote over LUO's memory. Do not kexec; close the
-    session and make it again.
+    The next kernel reads these structures before anything else. kho_block_set_restore() panics it
+    if a chain loops or its counts are wrong. A session or a file that it cannot read never comes
+    back to whoever waits for it. Somebody wrote over LUO's memory. Do not kexec; close the session
+    and make it again.
     """,
     kernel="luo_early_startup kho_block_set_restore luo_session_deserialize memfd_luo_retrieve",
 )

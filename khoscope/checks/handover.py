@@ -158,9 +158,10 @@ def _reused(before: Blocks, after: Blocks, now: Snapshot) -> NDArray[np.bool_]:
     Severity.ERROR,
     "handover",
     """
-    Nothing that the snapshot recorded was given to this kernel, or something else was: it was
-    booted by firmware, kexec'ed without KHO, refused the handover (dmesg | grep KHO), or another
-    kexec came in between. The other findings across the kexec mean little then.
+    This kernel was given nothing that the snapshot recorded, or something else. Either the firmware
+    booted it, or the kexec was without KHO, or it refused the handover (dmesg | grep KHO), or
+    another kexec came in between. The other findings across the kexec mean little then. Compare
+    with the snapshot of the kernel that ran last.
     """,
     kernel="kho_populate kho_in_kexec_metadata luo_early_startup",
 )
@@ -202,9 +203,10 @@ def not_a_handover(before: Snapshot, after: Snapshot) -> Iterator[Message]:
     Severity.ERROR,
     "pairs",
     """
-    The new kernel never got this block, subtree or session: it was unpreserved, removed or closed
-    after the snapshot, or the tree or the FDT was damaged on the way. Its memory has gone to the
-    page allocator and holds other data by now.
+    The new kernel never got this block, subtree or session. Its memory has gone to the page
+    allocator and holds other data by now. It was unpreserved, removed or closed after the snapshot,
+    or the tree or the FDT was damaged on the way. Take the snapshot as late as possible, and look
+    for what its owner did since then.
     """,
     kernel="kho_mem_retrieve kho_retrieve_subtree luo_session_deserialize",
 )
@@ -225,9 +227,9 @@ def lost(pairs: Pairs) -> Marked:
     Severity.ERROR,
     "pairs",
     """
-    kho_restore_page() goes by the stamp's order alone: it will set refcounts of more or fewer
-    pages than were preserved. The two kernels do not agree on the key layout, or the stamp was
-    written over.
+    kho_restore_page() goes by the stamp's order alone: it will set the refcounts of more or fewer
+    pages than were preserved. The two kernels do not agree on the key layout, or somebody wrote
+    over the stamp. Do not let the owner restore the block.
     """,
     kernel="kho_restore_page",
 )
@@ -245,10 +247,10 @@ def order_changed(pairs: Pairs) -> Marked:
     Severity.ERROR,
     "pairs",
     """
-    The block is stamped with another type than it had, and will be restored with the refcounts of
-    that type: stamped contig, the tails get 0 and freeing one of them hits VM_BUG_ON_PAGE; stamped
-    split, they get 1 and freeing the block trips "Bad page state". Do not let its owner restore
-    it; if it is restored already, do not free it.
+    The block is stamped with another type than it had, and restore goes by the stamp. Stamped
+    contig but split: the tails come back at 0, and freeing one hits VM_BUG_ON_PAGE. Stamped split
+    but contig: the tails come back at 1, and freeing the block trips "Bad page state". Do not let
+    its owner restore it; if it is restored already, do not free it.
     """,
     kernel="kho_restore_page",
 )
@@ -277,9 +279,9 @@ def type_changed(pairs: Pairs) -> Marked:
     "pairs",
     """
     The block was restored with refcounts that it never had. Tails at 1 instead of 0: freeing the
-    block trips "Bad page state", taints the kernel and leaks it. Tails at 0 instead of 1: freeing
-    a tail hits VM_BUG_ON_PAGE, or frees memory that somebody still uses. Keep the owner from
-    freeing it until the next cold boot.
+    block trips "Bad page state", taints the kernel and leaks the block. Tails at 0 instead of 1:
+    freeing a tail hits VM_BUG_ON_PAGE, or frees memory that somebody still uses. Keep the owner
+    from freeing the block until the next cold boot.
     """,
     kernel="kho_restore_page kho_init_pages kho_init_folio",
 )
@@ -297,8 +299,9 @@ def wrong_refcounts(pairs: Pairs) -> Marked:
     Severity.WARNING,
     "pairs",
     """
-    No client has asked for the block: its stamp is still there; nobody has retrieved the session.
-    Once all clients are done, what is left is a leak until the next reboot.
+    No client has asked for the block: its stamp is still there. Or nobody has retrieved the
+    session. What is left once all clients are done leaks until the next reboot. Wait for the
+    clients, or find out which one did not come back.
     """,
     kernel="kho_preserved_memory_reserve kho_restore_page luo_session_retrieve",
 )
@@ -377,8 +380,9 @@ def _files(count: int) -> str:
     Severity.WARNING,
     "stamps",
     """
-    It was preserved after the snapshot was taken, or the tree was damaged between the snapshot
-    and the kexec. Take the snapshot as late as possible before the kexec.
+    The block was preserved after the snapshot was taken, or the tree was damaged between the
+    snapshot and the kexec. khoscope cannot tell what it was. Take the snapshot as late as possible
+    before the kexec.
     """,
     kernel="kho_preserved_memory_reserve",
 )

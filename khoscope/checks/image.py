@@ -16,12 +16,12 @@ from .rule import Message, Severity, rule
     Severity.ERROR,
     "next",
     """
-    kho_populate() of a kernel that takes another root compatible, and any kernel without KHO, boots
-    as if nothing was handed over and reuses the memory. One that takes another LUO compatible
-    panics in luo_early_startup(); one without LUO leaves what the sessions preserve reserved. Where
-    a file's handler is missing, every open of /dev/liveupdate fails with EIO and no session comes
-    back. Kexec into a kernel that takes what this one hands over. It needs kho=on on its command
-    line, which no image tells.
+    A kernel that takes another KHO compatible, and any kernel without KHO, boots as if nothing had
+    been handed over and reuses the memory. One that takes another LUO compatible panics in
+    luo_early_startup(). One without LUO keeps reserved what the sessions preserve, and nobody gets
+    it back. If the handler of a file is missing, every open of /dev/liveupdate fails with EIO and
+    no session comes back. Kexec into a kernel that takes what this one hands over. It needs kho=on
+    on its command line, which no image tells.
     """,
     kernel="kho_populate luo_early_startup",
 )

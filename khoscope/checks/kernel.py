@@ -21,13 +21,13 @@ TAINT_BAD_PAGE = 5
     Severity.ERROR,
     "abi",
     """
-    kho_radix_add_page() drops the key bits that the tree has no level for. Every block is walked
-    as contig in the next kernel: split memory comes back with refcount 0 on all pages but the
-    first, and freeing one of those pages hits VM_BUG_ON_PAGE or frees memory in use.
-    kho_radix_add_key() refuses a key that is wider than KHO_RADIX_KEY_WIDTH: preserving split
-    memory, huge vmalloc areas among it, fails with -ERANGE, and kho_split_preserved_pages() leaves
-    what it has split no longer preserved. Preserve no split memory with this kernel; use one that
-    keeps the type inside the stored bits (kernel-patches/7.2/fix, kernel-patches/7.3/fix).
+    The tree has no level for the key bit of the type. If this kernel adds blocks with
+    kho_radix_add_page(), it drops the bit: the next kernel takes every block for contig and
+    restores split memory with refcount 0 on all pages but the first, and freeing one of those pages
+    hits VM_BUG_ON_PAGE or frees memory in use. If it adds them with kho_radix_add_key(), it refuses
+    the key: preserving split memory, including huge vmalloc areas, fails with -ERANGE, and
+    kho_split_preserved_pages() leaves what it has split no longer preserved. Preserve no split
+    memory with this kernel, or use one that keeps the type inside the stored bits.
     """,
     kernel="kho_radix_add_page kho_radix_add_key kho_radix_walk_tree",
 )
@@ -50,9 +50,9 @@ def type_not_stored(abi: Abi) -> Iterator[Message]:
     Severity.WARNING,
     "abi",
     """
-    Kernels with and without page types accept each other's trees without a word. A kernel without
-    types that is handed such a tree restores every block its own way; one with types takes all
-    blocks of an old tree for contig. Kexec only into a kernel with the same patches.
+    Kernels with and without page types accept each other's trees silently. A kernel without types
+    that is handed such a tree restores every block in its own way. A kernel with types that is
+    handed an old tree takes all blocks for contig. Kexec only into a kernel with the same patches.
     """,
     kernel="kho_populate",
 )
@@ -69,8 +69,8 @@ def abi_not_bumped(abi: Abi) -> Iterator[Message]:
     "kernel",
     """
     kho_populate() in the next kernel reads this FDT first. If it is unreadable or has another
-    compatible, that kernel boots as if nothing had been handed over and reuses all preserved
-    memory; if a subtree is malformed, its owner does not find its state. Do not kexec; find who
+    compatible, that kernel boots as if nothing had been handed over, and reuses all preserved
+    memory. If a subtree is malformed, its owner does not find its state. Do not kexec; find out who
     wrote over the page.
     """,
     kernel="kho_populate kho_mem_retrieve kho_retrieve_subtree",
@@ -130,9 +130,9 @@ def misplaced(facts: Snapshot, fdt: Fdt, subtree: Subtree) -> str | None:
     Severity.WARNING,
     "kernel",
     """
-    The root FDT has one page, and kho_add_subtree() returns -ENOMEM when nothing fits into it any
-    more: the client that comes last hands nothing over, and not all of them say so. Find out who
-    adds so many subtrees, or such long names.
+    The root FDT has one page. Once it is full, kho_add_subtree() returns -ENOMEM: the client that
+    comes last hands nothing over, and not every client says so. Find out who adds so many subtrees,
+    or such long names.
     """,
     kernel="kho_add_subtree",
 )
@@ -155,9 +155,9 @@ def fdt_nearly_full(facts: Snapshot) -> Iterator[Message]:
     Severity.ERROR,
     "kexec",
     """
-    The next kernel will not be told that anything was handed over: it boots as after a cold start
+    The next kernel will not be told that anything was handed over. It boots as after a cold start,
     and reuses all preserved memory. kho_fill_kimage() gives the FDT only to images that
-    kexec_file_load() loads while KHO is on. Load it again, with kexec -s -l.
+    kexec_file_load() loads while KHO is on. Load the image again, with kexec -s -l.
     """,
     kernel="kho_fill_kimage",
 )
@@ -174,8 +174,8 @@ def image_without_kho(facts: Snapshot) -> Iterator[Message]:
     Severity.INFO,
     "kexec",
     """
-    kexec has nothing to boot. Load the next kernel with kexec_file_load() (kexec -s -l), and check
-    again: what is loaded decides whether the handover arrives.
+    kexec has nothing to boot. Load the next kernel with kexec_file_load() (kexec -s -l) and check
+    again: whether the handover arrives depends on what is loaded.
     """,
     kernel="kernel_kexec",
 )
@@ -190,9 +190,9 @@ def no_image(facts: Snapshot) -> Iterator[Message]:
     Severity.ERROR,
     "kernel",
     """
-    kho_radix_walk_tree() follows every entry without a check: the next kernel would read it as a
-    node very early in its boot, reserve whatever its bits say, or crash. Somebody wrote over a
-    page of the tree. Do not kexec with handover.
+    kho_radix_walk_tree() follows every entry without a check. The next kernel would read it as a
+    node very early in its boot, and reserve whatever its bits say, or crash. Somebody wrote over a
+    page of the tree. Do not kexec with this handover.
     """,
     kernel="kho_radix_walk_tree",
 )
@@ -210,9 +210,9 @@ def bad_node(facts: Snapshot) -> Iterator[Message]:
     Severity.WARNING,
     "kernel",
     """
-    The kernel itself has complained about pages or about KHO. After a kexec this is what wrong
-    refcounts end in: bad pages leak, and what was freed wrongly may be in use twice. Read the log
-    (dmesg) around these lines.
+    The kernel itself has complained about pages or about KHO. This is what wrong refcounts lead to
+    after a kexec: bad pages leak, and a page that was freed wrongly may be in use twice. Read the
+    log (dmesg) around these lines.
     """,
     kernel="bad_page",
 )
