@@ -14,7 +14,7 @@
  *   TYPE_SHIFT                           key bit of the page type; 64: none
  *   STAMP_MAGIC, STAMP_MAGIC_SHIFT, STAMP_ORDER_MASK   union kho_page_info
  * and what the user asked for:
- *   RING_PAGES                           size of the ring buffer; without: a perf buffer
+ *   RING_PAGES                           size of the ring buffer
  *   STACK_FRAMES                         kernel stack frames kept of each call
  *   ONLY                                 bit mask of the kinds of outermost calls
  *   WANTED_TGID, WANTED_COMM             other tasks are left alone
@@ -133,11 +133,7 @@ BPF_ARRAY(armed, u32, 1);
 BPF_ARRAY(blank, struct task, 1);
 BPF_HASH(tasks, u32, struct task, MAX_TASKS);
 
-#ifdef RING_PAGES
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
-#else
-BPF_PERF_OUTPUT(events);
-#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -149,14 +145,10 @@ INLINE void count(int what, u64 times)
 		*counter += times;
 }
 
-INLINE void output(void *ctx, union record *event)
+INLINE void output(union record *event)
 {
 	count(MADE, 1);
-#ifdef RING_PAGES
 	if (events.ringbuf_output(event, sizeof(*event), 0))
-#else
-	if (events.perf_submit(ctx, event, sizeof(*event)))
-#endif
 		count(LOST, 1);
 }
 
@@ -516,7 +508,7 @@ INLINE struct task *leave(int function)
 	return t;
 }
 
-INLINE void block_at_return(void *ctx, struct task *t, int use, u64 now, u64 ret)
+INLINE void block_at_return(struct task *t, int use, u64 now, u64 ret)
 {
 	if (t->muted)
 		return;
@@ -527,11 +519,11 @@ INLINE void block_at_return(void *ctx, struct task *t, int use, u64 now, u64 ret
 	} else if (t->inner.block.key) {
 		t->inner.block.after = bit_in_tree(t->inner.block.key);
 	}
-	output(ctx, &t->inner);
+	output(&t->inner);
 }
 
 /* The end of an outermost call. Inner ones are told by what they did to blocks. */
-INLINE void end(void *ctx, struct task *t, u64 now, u64 ret)
+INLINE void end(struct task *t, u64 now, u64 ret)
 {
 	u32 tid = t->outer.call.h.tid;
 
@@ -539,7 +531,7 @@ INLINE void end(void *ctx, struct task *t, u64 now, u64 ret)
 		return;
 	if (!t->muted) {
 		fill(&t->outer.call.h, t, now, ret);
-		output(ctx, &t->outer);
+		output(&t->outer);
 	}
 	tasks.delete(&tid);
 }
@@ -557,11 +549,11 @@ INLINE void end(void *ctx, struct task *t, u64 now, u64 ret)
 #define ENTER_BLOCK_BY_STAMP(t, adds, a, b, c, d)                                 \
 	block_at_entry(t, BLOCK_BY_STAMP, adds, a, b, c, d)
 
-#define LEAVE_NO_BLOCK(ctx, t, now, ret)
-#define LEAVE_NAMED(ctx, t, now, ret)
-#define LEAVE_BLOCK_BY_PFN(ctx, t, now, ret) block_at_return(ctx, t, BLOCK_BY_PFN, now, ret)
-#define LEAVE_BLOCK_BY_KEY(ctx, t, now, ret) block_at_return(ctx, t, BLOCK_BY_KEY, now, ret)
-#define LEAVE_BLOCK_BY_STAMP(ctx, t, now, ret) block_at_return(ctx, t, BLOCK_BY_STAMP, now, ret)
+#define LEAVE_NO_BLOCK(t, now, ret)
+#define LEAVE_NAMED(t, now, ret)
+#define LEAVE_BLOCK_BY_PFN(t, now, ret) block_at_return(t, BLOCK_BY_PFN, now, ret)
+#define LEAVE_BLOCK_BY_KEY(t, now, ret) block_at_return(t, BLOCK_BY_KEY, now, ret)
+#define LEAVE_BLOCK_BY_STAMP(t, now, ret) block_at_return(t, BLOCK_BY_STAMP, now, ret)
 
 #define AT_ENTRY(number, kind, use, adds, ...) AT_ENTRY_(number, kind, use, adds, __VA_ARGS__)
 #define AT_ENTRY_(number, kind, use, adds, a, b, c, d)                            \
@@ -579,8 +571,8 @@ INLINE void end(void *ctx, struct task *t, u64 now, u64 ret)
 		struct task *t = leave(number);                                   \
 										  \
 		if (t) {                                                          \
-			LEAVE_##use(ctx, t, now, ret);                            \
-			end(ctx, t, now, ret);                                    \
+			LEAVE_##use(t, now, ret);                                 \
+			end(t, now, ret);                                         \
 		}                                                                 \
 	} while (0)
 

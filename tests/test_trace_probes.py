@@ -67,16 +67,6 @@ class Table(dict[int, Any]):
     def __setitem__(self, key: Any, value: Any) -> None:
         super().__setitem__(key.value, value.value)
 
-    def open_perf_buffer(
-        self,
-        callback: Callable[[int, int, int], None],
-        page_cnt: int,
-        lost_cb: Callable[[int], None],
-    ) -> None:
-        self.bcc.do("open", f"perf {page_cnt}")
-        self.bcc.callback = callback
-        lost_cb(5)
-
 
 @dataclass
 class FakeBcc:
@@ -86,12 +76,10 @@ class FakeBcc:
     :param fails: called with each step and what it is about; raises what bcc would.
     """
 
-    ring: bool = True
     kfunc: bool = True
     fails: Callable[[str, str], None] = lambda step, what: None
     done: list[tuple[str, str]] = field(default_factory=list)
     made: list[Any] = field(default_factory=list)
-    callback: Callable[[int, int, int], None] | None = None
     symbols: dict[int, tuple[bytes | None, int, bytes | None]] = field(default_factory=dict)
     caches: int = 0
     #: What a poll gives.
@@ -139,22 +127,12 @@ class FakeBcc:
             def cleanup(self) -> None:
                 bcc.done.append(("cleanup", ""))
 
-            def perf_buffer_poll(self, milliseconds: int) -> None:
-                bcc.do("poll", str(milliseconds))
-                assert bcc.callback
-                while bcc.events:
-                    # The kernel pads each.
-                    event = bcc.events.pop(0) + b"\xff" * 4
-                    buffer = ctypes.create_string_buffer(event, len(event))
-                    bcc.callback(0, ctypes.addressof(buffer), len(event))
+            def ring_buffer_poll(self, milliseconds: int) -> None:
+                raise AssertionError("the ring is read by our own reader")
 
             @staticmethod
             def support_kfunc() -> bool:
                 return bcc.kfunc
-
-            @staticmethod
-            def kernel_struct_has_field(struct: bytes, name: bytes) -> int:
-                return 1 if bcc.ring else 0
 
         class SymbolCache:
             def __init__(self, pid: int) -> None:
@@ -260,7 +238,7 @@ def test_bcc_is_not_whole(error: Exception, monkeypatch: pytest.MonkeyPatch) -> 
         import_bcc()
 
 
-@pytest.mark.parametrize("lacks", ["perf_buffer_poll", "support_kfunc", "kernel_struct_has_field"])
+@pytest.mark.parametrize("lacks", ["ring_buffer_poll", "support_kfunc"])
 def test_bcc_is_too_old(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = FakeBcc().module()
     module.__version__ = "0.12.0"
@@ -430,17 +408,13 @@ def named_in_the_header() -> set[str]:
     return {name for names in lists for name in re.split(", | or ", names)}
 
 
-@pytest.mark.parametrize("ring", [True, False])
-def test_every_macro_is_defined_and_no_other(bcc: FakeBcc, ring: bool) -> None:
-    bcc.ring = ring
+def test_every_macro_is_defined_and_no_other(bcc: FakeBcc) -> None:
     with fake_probes(wanted=Wanted(tgid=1, comm="x")):
         pass
-    buffers = {"RING_PAGES", "PERF_PAGES"}
     named = named_in_the_header()
     assert len(named) > 20
     made = set(defines(bcc.made[0]))
-    assert made - buffers == named - buffers
-    assert made & buffers == ({"RING_PAGES"} if ring else set())
+    assert made == named
     code = C_SOURCE[C_SOURCE.index("#include") :]
     for name in made:
         assert re.search(rf"\b{name}\b", code)
@@ -499,10 +473,7 @@ def test_buffers(bcc: FakeBcc, size: int, pages: int, words: str) -> None:
     with fake_probes(buffer=size) as probes:
         assert probes.buffer == f"ring buffer of {words}"
         assert defines(bcc.made[0])["RING_PAGES"] == str(pages)
-    bcc.ring = False
-    with fake_probes(buffer=size) as probes:
-        assert probes.buffer == f"perf buffer of {words} on each CPU"
-    assert bcc.steps("open") == [f"ring {pages}", f"perf {pages}"]
+    assert bcc.steps("open") == [f"ring {pages}"]
 
 
 # Refusals
@@ -566,10 +537,6 @@ def test_no_room_for_the_buffer(bcc: FakeBcc) -> None:
 
     bcc.fails = fails
     refused("Cannot allocate memory", "--buffer")
-    assert bcc.left == 0
-    bcc.ring = False
-    bcc.fails = failing("open", "", "Could not open perf buffer")
-    refused("Could not open perf buffer", "--buffer")
     assert bcc.left == 0
 
 
@@ -717,17 +684,14 @@ def test_errors_while_tracing_leave_nothing(bcc: FakeBcc) -> None:
 # Following
 
 
-@pytest.mark.parametrize("ring", [True, False])
-def test_records(bcc: FakeBcc, ring: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    bcc.ring = ring
+def test_records(bcc: FakeBcc, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes_module, "ENOUGH", 3)
     size = record_size(40, LAYOUT.size)
     with fake_probes(frames=40) as probes:
         assert probes.poll(100).shape == (0, size)
         bcc.events = [bytes([i]) * size for i in range(5)]
         first, second = probes.poll(7), probes.poll(8)
-        # A perf buffer gives all that it has.
-        assert [len(first), len(second)] == ([3, 2] if ring else [5, 0])
+        assert [len(first), len(second)] == [3, 2]
         together = np.concatenate([first, second])
         assert together.tolist() == [[i] * size for i in range(5)]
     assert bcc.steps("poll") == ["100", "7", "8"]

@@ -98,11 +98,6 @@ def record_size(frames: int, page_size: int) -> int:
     return max(call_dtype(frames).itemsize, block_dtype(page_size).itemsize)
 
 
-def left_at(records: NDArray[np.uint8]) -> U64:
-    """u64, when the function of each record returned, ns."""
-    return _viewed(records, np.dtype(_HEADER))["leave"]
-
-
 class Assembler:
     """
     Makes batches of records.

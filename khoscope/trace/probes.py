@@ -27,7 +27,7 @@ from ..abi import KHO_PAGE_MAGIC
 from ..calls import FUNCTIONS, NUMBERS, Action, Batch, Function, Kind, Use
 from ..errors import KhoscopeError, say
 from ..sources.kernel import KernelSource
-from .assemble import left_at, record_size
+from .assemble import record_size
 from .ring import Ring
 from .select import Wanted
 
@@ -41,7 +41,7 @@ MODULES: Final = Path("/proc/modules")
 #: Stack frames that are kept of a call: enough to find the client, or the whole stack.  The
 #: innermost ones are the BPF program's, its trampoline's and KHO's own.
 CLIENT_FRAMES, STACK_FRAMES = 8, 40
-#: Bytes of the ring buffer, or of each CPU's perf buffer.
+#: Bytes of the ring buffer.
 BUFFER: Final = 16 << 20
 #: Records that are taken out at once; then it is time to show them.
 ENOUGH: Final = 1 << 15
@@ -50,7 +50,7 @@ _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 _KINDS: Final = list(Kind)
 
 #: What bcc needs to have; by what a version lacks, for the message.
-_NEEDED = ("perf_buffer_poll", "support_kfunc", "kernel_struct_has_field")
+_NEEDED = ("ring_buffer_poll", "support_kfunc")
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,12 @@ class Probes:
         self._wanted = wanted
         self._how = how
         self._frames = frames
-        # Both kinds of buffer want a power of two.
+        # The kernel wants a power of two.
         self._pages = 1 << max((buffer // _PAGE).bit_length() - 1, 0)
         self._verbose = verbose
         self._size = record_size(frames, source.layout.pages.size)
-        self._has_ring = self._bcc.BPF.kernel_struct_has_field(b"bpf_ringbuf", b"waitq") == 1
         self._ring: Ring | None = None
         self._bpf: Any = None
-        self._heard: list[bytes] = []
         self._taken = 0
         self._symbols: dict[int, str] = {}
         self._symbol_cache: Any = None
@@ -144,9 +142,7 @@ class Probes:
         """In words."""
         size = self._pages * _PAGE
         amount = f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
-        if self._has_ring:
-            return f"ring buffer of {amount}"
-        return f"perf buffer of {amount} on each CPU"
+        return f"ring buffer of {amount}"
 
     def __enter__(self) -> Self:
         probes = self._choose()
@@ -290,9 +286,8 @@ class Probes:
             "STAMP_ORDER_MASK": f"{(1 << abi.stamp.order_bits) - 1:#x}",
             "STACK_FRAMES": self._frames,
             "ONLY": sum(1 << _KINDS.index(kind) for kind in self._wanted.kinds),
+            "RING_PAGES": self._pages,
         }
-        if self._has_ring:
-            defines["RING_PAGES"] = self._pages
         if self._wanted.tgid is not None:
             defines["WANTED_TGID"] = self._wanted.tgid
         if self._wanted.comm_bytes is not None:
@@ -356,29 +351,14 @@ class Probes:
     # -- following --------------------------------------------------------------------------------
 
     def _open_buffer(self) -> None:
-        table = self._bpf["events"]
-        if self._has_ring:
-            try:
-                self._ring = Ring(table.map_fd, self._pages * _PAGE, self._size)
-            except OSError as error:
-                raise KhoscopeError(
-                    f"the events' ring buffer cannot be mapped ({error.strerror})",
-                    "see RLIMIT_AS, or take a smaller --buffer",
-                ) from error
-        else:
-            try:
-                with _bcc_errors():
-                    # What has no room is counted in the kernel.
-                    table.open_perf_buffer(
-                        lambda cpu, data, _: self._heard.append(ctypes.string_at(data, self._size)),
-                        page_cnt=self._pages,
-                        lost_cb=lambda lost: None,
-                    )
-            except _BccError as error:
-                raise KhoscopeError(
-                    f"the events' perf buffers cannot be opened ({error})",
-                    "see RLIMIT_MEMLOCK, or take a smaller --buffer",
-                ) from error
+        descriptor = self._bpf["events"].map_fd
+        try:
+            self._ring = Ring(descriptor, self._pages * _PAGE, self._size)
+        except OSError as error:
+            raise KhoscopeError(
+                f"the events' ring buffer cannot be mapped ({error.strerror})",
+                "see RLIMIT_AS, or take a smaller --buffer",
+            ) from error
 
     def arm(self, on: bool) -> None:
         """Begin to follow calls, or only those to their end that have begun."""
@@ -386,14 +366,8 @@ class Probes:
 
     def poll(self, milliseconds: int) -> NDArray[np.uint8]:
         """The records that have come, waiting for the first of them: u8, shape (n, size)."""
-        if self._ring:
-            records = self._ring.take(milliseconds, ENOUGH)
-        else:
-            self._bpf.perf_buffer_poll(milliseconds)
-            heard, self._heard = self._heard, []
-            records = np.frombuffer(b"".join(heard), np.uint8).reshape(-1, self._size)
-            # Each CPU has its own, and a task may go from one to another in the middle of a call.
-            records = records[np.argsort(left_at(records), kind="stable")]
+        assert self._ring is not None
+        records = self._ring.take(milliseconds, ENOUGH)
         self._taken += len(records)
         return records
 

@@ -17,7 +17,7 @@ from khoscope.trace.probes import Probes
 from khoscope.trace.select import Wanted
 
 #: Whole cycles, and those of some functions of one compiled program.
-FULL, AGAIN = 4, 46
+FULL, AGAIN = 2, 48
 SOME = ("kho_preserve_pages", "kho_radix_add_page")
 
 LISTS = [

@@ -2,33 +2,25 @@
 """
 khoscope in the guest, on a kernel that has less than this one.
 
-It is made to believe that there is no BPF ring buffer, that kho_restore_page() is inlined and that
-there is no kho_unpreserve_folio().
+It is made to believe that kho_restore_page() is inlined and that there is no
+kho_unpreserve_folio().
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 from khoscope.cli import main
 from khoscope.sources.kernel import KernelSource
-from khoscope.trace.probes import Probes
 
 _ABSENT = {"kho_restore_page", "kho_unpreserve_folio"}
-_arguments, _init = KernelSource.arguments, Probes.__init__
+_arguments = KernelSource.arguments
 
 
 def arguments(self: KernelSource, function: str) -> int | None:
     return None if function in _ABSENT else _arguments(self, function)
 
 
-def init(self: Probes, *words: Any, **options: Any) -> None:
-    _init(self, *words, **options)
-    self._has_ring = False
-
-
 if __name__ == "__main__":
     KernelSource.arguments = arguments  # type: ignore[method-assign]
-    Probes.__init__ = init  # type: ignore[method-assign]
     sys.exit(main())
