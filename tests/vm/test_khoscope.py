@@ -76,7 +76,7 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     directory = tmp_path_factory.mktemp(story.kernel)
     snapshot, core = directory / "before.khosnap", directory / "core"
     fixed = story.what == "fixed"
-    with Machine(story.kernel) as machine:
+    with Machine(story.kernel, la57=story.what == "base") as machine:
         exercise = Exercise(machine)
         vmlinux = ("--vmlinux", str(machine.kernel.share / "vmlinux"))
         qemu = ("--qemu", str(machine.qmp_socket), *vmlinux)
