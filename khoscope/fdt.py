@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-Flattened device trees (FDT), read with libfdt: KHO's own, and those of its clients.
+Flattened device trees (FDT): KHO's own, and those of its clients.
 
 What FDT itself has is big endian; the values of KHO's properties are in CPU byte order.
-Kernel source: ``kho_out_fdt_setup`` and ``kho_add_subtree`` in kexec_handover.c.
+Kernel source: ``kho_out_fdt_setup`` and ``kho_add_subtree`` in kexec_handover.c.  What is refused
+is what ``fdt_check_full`` refuses (scripts/dtc/libfdt/fdt.c, fdt_check.c), for the same reason.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
-import libfdt
 import numpy as np
 
 from . import serialized
@@ -22,13 +22,22 @@ from .snapshot import Fdt, Subtree
 
 #: ``FDT_MAGIC``, as it stands in memory.
 MAGIC: Final = bytes.fromhex("d00dfeed")
-#: sizeof(struct fdt_header): libfdt reads that much without asking.
-_HEADER_SIZE: Final = 40
-#: sizeof(struct fdt_property): tag, length and offset of the name, before the value.
+#: ``struct fdt_header``.
+_HEADER: Final = struct.Struct(">10I")
+#: ``struct fdt_reserve_entry``: address and size.
+_RESERVE_ENTRY: Final = struct.Struct(">QQ")
+#: What begins each thing in the structure block.
+_TAG: Final = struct.Struct(">I")
+#: ``struct fdt_property`` up to the value: tag, length, and offset of the name in the strings.
 _PROPERTY: Final = struct.Struct(">III")
+FDT_BEGIN_NODE: Final = 1
+FDT_END_NODE: Final = 2
+FDT_PROP: Final = 3
+FDT_NOP: Final = 4
+FDT_END: Final = 9
 #: The version that kernels write: older ones keep names and values in other places.
 _VERSION: Final = 17
-#: What is larger is no client's state, and libfdt's checks take minutes if it is hostile.
+#: What is larger is no client's state.
 _SIZE_LIMIT: Final = 1 << 20
 #: ``FDT_MAX_DEPTH`` (drivers/of/fdt.c): what the kernel itself takes for too deep.
 _DEPTH_LIMIT: Final = 64
@@ -39,7 +48,7 @@ PROBLEMS_KEPT: Final = 256
 
 
 class Unreadable(ValueError):
-    """Bytes that are no FDT; says why."""
+    """Bytes that are no FDT; says why, by libfdt's name where it has one."""
 
 
 @dataclass(frozen=True)
@@ -95,16 +104,17 @@ def read(blob: bytes) -> DeviceTree:
 
     :raises Unreadable: if it is none, or reaches beyond the bytes that are there.
     """
-    fdt = _open(blob)
+    header = _fdt_check_header(blob)
+    if header.totalsize > _SIZE_LIMIT:
+        raise Unreadable(f"it says to have {header.totalsize:,} bytes")
+    if header.totalsize > len(blob):
+        raise Unreadable("FDT_ERR_TRUNCATED")
     problems = Problems()
-    try:
-        root = _nodes(fdt, problems)
-        reserved = [tuple(fdt.get_mem_rsv(i)) for i in range(fdt.num_mem_rsv())]
-    except libfdt.FdtException as error:
-        raise Unreadable(libfdt.strerror(error.err)) from None
+    reserved = _mem_rsv(header, blob)
+    root = _nodes(header, blob, problems)
     for each in _names_twice(root, ""):
         problems.add(each)
-    return DeviceTree(root, fdt.totalsize(), reserved, problems.all())
+    return DeviceTree(root, header.totalsize, reserved, problems.all())
 
 
 @dataclass
@@ -205,75 +215,160 @@ def kho_test_folios(blobs: dict[str, bytes]) -> tuple[np.void, int, int] | None:
     return serialized.one(serialized.KHO_VMALLOC, desc.value), desc.offset, number
 
 
-def _open(blob: bytes) -> libfdt.FdtRo:
-    """An FDT of which libfdt has checked that it stays within what was read."""
-    if len(blob) < _HEADER_SIZE:
+class _Header(NamedTuple):
+    """``struct fdt_header``; offsets and sizes in bytes, offsets from its beginning."""
+
+    magic: int
+    totalsize: int
+    off_dt_struct: int
+    off_dt_strings: int
+    off_mem_rsvmap: int
+    version: int
+    last_comp_version: int
+    boot_cpuid_phys: int
+    size_dt_strings: int
+    size_dt_struct: int
+
+
+def _fdt_check_header(blob: bytes) -> _Header:
+    """
+    A header whose blocks lie within what it says to be the FDT's size, in whatever order.
+
+    Source: ``fdt_check_header`` in scripts/dtc/libfdt/fdt.c.
+    """
+    if len(blob) < _HEADER.size:
         raise Unreadable(f"{len(blob)} bytes hold no header")
-    try:
-        fdt = libfdt.FdtRo(blob)
-        if fdt.totalsize() > _SIZE_LIMIT:
-            raise Unreadable(f"it says to have {fdt.totalsize():,} bytes")
-        if fdt.version() < _VERSION:
-            raise Unreadable(f"version {fdt.version()}, kernels write {_VERSION}")
-        libfdt.check_err(libfdt.fdt_check_full(fdt.as_bytearray(), len(blob)))
-        # libfdt takes an empty structure for a whole one.
-        if libfdt.fdt_next_node(fdt.as_bytearray(), -1, 0)[0] != 0:
-            raise Unreadable("no root node")
-    except libfdt.FdtException as error:
-        raise Unreadable(libfdt.strerror(error.err)) from None
-    return fdt
+    header = _Header(*_HEADER.unpack_from(blob))
+    if not blob.startswith(MAGIC):
+        raise Unreadable("FDT_ERR_BADMAGIC")
+    if header.version < _VERSION:
+        raise Unreadable(f"version {header.version}, kernels write {_VERSION}")
+    if header.last_comp_version > _VERSION:
+        raise Unreadable("FDT_ERR_BADVERSION")
+    for offset, size in (
+        (header.off_mem_rsvmap, 0),
+        (header.off_dt_struct, header.size_dt_struct),
+        (header.off_dt_strings, header.size_dt_strings),
+    ):
+        if offset < _HEADER.size or offset + size > header.totalsize:
+            raise Unreadable("FDT_ERR_TRUNCATED")
+    return header
 
 
-def _nodes(fdt: libfdt.FdtRo, problems: Problems) -> Node:
-    """The root node of an FDT with all below it."""
-    blob = fdt.as_bytearray()
-    way: list[Node] = []
-    left_out = at = depth = 0
-    while at >= 0 and depth >= 0:
-        if depth < _DEPTH_LIMIT:
-            # libfdt gives bytes that are no text as surrogates, which nothing can print or keep.
-            name = _name(fdt.get_name(at).encode("utf-8", "surrogateescape"), "node", problems)
-            node = Node(name, list(_properties(fdt, blob, at, problems)))
-            del way[depth:]
-            if way:
+def _mem_rsv(header: _Header, blob: bytes) -> list[tuple[int, int]]:
+    """
+    The memory reservations: their block has no size, and ends with an entry of size 0.
+
+    Source: ``fdt_num_mem_rsv`` and ``fdt_get_mem_rsv`` in scripts/dtc/libfdt/fdt_ro.c.
+    """
+    found: list[tuple[int, int]] = []
+    at = header.off_mem_rsvmap
+    while at + _RESERVE_ENTRY.size <= header.totalsize:
+        address, size = _RESERVE_ENTRY.unpack_from(blob, at)
+        if size == 0:
+            return found
+        found.append((address, size))
+        at += _RESERVE_ENTRY.size
+    raise Unreadable("FDT_ERR_TRUNCATED")
+
+
+def _nodes(header: _Header, blob: bytes, problems: Problems) -> Node:
+    """
+    The root node of an FDT with all below it.
+
+    Source: ``fdt_check_full`` in scripts/dtc/libfdt/fdt_check.c.
+    """
+    start = header.off_dt_struct
+    structure = blob[start : start + header.size_dt_struct]
+    strings = blob[header.off_dt_strings : header.off_dt_strings + header.size_dt_strings]
+    # Many properties may share a long name: nobody looks for the end of each.
+    last_name_ends = strings.rfind(b"\0")
+    # What has the root, and the nodes that are open, without those below _DEPTH_LIMIT.
+    way = [Node("")]
+    offset = depth = left_out = 0
+    in_properties = False
+    while True:
+        tag, end = _fdt_next_tag(structure, offset)
+        if depth == 0 and way[0].children and tag != FDT_END:
+            raise Unreadable("FDT_ERR_BADSTRUCTURE")
+        if tag == FDT_BEGIN_NODE:
+            first = offset + _TAG.size
+            if depth == 0 and structure[first]:
+                # The root has no name.
+                raise Unreadable("FDT_ERR_BADSTRUCTURE")
+            depth += 1
+            in_properties = depth <= _DEPTH_LIMIT
+            if in_properties:
+                node = Node(_name(structure, first, "node", problems))
                 way[-1].children.append(node)
-            way.append(node)
-        else:
-            left_out += 1
-        at, depth = libfdt.fdt_next_node(blob, at, depth)
+                way.append(node)
+            else:
+                left_out += 1
+        elif tag == FDT_PROP:
+            _, length, name = _PROPERTY.unpack_from(structure, offset)
+            if name >= len(strings):
+                raise Unreadable("FDT_ERR_BADOFFSET")
+            if name > last_name_ends:
+                raise Unreadable("FDT_ERR_TRUNCATED")
+            # fdt_getprop() and the kernel do not find those that come after a node's children.
+            if in_properties:
+                value = offset + _PROPERTY.size
+                way[-1].properties.append(
+                    Property(
+                        _name(strings, name, "property", problems),
+                        structure[value : value + length],
+                        start + value,
+                    )
+                )
+        elif tag == FDT_END_NODE:
+            if depth == 0:
+                raise Unreadable("FDT_ERR_BADSTRUCTURE")
+            if depth <= _DEPTH_LIMIT:
+                way.pop()
+            depth -= 1
+            in_properties = False
+        elif tag == FDT_END:
+            break
+        offset = end
+    if depth:
+        raise Unreadable("FDT_ERR_BADSTRUCTURE")
+    # libfdt takes an empty structure for a whole one, and finds a root at its beginning only.
+    if _fdt_next_tag(structure, 0)[0] != FDT_BEGIN_NODE:
+        raise Unreadable("no root node")
     if left_out:
         problems.add(f"{left_out:,} nodes below the {_DEPTH_LIMIT}th level are left out")
-    return way[0]
+    return way[0].children[0]
 
 
-def _properties(
-    fdt: libfdt.FdtRo, blob: bytearray, node: int, problems: Problems
-) -> Iterator[Property]:
+def _fdt_next_tag(structure: bytes, offset: int) -> tuple[int, int]:
     """
-    The properties of a node.
+    What begins at an offset of the structure block: its tag, and the offset of what follows.
 
-    :param blob: the FDT's bytes: the binding makes a new copy whenever it is asked for them.
-    :param node: its offset in the structure block.
+    Source: ``fdt_next_tag`` in scripts/dtc/libfdt/fdt.c.
     """
-    strings = fdt.off_dt_strings()
-    at = fdt.first_property_offset(node, [libfdt.FDT_ERR_NOTFOUND])
-    while at >= 0:
-        # The binding has no answer to a property whose name is not UTF-8.
-        start = fdt.off_dt_struct() + at
-        _, length, name = _PROPERTY.unpack_from(blob, start)
-        value = start + _PROPERTY.size
-        first = strings + name
-        end = blob.find(b"\0", first, first + _NAME_LIMIT + 1)
-        raw = bytes(blob[first : end if end >= 0 else first + _NAME_LIMIT + 1])
-        yield Property(_name(raw, "property", problems), bytes(blob[value : value + length]), value)
-        at = fdt.next_property_offset(at, [libfdt.FDT_ERR_NOTFOUND])
+    end = offset + _TAG.size
+    if end > len(structure):
+        raise Unreadable("FDT_ERR_TRUNCATED")
+    (tag,) = _TAG.unpack_from(structure, offset)
+    if tag == FDT_BEGIN_NODE:
+        end = structure.find(b"\0", end) + 1
+    elif tag == FDT_PROP:
+        end = offset + _PROPERTY.size + int.from_bytes(structure[end : end + 4], "big")
+    elif tag not in (FDT_END_NODE, FDT_NOP, FDT_END):
+        raise Unreadable("FDT_ERR_BADSTRUCTURE")
+    if not offset < end <= len(structure):
+        raise Unreadable("FDT_ERR_BADSTRUCTURE")
+    return tag, end + -end % _TAG.size
 
 
-def _name(raw: bytes, what: str, problems: Problems) -> str:
-    """What a name reads like."""
-    if len(raw) > _NAME_LIMIT:
+def _name(block: bytes, at: int, what: str, problems: Problems) -> str:
+    """What a name reads like that begins there, and ends in the block."""
+    limit = at + _NAME_LIMIT
+    end = block.find(b"\0", at, limit + 1)
+    if end < 0:
         problems.add(f"the name of a {what} has more than {_NAME_LIMIT} bytes: cut")
-        raw = raw[:_NAME_LIMIT]
+        end = limit
+    raw = block[at:end]
     name = _escaped(raw)
     if not raw.isascii():
         problems.add(f"{what} {name!r}: its name is not ASCII")
