@@ -4,7 +4,7 @@ Flattened device trees (FDT): KHO's own, and those of its clients.
 
 What FDT itself has is big endian; the values of KHO's properties are in CPU byte order.
 Kernel source: ``kho_out_fdt_setup`` and ``kho_add_subtree`` in kexec_handover.c.  What is refused
-is what ``fdt_check_full`` refuses (scripts/dtc/libfdt/fdt.c, fdt_check.c), for the same reason.
+is what ``fdt_check_full`` refuses (libfdt/fdt_check.c in dtc), for the same reason.
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ def _nodes(header: _Header, blob: bytes, problems: Problems) -> Node:
     """
     The root node of an FDT with all below it.
 
-    Source: ``fdt_check_full`` in scripts/dtc/libfdt/fdt_check.c.
+    Source: ``fdt_check_full`` in libfdt/fdt_check.c of dtc.
     """
     start = header.off_dt_struct
     structure = blob[start : start + header.size_dt_struct]

@@ -345,11 +345,11 @@ def test_problems_are_not_as_many_as_nodes() -> None:
 
 
 def test_the_worst_of_a_mebibyte() -> None:
-    """Half of it is one name, which all properties have: libfdt looks for the end of each."""
+    """Half of it is one name, which all properties have: nobody looks for the end of each."""
     raw = encode(ROOT + prop(0) * 43_000, b"n" * (1 << 19) + b"\0")
     start = time.process_time()
     read(raw)
-    assert time.process_time() - start < 20
+    assert time.process_time() - start < 5
 
 
 #: What stands at offsets in an FDT: tags, sizes and offsets, sane and not.
