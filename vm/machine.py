@@ -196,6 +196,12 @@ class Machine:
         self._la57 = la57
         self._cleanup = contextlib.ExitStack()
 
+    @property
+    def source(self) -> tuple[str, ...]:
+        """The options with which khoscope looks into the guest from here."""
+        vmlinux = self.kernel.share / "vmlinux"
+        return ("--qemu", str(self.qmp_socket), "--vmlinux", str(vmlinux))
+
     # -- from start to end ------------------------------------------------------------------------
 
     def __enter__(self) -> Self:

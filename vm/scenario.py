@@ -221,10 +221,8 @@ def khoscope(machine: Machine, *words: str) -> str:
     twenty times as long.
     """
     _say(f"khoscope {' '.join(words)}")
-    vmlinux = machine.kernel.share / "vmlinux"
-    command = [sys.executable, "-m", "khoscope", "--qemu", str(machine.qmp_socket)]
     result = subprocess.run(
-        [*command, "--vmlinux", str(vmlinux), *words],
+        [sys.executable, "-m", "khoscope", *machine.source, *words],
         cwd=REPOSITORY,
         check=False,
         capture_output=True,

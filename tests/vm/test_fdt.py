@@ -47,14 +47,13 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     snapshot = tmp_path_factory.mktemp("fdt") / "before.khosnap"
     with Machine("7.2-fixed", append=f"reserve_mem={RESERVED}:4096:khoscope") as machine:
         seen.before = json.loads(guest(machine, "fdt", "--json"))
-        seen.blocks = json.loads(guest(machine, "tree", "--json"))["blocks"]
-        guest(machine, "snapshot", "/run/before.khosnap")
-        machine.copy_out("/run/before.khosnap", snapshot)
+        seen.blocks = json.loads(host(*machine.source, "tree", "--json"))["blocks"]
+        host(*machine.source, "snapshot", str(snapshot))
         for name in ("fdt", *(f"sub_fdts/{name}" for name in sorted(NAMES))):
             seen.debugfs[name] = contents(machine, f"{DEBUGFS}/{name}")
         machine.load_kexec()
         machine.execute_kexec()
-        seen.after = json.loads(guest(machine, "fdt", "in", "--json"))
+        seen.after = json.loads(host(*machine.source, "fdt", "in", "--json"))
         seen.log = machine.run("dmesg", check=True).stdout
     seen.offline = json.loads(host("--snapshot", str(snapshot), "fdt", "--json"))
     seen.raw = {name: raw(snapshot, name) for name in seen.debugfs}

@@ -28,12 +28,17 @@ HEALTHY = ["contig", "split", "folio", "dma", "vmalloc", "vmalloc-huge"]
 TIMEOUT = 300.0
 
 
-def host(*words: str, status: int = 0) -> str:
-    """Run khoscope on the host; its output."""
+def khoscope(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run khoscope on the host."""
     command = [sys.executable, "-m", "khoscope", *words]
-    result = subprocess.run(
+    return subprocess.run(
         command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=TIMEOUT
     )
+
+
+def host(*words: str, status: int = 0) -> str:
+    """Run khoscope on the host; its output."""
+    result = khoscope(*words)
     assert result.returncode == status, (
         f"{words}: {result.returncode}\n{result.stderr}\n{result.stdout[-4000:]}"
     )
@@ -79,7 +84,7 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with Machine(story.kernel, la57=story.what == "base") as machine:
         exercise = Exercise(machine)
         vmlinux = ("--vmlinux", str(machine.kernel.share / "vmlinux"))
-        qemu = ("--qemu", str(machine.qmp_socket), *vmlinux)
+        qemu = machine.source
         exercise.load()
         for name in HEALTHY:
             exercise.preserve(name)
@@ -382,17 +387,16 @@ def test_no_kexec_and_no_handover(tmp_path: Path) -> None:
     snapshot = tmp_path / "a.khosnap"
 
     def verify(machine: Machine) -> Any:
-        where = ("--qemu", str(machine.qmp_socket), "--vmlinux", vmlinux)
+        where = machine.source
         return json.loads(host(*where, "verify", "--before", str(snapshot), "--json", status=1))
 
     with Machine("7.2-fixed") as machine:
         exercise = Exercise(machine)
         exercise.load()
         exercise.preserve("contig")
-        vmlinux = str(machine.kernel.share / "vmlinux")
         # The kernel makes its boot id when it is first asked for it.
         machine.run("cat /proc/sys/kernel/random/boot_id", check=True)
-        where = ("--qemu", str(machine.qmp_socket), "--vmlinux", vmlinux)
+        where = machine.source
         host(*where, "snapshot", str(snapshot))
         same = verify(machine)
     assert "this boot" in _message(same, "not-a-handover")

@@ -35,8 +35,7 @@ class Look:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.exercise = Exercise(machine)
-        vmlinux = machine.kernel.share / "vmlinux"
-        self.source = ("--qemu", str(machine.qmp_socket), "--vmlinux", str(vmlinux))
+        self.source = machine.source
 
     def ask(self, *words: str, status: int = 0) -> Any:
         """The JSON that a command prints."""

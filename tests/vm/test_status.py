@@ -42,8 +42,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     snapshot = tmp_path_factory.mktemp("status") / "before.khosnap"
     with Machine("7.2-fixed") as machine:
-        vmlinux = str(machine.kernel.share / "vmlinux")
-        qemu = ("--qemu", str(machine.qmp_socket), "--vmlinux", vmlinux)
+        qemu = machine.source
 
         def status(*at: str) -> Any:
             return json.loads(host(*at, "status", "--json"))
@@ -77,8 +76,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         lines = host(*qemu, "pages", f"0..{MEMORY:#x}", "--jsonl").splitlines()
         seen["all pages"] = [json.loads(line) for line in lines]
     with Machine("7.2-base", append="kho=off") as machine:
-        vmlinux = str(machine.kernel.share / "vmlinux")
-        qemu = ("--qemu", str(machine.qmp_socket), "--vmlinux", vmlinux)
+        qemu = machine.source
         seen["off"] = status(*qemu)
         seen["pages when off"] = json.loads(host(*qemu, "pages", "0x1000000", "--json"))["runs"]
     return seen

@@ -119,8 +119,7 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     wrong = 0 if what(story.kernel) == "fixed" else 1
     with Machine(story.kernel) as machine:
         exercise = Exercise(machine)
-        vmlinux = str(machine.kernel.share / "vmlinux")
-        qemu = ("--qemu", str(machine.qmp_socket), "--vmlinux", vmlinux)
+        qemu = machine.source
 
         def tree() -> frozenset[int]:
             lines = host(*qemu, "tree", "--jsonl").splitlines()

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Any radix tree: KHO's own by name and address, and one of a module's whose keys are no blocks."""
+"""
+Any radix tree, from the host: KHO's own by name and address, and one of a module's whose keys are
+no blocks.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.vm.test_khoscope import TIMEOUT, guest
+from tests.vm.test_khoscope import host, khoscope
 from vm.exercise import Exercise
 from vm.kernel import series, under_test
 from vm.machine import Machine
@@ -28,7 +31,14 @@ def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
 
 
 def tree(machine: Machine, *words: str) -> Any:
-    return json.loads(guest(machine, "tree", "--json", *words))
+    return json.loads(host(*machine.source, "tree", "--json", *words))
+
+
+def refused(machine: Machine, said: str, *words: str) -> None:
+    result = khoscope(*machine.source, "tree", *words)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_khos_own_by_name_and_address(machine: Machine) -> None:
@@ -49,22 +59,20 @@ def test_keys_that_are_no_blocks(machine: Machine) -> None:
     """Kernels that take bare keys; on the others the module has no such tree, and it is said."""
     where = ("--root", "kho_exercise_keys", "--raw-keys")
     if series(machine.kernel.name) == "7.2":
-        refused = machine.run(("khoscope", "tree", *where), timeout=TIMEOUT)
-        assert refused.returncode == 2
-        assert "kho_exercise_keys" in refused.stderr
+        refused(machine, "kho_exercise_keys", *where)
         return
     for key in KEYS:
         machine.run(f"echo {key:#x} > /sys/kernel/debug/kho_exercise/keys", check=True)
     found = tree(machine, *where)
     assert [int(row["key"], 16) for row in found["keys"]] == KEYS
     assert found["bad_entries"] == 0
-    lines = guest(machine, "tree", "--jsonl", *where).splitlines()
+    lines = host(*machine.source, "tree", "--jsonl", *where).splitlines()
     assert [int(json.loads(line)["key"], 16) for line in lines] == KEYS
-    text = guest(machine, "tree", *where)
+    text = host(*machine.source, "tree", *where)
     assert "5 keys" in text
     assert "0x00000abcdef01234" in text
     # What KHO hands over is as it was.
-    guest(machine, "verify")
+    host(*machine.source, "verify")
 
 
 @pytest.mark.parametrize(
@@ -79,8 +87,4 @@ def test_keys_that_are_no_blocks(machine: Machine) -> None:
     ],
 )
 def test_what_is_no_tree(machine: Machine, words: list[str], said: str) -> None:
-    result = machine.run(("khoscope", "tree", *words), timeout=TIMEOUT)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert said in result.stderr
-    assert "Traceback" not in result.stderr
+    refused(machine, said, *words)
