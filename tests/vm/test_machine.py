@@ -100,8 +100,8 @@ def test_too_large_output_is_an_error_not_cut_off(machine: Machine) -> None:
 def test_a_command_over_time_is_killed_with_its_children(machine: Machine) -> None:
     started = time.monotonic()
     with pytest.raises(CommandTimeout) as caught:
-        machine.run("echo first; sleep 1111 & sleep 1111", timeout=1)
-    assert time.monotonic() - started < 20
+        machine.run("echo first; sleep 1111 & sleep 1111", timeout=5)
+    assert time.monotonic() - started < 120
     assert caught.value.result.stdout == "first\n"
     assert machine.run("pgrep -f 'sleep [1]111'").returncode == 1
 
@@ -129,7 +129,7 @@ def test_init_reaps_orphans_and_restarts_the_agent(machine: Machine) -> None:
     assert machine.run("ps -eo stat,args | grep '^Z'").stdout == ""
     # The answer to the killing command is lost with the agent.
     with pytest.raises(GuestError):
-        machine.run("pkill -KILL qemu-ga; sleep 10", timeout=15)
+        machine.run("pkill -KILL qemu-ga; sleep 10", timeout=60)
     assert machine.run("echo back").stdout == "back\n"
 
 
@@ -449,7 +449,7 @@ def test_a_stopped_process_takes_its_machine_along(scratch: Path, stop: signal.S
         qemu = _children(process.pid)
         assert qemu
         process.send_signal(stop)
-        status = process.wait(timeout=20)
+        status = process.wait(timeout=120)
     assert (
         status
         == {
@@ -516,7 +516,7 @@ def test_shell_on_a_terminal(scratch: Path) -> None:
             screen.wait_for(r"[^ ]/sys/kernel/debug/kho/in\r?\n")
             screen.wait_for(_PROMPT)
             os.write(ours, b"\x04")
-            assert process.wait(timeout=30) == 0
+            assert process.wait(timeout=120) == 0
         finally:
             process.kill()
     assert termios.tcgetattr(theirs) == before
@@ -563,7 +563,7 @@ def _children(pid: int) -> list[int]:
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def _until(condition: Callable[[], T], timeout: float = 60.0) -> T:
+def _until(condition: Callable[[], T], timeout: float = 180.0) -> T:
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         assert time.monotonic() < deadline, "waited in vain"
