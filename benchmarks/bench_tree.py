@@ -19,7 +19,7 @@ import numpy as np
 from drgn import Architecture, Platform, Program
 from tabulate import tabulate
 
-from khoscope.abi import Abi
+from khoscope.abi.keys import Abi
 from khoscope.sources.walk import walk
 
 ABI = Abi.for_page_shift(12)

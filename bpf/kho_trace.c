@@ -21,7 +21,7 @@
  *
  * The functions to trace follow behind the last line: FENTRY() and FEXIT(), or KPROBE()
  * and KRETPROBE(), of each, with
- *   name, number    of the function, in khoscope/calls.py
+ *   name, number    of the function, in khoscope/facts/calls.py
  *   arguments       how many it has
  *   kind            bit of ONLY
  *   use             enum block_use

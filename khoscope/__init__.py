@@ -36,6 +36,10 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> "Any":
     # On first use: looking at a snapshot file needs no drgn.
+    if name == "btf":
+        import importlib
+
+        return importlib.import_module(".sources.btf", __name__)
     if not {"kho", "luo"}.isdisjoint(name.split("_")) or name == "KhoBlock":
         import importlib
 

@@ -13,7 +13,7 @@ def main() -> int:
     try:
         from .cli import main as run
     except ImportError as error:
-        from .errors import say
+        from .words.errors import say
 
         say(f"it is not whole: {error}", "install khoscope again, with all that it needs")
         return 2

@@ -17,8 +17,8 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 from . import __version__
 from .commands import COMMANDS, IN_DRGN, common
 from .commands.common import UNABLE
-from .errors import KhoscopeError, say
-from .printable import printable
+from .words.errors import KhoscopeError, say
+from .words.printable import printable
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite

@@ -26,11 +26,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from khoscope import checks, store
+from khoscope import checks
 from khoscope.cli import main
-from khoscope.columns import Blocks, Leaves, Nodes, Pages
 from khoscope.demo import path
-from khoscope.snapshot import KexecImage, Snapshot, Tree
+from khoscope.facts import store
+from khoscope.facts.columns import Blocks, Leaves, Nodes, Pages
+from khoscope.facts.snapshot import KexecImage, Snapshot, Tree
 
 #: A path in meta.json.
 Where = tuple[str | int, ...]

@@ -21,7 +21,7 @@ from drgn import (
     TypeMember,
 )
 
-from khoscope.abi import KHO_PAGE_MAGIC
+from khoscope.abi.keys import KHO_PAGE_MAGIC
 from tests.synthetic import Memory
 
 #: Where physical memory is mapped.

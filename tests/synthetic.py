@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 import libfdt
 import numpy as np
 
-from khoscope.abi import BAD_ORDER, NO_TYPE, U64, Abi, Stamp
-from khoscope.calls import (
+from khoscope.abi.fdt import parse_root_fdt
+from khoscope.abi.keys import BAD_ORDER, NO_TYPE, U64, Abi, Stamp
+from khoscope.facts.calls import (
     BIT_UNKNOWN,
     FUNCTIONS,
     NO_ORDER,
@@ -25,10 +26,9 @@ from khoscope.calls import (
     Calls,
     Touches,
 )
-from khoscope.clients import Claims, Owner
-from khoscope.columns import Blocks, Leaves, Nodes, Pages
-from khoscope.fdt import parse_root_fdt
-from khoscope.snapshot import (
+from khoscope.facts.clients import Claims, Owner
+from khoscope.facts.columns import Blocks, Leaves, Nodes, Pages
+from khoscope.facts.snapshot import (
     Fdt,
     Handover,
     Kernel,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from khoscope.abi import (
+from khoscope.abi.keys import (
     BAD_ORDER,
     KHO_PAGE_CONTIG,
     KHO_PAGE_MAGIC,

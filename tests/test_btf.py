@@ -34,8 +34,8 @@ from drgn import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khoscope import btf
-from khoscope.btf import Btf, BtfError
+from khoscope.sources import btf
+from khoscope.sources.btf import Btf, BtfError
 from tests.btf_writer import (
     ARRAY,
     BOOL,

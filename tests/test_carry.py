@@ -21,11 +21,12 @@ from typing import Self
 
 import pytest
 
-from khoscope import carry, store
-from khoscope.carry import SESSION, TOKEN, retrieve
+from khoscope.carry import memfd as carry
+from khoscope.carry.memfd import SESSION, TOKEN, retrieve
 from khoscope.cli import main
-from khoscope.errors import KhoscopeError
-from khoscope.snapshot import Snapshot
+from khoscope.facts import store
+from khoscope.facts.snapshot import Snapshot
+from khoscope.words.errors import KhoscopeError
 from tests.synthetic import FIXED, Block, rich, rich_before, snapshot
 
 REPOSITORY = Path(__file__).parent.parent
@@ -363,7 +364,7 @@ def test_the_word_and_a_file_of_that_name(
 #: khoscope as it is, but for the kernel.
 COMMAND = """
 import sys
-from khoscope import carry
+from khoscope.carry import memfd as carry
 from khoscope.__main__ import main
 from khoscope.commands import common
 from tests.synthetic import rich_before

@@ -10,11 +10,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from khoscope.abi import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
-from khoscope.calls import BIT_CLEAR, BIT_SET, BIT_UNKNOWN, Action, Batch, Calls, Losses
+from khoscope.abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
 from khoscope.checks import Finding, Found, Report, check_batch, end_trace, run, start_trace
 from khoscope.checks.rule import TRACE, of_scopes
-from khoscope.columns import Pages
+from khoscope.facts.calls import BIT_CLEAR, BIT_SET, BIT_UNKNOWN, Action, Batch, Calls, Losses
+from khoscope.facts.columns import Pages
 from tests.synthetic import (
     FIXED,
     PLAIN,

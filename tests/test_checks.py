@@ -12,15 +12,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khoscope.abi import KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
+from khoscope.abi.keys import KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
 from khoscope.checks import RULES, Report, Severity, check, compare, run
 from khoscope.checks.clients import NEEDED
 from khoscope.checks.rule import SCOPES, TRACE, of_scopes
-from khoscope.clients import FLB_LIST, Claims, Kind, Luo, LuoFile, LuoSession, Memfd, Owner, Vmalloc
-from khoscope.columns import Pages
-from khoscope.errors import KhoscopeError
-from khoscope.image import NextKernel
-from khoscope.snapshot import (
+from khoscope.facts.clients import (
+    FLB_LIST,
+    Claims,
+    Kind,
+    Luo,
+    LuoFile,
+    LuoSession,
+    Memfd,
+    Owner,
+    Vmalloc,
+)
+from khoscope.facts.columns import Pages
+from khoscope.facts.next_kernel import NextKernel
+from khoscope.facts.snapshot import (
     Fdt,
     Handover,
     KexecImage,
@@ -30,6 +39,7 @@ from khoscope.snapshot import (
     Subtree,
     TreeState,
 )
+from khoscope.words.errors import KhoscopeError
 from tests.synthetic import FIXED, PAGE_FLAGS, PLAIN, POSTED, REFUSED, Block, snapshot
 
 CONTIG, SPLIT = KHO_PAGE_CONTIG, KHO_PAGE_SPLIT

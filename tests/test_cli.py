@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from khoscope import __version__, store
-from khoscope.calls import Losses, Tracing
+from khoscope import __version__
 from khoscope.cli import parser
-from khoscope.columns import Leaves
-from khoscope.snapshot import Handover, Scan, Snapshot, Tree
+from khoscope.facts import store
+from khoscope.facts.calls import Losses, Tracing
+from khoscope.facts.columns import Leaves
+from khoscope.facts.snapshot import Handover, Scan, Snapshot, Tree
 from khoscope.trace.record import Recorder
 from tests.command import Result, Run
 from tests.synthetic import FIXED, PLAIN, Block, missing, rich, rich_before, snapshot
@@ -315,7 +316,7 @@ def test_diff_of_struct_pages(run: Run, tmp_path: Path) -> None:
 
 
 def test_diff_of_other_page_sizes(run: Run, files: dict[str, Path], tmp_path: Path) -> None:
-    from khoscope.abi import Abi
+    from khoscope.abi.keys import Abi
 
     store.save_file(snapshot(Abi.for_page_shift(16), []), tmp_path / "b")
     run("diff", files["good"], tmp_path / "b").refused("65536 bytes", "same page size")

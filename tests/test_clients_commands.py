@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from khoscope import diff, store
-from khoscope.calls import Action, Calls, Losses, Tracing
-from khoscope.clients import (
+from khoscope.facts import diff, store
+from khoscope.facts.calls import Action, Calls, Losses, Tracing
+from khoscope.facts.clients import (
     Claims,
     Flb,
     Kind,
@@ -30,8 +30,8 @@ from khoscope.clients import (
     Owner,
     Vmalloc,
 )
-from khoscope.owners import UNKNOWN, Holders, Memory
-from khoscope.snapshot import Side, Snapshot
+from khoscope.facts.owners import UNKNOWN, Holders, Memory
+from khoscope.facts.snapshot import Side, Snapshot
 from khoscope.trace.preservers import preservers
 from khoscope.trace.record import Recorder, load
 from tests.command import Run

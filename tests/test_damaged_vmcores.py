@@ -19,10 +19,10 @@ from typing import Final
 import pytest
 from drgn import BadDataError, FaultError, MissingDebugInfoError
 
-from khoscope.errors import KhoscopeError
 from khoscope.sources import open as open_module
 from khoscope.sources.kernel import KernelSource
 from khoscope.sources.open import open_core
+from khoscope.words.errors import KhoscopeError
 
 MUTANTS: Final = 200
 SEED: Final = 11

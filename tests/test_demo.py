@@ -11,8 +11,8 @@ import pytest
 
 from khoscope import demo
 from khoscope.cli import main
-from khoscope.columns import Blocks
 from khoscope.demo import SCENES, Scene
+from khoscope.facts.columns import Blocks
 from khoscope.sources.walk import in_ranges
 from khoscope.views import json as json_view
 

@@ -15,14 +15,14 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from drgn import Program
 
-from khoscope.doctor import Fact, State, missing
-from khoscope.errors import KhoscopeError
-from khoscope.snapshot import KexecImage, Snapshot
+from khoscope.facts.offers import Fact, State, missing
+from khoscope.facts.snapshot import KexecImage, Snapshot
 from khoscope.sources import host as module
 from khoscope.sources import open as open_module
 from khoscope.sources.kernel import KernelSource
 from khoscope.sources.open import DebugInfo
 from khoscope.views.doctor import DoctorText
+from khoscope.words.errors import KhoscopeError
 from tests.command import Run
 from tests.synthetic import FIXED, Block, snapshot
 

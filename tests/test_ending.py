@@ -15,7 +15,7 @@ import pytest
 
 from khoscope import cli, demo
 from khoscope.commands import common
-from khoscope.errors import KhoscopeError
+from khoscope.words.errors import KhoscopeError
 from tests.command import Result, Run
 
 REPOSITORY = Path(__file__).parent.parent
@@ -182,8 +182,8 @@ runpy.run_module("khoscope", run_name="__main__", alter_sys=True)
 """
 
 MODULES = [
-    *("khoscope.__main__", "khoscope.cli", "khoscope.errors", "khoscope.printable"),
-    *("khoscope.commands", "khoscope.store", "numpy", "msgspec", "tabulate", "argparse"),
+    *("khoscope.__main__", "khoscope.cli", "khoscope.words.errors", "khoscope.words.printable"),
+    *("khoscope.commands", "khoscope.facts.store", "numpy", "msgspec", "tabulate", "argparse"),
 ]
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khoscope.fdt import (
+from khoscope.abi.fdt import (
     PROBLEMS_KEPT,
     Node,
     Unreadable,
@@ -22,7 +22,7 @@ from khoscope.fdt import (
     read,
     reserve_mem_areas,
 )
-from khoscope.snapshot import Fdt, Subtree
+from khoscope.facts.snapshot import Fdt, Subtree
 from tests.fuzz import fuzz
 
 PAGE = 4096

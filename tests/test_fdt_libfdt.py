@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khoscope import demo, store
-from khoscope.fdt import MAGIC, Node, Property, Unreadable, read
+from khoscope import demo
+from khoscope.abi.fdt import MAGIC, Node, Property, Unreadable, read
+from khoscope.facts import store
 from tests.fuzz import fuzz
 from tests.test_fdt import BEGIN_NODE, END_NODE, NOP, PROP, ROOT, encode, prop
 

@@ -18,12 +18,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khoscope import serialized, store
-from khoscope.blobs import DECODED, Blob, Blobs, Kind
+from khoscope.abi import serialized
+from khoscope.abi.fdt import Node, Property, parse_root_fdt, read
 from khoscope.cli import main
-from khoscope.clients import Vmalloc
-from khoscope.fdt import Node, Property, parse_root_fdt, read
-from khoscope.snapshot import Fdt, Side, Snapshot, in_ram
+from khoscope.facts import store
+from khoscope.facts.blobs import DECODED, Blob, Blobs, Kind
+from khoscope.facts.clients import Vmalloc
+from khoscope.facts.snapshot import Fdt, Side, Snapshot, in_ram
 from khoscope.views.fdt import FdtText, write_json
 from tests.fuzz import fuzz
 from tests.synthetic import FIXED, PLAIN, Block, snapshot
@@ -632,7 +633,7 @@ def test_a_damaged_root_fdt(changes: list[tuple[float, int]]) -> None:
 def test_more_fdts_than_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first ones are, whichever is asked for; what is no FDT costs nothing."""
     raw = fdt(node("", {"compatible": b"x\0"})).ljust(1000, b"\0")
-    monkeypatch.setattr("khoscope.blobs.DECODED", 2500)
+    monkeypatch.setattr("khoscope.facts.blobs.DECODED", 2500)
     facts = facts_of({"a": raw, "b": raw, "none": bytes(9000), "c": raw, "d": raw})
     found = {blob.name: blob for blob in blobs_of(facts)[1:]}
     assert [name for name, blob in found.items() if blob.tree is not None] == ["a", "b"]

@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 from drgn import Program
 
-from khoscope import demo, files, store
-from khoscope.errors import KhoscopeError
-from khoscope.files import NewFile, open_file, require_regular
+from khoscope import demo
+from khoscope.facts import files, store
+from khoscope.facts.files import NewFile, open_file, require_regular
 from khoscope.sources.open import _load_debug_info
+from khoscope.words.errors import KhoscopeError
 from tests.command import Result, Run
 from tests.synthetic import rich
 
@@ -237,7 +238,8 @@ SLOW = """
 import sys, time
 from dataclasses import replace
 from pathlib import Path
-from khoscope import cli, files, store
+from khoscope import cli
+from khoscope.facts import files, store
 from khoscope.commands import common
 from tests.synthetic import rich
 

@@ -11,18 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khoscope import store
-from khoscope.abi import Abi
-from khoscope.clients import Claims, Kind, Luo, Memfd, Owner
-from khoscope.columns import Leaves
-from khoscope.serialized import (
+from khoscope.abi.keys import Abi
+from khoscope.abi.serialized import (
     KHO_BLOCK_HEADER_SER,
     KHO_MAX_BLOCKS,
     KHO_VMALLOC,
     LUO_FILE_SER,
     MEMFD_LUO_SER,
 )
-from khoscope.snapshot import Fdt, KeySet, Snapshot, Subtree
+from khoscope.facts import store
+from khoscope.facts.clients import Claims, Kind, Luo, Memfd, Owner
+from khoscope.facts.columns import Leaves
+from khoscope.facts.snapshot import Fdt, KeySet, Snapshot, Subtree
 from khoscope.sources import follow
 from khoscope.sources.follow import Following
 from tests.fuzz import fuzz

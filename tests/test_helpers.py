@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from khoscope import helpers
-from khoscope.abi import Abi
+from khoscope.abi.keys import Abi
 from khoscope.helpers import kexec_handover, luo
 from khoscope.helpers.kexec_handover import (
     KhoBlock,

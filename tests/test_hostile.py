@@ -20,12 +20,12 @@ from typing import Any, Final
 import numpy as np
 import pytest
 
-from khoscope import store
-from khoscope.calls import Losses, Tracing
-from khoscope.clients import Claims, LuoSession
-from khoscope.columns import Blocks, Leaves, Pages
 from khoscope.demo import path
-from khoscope.snapshot import Snapshot
+from khoscope.facts import store
+from khoscope.facts.calls import Losses, Tracing
+from khoscope.facts.clients import Claims, LuoSession
+from khoscope.facts.columns import Blocks, Leaves, Pages
+from khoscope.facts.snapshot import Snapshot
 from khoscope.trace.record import Recorder
 from tests import mutants
 from tests.command import Result, Run

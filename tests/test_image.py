@@ -25,14 +25,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from khoscope.checks import RULES, Severity
-from khoscope.checks import image as image_rules
-from khoscope.clients import Luo, LuoFile, LuoSession
-from khoscope.errors import KhoscopeError
-from khoscope.image import NextKernel
-from khoscope.snapshot import Fdt, Snapshot, Subtree
-from khoscope.sources import image
+from khoscope.checks import next_kernel as image_rules
+from khoscope.facts.clients import Luo, LuoFile, LuoSession
+from khoscope.facts.next_kernel import NextKernel
+from khoscope.facts.snapshot import Fdt, Snapshot, Subtree
+from khoscope.sources import next_kernel as image
 from khoscope.sources.decompress import LIMIT, PIECE
-from khoscope.sources.image import read_image
+from khoscope.sources.next_kernel import read_image
+from khoscope.words.errors import KhoscopeError
 from tests.fuzz import fuzz
 from tests.synthetic import FIXED, PLAIN, snapshot
 

@@ -47,7 +47,7 @@ OTHERS = {
 
 
 def commands() -> Iterator[tuple[str, tuple[str, ...]]]:
-    """All of them, as arguments of khoscope, by the names of the files that keep what they print."""
+    """All of them, as arguments of khoscope, by the names of the files with what they print."""
     with resources.as_file(resources.files(demo)) as directory:
         paths = {path.stem: str(path) for path in sorted(directory.glob("*.khosnap"))}
     for name, path in paths.items():

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from khoscope import liveupdate
-from khoscope.liveupdate import LiveUpdate
+from khoscope.carry import liveupdate
+from khoscope.carry.liveupdate import LiveUpdate
 
 
 class Kernel:

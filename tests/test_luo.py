@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khoscope import budget, store
-from khoscope.clients import Flb, Kind, Luo, LuoFile, LuoSession, Memfd
-from khoscope.serialized import (
+from khoscope.abi.serialized import (
     LUO_FILE_SER,
     LUO_FLB_HEADER_SER,
     LUO_FLB_SER,
     LUO_SESSION_SER,
     MEMFD_COMPATIBLE,
 )
+from khoscope.facts import budget, store
+from khoscope.facts.clients import Flb, Kind, Luo, LuoFile, LuoSession, Memfd
 from khoscope.sources.luo import Serialized
 from tests.fuzz import fuzz
 from tests.test_follow import (

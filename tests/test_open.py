@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from drgn import Architecture, FindObjectFlags, Object, Platform, Program, ProgramFlags
 
-from khoscope import btf
-from khoscope.errors import KhoscopeError
+from khoscope.sources import btf
 from khoscope.sources import open as open_module
 from khoscope.sources.kernel import KernelSource, told
+from khoscope.words.errors import KhoscopeError
 
 
 class NoKcore:

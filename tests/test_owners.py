@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khoscope.abi import Abi
-from khoscope.clients import Claims, Kind, Owner
-from khoscope.owners import UNKNOWN, Owners
-from khoscope.snapshot import KeySet
+from khoscope.abi.keys import Abi
+from khoscope.facts.clients import Claims, Kind, Owner
+from khoscope.facts.owners import UNKNOWN, Owners
+from khoscope.facts.snapshot import KeySet
 from tests.synthetic import FIXED, Block, Memory, columns, snapshot
 from tests.test_walk import ABIS
 

@@ -18,10 +18,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khoscope import checks, store
-from khoscope.abi import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, NO_TYPE, Abi, Stamp
-from khoscope.errors import KhoscopeError
+from khoscope import checks
+from khoscope.abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, NO_TYPE, Abi, Stamp
+from khoscope.facts import store
 from khoscope.sources.walk import walk
+from khoscope.words.errors import KhoscopeError
 from tests.synthetic import blocks_of, rich, snapshot
 
 #: (phys, order, type)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from khoscope.abi import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE, Abi, Stamp
-from khoscope.columns import Blocks, Pages
+from khoscope.abi.keys import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE, Abi, Stamp
+from khoscope.facts.columns import Blocks, Pages
 from khoscope.sources import pages as pages_module
 from khoscope.sources.pages import PageLayout, PageReader
 from tests.synthetic import FIXED, PLAIN

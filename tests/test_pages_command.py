@@ -15,16 +15,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from khoscope import runs as runs_module
-from khoscope import store
-from khoscope.abi import BAD_ORDER, NO_TYPE
+from khoscope.abi.keys import BAD_ORDER, NO_TYPE
 from khoscope.cli import main
-from khoscope.clients import Claims, Kind, Owner
-from khoscope.columns import Blocks, Pages
-from khoscope.errors import KhoscopeError
-from khoscope.runs import Look, PageRuns, Seen, page_types, recorded, runs
-from khoscope.snapshot import Snapshot
+from khoscope.facts import page_runs as runs_module
+from khoscope.facts import store
+from khoscope.facts.clients import Claims, Kind, Owner
+from khoscope.facts.columns import Blocks, Pages
+from khoscope.facts.page_runs import Look, PageRuns, Seen, page_types, recorded, runs
+from khoscope.facts.snapshot import Snapshot
 from khoscope.sources import pages as pages_module
+from khoscope.words.errors import KhoscopeError
 from tests.synthetic import FIXED, PLAIN, Block, columns, rich, snapshot
 from tests.test_pages import BUDDY, HEAD, Vmemmap, machines
 

@@ -16,8 +16,8 @@ from drgn import Architecture, Platform, Program, ProgramFlags
 from drgn.commands import DEFAULT_COMMAND_NAMESPACE, CommandNotFoundError, run_command
 
 from khoscope import cli, plugin
-from khoscope.btf import BtfError
 from khoscope.commands import common
+from khoscope.sources.btf import BtfError
 
 ROOT = Path(__file__).parent.parent
 #: The source's options, with as many words as each takes.

@@ -17,15 +17,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khoscope import demo, store
+from khoscope import demo
+from khoscope.abi.fdt import DeviceTree, Node, Property, parse_root_fdt
 from khoscope.checks import check
 from khoscope.cli import main
-from khoscope.errors import KhoscopeError
-from khoscope.fdt import DeviceTree, Node, Property, parse_root_fdt
-from khoscope.printable import printable
-from khoscope.snapshot import Fdt, Subtree
+from khoscope.facts import store
+from khoscope.facts.snapshot import Fdt, Subtree
 from khoscope.views.fdt import FdtText
 from khoscope.views.text import Text
+from khoscope.words.errors import KhoscopeError
+from khoscope.words.printable import printable
 from tests.command import Result, Run
 from tests.synthetic import PLAIN, ROOT, Block, fdt_blob, snapshot
 from tests.test_store import CLIENTS, rewritten

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from khoscope.columns import Leaves
-from khoscope.errors import KhoscopeError
-from khoscope.snapshot import Snapshot
+from khoscope.facts.columns import Leaves
+from khoscope.facts.snapshot import Snapshot
 from khoscope.sources import reading as reading_module
 from khoscope.sources.kernel import KernelSource
+from khoscope.words.errors import KhoscopeError
 from tests.made_up import BIG_ENDIAN, DIRECT_MAP, RAM, MadeUp, mapped
 from tests.test_fdt import blob, data
 

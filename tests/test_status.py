@@ -11,21 +11,13 @@ from typing import Any
 
 import pytest
 
-from khoscope import diff, store
-from khoscope.abi import BAD_ORDER
+from khoscope.abi.keys import BAD_ORDER
 from khoscope.cli import main
-from khoscope.clients import Liveupdate, Luo, LuoFile, LuoSession
-from khoscope.columns import Nodes
-from khoscope.snapshot import (
-    Fdt,
-    Handover,
-    KexecImage,
-    Scan,
-    Snapshot,
-    Subtree,
-    TreeState,
-)
-from khoscope.status import READ_FROM, kho_switch, status, taint_letters
+from khoscope.facts import diff, store
+from khoscope.facts.clients import Liveupdate, Luo, LuoFile, LuoSession
+from khoscope.facts.columns import Nodes
+from khoscope.facts.snapshot import Fdt, Handover, KexecImage, Scan, Snapshot, Subtree, TreeState
+from khoscope.facts.status import READ_FROM, kho_switch, status, taint_letters
 from khoscope.views.status import StatusText
 from tests.synthetic import FIXED, PLAIN, Block, rich, snapshot
 

@@ -21,9 +21,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from khoscope import budget, checks, store
-from khoscope.abi import Abi
-from khoscope.clients import (
+from khoscope import checks
+from khoscope.abi.keys import Abi
+from khoscope.facts import budget, store
+from khoscope.facts.clients import (
     Claims,
     Flb,
     Kind,
@@ -35,12 +36,12 @@ from khoscope.clients import (
     Owner,
     Vmalloc,
 )
-from khoscope.columns import Blocks, Columns
-from khoscope.errors import KhoscopeError
-from khoscope.snapshot import KexecImage, Snapshot
+from khoscope.facts.columns import Blocks, Columns
+from khoscope.facts.snapshot import KexecImage, Snapshot
 from khoscope.views import json as json_view
-from khoscope.views.select import Filter
+from khoscope.views.block_filter import Filter
 from khoscope.views.text import Text
+from khoscope.words.errors import KhoscopeError
 from tests.synthetic import FIXED, PLAIN, POSTED, rich, rich_before, snapshot
 
 

@@ -15,9 +15,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from khoscope import calls as calls_module
-from khoscope.abi import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, NO_TYPE, Abi
-from khoscope.calls import (
+from khoscope.abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, NO_TYPE, Abi
+from khoscope.facts import calls as calls_module
+from khoscope.facts.calls import (
     BIT_CLEAR,
     BIT_SET,
     BIT_UNKNOWN,
@@ -31,7 +31,7 @@ from khoscope.calls import (
     Touches,
     Use,
 )
-from khoscope.columns import Pages
+from khoscope.facts.columns import Pages
 from khoscope.sources.kernel import Layout
 from khoscope.trace import assemble
 from khoscope.trace.assemble import Assembler, block_dtype, call_dtype, record_size

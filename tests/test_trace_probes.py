@@ -21,14 +21,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from khoscope.abi import Abi
-from khoscope.calls import FUNCTIONS, NUMBERS, Batch, Calls, Kind, Touches, Use
-from khoscope.errors import KhoscopeError
+from khoscope.abi.keys import Abi
+from khoscope.facts.calls import FUNCTIONS, NUMBERS, Batch, Calls, Kind, Touches, Use
 from khoscope.sources.kernel import KernelSource, Layout
 from khoscope.trace import probes as probes_module
 from khoscope.trace.assemble import record_size
+from khoscope.trace.call_filter import Wanted
 from khoscope.trace.probes import CLIENT_FRAMES, Counters, Probes, import_bcc
-from khoscope.trace.select import Wanted
+from khoscope.words.errors import KhoscopeError
 from tests.synthetic import FIXED, PLAIN, REFUSED, call_of
 from tests.test_pages import LAYOUT
 

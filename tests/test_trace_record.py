@@ -22,9 +22,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from khoscope import budget, store
-from khoscope.abi import BAD_ORDER
-from khoscope.calls import (
+from khoscope.abi.keys import BAD_ORDER
+from khoscope.facts import budget, store
+from khoscope.facts.calls import (
     FUNCTIONS,
     NO_ORDER,
     Action,
@@ -36,10 +36,10 @@ from khoscope.calls import (
     client,
     frames,
 )
-from khoscope.columns import Blocks, Columns, Pages
-from khoscope.errors import KhoscopeError
+from khoscope.facts.columns import Blocks, Columns, Pages
 from khoscope.trace import record
 from khoscope.trace.record import Recorder, Recording, load
+from khoscope.words.errors import KhoscopeError
 from tests.synthetic import missing, rich, rich_before
 from tests.test_store import bytes_of, npy, rewritten, same, same_columns
 

@@ -15,18 +15,18 @@ import pytest
 from numpy.typing import NDArray
 
 from khoscope import checks
-from khoscope.abi import BAD_ORDER, Abi
-from khoscope.calls import Action, Batch, Calls, Kind, Losses, Touches, Tracing
-from khoscope.errors import KhoscopeError
-from khoscope.snapshot import Snapshot
+from khoscope.abi.keys import BAD_ORDER, Abi
+from khoscope.facts.calls import Action, Batch, Calls, Kind, Losses, Touches, Tracing
+from khoscope.facts.snapshot import Snapshot
 from khoscope.trace import before as before_module
 from khoscope.trace import session as session_module
 from khoscope.trace.before import Before
+from khoscope.trace.call_filter import Wanted
 from khoscope.trace.probes import Counters, Probes
 from khoscope.trace.record import Recorder, load
-from khoscope.trace.select import Wanted
 from khoscope.trace.session import POLL, Session
 from khoscope.views.trace import JsonView, Lines
+from khoscope.words.errors import KhoscopeError
 from tests.synthetic import (
     FIXED,
     PLAIN,

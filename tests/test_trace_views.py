@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from khoscope.abi import BAD_ORDER, Abi
-from khoscope.calls import (
+from khoscope.abi.keys import BAD_ORDER, Abi
+from khoscope.checks import RULES, About, Found, Report
+from khoscope.checks.run import KEPT
+from khoscope.facts.calls import (
     BIT_CLEAR,
     BIT_SET,
     BIT_UNKNOWN,
@@ -30,9 +32,7 @@ from khoscope.calls import (
     Touches,
     Tracing,
 )
-from khoscope.checks import RULES, About, Found, Report
-from khoscope.checks.run import KEPT
-from khoscope.columns import Blocks, Pages
+from khoscope.facts.columns import Blocks, Pages
 from khoscope.trace.summary import NOT_RETURNED, Callers, Summary, bucket, bucket_range
 from khoscope.views.trace import JsonLines, JsonView, Lines, SummaryView
 from tests.synthetic import FIXED, PLAIN, snapshot

@@ -16,23 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khoscope import store
-from khoscope.checks import (
-    RULES,
-    About,
-    Asked,
-    Report,
-    Severity,
-    changes,
-    check,
-    compare,
-    in_order,
-)
+from khoscope.checks import RULES, About, Asked, Report, Severity, changes, check, compare, in_order
 from khoscope.checks.rule import SCOPES
-from khoscope.clients import Claims, Kind, Owner
-from khoscope.errors import KhoscopeError
-from khoscope.snapshot import Handover, KexecImage, Snapshot, TreeState
+from khoscope.facts import store
+from khoscope.facts.clients import Claims, Kind, Owner
+from khoscope.facts.snapshot import Handover, KexecImage, Snapshot, TreeState
 from khoscope.views.text import WIDTH, Text
+from khoscope.words.errors import KhoscopeError
 from tests.command import Result, Run
 from tests.synthetic import FIXED, POSTED, Block, fdt_blob, snapshot
 from tests.test_image import TEXT, elf

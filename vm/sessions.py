@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from khoscope.liveupdate import LiveUpdate
+from khoscope.carry.liveupdate import LiveUpdate
 from vm.content import content
 
 PAGE = mmap.PAGESIZE

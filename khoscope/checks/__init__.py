@@ -24,17 +24,7 @@ from .rule import (
     in_order,
     of_scopes,
 )
-from .run import (
-    About,
-    Found,
-    Report,
-    Verdict,
-    check,
-    check_batch,
-    compare,
-    end_trace,
-    start_trace,
-)
+from .run import About, Found, Report, Verdict, check, check_batch, compare, end_trace, start_trace
 
 __all__ = [
     "ACROSS",

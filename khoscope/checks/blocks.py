@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, U64
-from ..columns import Blocks, Leaves, Pages
-from ..snapshot import KeySet, Snapshot, decode_leaves
+from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, U64
+from ..facts.columns import Blocks, Leaves, Pages
+from ..facts.snapshot import KeySet, Snapshot, decode_leaves
 from .inplace import InPlace
 from .pattern import (
     describe,

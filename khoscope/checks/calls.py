@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE, TYPE_NAMES
-from ..calls import (
+from ..abi.keys import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE, TYPE_NAMES
+from ..facts.calls import (
     BIT_CLEAR,
     BIT_SET,
     ERRNO_NAMES,
@@ -20,8 +20,8 @@ from ..calls import (
     Losses,
     Touches,
 )
-from ..columns import Pages
-from ..snapshot import Snapshot
+from ..facts.columns import Pages
+from ..facts.snapshot import Snapshot
 from . import handover as _handover_rules  # noqa: F401 - registers what is looked for here, too
 from .pattern import describe, differs, fits, named, readable, restores_split, type_name
 from .rule import Marked, Message, Severity, also, rule

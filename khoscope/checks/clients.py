@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..abi import U64
-from ..clients import Claims, Kind, Luo
-from ..snapshot import KeySet, Run, Snapshot
+from ..abi.keys import U64
+from ..facts.clients import Claims, Kind, Luo
+from ..facts.snapshot import KeySet, Run, Snapshot
 from .kernel import misplaced
 from .rule import Message, Severity, rule
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from .. import invariants, serialized
-from ..abi import COMPATIBLES
-from ..clients import Luo
-from ..columns import Blocks
-from ..fdt import compatible_of
-from ..snapshot import KeySet, Side, Snapshot
+from ..abi import serialized
+from ..abi.fdt import compatible_of
+from ..abi.keys import COMPATIBLES
+from ..facts import invariants
+from ..facts.clients import Luo
+from ..facts.columns import Blocks
+from ..facts.snapshot import KeySet, Side, Snapshot
 from . import blocks as blocks_rules
 
 

@@ -10,11 +10,11 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
-from ..clients import LuoSession
-from ..columns import Blocks, Pages
-from ..serialized import LUO
-from ..snapshot import KeySet, Snapshot
+from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
+from ..abi.serialized import LUO
+from ..facts.clients import LuoSession
+from ..facts.columns import Blocks, Pages
+from ..facts.snapshot import KeySet, Snapshot
 from .inplace import InPlace
 from .pattern import (
     describe,

@@ -6,10 +6,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..clients import FLB_LIST, Claims, Kind
-from ..columns import Blocks
-from ..serialized import KEXEC_METADATA, MEMBLOCK
-from ..snapshot import Snapshot
+from ..abi.serialized import KEXEC_METADATA, MEMBLOCK
+from ..facts.clients import FLB_LIST, Claims, Kind
+from ..facts.columns import Blocks
+from ..facts.snapshot import Snapshot
 
 #: Subtrees that are read in place (``kho_in_kexec_metadata``, ``reserve_mem_kho_retrieve_fdt``).
 READ_IN_PLACE = {KEXEC_METADATA, MEMBLOCK}

@@ -6,10 +6,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from ..abi import COMPATIBLES_WITHOUT_TYPES, Abi
-from ..fdt import Unreadable, read
-from ..serialized import SUBTREE_COMPATIBLES
-from ..snapshot import Fdt, Side, Snapshot, Subtree, in_ram
+from ..abi.fdt import Unreadable, read
+from ..abi.keys import COMPATIBLES_WITHOUT_TYPES, Abi
+from ..abi.serialized import SUBTREE_COMPATIBLES
+from ..facts.snapshot import Fdt, Side, Snapshot, Subtree, in_ram
 from .rule import Message, Severity, rule
 
 #: ``TAINT_BAD_PAGE`` (include/linux/panic.h), a bit of ``tainted_mask``.

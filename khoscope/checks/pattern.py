@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi import KHO_PAGE_CONTIG, NO_TYPE, TYPE_NAMES
-from ..columns import Blocks, Pages
+from ..abi.keys import KHO_PAGE_CONTIG, NO_TYPE, TYPE_NAMES
+from ..facts.columns import Blocks, Pages
 
 
 def readable(pages: Pages) -> NDArray[np.bool_]:

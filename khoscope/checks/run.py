@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import invariants
-from ..abi import BAD_ORDER, Abi
-from ..calls import NO_PHYS, Action, Batch, Calls, Losses
-from ..columns import Blocks, aligned
-from ..errors import KhoscopeError
-from ..image import NextKernel
-from ..owners import Owners
-from ..snapshot import KeySet, Snapshot
+from ..abi.keys import BAD_ORDER, Abi
+from ..facts import invariants
+from ..facts.calls import NO_PHYS, Action, Batch, Calls, Losses
+from ..facts.columns import Blocks, aligned
+from ..facts.next_kernel import NextKernel
+from ..facts.owners import Owners
+from ..facts.snapshot import KeySet, Snapshot
+from ..words.errors import KhoscopeError
 from . import calls as _calls_rules  # noqa: F401 - registers its rules
 from . import handover as handover_rules
-from . import image as _image_rules  # noqa: F401 - registers its rules
 from . import kernel as _kernel_rules  # noqa: F401 - registers its rules
+from . import next_kernel as _image_rules  # noqa: F401 - registers its rules
 from .clients import malformed
 from .evidence import Rows, all_gaps, gaps
 from .inplace import InPlace

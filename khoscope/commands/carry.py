@@ -10,11 +10,11 @@ import sys
 from collections.abc import Iterator
 from types import FrameType
 
-from ..carry import carry
-from ..errors import say
+from ..carry.memfd import carry
 from ..views import carry as view
 from ..views.progress import Progress
 from ..views.text import Text
+from ..words.errors import say
 from . import common
 
 

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from .. import store
-from ..carry import retrieve
+from ..carry.memfd import retrieve
 from ..checks import Report, Verdict
-from ..errors import KhoscopeError, say
-from ..snapshot import Snapshot
+from ..facts import store
+from ..facts.snapshot import Snapshot
 from ..views.progress import Progress
 from ..views.text import LIMIT
+from ..words.errors import KhoscopeError, say
 
 if TYPE_CHECKING:
     from drgn import Program

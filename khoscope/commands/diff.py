@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .. import store
+from ..facts import store
 from ..views import json as json_view
 from ..views.text import Text
 from . import common

@@ -7,9 +7,9 @@ import argparse
 import platform
 import sys
 
-from ..doctor import missing
-from ..errors import KhoscopeError
+from ..facts.offers import missing
 from ..views import doctor as view
+from ..words.errors import KhoscopeError
 from . import common
 
 

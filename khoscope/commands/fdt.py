@@ -6,11 +6,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..blobs import Blob, Blobs
-from ..errors import KhoscopeError
-from ..printable import printable
-from ..snapshot import Snapshot
+from ..facts.blobs import Blob, Blobs
+from ..facts.snapshot import Snapshot
 from ..views.fdt import FdtText, write_json
+from ..words.errors import KhoscopeError
+from ..words.printable import printable
 from . import common
 
 #: The sides as users name them, and in words.

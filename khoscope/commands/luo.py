@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..errors import KhoscopeError
 from ..views import luo as view
+from ..words.errors import KhoscopeError
 from . import common
 
 

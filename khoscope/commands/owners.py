@@ -6,10 +6,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..errors import KhoscopeError
-from ..owners import NOBODY, Callers, Holders
-from ..snapshot import Snapshot
+from ..facts.owners import NOBODY, Callers, Holders
+from ..facts.snapshot import Snapshot
 from ..views import owners as view
+from ..words.errors import KhoscopeError
 from . import common
 
 

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .. import budget, store
-from ..errors import KhoscopeError
-from ..runs import PageRuns, recorded, runs
-from ..snapshot import Snapshot
+from ..facts import budget, store
+from ..facts.page_runs import PageRuns, recorded, runs
+from ..facts.snapshot import Snapshot
 from ..views import pages as view
 from ..views.progress import Progress
+from ..words.errors import KhoscopeError
 from . import common
 
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..errors import KhoscopeError
 from ..views.progress import Progress
+from ..words.errors import KhoscopeError
 from . import common
 
 
@@ -26,7 +26,7 @@ def _run(args: argparse.Namespace) -> int:
         raise KhoscopeError(
             "the shell needs a terminal", "for a script, run drgn and `import khoscope` in it"
         )
-    from ..shell import run
+    from ..helpers.session import run
 
     with Progress(sys.stderr) as progress:
         source = common.kernel(args, progress)

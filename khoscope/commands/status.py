@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..status import status
+from ..facts.status import status
 from ..views import status as view
 from . import common
 

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from .. import checks
-from ..calls import Kind, Symbols, Tracing
+from ..facts.calls import Kind, Symbols, Tracing
 from ..views.progress import Progress
 from . import common
 
@@ -150,8 +150,8 @@ def _kinds(text: str) -> frozenset[Kind]:
 
 def _run(args: argparse.Namespace) -> int:
     from ..trace.before import Before
+    from ..trace.call_filter import Wanted
     from ..trace.record import Recorder, load
-    from ..trace.select import Wanted
     from ..trace.session import Session
 
     wanted = Wanted(args.only or frozenset(Kind), args.pid, args.comm, args.min_order)

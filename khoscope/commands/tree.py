@@ -6,12 +6,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..errors import KhoscopeError
-from ..snapshot import Snapshot, Tree
+from ..facts.snapshot import Snapshot, Tree
 from ..views import json as json_view
+from ..views.block_filter import Filter
 from ..views.progress import Progress
-from ..views.select import Filter
 from ..views.text import Text
+from ..words.errors import KhoscopeError
 from . import common
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import checks
-from ..image import NextKernel
-from ..snapshot import Snapshot
+from ..facts.next_kernel import NextKernel
+from ..facts.snapshot import Snapshot
 from ..views import json as json_view
 from ..views import watch as watch_view
 from ..views.progress import Progress
@@ -128,7 +128,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _read_next(path: Path) -> NextKernel:
-    from ..sources.image import read_image
+    from ..sources.next_kernel import read_image
 
     return read_image(path)
 

@@ -7,11 +7,12 @@ import argparse
 import sys
 from dataclasses import replace
 
-from .. import checks, store
-from ..errors import KhoscopeError
-from ..snapshot import Snapshot
+from .. import checks
+from ..facts import store
+from ..facts.snapshot import Snapshot
 from ..views import vmalloc as view
 from ..views.progress import Progress
+from ..words.errors import KhoscopeError
 from . import common
 
 _ONE_RULE = checks.Asked(frozenset({"broken-vmalloc"}))

@@ -13,9 +13,10 @@ from importlib import resources
 from pathlib import Path
 from typing import IO
 
-from .. import checks, store
+from .. import checks
 from ..checks import Report
-from ..snapshot import Snapshot
+from ..facts import store
+from ..facts.snapshot import Snapshot
 from ..views import json as json_view
 from ..views.text import Text
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from drgn import Object, Program
 from drgn.helpers.common.prog import takes_program_or_default
 
-from ..abi import BAD_ORDER, NO_TYPE
-from ..snapshot import Snapshot
+from ..abi.keys import BAD_ORDER, NO_TYPE
+from ..facts.snapshot import Snapshot
 from ..sources.kernel import KernelSource
 from ..sources.open import how_it_is_read
 from .kexec_handover import KhoBlock

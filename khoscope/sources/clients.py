@@ -12,11 +12,11 @@ import numpy as np
 from drgn import FaultError, Object, Program
 from drgn.helpers.linux.mm import for_each_vmap_area
 
-from ..abi import U64, Abi
-from ..clients import Kind, Luo, Owner
-from ..owners import UNKNOWN, Owners
-from ..serialized import LUO
-from ..snapshot import KeySet, Side
+from ..abi.keys import U64, Abi
+from ..abi.serialized import LUO
+from ..facts.clients import Kind, Luo, Owner
+from ..facts.owners import UNKNOWN, Owners
+from ..facts.snapshot import KeySet, Side
 from .follow import Following
 from .luo import Handed, read_incoming, read_outgoing, unknown
 from .pages import PageLayout

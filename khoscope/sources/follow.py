@@ -19,10 +19,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi import U64, Abi
-from ..clients import Claims, Kind, Memfd, Owner, Vmalloc
-from ..fdt import kho_test_folios, reserve_mem_areas
-from ..serialized import (
+from ..abi.fdt import kho_test_folios, reserve_mem_areas
+from ..abi.keys import U64, Abi
+from ..abi.serialized import (
     KHO_BLOCK_HEADER_SER,
     KHO_MAX_BLOCKS,
     KHO_TEST,
@@ -33,7 +32,8 @@ from ..serialized import (
     MEMFD_PFN_BITS,
     one,
 )
-from ..snapshot import Fdt, KeySet
+from ..facts.clients import Claims, Kind, Memfd, Owner, Vmalloc
+from ..facts.snapshot import Fdt, KeySet
 from .walk import READ_SIZE, ReadPhys, in_ranges
 
 #: Claims that are kept together: a snapshot file takes no chunk of any length.

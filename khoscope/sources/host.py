@@ -18,11 +18,11 @@ from typing import Final
 
 from drgn import Program
 
-from ..doctor import Fact, State
-from ..errors import KhoscopeError
-from ..snapshot import Snapshot
-from ..status import kho_parameter, kho_switch
+from ..facts.offers import Fact, State
+from ..facts.snapshot import Snapshot
+from ..facts.status import kho_parameter, kho_switch
 from ..trace.probes import BTF, KPROBES_ENABLED, TRACEABLE, import_bcc
+from ..words.errors import KhoscopeError
 from .kernel import KernelSource
 from .open import ANOTHER_WAY, LOCKDOWN, DebugInfo, debug_info, lockdown_mode
 

@@ -20,25 +20,16 @@ from drgn.helpers.linux.kallsyms import module_kallsyms
 from drgn.helpers.linux.mm import follow_phys, virt_to_phys
 from drgn.helpers.linux.module import for_each_module
 
-from .. import __version__, btf
-from ..abi import U64
-from ..clients import Kind, Owner
-from ..columns import Blocks, Columns, Leaves
-from ..errors import KhoscopeError
-from ..runs import PageRuns, Seen
-from ..serialized import KHO_VMALLOC, one
-from ..snapshot import (
-    Fdt,
-    Kernel,
-    KeySet,
-    Scan,
-    Side,
-    Snapshot,
-    Taken,
-    Tree,
-    Watched,
-)
-from ..store import spool
+from .. import __version__
+from ..abi.keys import U64
+from ..abi.serialized import KHO_VMALLOC, one
+from ..facts.clients import Kind, Owner
+from ..facts.columns import Blocks, Columns, Leaves
+from ..facts.page_runs import PageRuns, Seen
+from ..facts.snapshot import Fdt, Kernel, KeySet, Scan, Side, Snapshot, Taken, Tree, Watched
+from ..facts.store import spool
+from ..words.errors import KhoscopeError
+from . import btf
 from .clients import Where, with_clients, with_vm_structs
 from .follow import Following
 from .pages import PageLayout, PageReader

@@ -19,10 +19,8 @@ from drgn.helpers.linux.list import list_empty, list_for_each_entry
 from drgn.helpers.linux.mm import virt_to_phys
 from numpy.typing import NDArray
 
-from .. import budget
-from ..clients import FLB_LIST, Flb, Kind, Luo, LuoFile, LuoSession, Memfd, Owner
-from ..fdt import MAGIC, compatible_of
-from ..serialized import (
+from ..abi.fdt import MAGIC, compatible_of
+from ..abi.serialized import (
     LUO_COMPATIBLE,
     LUO_FILE_SER,
     LUO_FLB_HEADER_SER,
@@ -33,6 +31,8 @@ from ..serialized import (
     one,
     text,
 )
+from ..facts import budget
+from ..facts.clients import FLB_LIST, Flb, Kind, Luo, LuoFile, LuoSession, Memfd, Owner
 from .follow import Following
 
 LIST_OF_SESSIONS: Final = Owner(Kind.LUO, "LUO: list of sessions")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from drgn import BadDataError, FaultError, MissingDebugInfoError, Program, ProgramFlags
 
-from .. import btf
-from ..errors import KhoscopeError
-from ..files import require_regular
+from ..facts.files import require_regular
+from ..words.errors import KhoscopeError
+from . import btf
 
 # What drgn logs about missing debug info is in the error that it raises, too.
 logging.getLogger("drgn").setLevel(logging.CRITICAL)

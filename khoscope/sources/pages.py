@@ -16,9 +16,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi import BAD_ORDER, NO_TYPE, U64, Abi
-from ..columns import CHUNK_BLOCKS, Blocks, Pages
-from ..runs import PageRuns, Seen, page_types
+from ..abi.keys import BAD_ORDER, NO_TYPE, U64, Abi
+from ..facts.columns import CHUNK_BLOCKS, Blocks, Pages
+from ..facts.page_runs import PageRuns, Seen, page_types
 
 #: Reads ``size`` bytes at a kernel virtual address; None: that memory cannot be read.
 ReadVirt = Callable[[int, int], bytes | None]

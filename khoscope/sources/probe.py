@@ -29,9 +29,9 @@ from drgn.helpers.linux.mm import for_each_vmap_area, phys_to_virt
 from drgn.helpers.linux.mmzone import for_each_online_pgdat
 from drgn.helpers.linux.module import address_to_module
 
-from ..abi import COMPATIBLES_WITHOUT_TYPES, POSTED_TYPE_SHIFT, Abi, Stamp
-from ..errors import KhoscopeError
-from ..serialized import text
+from ..abi.keys import COMPATIBLES_WITHOUT_TYPES, POSTED_TYPE_SHIFT, Abi, Stamp
+from ..abi.serialized import text
+from ..words.errors import KhoscopeError
 from .pages import PageLayout
 
 #: What drgn raises where debug info has no such type, member, symbol or value.

@@ -22,13 +22,13 @@ from drgn.helpers.linux.list import list_for_each_entry
 from drgn.helpers.linux.mmzone import for_each_online_pgdat
 from drgn.helpers.linux.printk import get_printk_records
 
-from .. import budget
-from ..abi import U64
-from ..clients import Liveupdate
-from ..errors import KhoscopeError
-from ..fdt import parse_root_fdt
-from ..serialized import text
-from ..snapshot import Fdt, Handover, Kernel, KexecImage
+from ..abi.fdt import parse_root_fdt
+from ..abi.keys import U64
+from ..abi.serialized import text
+from ..facts import budget
+from ..facts.clients import Liveupdate
+from ..facts.snapshot import Fdt, Handover, Kernel, KexecImage
+from ..words.errors import KhoscopeError
 from .probe import Parts, enumerators
 from .walk import READS, in_ranges
 

@@ -18,9 +18,9 @@ from typing import Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi import U64, Abi
-from ..columns import Leaves, Nodes
-from ..snapshot import NodeProblem, Tree, TreeState
+from ..abi.keys import U64, Abi
+from ..facts.columns import Leaves, Nodes
+from ..facts.snapshot import NodeProblem, Tree, TreeState
 
 #: Reads ``size`` bytes at a physical address; None: that memory cannot be read.
 ReadPhys = Callable[[int, int], bytes | None]

@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE, U64, Abi
-from ..calls import (
+from ..abi.keys import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE, U64, Abi
+from ..facts.calls import (
     FUNCTIONS,
     NO_ORDER,
     NO_PHYS,
@@ -24,7 +24,7 @@ from ..calls import (
     Touches,
     rows_of,
 )
-from ..columns import Blocks, Pages
+from ..facts.columns import Blocks, Pages
 from ..sources.kernel import Layout
 from ..sources.pages import StructPages
 

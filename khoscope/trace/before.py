@@ -7,11 +7,11 @@ import dataclasses
 
 import numpy as np
 
-from ..abi import KHO_PAGE_CONTIG, KHO_PAGE_SPLIT
-from ..calls import Action, Touches
-from ..columns import Blocks, Pages
-from ..errors import KhoscopeError
-from ..snapshot import Snapshot, rows
+from ..abi.keys import KHO_PAGE_CONTIG, KHO_PAGE_SPLIT
+from ..facts.calls import Action, Touches
+from ..facts.columns import Blocks, Pages
+from ..facts.snapshot import Snapshot, rows
+from ..words.errors import KhoscopeError
 
 #: Blocks of a snapshot that are kept in memory, 67 bytes each.
 MOST = 1 << 24

@@ -6,10 +6,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi import U64
-from ..calls import Action, rows_of
-from ..clients import Kind, Owner
-from ..owners import UNKNOWN, Callers
+from ..abi.keys import U64
+from ..facts.calls import Action, rows_of
+from ..facts.clients import Kind, Owner
+from ..facts.owners import UNKNOWN, Callers
 from .record import Recording
 from .summary import Callers as Stacks
 

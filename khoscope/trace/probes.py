@@ -23,13 +23,13 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi import KHO_PAGE_MAGIC
-from ..calls import FUNCTIONS, NUMBERS, Action, Batch, Function, Kind, Use
-from ..errors import KhoscopeError, say
+from ..abi.keys import KHO_PAGE_MAGIC
+from ..facts.calls import FUNCTIONS, NUMBERS, Action, Batch, Function, Kind, Use
 from ..sources.kernel import KernelSource
+from ..words.errors import KhoscopeError, say
 from .assemble import record_size
+from .call_filter import Wanted
 from .ring import Ring
-from .select import Wanted
 
 BTF: Final = Path("/sys/kernel/btf/vmlinux")
 #: Functions that ftrace can patch, so that a BPF trampoline can be attached to them.

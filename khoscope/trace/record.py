@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-The recording of a trace, ``.khotrace``: a zip like the snapshot file (:mod:`khoscope.store`).
+The recording of a trace, ``.khotrace``: a zip like the snapshot file (:mod:`khoscope.facts.store`).
 
 - ``facts/…``: the snapshot of the traced kernel, member by member as in a snapshot file.
 - ``calls/NNNNNN.COLUMN.npy`` and ``touches/NNNNNN.COLUMN.npy``: the columns of
-  :class:`~khoscope.calls.Calls` and :class:`~khoscope.calls.Touches`, chunk by chunk; without
-  ``known`` and ``was``, which are for another kernel's snapshot to say.  A chunk may lack either.
+  :class:`~khoscope.facts.calls.Calls` and :class:`~khoscope.facts.calls.Touches`, chunk by chunk;
+  without ``known`` and ``was``, which are for another kernel's snapshot to say.  A chunk may lack
+  either.
 - ``batches/NNNNNN.calls.npy`` and ``….touches.npy``: how many rows of the chunk are of each batch.
 - ``meta.json``: everything else.
 """
@@ -24,8 +25,8 @@ from typing import IO, Any, ClassVar, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import store
-from ..calls import (
+from ..facts import store
+from ..facts.calls import (
     BIT_UNKNOWN,
     FUNCTIONS,
     NO_ORDER,
@@ -38,10 +39,10 @@ from ..calls import (
     Touches,
     Tracing,
 )
-from ..columns import CHUNK_BLOCKS, Columns, Pages
-from ..files import NewFile, open_file
-from ..snapshot import Snapshot
-from ..store import RECORDING
+from ..facts.columns import CHUNK_BLOCKS, Columns, Pages
+from ..facts.files import NewFile, open_file
+from ..facts.snapshot import Snapshot
+from ..facts.store import RECORDING
 
 #: A chunk is written when it has as many calls or touches, or batches: each member costs memory
 #: until the file is finished, so that small batches share them.

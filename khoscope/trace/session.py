@@ -15,13 +15,13 @@ from typing import Protocol
 import numpy as np
 
 from .. import checks
-from ..calls import NUMBERS, Action, Batch, Losses, Tracing
-from ..errors import KhoscopeError
+from ..facts.calls import NUMBERS, Action, Batch, Losses, Tracing
+from ..words.errors import KhoscopeError
 from .assemble import Assembler
 from .before import Before
+from .call_filter import Wanted
 from .probes import Counters, Probes
 from .record import Recorder, Recording
-from .select import Wanted
 
 #: How long a poll waits for the first record, ms.
 POLL = 200

@@ -16,8 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi import BAD_ORDER, U64
-from ..calls import (
+from ..abi.keys import BAD_ORDER, U64
+from ..checks import Finding, Found
+from ..checks.pattern import tails
+from ..checks.run import KEPT
+from ..facts.calls import (
     BIT_CLEAR,
     BIT_SET,
     BIT_UNKNOWN,
@@ -28,9 +31,6 @@ from ..calls import (
     client,
     frames,
 )
-from ..checks import Finding, Found
-from ..checks.pattern import tails
-from ..checks.run import KEPT
 
 #: The client of blocks whose call has not returned, so that nobody knows who made it.
 NOT_RETURNED = "[not returned]"
@@ -71,8 +71,8 @@ class Caller:
     """
     Where calls come from.
 
-    :param client: as :func:`khoscope.calls.client` names it.
-    :param stack: as :func:`khoscope.calls.frames` lists it.
+    :param client: as :func:`khoscope.facts.calls.client` names it.
+    :param stack: as :func:`khoscope.facts.calls.frames` lists it.
     :param number: of the stack, from 1 in the order in which they appear.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import IO
 
-from ..carry import SESSION, TOKEN, Carried
+from ..carry.memfd import SESSION, TOKEN, Carried
 from . import json
 from .text import Text
 

@@ -7,8 +7,8 @@ import textwrap
 from typing import IO
 
 from .. import __version__
-from ..doctor import Fact, State, missing
-from ..printable import printable
+from ..facts.offers import Fact, State, missing
+from ..words.printable import printable
 from . import json
 from .text import WIDTH, Text
 

@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import IO, Any
 
-from ..blobs import Area, Blob, Value
-from ..fdt import DeviceTree, Node, Property
-from ..printable import printable
-from ..snapshot import Snapshot
+from ..abi.fdt import DeviceTree, Node, Property
+from ..facts.blobs import Area, Blob, Value
+from ..facts.snapshot import Snapshot
+from ..words.printable import printable
 from . import json
 from .text import WIDTH, Text, counted
 

@@ -14,13 +14,13 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from .. import diff
-from ..abi import BAD_ORDER, TYPE_NAMES, Abi
+from ..abi.keys import BAD_ORDER, TYPE_NAMES, Abi
 from ..checks import Finding, Report, in_order
-from ..columns import Blocks, Nodes
-from ..image import NextKernel
-from ..snapshot import Snapshot, Tree
-from .select import Filter
+from ..facts import diff
+from ..facts.columns import Blocks, Nodes
+from ..facts.next_kernel import NextKernel
+from ..facts.snapshot import Snapshot, Tree
+from .block_filter import Filter
 
 
 def block_rows(blocks: Blocks) -> Iterator[dict[str, Any]]:

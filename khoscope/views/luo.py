@@ -6,10 +6,10 @@ from __future__ import annotations
 from itertools import islice
 from typing import IO, Any
 
-from ..clients import Luo, LuoFile, LuoSession, Memfd
-from ..owners import Memory
-from ..serialized import SEALS, bits
-from ..snapshot import Side, Snapshot
+from ..abi.serialized import SEALS, bits
+from ..facts.clients import Luo, LuoFile, LuoSession, Memfd
+from ..facts.owners import Memory
+from ..facts.snapshot import Side, Snapshot
 from . import json as json_view
 from .text import counted, human
 from .vmalloc import VmallocText, area_row, range_rows

@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterator
 from typing import IO, Any
 
-from ..abi import BAD_ORDER
-from ..clients import Owner
-from ..owners import UNKNOWN, Holders
-from ..snapshot import Snapshot
+from ..abi.keys import BAD_ORDER
+from ..facts.clients import Owner
+from ..facts.owners import UNKNOWN, Holders
+from ..facts.snapshot import Snapshot
 from . import json as json_view
 from .text import Text, human
 

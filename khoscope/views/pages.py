@@ -7,11 +7,11 @@ import json as encoder
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
-from ..abi import BAD_ORDER, TYPE_NAMES
-from ..columns import Pages
-from ..owners import UNKNOWN
-from ..runs import PageRuns, Seen
-from ..snapshot import Snapshot
+from ..abi.keys import BAD_ORDER, TYPE_NAMES
+from ..facts.columns import Pages
+from ..facts.owners import UNKNOWN
+from ..facts.page_runs import PageRuns, Seen
+from ..facts.snapshot import Snapshot
 from . import json
 from .text import Text, counted
 

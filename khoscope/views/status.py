@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import IO, Any
 
-from ..clients import Luo
-from ..printable import printable
-from ..serialized import LUO
-from ..snapshot import KexecImage, Side, Snapshot, Subtree
-from ..status import READ_FROM, Status
+from ..abi.serialized import LUO
+from ..facts.clients import Luo
+from ..facts.snapshot import KexecImage, Side, Snapshot, Subtree
+from ..facts.status import READ_FROM, Status
+from ..words.printable import printable
 from . import json
 from .text import WIDTH, Text, counted, human, types_in_words, word
 

@@ -3,7 +3,7 @@
 Text views: 80 columns, tables by tabulate, colour only on a terminal.
 
 Facts may come from anywhere, and say anything: what reaches the stream goes through
-:func:`khoscope.printable.printable`, line by line.
+:func:`khoscope.words.printable.printable`, line by line.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import IO, Any
 
 from tabulate import tabulate
 
-from .. import diff
-from ..abi import BAD_ORDER, Abi
+from ..abi.keys import BAD_ORDER, Abi
 from ..checks import RULES, About, Finding, Report, Severity, Verdict
 from ..checks.pattern import describe, type_name
-from ..columns import Blocks
-from ..image import NextKernel
-from ..printable import printable
-from ..snapshot import Snapshot, Tree
-from .select import Filter
+from ..facts import diff
+from ..facts.columns import Blocks
+from ..facts.next_kernel import NextKernel
+from ..facts.snapshot import Snapshot, Tree
+from ..words.printable import printable
+from .block_filter import Filter
 
 WIDTH = 80
 #: Rows of a list that are shown unless --limit says otherwise.

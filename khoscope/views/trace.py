@@ -10,8 +10,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..abi import BAD_ORDER, KHO_PAGE_CONTIG, TYPE_NAMES
-from ..calls import (
+from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, TYPE_NAMES
+from ..checks import Finding, Found, Report
+from ..checks.pattern import describe, type_name
+from ..facts.calls import (
     BIT_CLEAR,
     BIT_SET,
     ERRNO_NAMES,
@@ -26,9 +28,6 @@ from ..calls import (
     Touches,
     Tracing,
 )
-from ..checks import Finding, Found, Report
-from ..checks.pattern import describe, type_name
-from ..printable import printable
 from ..trace.summary import (
     Caller,
     Callers,
@@ -40,6 +39,7 @@ from ..trace.summary import (
     findings_by_call,
     pages,
 )
+from ..words.printable import printable
 from . import json as rows
 from .text import LIMIT, SEVERITY_COLOURS, WIDTH, Text, counted, human, where
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import IO, Any
 
+from ..abi.serialized import KHO_VMALLOC_FLAGS, bits
 from ..checks import Finding
-from ..clients import Claims, Vmalloc
-from ..owners import Memory
-from ..serialized import KHO_VMALLOC_FLAGS, bits
-from ..snapshot import Snapshot
+from ..facts.clients import Claims, Vmalloc
+from ..facts.owners import Memory
+from ..facts.snapshot import Snapshot
 from . import json as json_view
 from .text import Text, counted
 

@@ -9,8 +9,8 @@ from itertools import islice
 from typing import IO, Any
 
 from ..checks import RULES, Changes, Finding, Report
-from ..image import NextKernel
-from ..snapshot import Snapshot, Taken
+from ..facts.next_kernel import NextKernel
+from ..facts.snapshot import Snapshot, Taken
 from . import json as rows
 from .text import SEVERITY_COLOURS, Text, where
 

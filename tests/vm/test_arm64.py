@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from drgn.helpers.linux.mm import compound_order, page_to_phys, virt_to_phys
 
-from khoscope import store
-from khoscope.abi import KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
-from khoscope.snapshot import Snapshot
+from khoscope.abi.keys import KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
+from khoscope.facts import store
+from khoscope.facts.snapshot import Snapshot
 from khoscope.sources.open import open_qemu
 from tests.synthetic import blocks_of
 from tests.vm.test_khoscope import host

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from khoscope.carry import SESSION, TOKEN
+from khoscope.carry.memfd import SESSION, TOKEN
 from tests.vm.test_khoscope import HEALTHY, TIMEOUT, _refused, guest
 from vm.exercise import Exercise
 from vm.machine import Machine

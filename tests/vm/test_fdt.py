@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from khoscope.fdt import read
+from khoscope.abi.fdt import read
 from tests.vm.test_khoscope import TIMEOUT, guest, host
 from vm.machine import REPOSITORY, Machine
 

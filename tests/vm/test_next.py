@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from khoscope.checks.image import image_abi_differs
-from khoscope.clients import Luo, LuoFile, LuoSession
-from khoscope.errors import KhoscopeError
-from khoscope.image import NextKernel
-from khoscope.snapshot import Fdt, Snapshot
-from khoscope.sources.image import read_image
+from khoscope.checks.next_kernel import image_abi_differs
+from khoscope.facts.clients import Luo, LuoFile, LuoSession
+from khoscope.facts.next_kernel import NextKernel
+from khoscope.facts.snapshot import Fdt, Snapshot
+from khoscope.sources.next_kernel import read_image
+from khoscope.words.errors import KhoscopeError
 from tests.synthetic import PLAIN, snapshot
 from vm.kernel import Kernel, find, under_test, what
 

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from khoscope.calls import NUMBERS
+from khoscope.facts.calls import NUMBERS
 from khoscope.sources.kernel import KernelSource
 from khoscope.sources.open import open_live
+from khoscope.trace.call_filter import Wanted
 from khoscope.trace.probes import Probes
-from khoscope.trace.select import Wanted
 
 #: Whole cycles, and those of some functions of one compiled program.
 FULL, AGAIN = 2, 48

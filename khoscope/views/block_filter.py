@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..abi import TYPE_NAMES
-from ..columns import Blocks
+from ..abi.keys import TYPE_NAMES
+from ..facts.columns import Blocks
 
 
 @dataclass(frozen=True)

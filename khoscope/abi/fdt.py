@@ -17,8 +17,8 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from ..facts.snapshot import Fdt, Subtree
 from . import serialized
-from .snapshot import Fdt, Subtree
 
 #: ``FDT_MAGIC``, as it stands in memory.
 MAGIC: Final = bytes.fromhex("d00dfeed")

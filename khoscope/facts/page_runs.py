@@ -16,9 +16,9 @@ from typing import ClassVar, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .abi import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, NO_TYPE, U64, Abi
+from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, NO_TYPE, U64, Abi
+from ..words.errors import KhoscopeError
 from .columns import Blocks, Columns, Pages
-from .errors import KhoscopeError
 from .owners import UNKNOWN, Owners
 from .snapshot import KeySet, Snapshot
 
@@ -56,7 +56,7 @@ class PageRuns(Columns):
         compound page, where that word holds something else.
     :param refcount: i32.
     :param page_type: u8, the top byte of ``page->page_type``, if that is a type; else ``UNTYPED``.
-    :param compound: i8, as in :class:`~khoscope.columns.Pages`.
+    :param compound: i8, as in :class:`~khoscope.facts.columns.Pages`.
     :param buddy: i8, order of the free buddy block that the page is in; ``ALLOCATED``, or ``FREE``
         where only that it is free is known.
     :param key: u64, radix key of the preserved block that covers the first page; 0: none does.

@@ -15,7 +15,7 @@ from typing import ClassVar, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .abi import U64
+from ..abi.keys import U64
 from .columns import Columns
 
 
@@ -69,7 +69,7 @@ class Claims(Columns):
 
     :param phys: u64, ``phys_addr_t``.
     :param size: u64, bytes.
-    :param owner: u32, index into :attr:`Side.owners <khoscope.snapshot.Side.owners>`.
+    :param owner: u32, index into :attr:`Side.owners <khoscope.facts.snapshot.Side.owners>`.
     """
 
     phys: U64

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .abi import U64
+from ..abi.keys import U64
 from .clients import Claims, Kind, Owner, Vmalloc
 from .columns import Blocks
 from .snapshot import Side, Snapshot

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..image import NextKernel
-from ..serialized import LUO
-from ..snapshot import Snapshot
+from ..abi.serialized import LUO
+from ..facts.next_kernel import NextKernel
+from ..facts.snapshot import Snapshot
 from .rule import Message, Severity, rule
 
 

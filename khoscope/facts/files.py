@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Final, Self
 
-from .errors import KhoscopeError
+from ..words.errors import KhoscopeError
 
 #: The open files of this process, by number.
 _OPEN_FILES: Final = Path("/proc/self/fd")

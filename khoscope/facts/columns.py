@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from .abi import U64
+from ..abi.keys import U64
 
 #: Blocks per chunk, at least, unless the stream ends: the size of one leaf's bitmap at 4 KiB
 #: pages.  A chunk never holds more than this and one leaf together.

@@ -8,7 +8,7 @@ from typing import Any
 from drgn import Program
 from drgn.cli import run_interactive
 
-from . import helpers, plugin
+from .. import helpers, plugin
 
 
 def run(prog: Program) -> None:

@@ -3,8 +3,8 @@
 A Snapshot: facts about KHO in one kernel at one time, and no opinion.
 
 Small facts are plain values.  Whatever a kernel decides the size of is a stream of column chunks
-(:mod:`khoscope.columns`): iterate it as often as needed, it is never whole in memory unless it
-is small.
+(:mod:`khoscope.facts.columns`): iterate it as often as needed, it is never whole in memory unless
+it is small.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .abi import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, NO_TYPE, U64, Abi
+from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, NO_TYPE, U64, Abi
 from .clients import Claims, Liveupdate, Luo, Owner, Vmalloc
 from .columns import CHUNK_BLOCKS, Blocks, Columns, Leaves, Nodes
 
@@ -320,7 +320,7 @@ class Snapshot:
         lack pages.
     :param unrecorded: what the khoscope that took it did not record yet, in words.
     :param contradictions: facts of it that contradict each other, in words, as far as that showed
-        when a file was opened (:mod:`khoscope.invariants`).
+        when a file was opened (:mod:`khoscope.facts.invariants`).
     :param outgoing: what this kernel is about to hand over.
     :param incoming: what it was handed; its tree is evidence, never proof.  None: not a KHO boot.
     :param stamps: stream of the stamped pages, found by scanning all struct pages; sorted by

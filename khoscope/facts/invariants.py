@@ -16,11 +16,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from . import serialized
-from .abi import BAD_ORDER, NO_TYPE, Abi
+from ..abi import serialized
+from ..abi.fdt import kho_test_folios, parse_root_fdt, reserve_mem_areas
+from ..abi.keys import BAD_ORDER, NO_TYPE, Abi
 from .clients import Kind, Luo, LuoFile, LuoSession, Memfd, Owner, Vmalloc
 from .columns import Blocks, Pages
-from .fdt import kho_test_folios, parse_root_fdt, reserve_mem_areas
 from .owners import claimed
 from .snapshot import KexecImage, KeySet, Side, Snapshot, in_ram
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .abi import U64
+from ..abi.keys import U64
 from .columns import Blocks, Columns, Pages
 from .snapshot import Snapshot
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..calls import FUNCTIONS, Batch, Kind
+from ..facts.calls import FUNCTIONS, Batch, Kind
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
-from . import store
-from .errors import KhoscopeError
-from .files import NewFile
+from ..facts import store
+from ..facts.files import NewFile
+from ..facts.snapshot import Snapshot
+from ..words.errors import KhoscopeError
 from .liveupdate import LIVEUPDATE, LiveUpdate, Session
-from .snapshot import Snapshot
 
 #: The session's name.
 SESSION = "khoscope"

@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Final
 
-from ..errors import KhoscopeError
-from ..files import open_file
-from ..image import NextKernel
+from ..facts.files import open_file
+from ..facts.next_kernel import NextKernel
+from ..words.errors import KhoscopeError
 from .decompress import LIMIT, PIECE, Damaged, decompress
 
 #: Where kernels are in a package, a root, /boot or a build directory.

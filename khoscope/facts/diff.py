@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..words.errors import KhoscopeError
 from .clients import Luo
 from .columns import Blocks, Pages, aligned
-from .errors import KhoscopeError
 from .owners import claimed
 from .snapshot import KexecImage, Side, Snapshot
 

@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from .abi import BAD_ORDER
+from ..abi.keys import BAD_ORDER
 from .columns import Blocks
 from .snapshot import KeySet, Side, Snapshot, Subtree, rows
 

@@ -17,10 +17,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from . import serialized
+from ..abi import serialized
+from ..abi.fdt import MAGIC, DeviceTree, Node, Problems, Property, Unreadable, read
+from ..abi.serialized import KHO_VMALLOC, KHO_VMALLOC_FLAGS
 from .clients import Vmalloc
-from .fdt import MAGIC, DeviceTree, Node, Problems, Property, Unreadable, read
-from .serialized import KHO_VMALLOC, KHO_VMALLOC_FLAGS
 from .snapshot import KeySet, Side, Snapshot, Subtree, in_ram
 
 #: Bytes of FDTs that are decoded of all subtrees together: a hostile one takes its time.
