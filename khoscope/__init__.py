@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+#: khoscope's command line in a drgn session (:mod:`khoscope.plugin`), without its ``%``.
+DRGN_COMMAND = "kho"
+
 
 def __getattr__(name: str) -> "Any":
     # On first use: looking at a snapshot file needs no drgn.

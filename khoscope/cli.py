@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, ModuleType
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from . import __version__
+from . import DRGN_COMMAND, __version__
 from .commands import COMMANDS, IN_DRGN, common
 from .commands.common import UNABLE
 from .words.errors import KhoscopeError, say
@@ -216,7 +216,7 @@ exit status: 0 fine, 1 verify or trace --check found an error, 2 could not do it
 def parser_for(prog: Program) -> argparse.ArgumentParser:
     """The options and commands of ``%kho`` in a drgn session, which look at its program."""
     top = _Parser(
-        prog="%kho",
+        prog=f"%{DRGN_COMMAND}",
         description="khoscope's command line, on the program of this drgn session.",
         epilog="khoscope COMMAND --help and man khoscope tell more.",
     )

@@ -9,12 +9,12 @@ the command is used.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from drgn import Program, ProgramFlags
 from drgn.commands import custom_command, parse_shell_command
 
-NAME: Final = "kho"
+from . import DRGN_COMMAND
 
 
 def _has_kho(prog: Program) -> bool:
@@ -26,12 +26,12 @@ def _has_kho(prog: Program) -> bool:
 
 
 @custom_command(
-    name=NAME,
+    name=DRGN_COMMAND,
     description="what Kexec HandOver carries across a kexec, and whether it is right (khoscope)",
-    usage=f"**{NAME}** [**-h**] *COMMAND* ...",
+    usage=f"**{DRGN_COMMAND}** [**-h**] *COMMAND* ...",
     long_description=f"""
     khoscope's command line on the program of this session: the same commands, options and output.
-    %{NAME} -h lists the commands, %{NAME} *COMMAND* -h the options of one.
+    %{DRGN_COMMAND} -h lists the commands, %{DRGN_COMMAND} *COMMAND* -h the options of one.
 
     Return the exit status: 0 fine, 1 verify found an error, 2 could not do it, 3 verify has no
     verdict: it found nothing wrong, and could not see everything.

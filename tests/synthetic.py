@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 import libfdt
 import numpy as np
 
-from khoscope.abi.fdt import parse_root_fdt
 from khoscope.abi.keys import BAD_ORDER, NO_TYPE, U64, Abi, Stamp
+from khoscope.abi.kho_fdt import Fdt, Subtree, parse_root_fdt
 from khoscope.facts.calls import (
     BIT_UNKNOWN,
     FUNCTIONS,
@@ -29,14 +29,12 @@ from khoscope.facts.calls import (
 from khoscope.facts.clients import Claims, Owner
 from khoscope.facts.columns import Blocks, Leaves, Nodes, Pages
 from khoscope.facts.snapshot import (
-    Fdt,
     Handover,
     Kernel,
     KexecImage,
     Scan,
     Side,
     Snapshot,
-    Subtree,
     Taken,
     Tree,
     TreeState,

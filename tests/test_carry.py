@@ -26,6 +26,7 @@ from khoscope.carry.memfd import SESSION, TOKEN, retrieve
 from khoscope.cli import main
 from khoscope.facts import store
 from khoscope.facts.snapshot import Snapshot
+from khoscope.sources import host_files
 from khoscope.words.errors import KhoscopeError
 from tests.synthetic import FIXED, Block, rich, rich_before, snapshot
 
@@ -135,7 +136,7 @@ def luo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Luo:
     (tmp_path / "boot_id").write_text(f"{BOOT_ID}\n")
     monkeypatch.setattr(carry, "LiveUpdate", luo.open)
     monkeypatch.setattr(carry, "DIRECTORY", tmp_path / "khoscope")
-    monkeypatch.setattr(carry, "BOOT_ID", tmp_path / "boot_id")
+    monkeypatch.setattr(host_files, "BOOT_ID", tmp_path / "boot_id")
     return luo
 
 

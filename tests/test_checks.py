@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from khoscope.abi.keys import KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
+from khoscope.abi.kho_fdt import Fdt, Subtree
 from khoscope.checks import RULES, Report, Severity, check, compare, run
 from khoscope.checks.clients import NEEDED
 from khoscope.checks.rule import SCOPES, TRACE, of_scopes
@@ -29,16 +30,7 @@ from khoscope.facts.clients import (
 )
 from khoscope.facts.columns import Pages
 from khoscope.facts.next_kernel import NextKernel
-from khoscope.facts.snapshot import (
-    Fdt,
-    Handover,
-    KexecImage,
-    NodeProblem,
-    Scan,
-    Snapshot,
-    Subtree,
-    TreeState,
-)
+from khoscope.facts.snapshot import Handover, KexecImage, NodeProblem, Scan, Snapshot, TreeState
 from khoscope.words.errors import KhoscopeError
 from tests.synthetic import FIXED, PAGE_FLAGS, PLAIN, POSTED, REFUSED, Block, snapshot
 

@@ -13,16 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khoscope.abi.fdt import (
-    PROBLEMS_KEPT,
-    Node,
-    Unreadable,
-    kho_test_folios,
-    parse_root_fdt,
-    read,
-    reserve_mem_areas,
-)
-from khoscope.facts.snapshot import Fdt, Subtree
+from khoscope.abi.fdt import PROBLEMS_KEPT, Node, Unreadable, read
+from khoscope.abi.kho_fdt import Fdt, Subtree, kho_test_folios, parse_root_fdt, reserve_mem_areas
 from tests.fuzz import fuzz
 
 PAGE = 4096

@@ -19,12 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from khoscope.abi import serialized
-from khoscope.abi.fdt import Node, Property, parse_root_fdt, read
+from khoscope.abi.fdt import Node, Property, read
+from khoscope.abi.kho_fdt import Fdt, parse_root_fdt
 from khoscope.cli import main
 from khoscope.facts import store
 from khoscope.facts.blobs import DECODED, Blob, Blobs, Kind
 from khoscope.facts.clients import Vmalloc
-from khoscope.facts.snapshot import Fdt, Side, Snapshot, in_ram
+from khoscope.facts.snapshot import Side, Snapshot, in_ram
 from khoscope.views.fdt import FdtText, write_json
 from tests.fuzz import fuzz
 from tests.synthetic import FIXED, PLAIN, Block, snapshot

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from khoscope.abi.keys import Abi
+from khoscope.abi.kho_fdt import Fdt, Subtree
 from khoscope.abi.serialized import (
     KHO_BLOCK_HEADER_SER,
     KHO_MAX_BLOCKS,
@@ -22,7 +23,7 @@ from khoscope.abi.serialized import (
 from khoscope.facts import store
 from khoscope.facts.clients import Claims, Kind, Luo, Memfd, Owner
 from khoscope.facts.columns import Leaves
-from khoscope.facts.snapshot import Fdt, KeySet, Snapshot, Subtree
+from khoscope.facts.snapshot import KeySet, Snapshot
 from khoscope.sources import follow
 from khoscope.sources.follow import Following
 from tests.fuzz import fuzz

@@ -24,11 +24,12 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from khoscope.abi.kho_fdt import Fdt, Subtree
 from khoscope.checks import RULES, Severity
 from khoscope.checks import next_kernel as image_rules
 from khoscope.facts.clients import Luo, LuoFile, LuoSession
 from khoscope.facts.next_kernel import NextKernel
-from khoscope.facts.snapshot import Fdt, Snapshot, Subtree
+from khoscope.facts.snapshot import Snapshot
 from khoscope.sources import next_kernel as image
 from khoscope.sources.decompress import LIMIT, PIECE
 from khoscope.sources.next_kernel import read_image

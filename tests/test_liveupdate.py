@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from khoscope.carry import liveupdate
 from khoscope.carry.liveupdate import LiveUpdate
+from khoscope.sources import host_files
 
 
 class Kernel:
@@ -35,7 +35,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Kernel:
     kernel = Kernel()
     device = tmp_path / "liveupdate"
     device.touch()
-    monkeypatch.setattr(liveupdate, "LIVEUPDATE", str(device))
+    monkeypatch.setattr(host_files, "LIVEUPDATE", device)
     monkeypatch.setattr(fcntl, "ioctl", kernel.ioctl)
     return kernel
 
@@ -81,7 +81,7 @@ def test_the_device_is_closed_once(kernel: Kernel) -> None:
 
 
 def test_errors_come_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(liveupdate, "LIVEUPDATE", str(tmp_path / "none"))
+    monkeypatch.setattr(host_files, "LIVEUPDATE", tmp_path / "none")
     with pytest.raises(OSError, match="No such file") as caught:
         LiveUpdate()
     assert caught.value.errno == errno.ENOENT

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from drgn import Architecture, FindObjectFlags, Object, Platform, Program, ProgramFlags
 
-from khoscope.sources import btf
+from khoscope.sources import btf, host_files
 from khoscope.sources import open as open_module
 from khoscope.sources.kernel import KernelSource, told
 from khoscope.words.errors import KhoscopeError
@@ -37,7 +37,7 @@ def test_root_is_refused(
 ) -> None:
     lockdown = tmp_path / "lockdown"
     lockdown.write_text(mode)
-    monkeypatch.setattr(open_module, "LOCKDOWN", lockdown)
+    monkeypatch.setattr(host_files, "LOCKDOWN", lockdown)
     monkeypatch.setattr(open_module, "Program", NoKcore)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     with pytest.raises(KhoscopeError) as raised:

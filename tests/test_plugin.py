@@ -15,7 +15,7 @@ import pytest
 from drgn import Architecture, Platform, Program, ProgramFlags
 from drgn.commands import DEFAULT_COMMAND_NAMESPACE, CommandNotFoundError, run_command
 
-from khoscope import cli, plugin
+from khoscope import DRGN_COMMAND, cli, plugin
 from khoscope.commands import common
 from khoscope.sources.btf import BtfError
 
@@ -27,7 +27,7 @@ SOURCES = ["--live", "--qemu x", "--core x", "--snapshot x", "--vmlinux x"]
 @pytest.fixture
 def prog(monkeypatch: pytest.MonkeyPatch) -> Program:
     """A program without KHO, on which the command is there all the same."""
-    command = DEFAULT_COMMAND_NAMESPACE._commands[plugin.NAME]
+    command = DEFAULT_COMMAND_NAMESPACE._commands[DRGN_COMMAND]
     monkeypatch.setattr(command, "enabled", lambda prog: True)
     return Program(Platform(Architecture.X86_64))
 
@@ -82,7 +82,7 @@ class Other:
 )
 def test_kernels_with_kho_have_it(flags: ProgramFlags, names: tuple[str, ...], there: bool) -> None:
     other: Any = Other(flags, *names)
-    assert (plugin.NAME in dict(DEFAULT_COMMAND_NAMESPACE.enabled(other))) == there
+    assert (DRGN_COMMAND in dict(DEFAULT_COMMAND_NAMESPACE.enabled(other))) == there
 
 
 def test_broken_btf_is_heard_of_when_it_is_used() -> None:
@@ -93,7 +93,7 @@ def test_broken_btf_is_heard_of_when_it_is_used() -> None:
             raise BtfError("BTF has no string at 9999")
 
     other: Any = Broken(ProgramFlags.IS_LINUX_KERNEL)
-    assert plugin.NAME in dict(DEFAULT_COMMAND_NAMESPACE.enabled(other))
+    assert DRGN_COMMAND in dict(DEFAULT_COMMAND_NAMESPACE.enabled(other))
 
 
 def test_other_programs_do_not() -> None:

@@ -18,11 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from khoscope import demo
-from khoscope.abi.fdt import DeviceTree, Node, Property, parse_root_fdt
+from khoscope.abi.fdt import DeviceTree, Node, Property
+from khoscope.abi.kho_fdt import Fdt, Subtree, parse_root_fdt
 from khoscope.checks import check
 from khoscope.cli import main
 from khoscope.facts import store
-from khoscope.facts.snapshot import Fdt, Subtree
 from khoscope.views.fdt import FdtText
 from khoscope.views.text import Text
 from khoscope.words.errors import KhoscopeError

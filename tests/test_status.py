@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from khoscope.abi.keys import BAD_ORDER
+from khoscope.abi.kho_fdt import Fdt, Subtree
 from khoscope.cli import main
 from khoscope.facts import diff, store
 from khoscope.facts.clients import Liveupdate, Luo, LuoFile, LuoSession
 from khoscope.facts.columns import Nodes
-from khoscope.facts.snapshot import Fdt, Handover, KexecImage, Scan, Snapshot, Subtree, TreeState
+from khoscope.facts.snapshot import Handover, KexecImage, Scan, Snapshot, TreeState
 from khoscope.facts.status import READ_FROM, kho_switch, status, taint_letters
 from khoscope.views.status import StatusText
 from tests.synthetic import FIXED, PLAIN, Block, rich, snapshot

@@ -23,11 +23,13 @@ from numpy.typing import NDArray
 
 from khoscope.abi.keys import Abi
 from khoscope.facts.calls import FUNCTIONS, NUMBERS, Batch, Calls, Kind, Touches, Use
+from khoscope.sources import host_files
+from khoscope.sources.bcc import import_bcc
 from khoscope.sources.kernel import KernelSource, Layout
 from khoscope.trace import probes as probes_module
 from khoscope.trace.assemble import record_size
 from khoscope.trace.call_filter import Wanted
-from khoscope.trace.probes import CLIENT_FRAMES, Counters, Probes, import_bcc
+from khoscope.trace.probes import CLIENT_FRAMES, Counters, Probes
 from khoscope.words.errors import KhoscopeError
 from tests.synthetic import FIXED, PLAIN, REFUSED, call_of
 from tests.test_pages import LAYOUT
@@ -174,11 +176,11 @@ def bcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeBcc:
         "BTF": b"\0" + b"".join(name.encode() + b"\0" for name in ALL),
         "TRACEABLE": "".join(f"{name}\n" for name in [*ALL, "other [kho_test]"]).encode(),
         "KPROBES_ENABLED": b"1\n",
-        "MODULES": b"",
+        "LOADED_MODULES": b"",
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-        monkeypatch.setattr(probes_module, name, tmp_path / name)
+        monkeypatch.setattr(host_files, name, tmp_path / name)
     return fake
 
 
@@ -372,22 +374,22 @@ def test_kernels_without_fentry(bcc: FakeBcc) -> None:
     bcc.kfunc = False
     assert hows(fake_probes()) == {"kprobe"}
     bcc.kfunc = True
-    probes_module.BTF.unlink()
+    host_files.BTF.unlink()
     assert hows(fake_probes()) == {"kprobe"}
 
 
 def test_functions_that_fentry_cannot_have(bcc: FakeBcc) -> None:
     # A name is whole in BTF, or not there.
-    btf = probes_module.BTF.read_bytes().replace(b"\0kho_restore_page\0", b"\0")
-    probes_module.BTF.write_bytes(btf)
-    traceable = probes_module.TRACEABLE.read_text().replace("kho_preserve_pages\n", "")
-    probes_module.TRACEABLE.write_text(traceable)
+    btf = host_files.BTF.read_bytes().replace(b"\0kho_restore_page\0", b"\0")
+    host_files.BTF.write_bytes(btf)
+    traceable = host_files.TRACEABLE.read_text().replace("kho_preserve_pages\n", "")
+    host_files.TRACEABLE.write_text(traceable)
     with fake_probes() as probes:
         kprobes = {name for name, how in probes.attached.items() if how == "kprobe"}
         assert kprobes == {"kho_restore_page", "kho_preserve_pages"}
         assert bcc.steps("kprobe") == ["kho_preserve_pages", "kho_restore_page"]
     # Not to be had is no list.
-    probes_module.TRACEABLE.unlink()
+    host_files.TRACEABLE.unlink()
     with fake_probes() as probes:
         assert probes.attached["kho_preserve_pages"] == "fentry"
 
@@ -647,14 +649,14 @@ def test_kprobes_are_not_permitted(bcc: FakeBcc) -> None:
 
 
 def test_kprobes_are_switched_off(bcc: FakeBcc) -> None:
-    probes_module.KPROBES_ENABLED.write_text("0\n")
+    host_files.KPROBES_ENABLED.write_text("0\n")
     # A function that fentry cannot have is among them: those that it can have are taken back.
-    probes_module.TRACEABLE.write_text("kho_preserve_folio\n")
-    refused("kprobes are switched off", f"write 1 to {probes_module.KPROBES_ENABLED}")
+    host_files.TRACEABLE.write_text("kho_preserve_folio\n")
+    refused("kprobes are switched off", f"write 1 to {host_files.KPROBES_ENABLED}")
     assert (len(bcc.made), bcc.left) == (1, 0)
-    probes_module.TRACEABLE.unlink()
+    host_files.TRACEABLE.unlink()
     assert hows(fake_probes()) == {"fentry"}
-    probes_module.KPROBES_ENABLED.unlink()
+    host_files.KPROBES_ENABLED.unlink()
     assert hows(fake_probes(how="kprobe")) == {"kprobe"}
 
 
@@ -780,7 +782,7 @@ def test_symbols(bcc: FakeBcc) -> None:
         assert probes.symbol(1) == "init+0x1f [a_client]"
         assert [probes.symbol(address) for address in (3, 4, 99)] == ["[unknown]"] * 3
         assert bcc.caches == 1
-        probes_module.MODULES.write_text("another_client 16384 0 - Live 0xffffffffc0000000\n")
+        host_files.LOADED_MODULES.write_text("another_client 16384 0 - Live 0xffffffffc0000000\n")
         bcc.symbols = {5: (b"probe", 2, b"another_client")}
         probes.learn(batch((5, 0)))
         assert (probes.symbol(5), bcc.caches) == ("probe+0x2 [another_client]", 2)

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-Flattened device trees (FDT): KHO's own, and those of its clients.
+Flattened device trees (FDT), as any: structure and strings are big endian, values are bytes.
 
-What FDT itself has is big endian; the values of KHO's properties are in CPU byte order.
-Kernel source: ``kho_out_fdt_setup`` and ``kho_add_subtree`` in kexec_handover.c.  What is refused
-is what ``fdt_check_full`` refuses (libfdt/fdt_check.c in dtc), for the same reason.
+What is refused is what ``fdt_check_full`` refuses (libfdt/fdt_check.c in dtc), for the same reason.
 """
 
 from __future__ import annotations
@@ -14,11 +12,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
-
-import numpy as np
-
-from ..facts.snapshot import Fdt, Subtree
-from . import serialized
 
 #: ``FDT_MAGIC``, as it stands in memory.
 MAGIC: Final = bytes.fromhex("d00dfeed")
@@ -133,86 +126,6 @@ class Problems:
     def all(self) -> list[str]:
         more = [f"{self._more:,} more problems like these"] if self._more else []
         return [*self._kept, *more]
-
-
-def parse_root_fdt(phys: int, blob: bytes | None) -> Fdt:
-    """
-    Read a root FDT.
-
-    :param phys: where it was read from, ``phys_addr_t``.
-    :param blob: its page; None: not readable.
-    :return: what it says, with everything that is wrong with it in ``problems``.
-    """
-    if blob is None:
-        return Fdt(phys, problems=["its page cannot be read"])
-    try:
-        tree = read(blob)
-    except Unreadable as error:
-        return Fdt(phys, problems=[f"not a readable FDT ({error})"])
-    problems: list[str] = []
-    compatible = tree.root.property("compatible")
-    if compatible is None:
-        problems.append("no compatible")
-    memory_map = _u64(tree.root, "preserved-memory-map", problems)
-    subtrees: list[Subtree] = []
-    for node in tree.root.children:
-        found: list[str] = []
-        at, size = _u64(node, "preserved-data", found), _u64(node, "blob-size", found)
-        subtrees.append(Subtree(node.name, at, size))
-        problems += [f"subtree {node.name!r}: {problem}" for problem in found]
-    return Fdt(
-        phys,
-        None if compatible is None else _escaped(compatible.value.rstrip(b"\0")),
-        memory_map,
-        subtrees,
-        problems + tree.problems,
-    )
-
-
-def compatible_of(blob: bytes) -> str | None:
-    """What an FDT says that it is; None: it is none that can be read, or does not say."""
-    try:
-        found = read(blob).root.property("compatible")
-    except Unreadable:
-        return None
-    return None if found is None else serialized.text(found.value)
-
-
-def reserve_mem_areas(blobs: dict[str, bytes]) -> list[tuple[str, int, int]]:
-    """
-    What the ``memblock`` subtree hands over (``prepare_kho_fdt`` in mm/memblock.c).
-
-    :param blobs: of a side.
-    :return: name, ``phys_addr_t`` and size in bytes of each area; nothing where it is unreadable.
-    """
-    root = _known(blobs, serialized.MEMBLOCK, serialized.MEMBLOCK_COMPATIBLE)
-    found: list[tuple[str, int, int]] = []
-    for node in root.children if root else ():
-        start, size = (_u64(node, name, []) for name in ("start", "size"))
-        if start is not None and size:
-            found.append((node.name, start, size))
-    return found
-
-
-def kho_test_folios(blobs: dict[str, bytes]) -> tuple[np.void, int, int] | None:
-    """
-    What the kernel's own test hands over (``kho_test_prepare_fdt`` in lib/test_kho.c).
-
-    :param blobs: of a side.
-    :return: the ``struct kho_vmalloc`` of its list of folios, the descriptor's offset in the blob,
-        and how many folios there are; None: it is not there, or unreadable.
-    """
-    root = _known(blobs, serialized.KHO_TEST, serialized.KHO_TEST_COMPATIBLE)
-    data = root.child("data") if root else None
-    if data is None:
-        return None
-    desc, count = data.property("folios_info"), data.property("nr_folios")
-    if desc is None or count is None:
-        return None
-    if len(desc.value) != serialized.KHO_VMALLOC.itemsize or len(count.value) != 4:
-        return None
-    number = int.from_bytes(count.value, "little")
-    return serialized.one(serialized.KHO_VMALLOC, desc.value), desc.offset, number
 
 
 class _Header(NamedTuple):
@@ -369,13 +282,14 @@ def _name(block: bytes, at: int, what: str, problems: Problems) -> str:
         problems.add(f"the name of a {what} has more than {_NAME_LIMIT} bytes: cut")
         end = limit
     raw = block[at:end]
-    name = _escaped(raw)
+    name = escaped(raw)
     if not raw.isascii():
         problems.add(f"{what} {name!r}: its name is not ASCII")
     return name
 
 
-def _escaped(raw: bytes) -> str:
+def escaped(raw: bytes) -> str:
+    """Text that is to be ASCII, and may hold anything."""
     return raw.decode("ascii", "backslashreplace")
 
 
@@ -390,29 +304,3 @@ def _names_twice(node: Node, path: str) -> Iterator[str]:
                 yield f"{what} {path + '/' + name!r} is there {times} times"
     for child in node.children:
         yield from _names_twice(child, f"{path}/{child.name}")
-
-
-def _u64(node: Node, name: str, problems: list[str]) -> int | None:
-    """A value in CPU byte order."""
-    found = node.property(name)
-    if found is None:
-        problems.append(f"no {name}")
-    elif len(found.value) != 8:
-        problems.append(f"{name} has {len(found.value)} bytes, not 8")
-    else:
-        return int.from_bytes(found.value, "little")
-    return None
-
-
-def _known(blobs: dict[str, bytes], name: str, compatible: str) -> Node | None:
-    """The root of a subtree whose layout is known; None: it is not there, or another."""
-    blob = blobs.get(f"subtree {name}")
-    if blob is None:
-        return None
-    try:
-        root = read(blob).root
-    except Unreadable:
-        # Whoever asks what it says gets it shown as what it is: unknown bytes.
-        return None
-    found = root.property("compatible")
-    return root if found is not None and serialized.text(found.value) == compatible else None

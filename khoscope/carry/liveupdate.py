@@ -15,7 +15,7 @@ import struct
 from types import TracebackType
 from typing import Any, Self
 
-LIVEUPDATE = "/dev/liveupdate"
+from ..sources import host_files
 
 LIVEUPDATE_IOCTL_TYPE = 0xBA
 #: With the 0 at the end.
@@ -114,7 +114,7 @@ class LiveUpdate(_Descriptor):
     """
 
     def __init__(self) -> None:
-        super().__init__(os.open(LIVEUPDATE, os.O_RDWR | os.O_CLOEXEC))
+        super().__init__(os.open(host_files.LIVEUPDATE, os.O_RDWR | os.O_CLOEXEC))
 
     def create_session(self, name: str) -> Session:
         """``luo_session_create()``: an outgoing session of that name, at most 63 bytes."""

@@ -22,8 +22,9 @@ from typing import IO, Final
 from ..facts import store
 from ..facts.files import NewFile
 from ..facts.snapshot import Snapshot
+from ..sources import host_files
 from ..words.errors import KhoscopeError
-from .liveupdate import LIVEUPDATE, LiveUpdate, Session
+from .liveupdate import LiveUpdate, Session
 
 #: The session's name.
 SESSION = "khoscope"
@@ -32,7 +33,6 @@ TOKEN = int.from_bytes(b"khoscope", "big")
 
 #: What :func:`retrieve` keeps, for this boot: a session is retrieved once.
 DIRECTORY = Path("/run/khoscope")
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 #: ``include/uapi/linux/memfd.h``; Python has no name for it.  Asked for on hardened systems
 #: (``vm.memfd_noexec``), and LUO preserves the seal.
@@ -45,17 +45,18 @@ ATTEMPTS = 3
 
 Said = Mapping[int | None, tuple[str, str]]
 
-_NOT_PERMITTED = (f"{LIVEUPDATE}: permission denied", "run khoscope as root")
+_NOT_PERMITTED = (f"{host_files.LIVEUPDATE}: permission denied", "run khoscope as root")
 _OPEN: Final[Said] = {
     errno.ENOENT: (
-        f"LUO is off: there is no {LIVEUPDATE}",
+        f"LUO is off: there is no {host_files.LIVEUPDATE}",
         "boot a kernel that has CONFIG_LIVEUPDATE, with kho=on liveupdate=on",
     ),
     errno.EACCES: _NOT_PERMITTED,
     errno.EPERM: _NOT_PERMITTED,
     errno.EBUSY: (
-        f"{LIVEUPDATE} is busy: only one process may have it open",
-        f"`fuser {LIVEUPDATE}` says which one; run khoscope again when that has closed it",
+        f"{host_files.LIVEUPDATE} is busy: only one process may have it open",
+        f"`fuser {host_files.LIVEUPDATE}` says which one; run khoscope again when that has closed"
+        " it",
     ),
     errno.EIO: (
         "the kernel could not read the LUO sessions that it was handed, and refuses LUO since",
@@ -168,7 +169,7 @@ def _session() -> Session:
 
 
 def _device() -> LiveUpdate:
-    with _told(f"cannot open {LIVEUPDATE}", _OPEN):
+    with _told(f"cannot open {host_files.LIVEUPDATE}", _OPEN):
         return LiveUpdate()
 
 
@@ -203,7 +204,7 @@ def retrieve() -> Path:
 
     :raises KhoscopeError: if there is none, or LUO does not give it.
     """
-    path = DIRECTORY / f"carried-{BOOT_ID.read_text().strip()}.khosnap"
+    path = DIRECTORY / f"carried-{host_files.BOOT_ID.read_text().strip()}.khosnap"
     with _told(f"cannot keep anything in {DIRECTORY}", _DIRECTORY):
         there = path.exists()
     if not there:

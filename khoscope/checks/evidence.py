@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ..abi import serialized
-from ..abi.fdt import compatible_of
 from ..abi.keys import COMPATIBLES
+from ..abi.kho_fdt import compatible_of
 from ..facts import invariants
 from ..facts.clients import Luo
 from ..facts.columns import Blocks

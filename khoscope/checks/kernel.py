@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 from ..abi.fdt import Unreadable, read
 from ..abi.keys import COMPATIBLES_WITHOUT_TYPES, Abi
+from ..abi.kho_fdt import Fdt, Subtree
 from ..abi.serialized import SUBTREE_COMPATIBLES
-from ..facts.snapshot import Fdt, Side, Snapshot, Subtree, in_ram
+from ..facts.snapshot import Side, Snapshot, in_ram
 from .rule import Message, Severity, rule
 
 #: ``TAINT_BAD_PAGE`` (include/linux/panic.h), a bit of ``tainted_mask``.

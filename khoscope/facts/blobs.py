@@ -19,9 +19,10 @@ import numpy as np
 
 from ..abi import serialized
 from ..abi.fdt import MAGIC, DeviceTree, Node, Problems, Property, Unreadable, read
+from ..abi.kho_fdt import Subtree
 from ..abi.serialized import KHO_VMALLOC, KHO_VMALLOC_FLAGS
 from .clients import Vmalloc
-from .snapshot import KeySet, Side, Snapshot, Subtree, in_ram
+from .snapshot import KeySet, Side, Snapshot, in_ram
 
 #: Bytes of FDTs that are decoded of all subtrees together: a hostile one takes its time.
 DECODED: Final = 4 << 20

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..abi import serialized
-from ..abi.fdt import kho_test_folios, parse_root_fdt, reserve_mem_areas
 from ..abi.keys import BAD_ORDER, NO_TYPE, Abi
+from ..abi.kho_fdt import kho_test_folios, parse_root_fdt, reserve_mem_areas
 from .clients import Kind, Luo, LuoFile, LuoSession, Memfd, Owner, Vmalloc
 from .columns import Blocks, Pages
 from .owners import claimed

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, NO_TYPE, U64, Abi
+from ..abi.kho_fdt import Fdt
 from .clients import Claims, Liveupdate, Luo, Owner, Vmalloc
 from .columns import CHUNK_BLOCKS, Blocks, Columns, Leaves, Nodes
 
@@ -193,38 +194,6 @@ def _set_bits(bitmap: NDArray[np.uint8]) -> U64:
         return _all_bits(8 * len(bitmap))
     bits = np.unpackbits(bitmap, bitorder="little").view(np.bool_)
     return np.flatnonzero(bits).view(np.uint64)
-
-
-@dataclass(frozen=True)
-class Subtree:
-    """
-    A child of the root FDT.
-
-    :param phys: ``preserved-data``, ``phys_addr_t``; None: property missing or malformed.
-    :param size: ``blob-size``, bytes; None likewise.
-    """
-
-    name: str
-    phys: int | None
-    size: int | None
-
-
-@dataclass(frozen=True)
-class Fdt:
-    """
-    A root FDT and what it says.
-
-    :param phys: ``phys_addr_t``; 0: there is none.
-    :param compatible: its ``compatible``.
-    :param memory_map: ``preserved-memory-map``, ``phys_addr_t`` of the tree's root.
-    :param problems: what is missing or malformed, in words.
-    """
-
-    phys: int
-    compatible: str | None = None
-    memory_map: int | None = None
-    subtrees: list[Subtree] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from typing import Final
 import numpy as np
 
 from ..abi.keys import BAD_ORDER
+from ..abi.kho_fdt import Subtree
 from .columns import Blocks
-from .snapshot import KeySet, Side, Snapshot, Subtree, rows
+from .snapshot import KeySet, Side, Snapshot, rows
 
 #: Where each fact was read, in the kernel's own names.
 READ_FROM: Final = {

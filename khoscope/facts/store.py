@@ -44,15 +44,14 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from ..abi.fdt import parse_root_fdt
 from ..abi.keys import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE, Abi
+from ..abi.kho_fdt import Fdt, parse_root_fdt
 from ..words.errors import KhoscopeError
 from . import budget, invariants
 from .clients import Claims, Liveupdate, Luo, Owner, Vmalloc
 from .columns import CHUNK_BLOCKS, Blocks, Columns, Leaves, Nodes, Pages
 from .files import NewFile, open_file
 from .snapshot import (
-    Fdt,
     Handover,
     Kernel,
     KexecImage,

@@ -8,7 +8,7 @@ from typing import Any
 from drgn import Program
 from drgn.cli import run_interactive
 
-from .. import helpers, plugin
+from .. import DRGN_COMMAND, helpers
 
 
 def run(prog: Program) -> None:
@@ -18,7 +18,7 @@ def run(prog: Program) -> None:
         names = ", ".join(helpers.__all__)
         return (
             f"{text}\nKHO helpers (help(NAME) explains each): {names}"
-            f"\nkhoscope's command line: %{plugin.NAME}"
+            f"\nkhoscope's command line: %{DRGN_COMMAND}"
         )
 
     def names(existing: dict[str, Any]) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi.fdt import kho_test_folios, reserve_mem_areas
 from ..abi.keys import U64, Abi
+from ..abi.kho_fdt import Fdt, kho_test_folios, reserve_mem_areas
 from ..abi.serialized import (
     KHO_BLOCK_HEADER_SER,
     KHO_MAX_BLOCKS,
@@ -33,7 +33,7 @@ from ..abi.serialized import (
     one,
 )
 from ..facts.clients import Claims, Kind, Memfd, Owner, Vmalloc
-from ..facts.snapshot import Fdt, KeySet
+from ..facts.snapshot import KeySet
 from .walk import READ_SIZE, ReadPhys, in_ranges
 
 #: Claims that are kept together: a snapshot file takes no chunk of any length.

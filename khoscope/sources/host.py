@@ -21,20 +21,11 @@ from drgn import Program
 from ..facts.offers import Fact, State
 from ..facts.snapshot import Snapshot
 from ..facts.status import kho_parameter, kho_switch
-from ..trace.probes import BTF, KPROBES_ENABLED, TRACEABLE, import_bcc
 from ..words.errors import KhoscopeError
+from . import host_files
+from .bcc import import_bcc
 from .kernel import KernelSource
-from .open import ANOTHER_WAY, LOCKDOWN, DebugInfo, debug_info, lockdown_mode
-
-KALLSYMS: Final = Path("/proc/kallsyms")
-KCORE: Final = Path("/proc/kcore")
-COMMAND_LINE: Final = Path("/proc/cmdline")
-KPTR_RESTRICT: Final = Path("/proc/sys/kernel/kptr_restrict")
-FTRACE_ENABLED: Final = Path("/proc/sys/kernel/ftrace_enabled")
-KHEADERS: Final = Path("/sys/kernel/kheaders.tar.xz")
-MODULES: Final = Path("/lib/modules")
-LIVEUPDATE: Final = Path("/dev/liveupdate")
-KEXEC_LOADED: Final = Path("/sys/kernel/kexec_loaded")
+from .open import ANOTHER_WAY, DebugInfo, debug_info, lockdown_mode
 
 #: Functions of the kernel that show it was built with something; any of them will do.
 BUILT: Final = {
@@ -116,7 +107,7 @@ class Host:
 
     def _has(self, name: str, what: str) -> Fact:
         """Whether the kernel was built with something."""
-        where = str(KALLSYMS)
+        where = str(host_files.KALLSYMS)
         if not self._symbols:
             hint = "use a kernel with CONFIG_KALLSYMS=y, outside a container"
             return Fact(name, State.UNKNOWN, "the kernel lists no symbols", where, hint)
@@ -130,8 +121,8 @@ class Host:
             switch = kho_switch(seen.facts)
             state = State.OK if switch.on else State.NO
             return Fact(name, state, switch.why, "kho_enable", "" if switch.on else hint, True)
-        asked = kho_parameter(self._text(COMMAND_LINE) or "")
-        where = str(COMMAND_LINE)
+        asked = kho_parameter(self._text(host_files.COMMAND_LINE) or "")
+        where = str(host_files.COMMAND_LINE)
         if asked and not asked[1]:
             return Fact(name, State.NO, f"{asked[0]} on the command line", where, hint, True)
         what = f"{asked[0]} on the command line" if asked else "no kho=on on the command line"
@@ -140,20 +131,20 @@ class Host:
         return Fact(name, State.UNKNOWN, what, where, hint, True)
 
     def _kcore(self) -> Fact:
-        name, where = "kernel memory", str(KCORE)
-        if not self._is_there(KCORE):
+        name, where = "kernel memory", str(host_files.KCORE)
+        if not self._is_there(host_files.KCORE):
             hint = "use a kernel with CONFIG_PROC_KCORE=y, outside a container"
             return Fact(name, State.NO, "there is none", where, hint, True)
         try:
-            self._at(KCORE).open("rb").close()
+            self._at(host_files.KCORE).open("rb").close()
         except OSError as error:
             hint = ANOTHER_WAY if os.geteuid() == 0 else _AS_ROOT
             return Fact(name, State.NO, str(error.strerror), where, hint, True)
         return Fact(name, State.OK, "can be opened", where, needed=True)
 
     def _lockdown(self) -> Fact:
-        name, where = "lockdown", str(LOCKDOWN)
-        mode = lockdown_mode(self._at(LOCKDOWN))
+        name, where = "lockdown", str(host_files.LOCKDOWN)
+        mode = lockdown_mode(self._at(host_files.LOCKDOWN))
         if mode is None:
             return Fact(name, State.OK, "this kernel has none, or does not say", where)
         if mode == "confidentiality":
@@ -164,15 +155,17 @@ class Host:
     # -- what some need ---------------------------------------------------------------------------
 
     def _btf(self) -> Fact:
-        name, where = "BTF", str(BTF)
-        if self._is_there(BTF):
-            return Fact(name, State.OK, f"{self._at(BTF).stat().st_size >> 10:,} KiB", where)
+        name, where = "BTF", str(host_files.BTF)
+        if self._is_there(host_files.BTF):
+            return Fact(
+                name, State.OK, f"{self._at(host_files.BTF).stat().st_size >> 10:,} KiB", where
+            )
         hint = "without it a vmlinux is needed, and trace uses kprobes: CONFIG_DEBUG_INFO_BTF=y"
         return Fact(name, State.NO, "this kernel has none", where, hint)
 
     def _kptr_restrict(self) -> Fact:
-        name, where = "kptr_restrict", str(KPTR_RESTRICT)
-        value = self._text(KPTR_RESTRICT)
+        name, where = "kptr_restrict", str(host_files.KPTR_RESTRICT)
+        value = self._text(host_files.KPTR_RESTRICT)
         if value is None:
             return Fact(name, State.UNKNOWN, "cannot be read", where, "see that /proc is mounted")
         if value.strip() == "2":
@@ -193,18 +186,18 @@ class Host:
         return Fact("LUO", State.NO, "off", "luo_global.enabled", hint)
 
     def _liveupdate(self) -> Fact:
-        name, where = "LUO's device", str(LIVEUPDATE)
-        if self._is_there(LIVEUPDATE):
+        name, where = "LUO's device", str(host_files.LIVEUPDATE)
+        if self._is_there(host_files.LIVEUPDATE):
             return Fact(name, State.OK, "there", where)
         hint = "carry needs it: boot with liveupdate=on, and mount a devtmpfs on /dev"
         return Fact(name, State.NO, "there is none", where, hint)
 
     def _image(self, seen: Seen) -> Fact:
-        name, where = "kexec image", str(KEXEC_LOADED)
+        name, where = "kexec image", str(host_files.KEXEC_LOADED)
         hint = "load one with the handover: kexec -s -l KERNEL --reuse-cmdline"
         image = seen.facts.image if seen.facts else None
         if image is None:
-            loaded = self._text(KEXEC_LOADED)
+            loaded = self._text(host_files.KEXEC_LOADED)
             if loaded is None:
                 hint = "kexec needs CONFIG_KEXEC_FILE=y"
                 return Fact(name, State.UNKNOWN, "the kernel does not say", where, hint)
@@ -222,47 +215,53 @@ class Host:
 
     def _headers(self) -> Fact:
         """What bcc compiles with."""
-        name, build = "headers", MODULES / platform.release() / "build"
+        name, build = "headers", host_files.MODULES / platform.release() / "build"
         if self._is_there(build):
             return Fact(name, State.OK, "installed", str(build))
         hint = "trace needs them: install the kernel's headers package, or use CONFIG_IKHEADERS=y"
-        if not self._is_there(KHEADERS):
+        if not self._is_there(host_files.KHEADERS):
             what = f"neither there nor in {build}"
-            return Fact(name, State.NO, what, str(KHEADERS), hint)
+            return Fact(name, State.NO, what, str(host_files.KHEADERS), hint)
         lacks = [tool for tool in ("tar", "xz") if shutil.which(tool) is None]
         if lacks:
             hint = f"install {' and '.join(lacks)}: bcc unpacks it with them"
-            return Fact(name, State.NO, f"no {' and no '.join(lacks)}", str(KHEADERS), hint)
-        return Fact(name, State.OK, "in the kernel", str(KHEADERS))
+            return Fact(
+                name, State.NO, f"no {' and no '.join(lacks)}", str(host_files.KHEADERS), hint
+            )
+        return Fact(name, State.OK, "in the kernel", str(host_files.KHEADERS))
 
     def _kprobes(self) -> Fact:
         built = self._has("kprobes", "CONFIG_KPROBES=y, for trace")
-        switch = self._text(KPROBES_ENABLED)
+        switch = self._text(host_files.KPROBES_ENABLED)
         if built.state != State.OK or switch is None:
             return built
         if switch.strip() == "1":
-            return Fact("kprobes", State.OK, "on", str(KPROBES_ENABLED))
-        hint = f"write 1 to {KPROBES_ENABLED}"
-        return Fact("kprobes", State.NO, "switched off", str(KPROBES_ENABLED), hint)
+            return Fact("kprobes", State.OK, "on", str(host_files.KPROBES_ENABLED))
+        hint = f"write 1 to {host_files.KPROBES_ENABLED}"
+        return Fact("kprobes", State.NO, "switched off", str(host_files.KPROBES_ENABLED), hint)
 
     def _fentry(self) -> Fact:
         """Whether functions of KHO can be patched, which is cheaper than kprobes."""
         name = "fentry"
-        if not self._is_there(BTF):
+        if not self._is_there(host_files.BTF):
             hint = "trace uses kprobes without it"
-            return Fact(name, State.NO, "needs BTF", str(BTF), hint)
-        if (self._text(FTRACE_ENABLED) or "1").strip() != "1":
+            return Fact(name, State.NO, "needs BTF", str(host_files.BTF), hint)
+        if (self._text(host_files.FTRACE_ENABLED) or "1").strip() != "1":
             hint = "sysctl -w kernel.ftrace_enabled=1"
-            return Fact(name, State.NO, "ftrace is switched off", str(FTRACE_ENABLED), hint)
-        functions = self._text(TRACEABLE)
+            return Fact(
+                name, State.NO, "ftrace is switched off", str(host_files.FTRACE_ENABLED), hint
+            )
+        functions = self._text(host_files.TRACEABLE)
         if functions is None:
             hint = f"{_AS_ROOT}; it needs CONFIG_FUNCTION_TRACER=y and tracefs"
-            return Fact(name, State.UNKNOWN, "cannot be read", str(TRACEABLE), hint)
+            return Fact(name, State.UNKNOWN, "cannot be read", str(host_files.TRACEABLE), hint)
         names = {line.partition(" ")[0] for line in functions.splitlines()}
         if names.isdisjoint(BUILT["KHO"]):
             hint = "trace uses kprobes without it"
-            return Fact(name, State.NO, "no function of KHO can be traced", str(TRACEABLE), hint)
-        return Fact(name, State.OK, "functions of KHO can be traced", str(TRACEABLE))
+            return Fact(
+                name, State.NO, "no function of KHO can be traced", str(host_files.TRACEABLE), hint
+            )
+        return Fact(name, State.OK, "functions of KHO can be traced", str(host_files.TRACEABLE))
 
     # -- files ------------------------------------------------------------------------------------
 
@@ -283,7 +282,7 @@ class Host:
     @cached_property
     def _symbols(self) -> frozenset[str]:
         """Names alone: the addresses may be hidden."""
-        lines = (self._text(KALLSYMS) or "").splitlines()
+        lines = (self._text(host_files.KALLSYMS) or "").splitlines()
         return frozenset(words[2] for line in lines if len(words := line.split()) >= 3)
 
 

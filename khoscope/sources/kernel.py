@@ -22,11 +22,12 @@ from drgn.helpers.linux.module import for_each_module
 
 from .. import __version__
 from ..abi.keys import U64
+from ..abi.kho_fdt import Fdt
 from ..abi.serialized import KHO_VMALLOC, one
 from ..facts.clients import Kind, Owner
 from ..facts.columns import Blocks, Columns, Leaves
 from ..facts.page_runs import PageRuns, Seen
-from ..facts.snapshot import Fdt, Kernel, KeySet, Scan, Side, Snapshot, Taken, Tree, Watched
+from ..facts.snapshot import Kernel, KeySet, Scan, Side, Snapshot, Taken, Tree, Watched
 from ..facts.store import spool
 from ..words.errors import KhoscopeError
 from . import btf

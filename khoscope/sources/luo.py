@@ -19,7 +19,8 @@ from drgn.helpers.linux.list import list_empty, list_for_each_entry
 from drgn.helpers.linux.mm import virt_to_phys
 from numpy.typing import NDArray
 
-from ..abi.fdt import MAGIC, compatible_of
+from ..abi.fdt import MAGIC
+from ..abi.kho_fdt import compatible_of
 from ..abi.serialized import (
     LUO_COMPATIBLE,
     LUO_FILE_SER,

@@ -16,7 +16,7 @@ from drgn import BadDataError, FaultError, MissingDebugInfoError, Program, Progr
 
 from ..facts.files import require_regular
 from ..words.errors import KhoscopeError
-from . import btf
+from . import btf, host_files
 
 # What drgn logs about missing debug info is in the error that it raises, too.
 logging.getLogger("drgn").setLevel(logging.CRITICAL)
@@ -24,8 +24,6 @@ logging.getLogger("drgn").setLevel(logging.CRITICAL)
 #: The longest wait for one answer of QEMU.
 ANSWER_SECONDS = 10.0
 
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-LOCKDOWN = Path("/sys/kernel/security/lockdown")
 
 #: How the running kernel is read.
 LIVE = "live kernel, /proc/kcore"
@@ -97,8 +95,8 @@ def how_it_is_read(prog: Program) -> tuple[str, bool]:
 
 def ask_for_boot_id() -> None:
     """The running kernel makes its boot id when it is first asked for it."""
-    if BOOT_ID.exists():
-        BOOT_ID.read_text()
+    if host_files.BOOT_ID.exists():
+        host_files.BOOT_ID.read_text()
 
 
 def open_live(vmlinux: Path | None = None) -> Program:
@@ -324,5 +322,5 @@ def lockdown_mode(path: Path) -> str | None:
 
 def _lockdown() -> str:
     """The kernel's lockdown mode, if it can be read and is not none."""
-    mode = lockdown_mode(LOCKDOWN)
+    mode = lockdown_mode(host_files.LOCKDOWN)
     return "" if mode in (None, "none") else f": the kernel is locked down ({mode})"

@@ -22,12 +22,12 @@ from drgn.helpers.linux.list import list_for_each_entry
 from drgn.helpers.linux.mmzone import for_each_online_pgdat
 from drgn.helpers.linux.printk import get_printk_records
 
-from ..abi.fdt import parse_root_fdt
 from ..abi.keys import U64
+from ..abi.kho_fdt import Fdt, parse_root_fdt
 from ..abi.serialized import text
 from ..facts import budget
 from ..facts.clients import Liveupdate
-from ..facts.snapshot import Fdt, Handover, Kernel, KexecImage
+from ..facts.snapshot import Handover, Kernel, KexecImage
 from ..words.errors import KhoscopeError
 from .probe import Parts, enumerators
 from .walk import READS, in_ranges

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import os
 import platform
 import re
@@ -25,18 +24,13 @@ from numpy.typing import NDArray
 
 from ..abi.keys import KHO_PAGE_MAGIC
 from ..facts.calls import FUNCTIONS, NUMBERS, Action, Batch, Function, Kind, Use
+from ..sources import host_files
+from ..sources.bcc import import_bcc
 from ..sources.kernel import KernelSource
 from ..words.errors import KhoscopeError, say
 from .assemble import record_size
 from .call_filter import Wanted
 from .ring import Ring
-
-BTF: Final = Path("/sys/kernel/btf/vmlinux")
-#: Functions that ftrace can patch, so that a BPF trampoline can be attached to them.
-TRACEABLE: Final = Path("/sys/kernel/tracing/available_filter_functions")
-#: "0": kprobes are attached and never hit.
-KPROBES_ENABLED: Final = Path("/sys/kernel/debug/kprobes/enabled")
-MODULES: Final = Path("/proc/modules")
 
 #: Stack frames that are kept of a call: enough to find the client, or the whole stack.  The
 #: innermost ones are the BPF program's, its trampoline's and KHO's own.
@@ -48,9 +42,6 @@ ENOUGH: Final = 1 << 15
 
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 _KINDS: Final = list(Kind)
-
-#: What bcc needs to have; by what a version lacks, for the message.
-_NEEDED = ("ring_buffer_poll", "support_kfunc")
 
 
 @dataclass(frozen=True)
@@ -207,16 +198,16 @@ class Probes:
     @cached_property
     def _btf(self) -> bytes:
         """The kernel's BTF, in which all names are; empty where fentry is not to be had."""
-        if not BTF.exists() or not self._bcc.BPF.support_kfunc():
+        if not host_files.BTF.exists() or not self._bcc.BPF.support_kfunc():
             return b""
-        return BTF.read_bytes()
+        return host_files.BTF.read_bytes()
 
     @cached_property
     def _traceable(self) -> frozenset[str]:
         """Empty: the kernel does not say."""
-        if not os.access(TRACEABLE, os.R_OK):
+        if not os.access(host_files.TRACEABLE, os.R_OK):
             return frozenset()
-        return frozenset(line.split()[0] for line in TRACEABLE.read_text().splitlines())
+        return frozenset(line.split()[0] for line in host_files.TRACEABLE.read_text().splitlines())
 
     def _attach(self, probes: list[_Probe], said: Callable[[], str]) -> None:
         try:
@@ -297,10 +288,13 @@ class Probes:
 
     def _attach_kprobe(self, probe: _Probe, said: Callable[[], str]) -> bool:
         """Whether it could be attached."""
-        if os.access(KPROBES_ENABLED, os.R_OK) and KPROBES_ENABLED.read_text().strip() == "0":
+        if (
+            os.access(host_files.KPROBES_ENABLED, os.R_OK)
+            and host_files.KPROBES_ENABLED.read_text().strip() == "0"
+        ):
             raise KhoscopeError(
-                f"kprobes are switched off ({KPROBES_ENABLED} is 0)",
-                f"write 1 to {KPROBES_ENABLED}",
+                f"kprobes are switched off ({host_files.KPROBES_ENABLED} is 0)",
+                f"write 1 to {host_files.KPROBES_ENABLED}",
             )
         name = probe.function.name
         try:
@@ -407,7 +401,7 @@ class Probes:
         new = set(np.unique(batch.calls.stack).tolist()) - self._symbols.keys() - {0}
         if not new:
             return
-        modules = MODULES.read_text()
+        modules = host_files.LOADED_MODULES.read_text()
         if self._symbol_cache is None or modules != self._modules:
             # bcc reads them once.
             self._symbol_cache = self._bcc.SymbolCache(-1)
@@ -429,31 +423,6 @@ class Probes:
     def symbol(self, address: int) -> str:
         """``function+0x1f [module]``, or ``[unknown]``."""
         return self._symbols.get(address, "[unknown]")
-
-
-def import_bcc() -> Any:
-    """
-    bcc's Python module, a distribution package.
-
-    :raises KhoscopeError: if it is not there or lacks what is needed.
-    """
-    try:
-        bcc = importlib.import_module("bcc")
-    except (ImportError, OSError, AttributeError) as error:
-        # A library of another version lacks functions, which is found out on import.
-        raise KhoscopeError(
-            f"bcc is not there for {sys.executable} ({error})",
-            "install python3-bpfcc (it is not on PyPI), and make khoscope's virtual environment"
-            " with --system-site-packages",
-        ) from error
-    lacks = [name for name in _NEEDED if not hasattr(getattr(bcc, "BPF", None), name)]
-    if lacks:
-        version = getattr(bcc, "__version__", "of an unknown version")
-        raise KhoscopeError(
-            f"bcc {version} is too old: it has no BPF.{lacks[0]}",
-            "install a newer python3-bpfcc; 0.35 is known to work",
-        )
-    return bcc
 
 
 def _flush_c() -> None:

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import IO, Any
 
+from ..abi.kho_fdt import Subtree
 from ..abi.serialized import LUO
 from ..facts.clients import Luo
-from ..facts.snapshot import KexecImage, Side, Snapshot, Subtree
+from ..facts.snapshot import KexecImage, Side, Snapshot
 from ..facts.status import READ_FROM, Status
 from ..words.printable import printable
 from . import json

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from khoscope.abi.kho_fdt import Fdt
 from khoscope.checks.next_kernel import image_abi_differs
 from khoscope.facts.clients import Luo, LuoFile, LuoSession
 from khoscope.facts.next_kernel import NextKernel
-from khoscope.facts.snapshot import Fdt, Snapshot
+from khoscope.facts.snapshot import Snapshot
 from khoscope.sources.next_kernel import read_image
 from khoscope.words.errors import KhoscopeError
 from tests.synthetic import PLAIN, snapshot
