@@ -185,15 +185,17 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _trace_view(args: argparse.Namespace, symbols: Symbols) -> View:
-    from ..views import trace
+    from ..views.trace.document import JsonLines, JsonView
+    from ..views.trace.lines import Lines
+    from ..views.trace.sums import SummaryView
 
     if args.json:
-        return trace.JsonView(sys.stdout, symbols, args.stacks)
+        return JsonView(sys.stdout, symbols, args.stacks)
     if args.jsonl:
-        return trace.JsonLines(sys.stdout, symbols, args.stacks)
+        return JsonLines(sys.stdout, symbols, args.stacks)
     if args.summary:
-        return trace.SummaryView(sys.stdout, symbols, args.limit)
-    return trace.Lines(sys.stdout, symbols, args.stacks, args.limit)
+        return SummaryView(sys.stdout, symbols, args.limit)
+    return Lines(sys.stdout, symbols, args.stacks, args.limit)
 
 
 def _judged(args: argparse.Namespace, report: checks.Report) -> int:

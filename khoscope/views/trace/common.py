@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the views of a trace have in common: calls as rows, how a text begins and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import IO
+
+from ...checks import Found, Report
+from ...facts.calls import (
+    ERRNO_NAMES,
+    FUNCTIONS,
+    Action,
+    Batch,
+    Losses,
+    Symbols,
+    Tracing,
+)
+from ...trace.summary import (
+    Caller,
+    Callers,
+    Summary,
+    findings_by_call,
+    pages,
+)
+from ..text import Text, counted
+
+ACTION_NAMES = {int(action): action.name.lower() for action in Action}
+
+
+def returned(returns: str, ret: int) -> str:
+    """What came back of a function, in a word."""
+    if returns == "void":
+        return "-"
+    if returns == "pointer":
+        return "ok" if ret else "NULL"
+    return ERRNO_NAMES.get(-ret, str(ret))
+
+
+class CallRows:
+    """A batch as rows, for those who show each call."""
+
+    def __init__(self, batch: Batch, found: Found, callers: Callers) -> None:
+        calls = batch.calls
+        self.function = [FUNCTIONS[number] for number in calls.function.tolist()]
+        self.tid, self.tgid = calls.tid.tolist(), calls.tgid.tolist()
+        self.comm = [_decoded(comm) for comm in calls.comm.tolist()]
+        self.enter, self.leave = calls.enter.tolist(), calls.leave.tolist()
+        self.args, self.ret = calls.args.tolist(), calls.ret.tolist()
+        self.phys, self.pages = calls.phys.tolist(), calls.pages.tolist()
+        self.blocks, self.failed = calls.blocks.tolist(), calls.failed.tolist()
+        self.name = [_decoded(name) for name in calls.name.tolist()]
+        self.starts: list[int] = batch.starts().tolist()
+        known, which = callers.of(calls)
+        self.caller: list[Caller] = [known[number] for number in which.tolist()]
+        self.findings = findings_by_call(batch, found)
+
+    def __len__(self) -> int:
+        return len(self.function)
+
+
+def _decoded(name: bytes) -> str:
+    return name.decode(errors="backslashreplace")
+
+
+def _by_value(functions: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """What is said of functions, and of which."""
+    for value in dict.fromkeys(functions.values()):
+        names = [name.removeprefix("kho_") for name, said in functions.items() if said == value]
+        yield value, ", ".join(names)
+
+
+class TraceText(Text):
+    """What both text views say at the start and at the end."""
+
+    def __init__(self, out: IO[str], symbols: Symbols, limit: int | None) -> None:
+        super().__init__(out, limit)
+        self._callers = Callers(symbols)
+        self._sums = Summary(self._callers)
+        self._shown = Losses()
+
+    def start(self, tracing: Tracing) -> None:
+        """Which kernel, what is attached and how, what is not and why."""
+        self.header(tracing.facts)
+        for how, names in _by_value(tracing.attached):
+            self.wrapped(f"{how}: {names}", "  ", "")
+        for why, names in _by_value(tracing.missing):
+            self.wrapped(f"left out: {names} ({why})", "  ", "")
+        self.line(tracing.buffer)
+        self._page_shift = tracing.facts.abi.page_shift
+        self._began = tracing.started
+
+    def losses(self, losses: Losses) -> None:
+        """What was not seen until now, if that has become more."""
+        said = [
+            f"{counted(losses.lost, 'event')} lost" if losses.lost else "",
+            f"{counted(losses.missed, 'call')} not followed to the end" if losses.missed else "",
+        ]
+        if (losses.lost, losses.missed) != (self._shown.lost, self._shown.missed):
+            self.line(self.paint("red", f"incomplete: {', '.join(filter(None, said))}"))
+        self._shown = losses
+        self._out.flush()
+
+    def close(self, report: Report, losses: Losses) -> None:
+        """Totals, and what is to be said of them."""
+        total = self._sums.total
+        touched = sum(pages(order, count) for (_, order, _), count in total.blocks.items())
+        self.line(
+            f"{counted(total.calls.total(), 'call')} ({total.failed.total():,} failed), "
+            f"{counted(total.blocks.total(), 'block')}, {counted(touched, 'page')}"
+        )
+        if not losses:
+            self.line("every event was seen, every refcount was read")
+        if losses.lost:
+            seen = losses.made - losses.lost
+            self.line(f"{counted(losses.made, 'event')}: {seen:,} seen, {losses.lost:,} lost")
+        self.conclusion(report)
+        self._out.flush()
