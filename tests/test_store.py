@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from khoscope import checks
+from khoscope import checks, demo
 from khoscope.abi.keys import Abi
 from khoscope.facts import budget, store
 from khoscope.facts.clients import (
@@ -469,7 +469,7 @@ def with_clients() -> Snapshot:
     )
 
 
-DEMO = Path(store.__file__).parent / "demo"
+DEMO = Path(str(demo.__file__)).parent
 CLIENTS = bytes_of(with_clients())
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..facts import store
+from ..facts.archive import RECORDING, Archive, Stored, Writer
 from ..facts.calls import (
     BIT_UNKNOWN,
     FUNCTIONS,
@@ -42,7 +43,6 @@ from ..facts.calls import (
 from ..facts.columns import CHUNK_BLOCKS, Columns, Pages
 from ..facts.files import NewFile, open_file
 from ..facts.snapshot import Snapshot
-from ..facts.store import RECORDING
 
 #: A chunk is written when it has as many calls or touches, or batches: each member costs memory
 #: until the file is finished, so that small batches share them.
@@ -126,7 +126,7 @@ class Recorder:
         self._frames: int | None = None
         self._new = NewFile(path)
         self._zip = zipfile.ZipFile(self._new.file, "w")
-        self._writer = store.Writer(self._zip)
+        self._writer = Writer(self._zip)
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -250,7 +250,7 @@ def load(path: Path) -> Recording:
 
 
 def _load(file: IO[bytes], name: str) -> Recording:
-    archive = store.Archive(file, name, RECORDING)
+    archive = Archive(file, name, RECORDING)
     meta, _ = archive.meta(RECORDING, _Meta, {})
     with archive.damage():
         _check(meta)
@@ -264,7 +264,7 @@ def _load(file: IO[bytes], name: str) -> Recording:
         Tracing(facts, meta.attached, meta.missing, meta.buffer, meta.started),
         meta.losses,
         lambda address: symbols.get(address, "[unknown]"),
-        store.Stored(lambda: _batches(archive, meta)),
+        Stored(lambda: _batches(archive, meta)),
     )
 
 
@@ -295,7 +295,7 @@ def _address(text: str) -> int:
     return int(text, 16)
 
 
-def _batches(archive: store.Archive, meta: _Meta) -> Iterator[Batch]:
+def _batches(archive: Archive, meta: _Meta) -> Iterator[Batch]:
     for chunk in range(meta.chunks):
         at = f"{chunk:06d}."
         sizes = _Sizes(**archive.columns(f"batches/{at}", _Sizes))
@@ -314,7 +314,7 @@ def _batches(archive: store.Archive, meta: _Meta) -> Iterator[Batch]:
             yield batch
 
 
-def _calls(archive: store.Archive, prefix: str, rows: int, frames: int) -> Calls:
+def _calls(archive: Archive, prefix: str, rows: int, frames: int) -> Calls:
     if not rows:
         widths = {"args": (0, 4), "stack": (0, frames)}
         return Calls(
@@ -330,7 +330,7 @@ def _calls(archive: store.Archive, prefix: str, rows: int, frames: int) -> Calls
     return calls
 
 
-def _touches(archive: store.Archive, prefix: str, rows: int) -> Touches:
+def _touches(archive: Archive, prefix: str, rows: int) -> Touches:
     if not rows:
         return Touches.empty()
     columns: dict[str, Any] = archive.columns(prefix, Touches, rows)

@@ -1,0 +1,432 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Zips of columns: what snapshot files (:mod:`.store`) and recordings of a trace
+(:mod:`khoscope.trace.record`) are made of.
+
+Streams are kept chunk by chunk as ``STREAM/NNNNNN.COLUMN.npy`` and are read back the same way, so
+neither side ever holds more than a chunk.  A file may come from anywhere: sizes, shapes, types
+and order are checked before they are believed, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import io
+import math
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import (
+    IO,
+    Any,
+    Final,
+    Generic,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import msgspec
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from ..abi.keys import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE
+from ..words.errors import KhoscopeError
+from . import budget
+from .columns import Blocks, Columns, Pages
+
+
+@dataclass(frozen=True)
+class Format:
+    """
+    A kind of file.
+
+    :param noun: what to call one.
+    :param again: what to do about one that is damaged.
+    :param opened: how khoscope opens one.
+    """
+
+    name: str
+    version: int
+    noun: str
+    again: str
+    opened: str
+
+    @property
+    def schema(self) -> str:
+        return f"{self.name}/{self.version}"
+
+
+SNAPSHOT: Final = Format(
+    "khosnap",
+    2,
+    "snapshot file",
+    "take the snapshot again, or copy the file again",
+    "khoscope --snapshot FILE opens it",
+)
+
+
+RECORDING: Final = Format(
+    "khotrace",
+    2,
+    "recording",
+    "record the trace again, or copy the file again",
+    "khoscope trace --replay FILE shows it",
+)
+
+
+#: An array as numpy writes it.  numpy's own reader parses the header as Python, and a hostile one
+#: makes it fail in ways (``tokenize.TokenError``, ``RecursionError``) that it does not document.
+NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '([^']*)', 'fortran_order': False, "
+    rb"'shape': \(([0-9, ]*)\), \} *\n",
+    re.DOTALL,
+)
+
+
+#: No column of the set has two dimensions.
+NARROW: Final[Mapping[str, int]] = {}
+
+
+#: The column of a chunk of claims that tells how many they are.
+CLAIMED: Final = re.compile(r"/claims/[0-9]+\.phys\.npy$")
+
+
+#: A member of a stream, or a blob, with its number.
+NUMBERED: Final = re.compile(r"(.*)/([0-9]{6,})\.[a-z_.]+")
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _SchemaOnly:
+    schema: str
+
+
+#: Members of ``meta.json`` that may be negative: an errno.
+SIGNED: Final = frozenset({"LuoFile.retrieve_status"})
+
+
+class _Shape:
+    """
+    Whether JSON has all that a dataclass has, and nothing beyond measure.
+
+    :param may_lack: class and member, ``Class.member``, of what need not be there.
+    :raises ValueError: from :meth:`of`, with the path of what is wrong.
+    """
+
+    def __init__(self, may_lack: Collection[str]) -> None:
+        self._may_lack = may_lack
+        #: What of it was lacking.
+        self.lacking: set[str] = set()
+
+    def of(self, raw: Any, kind: Any, path: str, member: str = "") -> None:
+        """
+        Look at a value.
+
+        :param kind: what it should be; that it is, msgspec says better.
+        :param member: of which class it is.
+        """
+        origin, inner = get_origin(kind), get_args(kind)
+        if origin in (Union, UnionType):
+            if raw is not None:
+                self.of(raw, next(each for each in inner if each is not NoneType), path, member)
+        elif dataclasses.is_dataclass(kind) and isinstance(raw, dict):
+            self._members(raw, kind, path)
+        elif isinstance(raw, list | dict) and len(raw) > budget.LIST:
+            raise ValueError(f"{path}: {len(raw):,} entries")
+        elif origin is list and isinstance(raw, list):
+            for i, each in enumerate(raw):
+                self.of(each, inner[0], f"{path}[{i}]", member)
+        elif origin is dict and isinstance(raw, dict):
+            for name, each in raw.items():
+                self.of(name, str, path, member)
+                self.of(each, inner[1], f"{path}[{name[:20]!r}]", member)
+        elif isinstance(raw, str) and len(raw) > budget.TEXT:
+            raise ValueError(f"{path}: {len(raw):,} letters")
+        elif isinstance(raw, int) and not isinstance(raw, bool):
+            low, end = (-(1 << 31), 1 << 31) if member in SIGNED else (0, 1 << 64)
+            if not low <= raw < end:
+                raise ValueError(f"{path}: no address or count is {raw:#x}")
+
+    def _members(self, raw: dict[str, Any], kind: Any, path: str) -> None:
+        hints = _hints(kind)
+        for f in dataclasses.fields(kind):
+            member = f"{kind.__name__}.{f.name}"
+            if f.name in raw:
+                self.of(raw[f.name], hints[f.name], f"{path}.{f.name}".lstrip("."), member)
+            elif member in self._may_lack:
+                self.lacking.add(member)
+            else:
+                raise ValueError(f"{path}.{f.name}".lstrip(".") + " is not there")
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+class Writer:
+    """
+    Puts members into a zip.
+
+    :param prefix: of their names.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, prefix: str = "") -> None:
+        self._zip = archive
+        self._prefix = prefix
+
+    def under(self, folder: str) -> Writer:
+        return Writer(self._zip, f"{self._prefix}{folder}/")
+
+    def member(self, name: str, data: Any) -> None:
+        # Without a time: a zip has none before 1980, but hosts whose clock is not set do.
+        info = zipfile.ZipInfo(f"{self._prefix}{name}")
+        info.external_attr = 0o600 << 16
+        self._zip.writestr(info, data, zipfile.ZIP_DEFLATED, compresslevel=1)
+
+    def json(self, name: str, value: Any) -> None:
+        self.member(name, msgspec.json.format(msgspec.json.encode(value), indent=1))
+
+    def array(self, name: str, values: NDArray[Any]) -> None:
+        data = io.BytesIO()
+        npy.write_array(data, np.ascontiguousarray(values), allow_pickle=False)
+        self.member(f"{name}.npy", data.getbuffer())
+
+    def columns(self, prefix: str, chunk: Columns, without: Collection[str] = ()) -> None:
+        """The columns of a set and of the sets in it."""
+        for f in dataclasses.fields(chunk):  # type: ignore[arg-type]
+            value = getattr(chunk, f.name)
+            if f.name in without or value is None:
+                continue
+            if isinstance(value, Columns):
+                self.columns(f"{prefix}{f.name}.", value)
+            else:
+                self.array(f"{prefix}{f.name}", value)
+
+    def stream(self, name: str, stream: Iterable[Columns]) -> int:
+        """:return: how many chunks it has."""
+        count = 0
+        for chunk in stream:
+            self.columns(f"{name}/{count:06d}.", chunk)
+            count += 1
+        return count
+
+
+@dataclass
+class Stored(Generic[T]):
+    """A stored stream; each iteration reads it anew."""
+
+    read: Callable[[], Iterator[T]]
+
+    def __iter__(self) -> Iterator[T]:
+        return self.read()
+
+
+class Archive:
+    """
+    A zip that is not believed.
+
+    :param format: what it should be.
+    :param ours: khoscope has written it just now, of a kernel: that may be of any size.
+    """
+
+    def __init__(self, file: IO[bytes], name: str, format: Format, ours: bool = False) -> None:
+        self._name = name
+        self._format = format
+        self._prefix = ""
+        self.ours = ours
+        with self.damage():
+            self._zip = zipfile.ZipFile(file)
+            names = self._zip.namelist()
+            if len({*names}) < len(names):
+                raise ValueError("members of one name")
+            if not ours:
+                self._check_sizes(file.seek(0, os.SEEK_END))
+
+    def _check_sizes(self, size: int) -> None:
+        """Refuse what would take more memory than a file of that many bytes is worth."""
+        every = self._zip.infolist()
+        leaves = claims = 0
+        for member in every:
+            leaves += member.file_size if member.filename.endswith(".bitmap.npy") else 0
+            claims += member.file_size // 8 if CLAIMED.search(member.filename) else 0
+        if len(every) > budget.members(size):
+            raise ValueError(f"{len(every):,} members")
+        if leaves > budget.leaves(size):
+            raise ValueError(f"{leaves:,} bytes of leaves")
+        if claims > budget.claims(size):
+            raise ValueError(f"{claims:,} claims")
+
+    def under(self, folder: str) -> Archive:
+        """The members whose names begin so."""
+        inner = copy.copy(self)
+        inner._prefix += f"{folder}/"
+        return inner
+
+    @contextlib.contextmanager
+    def damage(self) -> Iterator[None]:
+        """Whatever zipfile, numpy or msgspec say of bad bytes becomes one clear line."""
+        try:
+            yield
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            KeyError,
+            NotImplementedError,
+            OSError,
+            OverflowError,
+            RuntimeError,
+            UnicodeError,
+            ValueError,
+            msgspec.MsgspecError,
+        ) as error:
+            raise KhoscopeError(
+                f"{self._name}: not a whole {self._format.noun} ({error or type(error).__name__})",
+                self._format.again,
+            ) from error
+
+    def meta(
+        self, format: Format, kind: type[T], may_lack: Mapping[int, Collection[str]]
+    ) -> tuple[T, set[str]]:
+        """
+        ``meta.json``, of a schema that we know, and what of it is not there.
+
+        :param may_lack: by version, what such a file need not have: class and member.
+        """
+        raw = self.member("meta.json", budget.META)
+        with self.damage():
+            schema = msgspec.json.decode(raw, type=_SchemaOnly).schema
+            family, _, version = schema.partition("/")
+            other = {SNAPSHOT.name: SNAPSHOT, RECORDING.name: RECORDING}.get(family)
+            if other is None or not version.isdecimal():
+                raise ValueError(f"schema {schema!r}")
+            newer = int(version) > format.version
+        if other is not format:
+            raise KhoscopeError(
+                f"{self._name}: a {other.noun}, where a {format.noun} is needed", other.opened
+            )
+        if newer:
+            raise KhoscopeError(
+                f"{self._name}: its schema is {schema}, this khoscope reads up to {format.schema}",
+                "use the khoscope that wrote it, or a newer one",
+            )
+        with self.damage():
+            shape = _Shape(may_lack.get(int(version), ()))
+            shape.of(msgspec.json.decode(raw), kind, "")
+            return msgspec.json.decode(raw, type=kind), shape.lacking
+
+    def names(self) -> list[str]:
+        """Of all members."""
+        return self._zip.namelist()
+
+    def require_members(self, names: Collection[str], numbered: Mapping[str, int]) -> None:
+        """
+        Refuse members that nothing tells of: whatever counts them says too little.
+
+        :param numbered: how many there are in each folder; some may lack members.
+        """
+        with self.damage():
+            for name in self._zip.namelist():
+                inner = name.removeprefix(self._prefix)
+                if not name.startswith(self._prefix) or inner in names:
+                    continue
+                found = NUMBERED.fullmatch(inner)
+                if found is None or int(found[2]) >= numbered.get(found[1], 0):
+                    raise ValueError(f"{name} is not among what it says to have")
+
+    def member(self, name: str, limit: int | None = None) -> bytes:
+        limit = budget.MEMBER if limit is None else limit
+        name = f"{self._prefix}{name}"
+        with self.damage():
+            if self._zip.getinfo(name).compress_type not in (
+                zipfile.ZIP_STORED,
+                zipfile.ZIP_DEFLATED,
+            ):
+                raise ValueError(f"{name} is not compressed as khoscope does")
+        with self.damage(), self._zip.open(name) as file:
+            data = file.read(-1 if self.ours else limit + 1)
+            if len(data) > limit and not self.ours:
+                raise ValueError(f"{name} is larger than any chunk")
+            return data
+
+    def blobs(self, side: str, names: list[str]) -> dict[str, bytes]:
+        members = {blob: f"{side}/blobs/{i:06d}.bin" for i, blob in enumerate(names)}
+        with self.damage():
+            sizes = (self._zip.getinfo(f"{self._prefix}{m}").file_size for m in members.values())
+            if sum(sizes) > budget.BLOBS:
+                raise ValueError("more blobs than khoscope keeps")
+        return {blob: self.member(member) for blob, member in members.items()}
+
+    def array(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> NDArray[Any]:
+        """
+        :param dtype: as numpy writes it; bytes of a fixed length (``|S16``) and bool are such.
+        :param shape: None: any length.
+        """
+        data = self.member(f"{name}.npy")
+        with self.damage():
+            header = NPY_HEADER.match(data)
+            if header is None or int.from_bytes(data[8:10], "little") != header.end() - 10:
+                raise ValueError(f"{name}: not a column")
+            found = tuple(int(length) for length in header[2].split(b",") if length.strip())
+            wanted = len(found) == len(shape) and all(
+                want in (None, have) for want, have in zip(shape, found, strict=True)
+            )
+            if header[1] != dtype.encode() or not wanted:
+                raise ValueError(f"{name}: {header[1].decode()} {found} is not a column of it")
+            values = data[header.end() :]
+            # Python's integers: a shape that overflows 64 bits is no match either.
+            size = np.dtype(dtype).itemsize * math.prod(found)
+            if size != len(values):
+                raise ValueError(f"{name}: {len(values)} bytes, not {size}")
+            if dtype == "|b1" and values.strip(b"\0\1"):
+                raise ValueError(f"{name}: neither true nor false")
+            return np.frombuffer(values, dtype).reshape(found)
+
+    def columns(
+        self,
+        prefix: str,
+        kind: type[Columns],
+        length: int | None = None,
+        width: Mapping[str, int] = NARROW,
+    ) -> dict[str, NDArray[Any]]:
+        """
+        The columns of a set, without those of the sets in it.
+
+        :param length: rows that it must have.
+        :param width: of the columns that have two dimensions.
+        """
+        columns: dict[str, NDArray[Any]] = {}
+        for column, dtype in kind.DTYPES.items():
+            wide = (width[column],) if column in width else ()
+            columns[column] = self.array(f"{prefix}{column}", dtype, (length, *wide))
+            length = len(columns[column])
+        return columns
+
+    def blocks(self, prefix: str, highest: int, length: int | None = None) -> Blocks:
+        """
+        Blocks with the facts of their struct pages.
+
+        :param highest: no order above this is one.
+        """
+        columns = self.columns(prefix, Blocks, length)
+        order, types = columns["order"], columns["type"]
+        pages = Pages(**self.columns(f"{prefix}pages.", Pages, len(order)))
+        with self.damage():
+            known = (order <= highest) | (order == BAD_ORDER)
+            if not (known & (NO_TYPE <= types) & (types <= KHO_PAGE_SPLIT)).all():
+                raise ValueError(f"{prefix}: no block has such an order or type")
+        return Blocks(**columns, pages=pages)
