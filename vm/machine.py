@@ -381,7 +381,18 @@ class Machine:
             task.cancel()
         if self._dead.done():
             raise self._error(GuestDied, f"{what}: {self._dead.result()}")
-        raise self._error(GuestHung, f"{what}: no end after {timeout:g} s")
+        raise self._error(GuestHung, f"{what}: no end after {timeout:g} s{await self._where()}")
+
+    async def _where(self) -> str:
+        """Where each processor of a guest that hangs is, as far as QEMU still says it."""
+        question = {"command-line": "info registers -a"}
+        try:
+            answer = self._control.execute("human-monitor-command", question)
+            said: Any = await asyncio.wait_for(answer, 5)
+        except (QMPError, OSError, EOFError, TimeoutError) as error:
+            return f" (nor does QEMU answer: {error!r})"
+        lines = (line for line in str(said).splitlines() if line.startswith(("CPU#", "RIP=")))
+        return "".join(f"\n  {line.strip()}" for line in lines)
 
     def _error(self, kind: type[GuestError], message: str) -> GuestError:
         return kind(message, self.console(_CONSOLE_TAIL))
