@@ -31,7 +31,8 @@ from khoscope.cli import main
 from khoscope.demo import path
 from khoscope.facts import store
 from khoscope.facts.columns import Blocks, Leaves, Nodes, Pages
-from khoscope.facts.snapshot import KexecImage, Snapshot, Tree
+from khoscope.facts.snapshot import KexecImage, Snapshot
+from khoscope.facts.tree import Tree
 
 #: A path in meta.json.
 Where = tuple[str | int, ...]

@@ -36,10 +36,9 @@ from khoscope.facts.snapshot import (
     Side,
     Snapshot,
     Taken,
-    Tree,
-    TreeState,
     Watched,
 )
+from khoscope.facts.tree import Tree, TreeState
 from khoscope.sources.walk import walk
 
 PLAIN = Abi.for_page_shift(12, compatible="kho-v4")

@@ -30,7 +30,8 @@ from khoscope.facts.clients import (
 )
 from khoscope.facts.columns import Pages
 from khoscope.facts.next_kernel import NextKernel
-from khoscope.facts.snapshot import Handover, KexecImage, NodeProblem, Scan, Snapshot, TreeState
+from khoscope.facts.snapshot import Handover, KexecImage, Scan, Snapshot
+from khoscope.facts.tree import NodeProblem, TreeState
 from khoscope.words.errors import KhoscopeError
 from tests.synthetic import FIXED, PAGE_FLAGS, PLAIN, POSTED, REFUSED, Block, snapshot
 

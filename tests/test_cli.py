@@ -28,7 +28,8 @@ from khoscope.cli import parser
 from khoscope.facts import store
 from khoscope.facts.calls import Losses, Tracing
 from khoscope.facts.columns import Leaves
-from khoscope.facts.snapshot import Handover, Scan, Snapshot, Tree
+from khoscope.facts.snapshot import Handover, Scan, Snapshot
+from khoscope.facts.tree import Tree
 from khoscope.trace.record import Recorder
 from tests.command import Result, Run
 from tests.synthetic import FIXED, PLAIN, Block, missing, rich, rich_before, snapshot

@@ -14,7 +14,7 @@ from khoscope.cli import main
 from khoscope.demo import SCENES, Scene
 from khoscope.facts.columns import Blocks
 from khoscope.sources.walk import in_ranges
-from khoscope.views import json as json_view
+from khoscope.views import documents
 
 NAMES = [scene.name for scene in SCENES]
 
@@ -39,7 +39,7 @@ def test_snapshots_are_small() -> None:
 @pytest.mark.parametrize("scene", SCENES, ids=NAMES)
 def test_findings_are_those_that_were_recorded(scene: Scene) -> None:
     _, report = demo.load(scene)
-    found = json_view.verdict(report)
+    found = documents.verdict(report)
     wanted = recorded()[scene.name]
     for finding in found["findings"]:
         # The explanation is the rule's, not the guest's.

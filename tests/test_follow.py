@@ -23,7 +23,8 @@ from khoscope.abi.serialized import (
 from khoscope.facts import store
 from khoscope.facts.clients import Claims, Kind, Luo, Memfd, Owner
 from khoscope.facts.columns import Leaves
-from khoscope.facts.snapshot import KeySet, Snapshot
+from khoscope.facts.snapshot import Snapshot
+from khoscope.facts.tree import KeySet
 from khoscope.sources import follow
 from khoscope.sources.follow import Following
 from tests.fuzz import fuzz

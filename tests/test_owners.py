@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from khoscope.abi.keys import Abi
 from khoscope.facts.clients import Claims, Kind, Owner
 from khoscope.facts.owners import UNKNOWN, Owners
-from khoscope.facts.snapshot import KeySet
+from khoscope.facts.tree import KeySet
 from tests.synthetic import FIXED, Block, Memory, columns, snapshot
 from tests.test_walk import ABIS
 

@@ -17,8 +17,9 @@ from khoscope.cli import main
 from khoscope.facts import diff, store
 from khoscope.facts.clients import Liveupdate, Luo, LuoFile, LuoSession
 from khoscope.facts.columns import Nodes
-from khoscope.facts.snapshot import Handover, KexecImage, Scan, Snapshot, TreeState
+from khoscope.facts.snapshot import Handover, KexecImage, Scan, Snapshot
 from khoscope.facts.status import READ_FROM, kho_switch, status, taint_letters
+from khoscope.facts.tree import TreeState
 from khoscope.views.status import StatusText
 from tests.synthetic import FIXED, PLAIN, Block, rich, snapshot
 

@@ -38,7 +38,7 @@ from khoscope.facts.clients import (
 )
 from khoscope.facts.columns import Blocks, Columns
 from khoscope.facts.snapshot import KexecImage, Snapshot
-from khoscope.views import json as json_view
+from khoscope.views import documents
 from khoscope.views.block_filter import Filter
 from khoscope.views.text import Text
 from khoscope.words.errors import KhoscopeError
@@ -68,15 +68,15 @@ def use(facts: Snapshot) -> None:
     for side in filter(None, (facts.outgoing, facts.incoming)):
         Text(out).tree(facts, side.tree, "outgoing", Filter(), True)
         wanted = Filter(phys=(0, 1))
-        json_view.write_tree(facts, side.tree, "outgoing", wanted, True, False, out)
+        documents.write_tree(facts, side.tree, "outgoing", wanted, True, False, out)
     Text(out).verify(facts, report)
-    json_view.write_verify(facts, report, out)
+    documents.write_verify(facts, report, out)
     for a, b in ((facts, rich()), (rich(), facts)):
         Text(out).diff(a, b)
-        json_view.write_diff(a, b, out)
+        documents.write_diff(a, b, out)
     report = checks.compare(rich_before(), facts)
     Text(out).verify(facts, report)
-    json_view.write_verify(facts, report, out)
+    documents.write_verify(facts, report, out)
 
 
 def told_or_used(data: bytes) -> None:

@@ -25,7 +25,7 @@ from khoscope.trace.call_filter import Wanted
 from khoscope.trace.probes import Counters, Probes
 from khoscope.trace.record import Recorder, load
 from khoscope.trace.session import POLL, Session
-from khoscope.views.trace.document import JsonView
+from khoscope.views.trace.documents import JsonView
 from khoscope.views.trace.lines import Lines
 from khoscope.words.errors import KhoscopeError
 from tests.synthetic import (

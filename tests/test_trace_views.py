@@ -34,7 +34,7 @@ from khoscope.facts.calls import (
 )
 from khoscope.facts.columns import Blocks, Pages
 from khoscope.trace.summary import NOT_RETURNED, Callers, Summary, bucket, bucket_range
-from khoscope.views.trace.document import JsonLines, JsonView
+from khoscope.views.trace.documents import JsonLines, JsonView
 from khoscope.views.trace.lines import Lines
 from khoscope.views.trace.sums import SummaryView
 from tests.synthetic import FIXED, PLAIN, snapshot

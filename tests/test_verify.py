@@ -20,7 +20,8 @@ from khoscope.checks import RULES, About, Asked, Report, Severity, changes, chec
 from khoscope.checks.rule import SCOPES
 from khoscope.facts import store
 from khoscope.facts.clients import Claims, Kind, Owner
-from khoscope.facts.snapshot import Handover, KexecImage, Snapshot, TreeState
+from khoscope.facts.snapshot import Handover, KexecImage, Snapshot
+from khoscope.facts.tree import TreeState
 from khoscope.views.text import WIDTH, Text
 from khoscope.words.errors import KhoscopeError
 from tests.command import Result, Run

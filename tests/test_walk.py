@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import khoscope.facts.snapshot
+import khoscope.facts.tree
 from khoscope.abi.keys import KHO_PAGE_CONTIG, NO_TYPE, Abi
 from khoscope.facts.columns import CHUNK_BLOCKS, Blocks
-from khoscope.facts.snapshot import KeySet, NodeProblem, Tree
+from khoscope.facts.tree import KeySet, NodeProblem, Tree
 from khoscope.sources import walk as walk_module
 from khoscope.sources.walk import PROBLEMS_KEPT, READS, in_ranges, settle, walk
 from khoscope.views.block_filter import Filter
@@ -147,7 +147,7 @@ def test_filters(
 @pytest.mark.parametrize("abi", [PLAIN, FIXED])
 @pytest.mark.parametrize("chunk", [1, 1000, CHUNK_BLOCKS])
 def test_full_leaves_come_in_chunks(abi: Abi, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(khoscope.facts.snapshot, "CHUNK_BLOCKS", chunk)
+    monkeypatch.setattr(khoscope.facts.tree, "CHUNK_BLOCKS", chunk)
     memory = Memory(abi)
     # Order 0: a full leaf, then a leaf with 3 blocks, a full one and an empty one; and order 1.
     span = abi.leaf_bits * abi.page_size

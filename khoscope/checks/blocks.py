@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, U64
 from ..facts.columns import Blocks, Leaves, Pages
-from ..facts.snapshot import KeySet, Snapshot, decode_leaves
+from ..facts.snapshot import Snapshot
+from ..facts.tree import KeySet, decode_leaves
 from .inplace import InPlace
 from .pattern import (
     describe,

@@ -9,7 +9,8 @@ import numpy as np
 
 from ..abi.keys import U64
 from ..facts.clients import Claims, Kind, Luo
-from ..facts.snapshot import KeySet, Run, Snapshot
+from ..facts.snapshot import Snapshot
+from ..facts.tree import KeySet, Run
 from .kernel import misplaced
 from .rule import Message, Severity, rule
 

@@ -16,7 +16,8 @@ from ..abi.kho_fdt import compatible_of
 from ..facts import invariants
 from ..facts.clients import Luo
 from ..facts.columns import Blocks
-from ..facts.snapshot import KeySet, Side, Snapshot
+from ..facts.snapshot import Side, Snapshot
+from ..facts.tree import KeySet
 from . import blocks as blocks_rules
 
 

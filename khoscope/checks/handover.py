@@ -14,7 +14,8 @@ from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
 from ..abi.serialized import LUO
 from ..facts.clients import LuoSession
 from ..facts.columns import Blocks, Pages
-from ..facts.snapshot import KeySet, Snapshot
+from ..facts.snapshot import Snapshot
+from ..facts.tree import KeySet
 from .inplace import InPlace
 from .pattern import (
     describe,

@@ -19,7 +19,8 @@ from ..facts.calls import NO_PHYS, Action, Batch, Calls, Losses
 from ..facts.columns import Blocks, aligned
 from ..facts.next_kernel import NextKernel
 from ..facts.owners import Owners
-from ..facts.snapshot import KeySet, Snapshot
+from ..facts.snapshot import Snapshot
+from ..facts.tree import KeySet
 from ..words.errors import KhoscopeError
 from . import calls as _calls_rules  # noqa: F401 - registers its rules
 from . import handover as handover_rules

@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from ..facts import store
-from ..views import json as json_view
+from ..views import documents
 from ..views.text import Text
 from . import common
 
@@ -23,9 +23,9 @@ def add(commands: common.Commands) -> None:
 def _run(args: argparse.Namespace) -> int:
     a, b = store.load_file(args.a), store.load_file(args.b)
     if args.json:
-        json_view.write_diff(a, b, sys.stdout)
+        documents.write_diff(a, b, sys.stdout)
     elif args.jsonl:
-        json_view.write_diff_lines(a, b, sys.stdout)
+        documents.write_diff_lines(a, b, sys.stdout)
     else:
         Text(sys.stdout, args.limit).diff(a, b)
     return common.FINE

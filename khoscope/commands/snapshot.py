@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from ..facts import store
-from ..views import json as json_view
+from ..views import documents
 from ..views.text import Text
 from . import common
 
@@ -31,7 +31,7 @@ def _run(args: argparse.Namespace) -> int:
     facts = common.facts(args, lambda source: source.snapshot(before))
     store.save_file(facts, args.file)
     if args.json:
-        json_view.write_snapshot(facts, args.file, sys.stdout)
+        documents.write_snapshot(facts, args.file, sys.stdout)
     else:
         Text(sys.stdout, args.limit).snapshot(facts, args.file)
     return common.FINE

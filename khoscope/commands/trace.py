@@ -185,7 +185,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _trace_view(args: argparse.Namespace, symbols: Symbols) -> View:
-    from ..views.trace.document import JsonLines, JsonView
+    from ..views.trace.documents import JsonLines, JsonView
     from ..views.trace.lines import Lines
     from ..views.trace.sums import SummaryView
 

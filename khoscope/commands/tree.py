@@ -6,8 +6,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..facts.snapshot import Snapshot, Tree
-from ..views import json as json_view
+from ..facts.snapshot import Snapshot
+from ..facts.tree import Tree
+from ..views import documents
 from ..views.block_filter import Filter
 from ..views.progress import Progress
 from ..views.text import Text
@@ -61,9 +62,9 @@ def _run(args: argparse.Namespace) -> int:
     facts, tree, which = _read(args)
     wanted = Filter(args.order, args.type, args.phys)
     if args.json:
-        json_view.write_tree(facts, tree, which, wanted, args.nodes, args.raw_keys, sys.stdout)
+        documents.write_tree(facts, tree, which, wanted, args.nodes, args.raw_keys, sys.stdout)
     elif args.jsonl:
-        json_view.write_block_lines(facts, tree, wanted, args.raw_keys, sys.stdout)
+        documents.write_block_lines(facts, tree, wanted, args.raw_keys, sys.stdout)
     else:
         text = Text(sys.stdout, args.limit)
         text.tree(facts, tree, which, wanted, args.nodes, args.raw_keys)

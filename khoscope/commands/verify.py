@@ -13,7 +13,7 @@ from pathlib import Path
 from .. import checks
 from ..facts.next_kernel import NextKernel
 from ..facts.snapshot import Snapshot
-from ..views import json as json_view
+from ..views import documents
 from ..views import watch as watch_view
 from ..views.progress import Progress
 from ..views.text import Text
@@ -121,7 +121,7 @@ def _run(args: argparse.Namespace) -> int:
     facts = common.facts(args, lambda source: source.snapshot(before))
     found = report(facts)
     if args.json:
-        json_view.write_verify(facts, found, sys.stdout, next_kernel)
+        documents.write_verify(facts, found, sys.stdout, next_kernel)
     else:
         Text(sys.stdout, args.limit).verify(facts, found, next_kernel)
     return common.judged(found)

@@ -17,7 +17,7 @@ from .. import checks
 from ..checks import Report
 from ..facts import store
 from ..facts.snapshot import Snapshot
-from ..views import json as json_view
+from ..views import documents
 from ..views.text import Text
 
 
@@ -91,10 +91,10 @@ def show(out: IO[str], as_json: bool) -> None:
         scenes = []
         for scene in SCENES:
             facts, report = load(scene)
-            about = json_view.about(facts)
-            verdict = json_view.verdict(report)
+            about = documents.about(facts)
+            verdict = documents.verdict(report)
             scenes.append({"name": scene.name, "story": scene.story, **about, **verdict})
-        json_view.write({"schema": "khoscope.demo/1", "scenes": scenes}, out)
+        documents.write({"schema": "khoscope.demo/1", "scenes": scenes}, out)
         return
     text = Text(out)
     explained: set[str] = set()

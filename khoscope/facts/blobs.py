@@ -22,7 +22,8 @@ from ..abi.fdt import MAGIC, DeviceTree, Node, Problems, Property, Unreadable, r
 from ..abi.kho_fdt import Subtree
 from ..abi.serialized import KHO_VMALLOC, KHO_VMALLOC_FLAGS
 from .clients import Vmalloc
-from .snapshot import KeySet, Side, Snapshot, in_ram
+from .snapshot import Side, Snapshot, in_ram
+from .tree import KeySet
 
 #: Bytes of FDTs that are decoded of all subtrees together: a hostile one takes its time.
 DECODED: Final = 4 << 20

@@ -22,7 +22,8 @@ from ..abi.kho_fdt import kho_test_folios, parse_root_fdt, reserve_mem_areas
 from .clients import Kind, Luo, LuoFile, LuoSession, Memfd, Owner, Vmalloc
 from .columns import Blocks, Pages
 from .owners import claimed
-from .snapshot import KexecImage, KeySet, Side, Snapshot, in_ram
+from .snapshot import KexecImage, Side, Snapshot, in_ram
+from .tree import KeySet
 
 #: How ``--type-shift`` shows in ``Abi.decided``.
 OVERRIDDEN: Final = "--type-shift"

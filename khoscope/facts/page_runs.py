@@ -20,7 +20,8 @@ from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, NO_TYPE, U64,
 from ..words.errors import KhoscopeError
 from .columns import Blocks, Columns, Pages
 from .owners import UNKNOWN, Owners
-from .snapshot import KeySet, Snapshot
+from .snapshot import Snapshot
+from .tree import KeySet
 
 #: Pages of a snapshot that are gone through at once.
 WINDOW: Final = 1 << 15

@@ -14,7 +14,8 @@ import numpy as np
 from ..abi.keys import BAD_ORDER
 from ..abi.kho_fdt import Subtree
 from .columns import Blocks
-from .snapshot import KeySet, Side, Snapshot, rows
+from .snapshot import Side, Snapshot, rows
+from .tree import KeySet
 
 #: Where each fact was read, in the kernel's own names.
 READ_FROM: Final = {

@@ -31,18 +31,8 @@ from .archive import (
 from .clients import Claims, Liveupdate, Luo, Owner, Vmalloc
 from .columns import CHUNK_BLOCKS, Blocks, Columns, Leaves, Nodes
 from .files import NewFile, open_file
-from .snapshot import (
-    Handover,
-    Kernel,
-    KexecImage,
-    Scan,
-    Side,
-    Snapshot,
-    Taken,
-    Tree,
-    TreeState,
-    Watched,
-)
+from .snapshot import Handover, Kernel, KexecImage, Scan, Side, Snapshot, Taken, Watched
+from .tree import Tree, TreeState
 
 #: Snapshots up to this size stay in memory, larger ones go to an unnamed temporary file.
 SPOOL_MEMORY = 64 << 20

@@ -16,7 +16,8 @@ from ..abi.keys import U64, Abi
 from ..abi.serialized import LUO
 from ..facts.clients import Kind, Luo, Owner
 from ..facts.owners import UNKNOWN, Owners
-from ..facts.snapshot import KeySet, Side
+from ..facts.snapshot import Side
+from ..facts.tree import KeySet
 from .follow import Following
 from .luo import Handed, read_incoming, read_outgoing, unknown
 from .pages import PageLayout

@@ -33,7 +33,7 @@ from ..abi.serialized import (
     one,
 )
 from ..facts.clients import Claims, Kind, Memfd, Owner, Vmalloc
-from ..facts.snapshot import KeySet
+from ..facts.tree import KeySet
 from .walk import READ_SIZE, ReadPhys, in_ranges
 
 #: Claims that are kept together: a snapshot file takes no chunk of any length.

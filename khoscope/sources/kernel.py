@@ -27,8 +27,9 @@ from ..abi.serialized import KHO_VMALLOC, one
 from ..facts.clients import Kind, Owner
 from ..facts.columns import Blocks, Columns, Leaves
 from ..facts.page_runs import PageRuns, Seen
-from ..facts.snapshot import Kernel, KeySet, Scan, Side, Snapshot, Taken, Tree, Watched
+from ..facts.snapshot import Kernel, Scan, Side, Snapshot, Taken, Watched
 from ..facts.store import spool
+from ..facts.tree import KeySet, Tree
 from ..words.errors import KhoscopeError
 from . import btf
 from .clients import Where, with_clients, with_vm_structs

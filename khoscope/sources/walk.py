@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..abi.keys import U64, Abi
 from ..facts.columns import Leaves, Nodes
-from ..facts.snapshot import NodeProblem, Tree, TreeState
+from ..facts.tree import NodeProblem, Tree, TreeState
 
 #: Reads ``size`` bytes at a physical address; None: that memory cannot be read.
 ReadPhys = Callable[[int, int], bytes | None]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import IO
 
 from ..carry.memfd import SESSION, TOKEN, Carried
-from . import json
+from . import documents
 from .text import Text
 
 
@@ -35,5 +35,5 @@ def write_json(carried: Carried, out: IO[str]) -> None:
         "bytes": carried.size,
         "memfd_bytes": carried.room,
     }
-    totals = json.totals(facts.outgoing.tree, facts.abi)
-    json.write({**document, **json.about(facts), "totals": totals}, out)
+    totals = documents.totals(facts.outgoing.tree, facts.abi)
+    documents.write({**document, **documents.about(facts), "totals": totals}, out)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import IO
 
 from ..checks import Rule
-from . import json as rows
+from . import documents
 from .text import SEVERITY_COLOURS, Text
 
 #: Widths of the columns that have sentences in them.
@@ -53,7 +53,7 @@ class Checks(Text):
 
 def write_checks(rules: Iterable[Rule], out: IO[str]) -> None:
     """As JSON, schema khoscope.checks/1."""
-    rows.write(
+    documents.write(
         {
             "schema": "khoscope.checks/1",
             "checks": [

@@ -9,7 +9,7 @@ from typing import IO
 from .. import __version__
 from ..facts.offers import Fact, State, missing
 from ..words.printable import printable
-from . import json
+from . import documents
 from .text import WIDTH, Text
 
 #: Columns of the state, and of the name after it.
@@ -37,7 +37,7 @@ def write_json(facts: list[Fact], release: str, out: IO[str]) -> None:
             for fact in facts
         ],
     }
-    json.write(document, out)
+    documents.write(document, out)
 
 
 class DoctorText(Text):

@@ -18,7 +18,7 @@ from ..abi.fdt import DeviceTree, Node, Property
 from ..facts.blobs import Area, Blob, Value
 from ..facts.snapshot import Snapshot
 from ..words.printable import printable
-from . import json
+from . import documents
 from .text import WIDTH, Text, counted
 
 _INDENT = " " * 4
@@ -182,12 +182,12 @@ def write_json(facts: Snapshot, which: str, blobs: list[Blob], out: IO[str]) -> 
     rows = [(blob.name, _row(blob)) for blob in blobs]
     document = {
         "schema": "khoscope.fdt/1",
-        **json.about(facts),
+        **documents.about(facts),
         "side": which,
         "fdt": next((row for name, row in rows if name is None), None),
         "subtrees": [{"name": name, **row} for name, row in rows if name is not None],
     }
-    json.write(document, out)
+    documents.write(document, out)
 
 
 def _row(blob: Blob) -> dict[str, Any]:

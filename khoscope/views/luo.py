@@ -10,7 +10,7 @@ from ..abi.serialized import SEALS, bits
 from ..facts.clients import Luo, LuoFile, LuoSession, Memfd
 from ..facts.owners import Memory
 from ..facts.snapshot import Side, Snapshot
-from . import json as json_view
+from . import documents
 from .text import counted, human
 from .vmalloc import VmallocText, area_row, range_rows
 
@@ -110,13 +110,13 @@ def write_json(facts: Snapshot, out: IO[str]) -> None:
     liveupdate, shift = facts.liveupdate, facts.abi.page_shift
     document = {
         "schema": "khoscope.luo/1",
-        **json_view.about(facts),
+        **documents.about(facts),
         "liveupdate": liveupdate
         and {"enabled": liveupdate.enabled, "handlers": liveupdate.handlers},
         "outgoing": _side_row(facts.outgoing, shift),
         "incoming": None if facts.incoming is None else _side_row(facts.incoming, shift),
     }
-    json_view.write(document, out)
+    documents.write(document, out)
 
 
 def _side_row(side: Side, shift: int) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from ..abi.keys import BAD_ORDER
 from ..facts.clients import Owner
 from ..facts.owners import UNKNOWN, Holders
 from ..facts.snapshot import Snapshot
-from . import json as json_view
+from . import documents
 from .text import Text, human
 
 
@@ -78,7 +78,7 @@ def _row(owner: Owner | None) -> dict[str, Any]:
 
 def _block_rows(holders: Holders) -> Iterator[dict[str, Any]]:
     for blocks, owner in holders.blocks():
-        for row, whose in zip(json_view.block_rows(blocks), owner.tolist(), strict=True):
+        for row, whose in zip(documents.block_rows(blocks), owner.tolist(), strict=True):
             yield {**row, **_row(_owner(holders, whose))}
 
 
@@ -87,7 +87,7 @@ def write_json(facts: Snapshot, holders: Holders, out: IO[str]) -> None:
     shift = facts.abi.page_shift
     head = {
         "schema": "khoscope.owners/1",
-        **json_view.about(facts),
+        **documents.about(facts),
         "totals": [
             {
                 **_row(held.owner),
@@ -98,7 +98,7 @@ def write_json(facts: Snapshot, holders: Holders, out: IO[str]) -> None:
             for held in holders.totals()
         ],
     }
-    json_view.write_document(head, {"blocks": _block_rows(holders)}, out)
+    documents.write_document(head, {"blocks": _block_rows(holders)}, out)
 
 
 def write_lines(holders: Holders, out: IO[str]) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import json as encoder
+import json
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
@@ -12,7 +12,7 @@ from ..facts.columns import Pages
 from ..facts.owners import UNKNOWN
 from ..facts.page_runs import PageRuns, Seen
 from ..facts.snapshot import Snapshot
-from . import json
+from . import documents
 from .text import Text, counted
 
 #: Why there is nothing to say of a page.
@@ -86,10 +86,10 @@ def write_json(
     """Schema khoscope.pages/1."""
     head = {
         "schema": "khoscope.pages/1",
-        **json.about(facts),
+        **documents.about(facts),
         "range": [f"{bound:#x}" for bound in span],
     }
-    json.write_document(
+    documents.write_document(
         head, {"runs": (row for part in runs for row in run_rows(facts, part))}, out
     )
 
@@ -98,7 +98,7 @@ def write_lines(facts: Snapshot, runs: Iterable[PageRuns], out: IO[str]) -> None
     """A run a line."""
     for part in runs:
         for row in run_rows(facts, part):
-            out.write(encoder.dumps(row) + "\n")
+            out.write(json.dumps(row) + "\n")
 
 
 class PagesText(Text):

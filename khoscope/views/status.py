@@ -14,7 +14,7 @@ from ..facts.clients import Luo
 from ..facts.snapshot import KexecImage, Side, Snapshot
 from ..facts.status import READ_FROM, Status
 from ..words.printable import printable
-from . import json
+from . import documents
 from .text import WIDTH, Text, counted, human, types_in_words, word
 
 #: Columns of the name of a fact.
@@ -26,10 +26,10 @@ def write_json(facts: Snapshot, status: Status, out: IO[str]) -> None:
     """Schema khoscope.status/1."""
     incoming = facts.incoming
     live = facts.liveupdate
-    totals = json.counts
+    totals = documents.counts
     document: dict[str, Any] = {
         "schema": "khoscope.status/1",
-        **json.about(facts),
+        **documents.about(facts),
         "kho": {"on": status.kho.on, "why": status.kho.why, "enabled": facts.kho_enable},
         "command_line": facts.kernel.command_line or None,
         "compatible": {
@@ -55,7 +55,7 @@ def write_json(facts: Snapshot, status: Status, out: IO[str]) -> None:
         "taint": status.taint,
         "read_from": READ_FROM,
     }
-    json.write(document, out)
+    documents.write(document, out)
 
 
 def _luo_compatible(side: Side | None) -> str | None:

@@ -24,7 +24,8 @@ from ..checks.pattern import describe, type_name
 from ..facts import diff
 from ..facts.columns import Blocks
 from ..facts.next_kernel import NextKernel
-from ..facts.snapshot import Snapshot, Tree
+from ..facts.snapshot import Snapshot
+from ..facts.tree import Tree
 from ..words.printable import printable
 from .block_filter import Filter
 

@@ -12,7 +12,7 @@ from ..checks import Finding
 from ..facts.clients import Claims, Vmalloc
 from ..facts.owners import Memory
 from ..facts.snapshot import Snapshot
-from . import json as json_view
+from . import documents
 from .text import Text, counted
 
 
@@ -83,8 +83,8 @@ def write_json(facts: Snapshot, findings: Iterable[Finding], out: IO[str]) -> No
     memory = Memory(facts.outgoing, facts.abi.page_shift)
     document = {
         "schema": "khoscope.vmalloc/1",
-        **json_view.about(facts),
+        **documents.about(facts),
         "areas": [area_row(memory, area) for area in facts.outgoing.vmallocs],
-        "findings": [json_view.finding(found) for found in findings],
+        "findings": [documents.finding(found) for found in findings],
     }
-    json_view.write(document, out)
+    documents.write(document, out)

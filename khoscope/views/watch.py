@@ -11,7 +11,7 @@ from typing import IO, Any
 from ..checks import RULES, Changes, Finding, Report
 from ..facts.next_kernel import NextKernel
 from ..facts.snapshot import Snapshot, Taken
-from . import json as rows
+from . import documents
 from .text import SEVERITY_COLOURS, Text, where
 
 
@@ -56,18 +56,18 @@ class Lines:
 
     def start(self, facts: Snapshot, report: Report, next_kernel: NextKernel | None) -> None:
         """The first round."""
-        self._write([rows.verify(facts, report, next_kernel)])
+        self._write([documents.verify(facts, report, next_kernel)])
 
     def changed(self, taken: Taken, report: Report, changes: Changes) -> None:
         """Another round."""
         for sign, findings in (("+", changes.came), ("-", changes.went)):
-            self._changes(taken, sign, map(rows.finding, findings))
+            self._changes(taken, sign, map(documents.finding, findings))
         counts = (
             {"rule": name, "was": was, "now": now} for name, (was, now) in changes.counts.items()
         )
         self._changes(taken, "count", counts)
         if changes.verdict:
-            verdict = rows.verdict(report)
+            verdict = documents.verdict(report)
             del verdict["findings"]
             self._changes(taken, "verdict", [verdict])
 

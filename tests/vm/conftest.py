@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import pytest
 
 from vm.kernel import NAMES
+from vm.machine import Machine
 
 #: What Machine says of a kernel that was started and has not come up.
 NOT_UP = r"GuestHung: (booting|kexec): no end after"
-from vm.machine import Machine
 
 
 # Before pytest-xdist's own, which looks for the marks.

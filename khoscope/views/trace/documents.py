@@ -30,7 +30,7 @@ from ...trace.summary import (
     bucket_range,
     pages,
 )
-from .. import json as rows
+from .. import documents
 from .common import ACTION_NAMES, CallRows, returned
 
 _U64 = 2**64 - 1
@@ -85,7 +85,9 @@ class JsonLines:
         while some := list(islice(blocks, 1000)):
             self._out.write(separator + json.dumps(some)[1:-1])
             separator = ", "
-        found = json.dumps([rows.finding(finding) for finding in findings]) if findings else "[]"
+        found = (
+            json.dumps([documents.finding(finding) for finding in findings]) if findings else "[]"
+        )
         self._out.write(f'], "findings": {found}}}{self._after_object}')
 
     _after_object = "\n"
@@ -120,7 +122,7 @@ class JsonLines:
         return {
             "summary": _summary(self._sums, self._page_shift),
             "losses": dict(vars(losses)),
-            **rows.verdict(report),
+            **documents.verdict(report),
         }
 
 
@@ -134,7 +136,7 @@ class JsonView(JsonLines):
         super().start(tracing)
         head = {
             "schema": "khoscope.trace/1",
-            **rows.about(tracing.facts),
+            **documents.about(tracing.facts),
             "attached": tracing.attached,
             "missing": tracing.missing,
             "buffer": tracing.buffer,
@@ -201,7 +203,7 @@ def _touch_rows(touches: Touches) -> Iterator[dict[str, Any]]:
         facts.odd.tolist(),
     )
     for block, (action, number, ret, before, after, looked, private, *refcounts) in zip(
-        rows.block_rows(touches.blocks), zip(*columns, strict=True), strict=True
+        documents.block_rows(touches.blocks), zip(*columns, strict=True), strict=True
     ):
         restored, deleted = action == Action.RESTORE, action == Action.DELETE
         if restored:

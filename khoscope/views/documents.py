@@ -19,7 +19,8 @@ from ..checks import Finding, Report, in_order
 from ..facts import diff
 from ..facts.columns import Blocks, Nodes
 from ..facts.next_kernel import NextKernel
-from ..facts.snapshot import Snapshot, Tree
+from ..facts.snapshot import Snapshot
+from ..facts.tree import Tree
 from .block_filter import Filter
 
 
