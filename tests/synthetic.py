@@ -32,10 +32,10 @@ from khoscope.facts.snapshot import (
     Handover,
     Kernel,
     KexecImage,
+    Provenance,
     Scan,
     Side,
     Snapshot,
-    Taken,
     Watched,
 )
 from khoscope.facts.tree import Tree, TreeState
@@ -306,7 +306,7 @@ def snapshot(
     # What is known by its stamp has no key.
     stamp_chunks = [replace(columns(abi, [b]), key=np.zeros(1, np.uint64)) for b in stamped]
     return Snapshot(
-        Taken("test", f"2026-01-01T00:00:0{boot_id[-1]}Z", "by hand"),
+        Provenance("test", f"2026-01-01T00:00:0{boot_id[-1]}Z", "by hand"),
         Kernel(release, "#1", boot_id, tainted, list(log), PAGE_FLAGS, PAGE_TYPES),
         abi,
         True,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from khoscope.abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
-from khoscope.checks import Finding, Found, Report, check_batch, end_trace, run, start_trace
+from khoscope.checks import BatchFindings, Finding, Report, check_batch, end_trace, run, start_trace
 from khoscope.checks.rule import TRACE, of_scopes
 from khoscope.facts.calls import BIT_CLEAR, BIT_SET, BIT_UNKNOWN, Action, Batch, Calls, Losses
 from khoscope.facts.columns import Pages
@@ -468,7 +468,7 @@ def test_restores_of_real_kernels(
 # What is kept
 
 
-def found_in(abi: Abi, batch: Batch, report: Report | None = None) -> Found:
+def found_in(abi: Abi, batch: Batch, report: Report | None = None) -> BatchFindings:
     facts = snapshot(abi, [])
     return check_batch(facts, batch, report or start_trace(facts))
 

@@ -20,12 +20,12 @@ from khoscope.checks.rule import SCOPES, TRACE, of_scopes
 from khoscope.facts.clients import (
     FLB_LIST,
     Claims,
-    Kind,
     Luo,
     LuoFile,
     LuoSession,
     Memfd,
     Owner,
+    OwnerKind,
     Vmalloc,
 )
 from khoscope.facts.columns import Pages
@@ -111,7 +111,7 @@ def subtrees(*found: Subtree) -> Fdt:
 
 def claimed(owner: Owner, phys: int, size: int, *blocks: Block, more: int = 0) -> Report:
     """The report on what somebody else, and then an owner, has claimed."""
-    owners = [Owner(Kind.VM_STRUCT, "vm_struct of nobody"), owner]
+    owners = [Owner(OwnerKind.VM_STRUCT, "vm_struct of nobody"), owner]
     rows = [(1 << 30, 1 << 20, 0), (phys, size, 1), *((phys + size, more, 1),) * bool(more)]
     columns = zip(*rows, strict=True)
     claims = [
@@ -120,7 +120,7 @@ def claimed(owner: Owner, phys: int, size: int, *blocks: Block, more: int = 0) -
     return check(out(*blocks, owners=owners, claims=claims))
 
 
-def owner(kind: Kind, name: str = "session 'vm1', token 0x1") -> Owner:
+def owner(kind: OwnerKind, name: str = "session 'vm1', token 0x1") -> Owner:
     return Owner(kind, name)
 
 
@@ -247,15 +247,16 @@ FIRES: dict[str, list[Fires]] = {
         ),
         # The first page that is not, of two runs; a part of a page is the page.
         Fires(
-            lambda: claimed(owner(Kind.FILE), AT + 8, 0x7FF8, contig(2), more=0x2000), AT + 0x4000
+            lambda: claimed(owner(OwnerKind.FILE), AT + 8, 0x7FF8, contig(2), more=0x2000),
+            AT + 0x4000,
         ),
-        Fires(lambda: claimed(owner(Kind.FILE), 0, 1 << 62), 0),
-        Fires(lambda: claimed(owner(Kind.FILE), 2**64 - 1, 2**64 - 1), 2**64 - 4096),
+        Fires(lambda: claimed(owner(OwnerKind.FILE), 0, 1 << 62), 0),
+        Fires(lambda: claimed(owner(OwnerKind.FILE), 2**64 - 1, 2**64 - 1), 2**64 - 4096),
     ],
     "broken-vmalloc": [
         Fires(lambda: check(out(vmallocs=[vmalloc("its chunks loop")]))),
-        Fires(lambda: claimed(owner(Kind.VMALLOC_CHUNK), AT, 0x1000)),
-        Fires(lambda: claimed(owner(Kind.VMALLOC_PAGE), AT, 0x5000, contig(2)), AT + 0x4000),
+        Fires(lambda: claimed(owner(OwnerKind.VMALLOC_CHUNK), AT, 0x1000)),
+        Fires(lambda: claimed(owner(OwnerKind.VMALLOC_PAGE), AT, 0x5000, contig(2)), AT + 0x4000),
     ],
     "broken-luo": [
         Fires(lambda: check(out(luo=luo(problems=["its sessions loop"]))), 0x6000),
@@ -273,7 +274,7 @@ FIRES: dict[str, list[Fires]] = {
         Fires(lambda: one(FIXED, contig(11, phys=0)), 0, 11),
         Fires(lambda: one(PLAIN, contig(18, phys=0, compound=18)), 0, 18),
         Fires(lambda: one(FIXED, split(11, phys=0)), 0, 11),
-        Fires(lambda: claimed(owner(Kind.FILE), 0, 1 << 23, contig(11, phys=0)), 0, 11),
+        Fires(lambda: claimed(owner(OwnerKind.FILE), 0, 1 << 23, contig(11, phys=0)), 0, 11),
     ],
     "bad-node": [Fires(lambda: one(FIXED, state=BAD_ENTRY), 0x1000)],
     "kernel-tainted": [
@@ -433,18 +434,18 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
         lambda: one(FIXED, contig(2), OTHER, fdt=subtrees(Subtree("x", AT, 1), Subtree("y", 0, 0))),
         # bad-fdt has spoken of it.
         lambda: one(FIXED, fdt=subtrees(Subtree("x", 1 << 40, 1), Subtree("y", None, 8))),
-        lambda: claimed(owner(Kind.FILE), AT + 8, 0x3FF8, contig(2)),
-        lambda: claimed(owner(Kind.FILE), AT, 0x8000, contig(2), split(2, phys=AT + 0x4000)),
-        lambda: claimed(owner(Kind.FILE), AT, 0),
+        lambda: claimed(owner(OwnerKind.FILE), AT + 8, 0x3FF8, contig(2)),
+        lambda: claimed(owner(OwnerKind.FILE), AT, 0x8000, contig(2), split(2, phys=AT + 0x4000)),
+        lambda: claimed(owner(OwnerKind.FILE), AT, 0),
         *(
             lambda kind=kind: claimed(owner(kind), AT, 0x1000)
-            for kind in sorted(set(Kind) - NEEDED)
+            for kind in sorted(set(OwnerKind) - NEEDED)
         ),
     ],
     "broken-vmalloc": [
         lambda: check(out(vmallocs=[vmalloc()])),
-        lambda: claimed(owner(Kind.VMALLOC_PAGE), AT, 0x4000, contig(2)),
-        lambda: claimed(owner(Kind.FILE), AT, 0x1000),
+        lambda: claimed(owner(OwnerKind.VMALLOC_PAGE), AT, 0x4000, contig(2)),
+        lambda: claimed(owner(OwnerKind.FILE), AT, 0x1000),
     ],
     "broken-luo": [
         lambda: check(out()),
@@ -455,7 +456,7 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
     "image-abi-differs": [lambda: next_kernel("kho-v5"), lambda: one(FIXED)],
     "huge-order": [
         lambda: one(FIXED, contig(10, phys=0), split(10, phys=1 << 30)),
-        lambda: claimed(owner(Kind.RESERVE_MEM), 0, 1 << 24, contig(11, phys=1 << 23)),
+        lambda: claimed(owner(OwnerKind.RESERVE_MEM), 0, 1 << 24, contig(11, phys=1 << 23)),
         # bad-key speaks of those.
         lambda: one(PLAIN, contig(21, phys=0), ram=[(0, 1 << 32)]),
         lambda: one(FIXED, contig(0, key=0)),
@@ -797,7 +798,7 @@ def test_fate(before: Block, after: Block, wanted: str) -> None:
     assert lost == (wanted if wanted in ("not-restored", "unread") else "lost")
 
 
-RESERVE_MEM = Owner(Kind.RESERVE_MEM, "reserve_mem x")
+RESERVE_MEM = Owner(OwnerKind.RESERVE_MEM, "reserve_mem x")
 
 
 def in_place(
@@ -806,7 +807,7 @@ def in_place(
     """What becomes of a block that keeps its stamp."""
     was = out(contig(2), fdt=subtrees(*spots))
     if claimed is not None:
-        owners = [Owner(Kind.FILE, "x"), owner]
+        owners = [Owner(OwnerKind.FILE, "x"), owner]
         rows = ([0, claimed], [0x1000, 0x2000], [0, 1])
         claims = Claims(
             *(np.array(c, t) for c, t in zip(rows, Claims.DTYPES.values(), strict=True))
@@ -836,7 +837,7 @@ def in_place(
         (in_place(claimed=AT - 0x2000), "not-restored"),
         (in_place(claimed=AT + 0x1000), "not-restored"),
         (in_place(claimed=AT, owner=FLB_LIST), "in-place"),
-        (in_place(claimed=AT, owner=Owner(Kind.LUO, "LUO: list of sessions")), "not-restored"),
+        (in_place(claimed=AT, owner=Owner(OwnerKind.LUO, "LUO: list of sessions")), "not-restored"),
     ],
 )
 def test_what_is_used_in_place_is_not_missed(fates: Counter[str], wanted: str) -> None:

@@ -21,16 +21,16 @@ from khoscope.facts.calls import Action, Calls, Losses, Tracing
 from khoscope.facts.clients import (
     Claims,
     Flb,
-    Kind,
-    Liveupdate,
     Luo,
     LuoFile,
     LuoSession,
+    LuoState,
     Memfd,
     Owner,
+    OwnerKind,
     Vmalloc,
 )
-from khoscope.facts.owners import UNKNOWN, Holders, Memory
+from khoscope.facts.owners import UNKNOWN, BlockOwners, ClaimsByOwner
 from khoscope.facts.snapshot import Side, Snapshot
 from khoscope.trace.preservers import preservers
 from khoscope.trace.record import Recorder, load
@@ -49,9 +49,9 @@ BLOCKS = [DATA, LIST, CHUNK, SLAB, SEEN, STRANGE]
 
 AREA = Vmalloc("memfd 0x7 of session vm: folio list", 0x62020, 0x61000, 1, 1, 0, 1, 1)
 OWNERS = [
-    Owner(Kind.VMALLOC_CHUNK, AREA.name, "vm", 7),
-    Owner(Kind.VMALLOC_PAGE, AREA.name, "vm", 7),
-    Owner(Kind.MEMFD, "memfd 0x7 of session vm: data", "vm", 7),
+    Owner(OwnerKind.VMALLOC_CHUNK, AREA.name, "vm", 7),
+    Owner(OwnerKind.VMALLOC_PAGE, AREA.name, "vm", 7),
+    Owner(OwnerKind.MEMFD, "memfd 0x7 of session vm: data", "vm", 7),
 ]
 
 
@@ -79,7 +79,7 @@ def facts() -> Snapshot:
         bare,
         kernel=replace(bare.kernel, page_types={0xF5: "slab", 0xF0: "buddy"}),
         outgoing=side(bare.outgoing, memfd, flbs=[Flb("iommu-v1", 0x5000, 2)]),
-        liveupdate=Liveupdate(True, ["memfd-v2"]),
+        liveupdate=LuoState(True, ["memfd-v2"]),
     )
 
 
@@ -157,7 +157,7 @@ def test_no_luo_in_the_kernel(facts: Snapshot, ask: Callable[..., str]) -> None:
 
 
 def test_owners_by_all_that_tells(facts: Snapshot) -> None:
-    holders = Holders(facts)
+    holders = BlockOwners(facts)
     found = {}
     for blocks, owner in holders.blocks():
         for phys, whose in zip(blocks.phys.tolist(), owner.tolist(), strict=True):
@@ -226,7 +226,7 @@ def recording(facts: Snapshot, path: Path) -> Path:
 def test_who_preserved_what_nothing_else_tells_of(facts: Snapshot, tmp_path: Path) -> None:
     callers = preservers(load(recording(facts, tmp_path / "a.khotrace")))
     totals = {
-        str(held.owner): (held.blocks, held.pages) for held in Holders(facts, callers).totals()
+        str(held.owner): (held.blocks, held.pages) for held in BlockOwners(facts, callers).totals()
     }
     assert totals["preserved by client_save [client]"] == (1, 2)
     # Unpreserved again, and then not preserved after all.
@@ -277,7 +277,7 @@ def test_vmalloc_of_no_address(address: str, run: Run) -> None:
 
 
 def test_memory_of_a_session_is_whole_pages(facts: Snapshot) -> None:
-    memory = Memory(facts.outgoing, FIXED.page_shift)
+    memory = ClaimsByOwner(facts.outgoing, FIXED.page_shift)
     assert memory.session_bytes("vm") == 18 << 12
     assert memory.session_bytes("nobody") == 0
     assert memory.folios("vm", 7).size.tolist() == [0xF800]

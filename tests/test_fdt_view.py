@@ -23,7 +23,7 @@ from khoscope.abi.fdt import Node, Property, read
 from khoscope.abi.kho_fdt import Fdt, parse_root_fdt
 from khoscope.cli import main
 from khoscope.facts import store
-from khoscope.facts.blobs import DECODED, Blob, Blobs, Kind
+from khoscope.facts.blobs import DECODED, Blob, BlobKind, Blobs
 from khoscope.facts.clients import Vmalloc
 from khoscope.facts.snapshot import Side, Snapshot, in_ram
 from khoscope.views.fdt import FdtText, write_json
@@ -234,7 +234,7 @@ def test_memory_reservations() -> None:
 
 def test_kexec_metadata() -> None:
     found = only(facts_of({"kexec-metadata": METADATA}))
-    assert found.kind == Kind.KEXEC_METADATA
+    assert found.kind == BlobKind.KEXEC_METADATA
     assert found.fields == {"version": 1, "previous_release": "7.2.0-old", "kexec_count": 3}
     assert found.problems == []
 
@@ -242,7 +242,7 @@ def test_kexec_metadata() -> None:
 def test_luo() -> None:
     facts = facts_of({"LUO": LUO})
     found = only(facts)
-    assert found.kind == Kind.LUO
+    assert found.kind == BlobKind.LUO
     assert found.fields == {
         "compatible": "luo-v5",
         "liveupdate_num": 2,
@@ -293,7 +293,7 @@ def test_kho_test(followed: bool) -> None:
 def test_an_fdt_is_shown_as_one_whatever_its_name() -> None:
     for name in ("driver", "LUO", "kexec-metadata"):
         found = only(facts_of({name: MEMBLOCK}))
-        assert found.kind == Kind.FDT
+        assert found.kind == BlobKind.FDT
         assert found.tree is not None
 
 
@@ -301,7 +301,7 @@ def test_unknown_bytes() -> None:
     raw = bytes(range(256)) * 2
     facts = facts_of({"driver": raw})
     found = only(facts)
-    assert (found.kind, found.tree, found.fields) == (Kind.UNKNOWN, None, None)
+    assert (found.kind, found.tree, found.fields) == (BlobKind.UNKNOWN, None, None)
     text = text_of(facts, [found])
     assert "// driver: unknown, 512 bytes at 0x100000, preserved\n" in text
     assert "00000040  40 41 42 43 44 45 46 47 48 49 4a 4b 4c 4d 4e 4f  @ABCDEFGHIJKLMNO\n" in text
@@ -335,7 +335,7 @@ def dumped(text: str) -> bytes:
 def test_what_is_not_known_stays_bytes(name: str, raw: bytes, problem: str) -> None:
     facts = facts_of({name: raw})
     found = only(facts)
-    assert (found.kind, found.tree, found.fields) == (Kind.UNKNOWN, None, None)
+    assert (found.kind, found.tree, found.fields) == (BlobKind.UNKNOWN, None, None)
     (said,) = found.problems
     assert said.startswith(problem)
     text = text_of(facts, [found], None)
@@ -593,7 +593,7 @@ def views_hold(facts: Snapshot) -> None:
     document = json_of(facts, blobs)
     assert len(document["subtrees"]) == len(blobs) - 1
     for each in blobs:
-        assert each.tree or each.fields or each.problems or each.kind == Kind.UNKNOWN
+        assert each.tree or each.fields or each.problems or each.kind == BlobKind.UNKNOWN
 
 
 BLOB_NAMES = st.sampled_from(["LUO", "kexec-metadata", "memblock", "kho_test", "other"])

@@ -21,12 +21,12 @@ from khoscope.abi.serialized import (
     MEMFD_LUO_SER,
 )
 from khoscope.facts import store
-from khoscope.facts.clients import Claims, Kind, Luo, Memfd, Owner
+from khoscope.facts.clients import Claims, Luo, Memfd, Owner, OwnerKind
 from khoscope.facts.columns import Leaves
 from khoscope.facts.snapshot import Snapshot
 from khoscope.facts.tree import KeySet
 from khoscope.sources import follow
-from khoscope.sources.follow import Following
+from khoscope.sources.follow import ClientWalker
 from tests.fuzz import fuzz
 from tests.synthetic import PLAIN, snapshot
 from tests.test_fdt import blob, u64
@@ -34,7 +34,7 @@ from tests.test_fdt import blob, u64
 PAGE = 4096
 #: Entries of a ``struct kho_vmalloc_chunk``.
 PER_CHUNK = 511
-SOMEBODY = Owner(Kind.FILE, "somebody", "a session", 7)
+SOMEBODY = Owner(OwnerKind.FILE, "somebody", "a session", 7)
 #: RAM has a hole; what is allocated for structures lies in front of it, data behind.
 RAM = [(0x10_0000, 0x400_0000), (0x1000_0000, 0x4000_0000)]
 DATA = RAM[1][0]
@@ -81,8 +81,8 @@ class Machine:
         raw = b"".join(bytes(self.pages.get(page, bytes(step))) for page in pages)
         return raw[at - first : end - first]
 
-    def following(self) -> Following:
-        return Following(self.abi, np.array(RAM, np.uint64), self.read)
+    def following(self) -> ClientWalker:
+        return ClientWalker(self.abi, np.array(RAM, np.uint64), self.read)
 
     # As the kernel writes them
 
@@ -133,7 +133,7 @@ def desc(first: int, total: int, order: int = 0, flags: int = 1) -> np.void:
     return np.array([(first, total, flags, order)], KHO_VMALLOC)[0]
 
 
-def claimed(following: Following, kind: Kind | None = None) -> list[tuple[int, int]]:
+def claimed(following: ClientWalker, kind: OwnerKind | None = None) -> list[tuple[int, int]]:
     """First and last-plus-one address of each claim."""
     every = Claims.concatenate(following.claims())
     return [
@@ -145,7 +145,7 @@ def claimed(following: Following, kind: Kind | None = None) -> list[tuple[int, i
     ]
 
 
-def facts_of(following: Following, luo: Luo | None = None) -> Snapshot:
+def facts_of(following: ClientWalker, luo: Luo | None = None) -> Snapshot:
     facts = snapshot(following.abi, [])
     side = replace(
         facts.outgoing,
@@ -157,7 +157,7 @@ def facts_of(following: Following, luo: Luo | None = None) -> Snapshot:
     return replace(facts, outgoing=side)
 
 
-def holds(following: Following, luo: Luo | None = None) -> None:
+def holds(following: ClientWalker, luo: Luo | None = None) -> None:
     """What is true whatever memory holds: claims lie in RAM, and all of it can be stored."""
     claims = Claims.concatenate(following.claims())
     assert (claims.phys[1:] >= claims.phys[:-1]).all()
@@ -198,8 +198,8 @@ def test_vmalloc(entries: int, chunks: int) -> None:
     assert area.problems == []
     assert following.vmallocs == [area]
     assert listed.tolist() == pages
-    assert claimed(following, Kind.VMALLOC_PAGE) == [(at, at + PAGE) for at in pages]
-    assert claimed(following, Kind.VMALLOC_CHUNK) == [(chain[0], chain[-1] + PAGE)]
+    assert claimed(following, OwnerKind.VMALLOC_PAGE) == [(at, at + PAGE) for at in pages]
+    assert claimed(following, OwnerKind.VMALLOC_CHUNK) == [(chain[0], chain[-1] + PAGE)]
     assert {(o.name, o.session, o.token) for o in following.owners} == {
         ("somebody", "a session", 7)
     }
@@ -215,7 +215,7 @@ def test_vmalloc_of_huge_pages() -> None:
     assert (area.order, area.listed, area.problems) == (9, 5 << 9, [])
     assert listed.tolist() == pages
     # Neighbours are one claim.
-    assert claimed(following, Kind.VMALLOC_PAGE) == [(DATA, DATA + 5 * (PAGE << 9))]
+    assert claimed(following, OwnerKind.VMALLOC_PAGE) == [(DATA, DATA + 5 * (PAGE << 9))]
 
 
 @pytest.mark.parametrize("shift", [12, 14, 16])
@@ -235,7 +235,7 @@ def test_order_of_the_pages_is_kept() -> None:
     following = machine.following()
     _, listed = following.vmalloc(desc(machine.chain(pages)[0], 20), 0, SOMEBODY)
     assert listed.tolist() == pages
-    assert claimed(following, Kind.VMALLOC_PAGE) == sorted((at, at + PAGE) for at in pages)
+    assert claimed(following, OwnerKind.VMALLOC_PAGE) == sorted((at, at + PAGE) for at in pages)
 
 
 def problems_of(machine: Machine, described: np.void) -> list[str]:
@@ -314,7 +314,7 @@ def test_entries_that_are_no_pages_in_ram(bad: list[int], place: int) -> None:
     assert area.problems == [f"{len(bad)} entries are no pages in RAM, the first {bad[0]:#x}"]
     # What stands behind a gap is not what it would be taken for.
     assert listed.tolist() == pages[:place]
-    assert claimed(following, Kind.VMALLOC_PAGE) == [(at, at + PAGE) for at in pages]
+    assert claimed(following, OwnerKind.VMALLOC_PAGE) == [(at, at + PAGE) for at in pages]
     holds(following)
 
 
@@ -475,7 +475,7 @@ def follow_memfd(machine: Machine, ser: int) -> tuple[Memfd, list[tuple[int, int
     found = following.memfd(ser, SOMEBODY)
     assert isinstance(found, Memfd)
     holds(following)
-    return found, claimed(following, Kind.MEMFD), found.problems
+    return found, claimed(following, OwnerKind.MEMFD), found.problems
 
 
 @pytest.mark.parametrize("size", [1, PAGE - 1, PAGE])
@@ -488,8 +488,8 @@ def test_memfd_of_a_page(size: int) -> None:
     assert (found.phys, found.pos, found.size, found.nr_folios) == (ser, 5, size, 1)
     assert (found.pages, found.problems) == (1, [])
     assert found.folios in following.vmallocs
-    assert claimed(following, Kind.MEMFD) == [(DATA, DATA + PAGE)]
-    assert claimed(following, Kind.FILE) == [(ser, ser + MEMFD_LUO_SER.itemsize)]
+    assert claimed(following, OwnerKind.MEMFD) == [(DATA, DATA + PAGE)]
+    assert claimed(following, OwnerKind.FILE) == [(ser, ser + MEMFD_LUO_SER.itemsize)]
     assert [owner.name for owner in following.owners] == [
         "somebody: memfd_luo_ser",
         "somebody: folio list",
@@ -709,7 +709,7 @@ def memblock(*reserved: tuple[str, int, int]) -> dict[str, bytes]:
 def test_reserve_mem() -> None:
     following = Machine().following()
     following.subtrees(Fdt(0), memblock(("oops", DATA, 0x5000), ("trace", DATA + 0x8000, 1)))
-    assert claimed(following, Kind.RESERVE_MEM) == [
+    assert claimed(following, OwnerKind.RESERVE_MEM) == [
         (DATA, DATA + 0x5000),
         (DATA + 0x8000, DATA + 0x8001),
     ]
@@ -742,9 +742,11 @@ def follow_kho_test(machine: Machine, *made: Any, **other: Any) -> tuple[Any, li
     following.subtrees(*kho_test(machine, *made, **other))
     holds(following)
     folios = [
-        owner for owner in following.owners if owner == Owner(Kind.KHO_TEST, "kho_test: folios")
+        owner
+        for owner in following.owners
+        if owner == Owner(OwnerKind.KHO_TEST, "kho_test: folios")
     ]
-    found = claimed(following, Kind.KHO_TEST) if folios else []
+    found = claimed(following, OwnerKind.KHO_TEST) if folios else []
     return found, [problem for area in following.vmallocs for problem in area.problems]
 
 
@@ -799,7 +801,7 @@ def test_kho_test_of_two_subtrees_of_that_name() -> None:
 
 def test_claims_are_sorted_and_joined() -> None:
     following = Machine().following()
-    a, b = Owner(Kind.FILE, "a"), Owner(Kind.FILE, "b")
+    a, b = Owner(OwnerKind.FILE, "a"), Owner(OwnerKind.FILE, "b")
     following.claim(a, np.array([DATA + 3 * PAGE, DATA + 4 * PAGE], np.uint64), PAGE)
     following.claim(b, DATA + PAGE, PAGE)
     following.claim(b, DATA + 2 * PAGE, 5)
@@ -831,7 +833,7 @@ def test_many_claims_are_kept_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None
 # Whatever memory holds
 
 
-def bound(machine: Machine, following: Following, luo: Luo | None = None) -> None:
+def bound(machine: Machine, following: ClientWalker, luo: Luo | None = None) -> None:
     assert machine.bytes_read < 64 << 20
     holds(following, luo)
 
@@ -918,7 +920,7 @@ def test_any_memfd(made: tuple[Machine, int]) -> None:
     following = machine.following()
     found = following.memfd(ser, SOMEBODY)
     if isinstance(found, Memfd):
-        data = sum(end - start for start, end in claimed(following, Kind.MEMFD))
+        data = sum(end - start for start, end in claimed(following, OwnerKind.MEMFD))
         assert data <= found.pages * PAGE
         assert found.problems or data == found.pages * PAGE
     bound(machine, following)

@@ -19,7 +19,7 @@ from khoscope.abi.serialized import (
     MEMFD_COMPATIBLE,
 )
 from khoscope.facts import budget, store
-from khoscope.facts.clients import Flb, Kind, Luo, LuoFile, LuoSession, Memfd
+from khoscope.facts.clients import Flb, Luo, LuoFile, LuoSession, Memfd, OwnerKind
 from khoscope.sources.luo import Serialized
 from tests.fuzz import fuzz
 from tests.test_follow import (
@@ -107,14 +107,14 @@ def test_whose_what_they_preserve_is() -> None:
     handed = handed_over(1, 1)
     following = handed.machine.following()
     Serialized(following).sessions(handed.head)
-    data = [o for o in following.owners if o.kind == Kind.MEMFD]
+    data = [o for o in following.owners if o.kind == OwnerKind.MEMFD]
     assert [(owner.session, owner.token) for owner in data] == [("session 0", 0), ("session 1", 0)]
-    assert claimed(following, Kind.MEMFD) == [
+    assert claimed(following, OwnerKind.MEMFD) == [
         (DATA, DATA + PAGE),
         (DATA + 2 * PAGE, DATA + 3 * PAGE),
     ]
-    assert claimed(following, Kind.LUO) == [(handed.head, handed.head + PAGE)]
-    assert claimed(following, Kind.SESSION) == [(at, at + PAGE) for at in sorted(handed.files)]
+    assert claimed(following, OwnerKind.LUO) == [(handed.head, handed.head + PAGE)]
+    assert claimed(following, OwnerKind.SESSION) == [(at, at + PAGE) for at in sorted(handed.files)]
 
 
 def test_files_of_another_handler_are_not_followed() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from khoscope.abi.keys import Abi
-from khoscope.facts.clients import Claims, Kind, Owner
+from khoscope.facts.clients import Claims, Owner, OwnerKind
 from khoscope.facts.owners import UNKNOWN, Owners
 from khoscope.facts.tree import KeySet
 from tests.synthetic import FIXED, Block, Memory, columns, snapshot
@@ -20,7 +20,7 @@ from tests.test_walk import ABIS
 #: (start, size, owner)
 Claim = tuple[int, int, int]
 
-NAMES = [Owner(Kind.FILE, str(n)) for n in range(6)]
+NAMES = [Owner(OwnerKind.FILE, str(n)) for n in range(6)]
 
 
 def owners(claims: list[Claim], chunks: int = 1) -> Owners:

@@ -19,9 +19,9 @@ from khoscope.abi.keys import BAD_ORDER, NO_TYPE
 from khoscope.cli import main
 from khoscope.facts import page_runs as runs_module
 from khoscope.facts import store
-from khoscope.facts.clients import Claims, Kind, Owner
+from khoscope.facts.clients import Claims, Owner, OwnerKind
 from khoscope.facts.columns import Blocks, Pages
-from khoscope.facts.page_runs import Look, PageRuns, Seen, page_types, recorded, runs
+from khoscope.facts.page_runs import Look, PageKnowledge, PageRuns, page_types, recorded, runs
 from khoscope.facts.snapshot import Snapshot
 from khoscope.sources import pages as pages_module
 from khoscope.words.errors import KhoscopeError
@@ -50,14 +50,14 @@ def with_names(facts: Snapshot) -> Snapshot:
 
 def plain_page(memory: Vmemmap, pfn: int) -> Page:
     """What a page says, where what it says does not depend on the preserved blocks."""
-    nothing = PageRuns.nothing(np.array([pfn << 12], np.uint64), Seen.UNREAD)
+    nothing = PageRuns.nothing(np.array([pfn << 12], np.uint64), PageKnowledge.UNREAD)
     [page] = pages_of(nothing)
     if pfn in memory.unreadable:
         return page
     struct = memory.pages[pfn]
     tail = bool(struct["info"] & 1)
     readable_next = pfn + 1 < memory.count and pfn + 1 not in memory.unreadable
-    page["seen"] = Seen.READ
+    page["seen"] = PageKnowledge.READ
     page["stamp"] = int(struct["private"]) if int(struct["private"]) >> 32 == 0x4B484F50 else 0
     page["flags"] = 0 if tail else int(struct["flags"]) & 0xFF
     page["refcount"] = int(struct["refcount"])
@@ -102,7 +102,7 @@ def test_runs_against_a_model(
     for page in shown:
         pfn = page["phys"] >> 12
         if pfn not in in_ram:
-            assert page["seen"] == Seen.OUTSIDE_RAM
+            assert page["seen"] == PageKnowledge.OUTSIDE_RAM
             continue
         page["buddy"] = min(page["buddy"], 0)
         wanted = plain_page(memory, pfn)
@@ -131,14 +131,14 @@ def test_free_blocks_have_their_order() -> None:
         )
     ]
     assert shown == [
-        (0, 1, 10, 0xF0, Seen.READ),
-        (1, 63, 10, 0, Seen.READ),
-        (64, 64, PageRuns.ALLOCATED, 0, Seen.UNREAD),
-        (128, 896, 10, 0, Seen.READ),
-        (1024, 1, 3, 0xF0, Seen.READ),
-        (1025, 7, 3, 0, Seen.READ),
-        (1032, 1, 0, 0xF0, Seen.READ),
-        (1033, 1015, PageRuns.ALLOCATED, 0, Seen.READ),
+        (0, 1, 10, 0xF0, PageKnowledge.READ),
+        (1, 63, 10, 0, PageKnowledge.READ),
+        (64, 64, PageRuns.ALLOCATED, 0, PageKnowledge.UNREAD),
+        (128, 896, 10, 0, PageKnowledge.READ),
+        (1024, 1, 3, 0xF0, PageKnowledge.READ),
+        (1025, 7, 3, 0, PageKnowledge.READ),
+        (1032, 1, 0, 0xF0, PageKnowledge.READ),
+        (1033, 1015, PageRuns.ALLOCATED, 0, PageKnowledge.READ),
     ]
     # A part of a free block knows what it is part of.
     assert look_at(facts, memory.reader().pages, 512 * 4096, 513 * 4096).buddy.tolist() == [10]
@@ -155,7 +155,7 @@ def test_all_of_a_large_machine_in_few_reads() -> None:
     facts = with_names(snapshot(FIXED, [], ram=[(0, 1 << 30)]))
     found = look_at(facts, memory.reader().pages, 0, 1 << 64)
     assert found.pages.tolist() == [1 << 18, (1 << 52) - (1 << 18)]
-    assert found.seen.tolist() == [Seen.READ, Seen.OUTSIDE_RAM]
+    assert found.seen.tolist() == [PageKnowledge.READ, PageKnowledge.OUTSIDE_RAM]
     assert memory.reads < 32
 
 
@@ -164,7 +164,7 @@ def test_owners() -> None:
     claims = Claims(
         np.array([0x101000], np.uint64), np.array([8192], np.uint64), np.array([1], np.uint32)
     )
-    owners = [Owner(Kind.FDT, "FDT"), Owner(Kind.SESSION, "guests")]
+    owners = [Owner(OwnerKind.FDT, "FDT"), Owner(OwnerKind.SESSION, "guests")]
     facts = replace(facts, outgoing=replace(facts.outgoing, owners=owners, claims=[claims]))
     found = look_at(facts, Vmemmap().reader().pages, 0x100000, 0x104000)
     assert found.owner.tolist() == [-1, 1, -1]
@@ -184,13 +184,13 @@ def plain_recorded(facts: Snapshot, blocks: Blocks, page: Page) -> bool:
         of = blocks.facts
         tails = (1 << int(blocks.order[i])) - 1
         if of.unread[i]:
-            return page["seen"] == Seen.UNREAD
+            return page["seen"] == PageKnowledge.UNREAD
         if index == 0:
-            return (page["seen"], page["refcount"]) == (Seen.READ, int(of.head[i]))
+            return (page["seen"], page["refcount"]) == (PageKnowledge.READ, int(of.head[i]))
         if int(of.zeros[i]) == tails or int(of.ones[i]) == tails:
-            return (page["seen"], page["refcount"]) == (Seen.REFCOUNT, int(of.ones[i] > 0))
-        return (page["seen"], page["refcount"]) == (Seen.COUNTED, 0)
-    return page["seen"] == Seen.UNRECORDED
+            return (page["seen"], page["refcount"]) == (PageKnowledge.REFCOUNT, int(of.ones[i] > 0))
+        return (page["seen"], page["refcount"]) == (PageKnowledge.COUNTED, 0)
+    return page["seen"] == PageKnowledge.UNRECORDED
 
 
 @settings(max_examples=60)
@@ -258,7 +258,7 @@ def test_recorded_heads() -> None:
     assert (at(0x40000)["compound"], at(0x40000)["flags"]) == (tail, 0)
     assert (at(0x50000)["stamp"], at(0x50000)["order"]) == (stamp, BAD_ORDER)
     assert at(0x60000)["refcount"] == 7
-    assert at(0x0)["seen"] == Seen.UNRECORDED
+    assert at(0x0)["seen"] == PageKnowledge.UNRECORDED
 
 
 def test_blocks_out_of_order_are_refused() -> None:
@@ -308,7 +308,7 @@ def shown_facts() -> Snapshot:
         ram=[(0, 0x400000)],
     )
     kernel = replace(facts.kernel, page_types={0xF0: "buddy", 0xF5: "slab"})
-    owners = [Owner(Kind.SESSION, "session\033[2J guests")]
+    owners = [Owner(OwnerKind.SESSION, "session\033[2J guests")]
     claims = Claims(
         np.array([0x10000], np.uint64), np.array([1 << 16], np.uint64), np.zeros(1, np.uint32)
     )

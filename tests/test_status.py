@@ -15,7 +15,7 @@ from khoscope.abi.keys import BAD_ORDER
 from khoscope.abi.kho_fdt import Fdt, Subtree
 from khoscope.cli import main
 from khoscope.facts import diff, store
-from khoscope.facts.clients import Liveupdate, Luo, LuoFile, LuoSession
+from khoscope.facts.clients import Luo, LuoFile, LuoSession, LuoState
 from khoscope.facts.columns import Nodes
 from khoscope.facts.snapshot import Handover, KexecImage, Scan, Snapshot
 from khoscope.facts.status import READ_FROM, kho_switch, status, taint_letters
@@ -51,7 +51,7 @@ def full() -> Snapshot:
         incoming=handed,
         scratch_free=[1 << 11, 1 << 12],
         image=KexecImage(True, True, 0x2000, 12 << 20),
-        liveupdate=Liveupdate(True, ["memfd-v2"]),
+        liveupdate=LuoState(True, ["memfd-v2"]),
     )
 
 
@@ -213,7 +213,7 @@ def test_sessions_that_are_serialized() -> None:
 
 
 def test_text_when_off() -> None:
-    shown = text(replace(off(), image=KexecImage(False), liveupdate=Liveupdate(False)))
+    shown = text(replace(off(), image=KexecImage(False), liveupdate=LuoState(False)))
     assert "KHO         off: the command line does not have kho=on" in "\n".join(shown)
     assert any(line.startswith("this boot   not a handover") for line in shown)
     assert any(line.startswith("LUO         off") for line in shown)
@@ -324,7 +324,7 @@ def test_diff_compares_these_facts() -> None:
     b = replace(
         with_kernel(a, command_line="quiet"),
         image=KexecImage(False),
-        liveupdate=Liveupdate(False),
+        liveupdate=LuoState(False),
     )
     assert diff.facts(a, a) == []
     assert {change.what: (change.a, change.b) for change in diff.facts(a, b)} == {

@@ -27,19 +27,19 @@ from khoscope.facts import budget, store
 from khoscope.facts.clients import (
     Claims,
     Flb,
-    Kind,
-    Liveupdate,
     Luo,
     LuoFile,
     LuoSession,
+    LuoState,
     Memfd,
     Owner,
+    OwnerKind,
     Vmalloc,
 )
 from khoscope.facts.columns import Blocks, Columns
 from khoscope.facts.snapshot import KexecImage, Snapshot
 from khoscope.views import documents
-from khoscope.views.block_filter import Filter
+from khoscope.views.block_filter import BlockFilter
 from khoscope.views.text import Text
 from khoscope.words.errors import KhoscopeError
 from tests.synthetic import FIXED, PLAIN, POSTED, rich, rich_before, snapshot
@@ -66,8 +66,8 @@ def use(facts: Snapshot) -> None:
     report = checks.check(facts)
     out = io.StringIO()
     for side in filter(None, (facts.outgoing, facts.incoming)):
-        Text(out).tree(facts, side.tree, "outgoing", Filter(), True)
-        wanted = Filter(phys=(0, 1))
+        Text(out).tree(facts, side.tree, "outgoing", BlockFilter(), True)
+        wanted = BlockFilter(phys=(0, 1))
         documents.write_tree(facts, side.tree, "outgoing", wanted, True, False, out)
     Text(out).verify(facts, report)
     documents.write_verify(facts, report, out)
@@ -451,7 +451,10 @@ def with_clients() -> Snapshot:
     files = [LuoFile("memfd-v2", 2**64 - 1, 0x5000, -5, memfd), LuoFile("\\xff", 0, 2**64 - 1)]
     sessions = [LuoSession("a", True, 2, files), LuoSession("b", None, 2**64 - 1, [], ["odd"])]
     luo = Luo(0x4000, "luo-v5", 3, True, sessions, [Flb("iommu", 0x7000, 1)], None, ["odd"])
-    owners = [Owner(Kind.FILE, "somebody", "a", 2**64 - 1), Owner(Kind.SUBTREE, "subtree LUO")]
+    owners = [
+        Owner(OwnerKind.FILE, "somebody", "a", 2**64 - 1),
+        Owner(OwnerKind.SUBTREE, "subtree LUO"),
+    ]
     facts = rich()
     claims = [
         Claims(np.array(phys, "<u8"), np.array(size, "<u8"), np.array(owner, "<u4"))
@@ -465,7 +468,7 @@ def with_clients() -> Snapshot:
         scratch_free=[7, None],
         unreadable=["the loaded kexec image (kexec_image)"],
         image=KexecImage(True, True, 0x9000, 2**40),
-        liveupdate=Liveupdate(True, ["memfd-v2"]),
+        liveupdate=LuoState(True, ["memfd-v2"]),
     )
 
 

@@ -22,13 +22,13 @@ import pytest
 from numpy.typing import NDArray
 
 from khoscope.abi.keys import Abi
-from khoscope.facts.calls import FUNCTIONS, NUMBERS, Batch, Calls, Kind, Touches, Use
+from khoscope.facts.calls import FUNCTIONS, NUMBERS, Batch, CallKind, Calls, Touches, Use
 from khoscope.sources import host_files
 from khoscope.sources.bcc import import_bcc
 from khoscope.sources.kernel import KernelSource, Layout
 from khoscope.trace import probes as probes_module
 from khoscope.trace.assemble import record_size
-from khoscope.trace.call_filter import Wanted
+from khoscope.trace.call_filter import CallFilter
 from khoscope.trace.probes import CLIENT_FRAMES, Counters, Probes
 from khoscope.words.errors import KhoscopeError
 from tests.synthetic import FIXED, PLAIN, REFUSED, call_of
@@ -184,8 +184,10 @@ def bcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeBcc:
     return fake
 
 
-def fake_probes(source: Source | None = None, wanted: Wanted | None = None, **more: Any) -> Probes:
-    return Probes(cast(KernelSource, source or Source()), wanted or Wanted(), **more)
+def fake_probes(
+    source: Source | None = None, wanted: CallFilter | None = None, **more: Any
+) -> Probes:
+    return Probes(cast(KernelSource, source or Source()), wanted or CallFilter(), **more)
 
 
 def refused(*words: str, probes: Probes | None = None) -> KhoscopeError:
@@ -411,7 +413,7 @@ def named_in_the_header() -> set[str]:
 
 
 def test_every_macro_is_defined_and_no_other(bcc: FakeBcc) -> None:
-    with fake_probes(wanted=Wanted(tgid=1, comm="x")):
+    with fake_probes(wanted=CallFilter(tgid=1, comm="x")):
         pass
     named = named_in_the_header()
     assert len(named) > 20
@@ -423,7 +425,7 @@ def test_every_macro_is_defined_and_no_other(bcc: FakeBcc) -> None:
 
 
 def test_defines(bcc: FakeBcc) -> None:
-    wanted = Wanted(frozenset({Kind.PRESERVE, Kind.RESTORE}), 1234, "a-comm-of-16-byt")
+    wanted = CallFilter(frozenset({CallKind.PRESERVE, CallKind.RESTORE}), 1234, "a-comm-of-16-byt")
     with fake_probes(wanted=wanted, frames=40, buffer=100 << 10):
         pass
     with fake_probes(Source(abi=PLAIN)):
@@ -454,8 +456,8 @@ def test_defines(bcc: FakeBcc) -> None:
 
 
 def test_kinds_are_bits_of_the_functions(bcc: FakeBcc) -> None:
-    for kind in Kind:
-        with fake_probes(wanted=Wanted(frozenset({kind}))):
+    for kind in CallKind:
+        with fake_probes(wanted=CallFilter(frozenset({kind}))):
             bpf = bcc.made[-1]
         of_kind = {function.name for function in FUNCTIONS if function.kind == kind}
         pattern = rf"FENTRY\((\w+), \d+, \d+, {defines(bpf)['ONLY']}, "

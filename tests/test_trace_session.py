@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 
 from khoscope import checks
 from khoscope.abi.keys import BAD_ORDER, Abi
-from khoscope.facts.calls import Action, Batch, Calls, Kind, Losses, Touches, Tracing
+from khoscope.facts.calls import Action, Batch, CallKind, Calls, Losses, Touches, Tracing
 from khoscope.facts.snapshot import Snapshot
 from khoscope.trace import before as before_module
 from khoscope.trace import session as session_module
 from khoscope.trace.before import Before
-from khoscope.trace.call_filter import Wanted
+from khoscope.trace.call_filter import CallFilter
 from khoscope.trace.probes import Counters, Probes
 from khoscope.trace.record import Recorder, load
-from khoscope.trace.session import POLL, Session
+from khoscope.trace.session import POLL, TraceSession
 from khoscope.views.trace.documents import JsonView
 from khoscope.views.trace.lines import Lines
 from khoscope.words.errors import KhoscopeError
@@ -54,7 +54,7 @@ CALLERS = {0xFFFFFFFFC0000010: "a_client_init+0x10 [a_client]"}
 
 def only(batch: Batch, **wanted: object) -> tuple[list[int], list[int]]:
     """Which calls are left, and the addresses of which blocks."""
-    left = Wanted(**wanted).apply(batch)  # type: ignore[arg-type]
+    left = CallFilter(**wanted).apply(batch)  # type: ignore[arg-type]
     return left.calls.call.tolist(), left.touches.blocks.phys.tolist()
 
 
@@ -86,21 +86,21 @@ def several() -> Batch:
 
 def test_everything_is_asked_for() -> None:
     batch = several()
-    assert Wanted().apply(batch).calls is batch.calls
+    assert CallFilter().apply(batch).calls is batch.calls
     assert only(batch) == ([1, 2, 3, 4], [0x1000, 0x8000, 0x2000, 0x10000, 0x3000])
 
 
 @pytest.mark.parametrize(
     ("kinds", "calls", "blocks"),
     [
-        ([Kind.PRESERVE], [1], [0x1000, 0x8000, 0x3000]),
-        ([Kind.UNPRESERVE, Kind.SUBTREE], [2, 4], [0x2000, 0x3000]),
-        ([Kind.RESTORE], [3], [0x10000, 0x3000]),
-        ([Kind.SPLIT], [], [0x3000]),
-        (list(Kind), [1, 2, 3, 4], [0x1000, 0x8000, 0x2000, 0x10000, 0x3000]),
+        ([CallKind.PRESERVE], [1], [0x1000, 0x8000, 0x3000]),
+        ([CallKind.UNPRESERVE, CallKind.SUBTREE], [2, 4], [0x2000, 0x3000]),
+        ([CallKind.RESTORE], [3], [0x10000, 0x3000]),
+        ([CallKind.SPLIT], [], [0x3000]),
+        (list(CallKind), [1, 2, 3, 4], [0x1000, 0x8000, 0x2000, 0x10000, 0x3000]),
     ],
 )
-def test_kinds(kinds: list[Kind], calls: list[int], blocks: list[int]) -> None:
+def test_kinds(kinds: list[CallKind], calls: list[int], blocks: list[int]) -> None:
     """Of a call that has not returned it is not known: its blocks stay."""
     assert only(several(), kinds=frozenset(kinds)) == (calls, blocks)
 
@@ -113,14 +113,14 @@ def test_processes() -> None:
     assert only(batch, comm="kexec") == ([], [0x3000])
     # The kernel keeps 15 bytes.
     assert only(batch, comm="abcdefghijklmnop")[0] == [4]
-    assert only(batch, comm="kexecd", tgid=10, kinds=frozenset({Kind.PRESERVE}))[0] == [1]
+    assert only(batch, comm="kexecd", tgid=10, kinds=frozenset({CallKind.PRESERVE}))[0] == [1]
 
 
 def test_names_of_processes_are_bytes() -> None:
-    assert Wanted(comm="é" * 10).comm_bytes == ("é" * 7).encode() + b"\xc3"
+    assert CallFilter(comm="é" * 10).comm_bytes == ("é" * 7).encode() + b"\xc3"
     # As Python hands over an argument that is no UTF-8.
-    assert Wanted(comm=os.fsdecode(b"\xff\xfe")).comm_bytes == b"\xff\xfe"
-    assert Wanted().comm_bytes is None
+    assert CallFilter(comm=os.fsdecode(b"\xff\xfe")).comm_bytes == b"\xff\xfe"
+    assert CallFilter().comm_bytes is None
 
 
 def test_orders() -> None:
@@ -135,7 +135,7 @@ def test_orders() -> None:
 
 def test_nothing_is_left_of_nothing() -> None:
     empty = Batch(Calls.empty(), Touches.empty())
-    assert only(empty, kinds=frozenset({Kind.SPLIT}), tgid=1, comm="x", min_order=3) == ([], [])
+    assert only(empty, kinds=frozenset({CallKind.SPLIT}), tgid=1, comm="x", min_order=3) == ([], [])
 
 
 # What was there before
@@ -242,7 +242,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 NOTHING = Counters(0, 0, 0, 0)
-EVERYTHING = Wanted()
+EVERYTHING = CallFilter()
 
 Step = Sequence[bytes] | Callable[[], None]
 
@@ -305,13 +305,13 @@ class Seen:
     def __init__(self) -> None:
         self.order: list[str] = []
         self.batches: list[Batch] = []
-        self.found: list[checks.Found] = []
+        self.found: list[checks.BatchFindings] = []
         self.losses: list[Losses] = []
 
     def start(self, tracing: Tracing) -> None:
         self.order.append("start")
 
-    def batch(self, batch: Batch, found: checks.Found) -> None:
+    def batch(self, batch: Batch, found: checks.BatchFindings) -> None:
         self.order.append("batch")
         self.batches.append(batch)
         self.found.append(found)
@@ -339,14 +339,14 @@ def interrupt(number: int = signal.SIGINT) -> None:
 
 def live(
     steps: Iterable[Step],
-    wanted: Wanted = EVERYTHING,
+    wanted: CallFilter = EVERYTHING,
     before: Before | None = None,
     traced: Tracing | None = None,
     recorder: Recorder | None = None,
 ) -> tuple[Seen, checks.Report]:
     """A trace that ends after some steps, by Ctrl-C."""
     view = Seen()
-    session = Session(traced or tracing(), wanted, view, before)
+    session = TraceSession(traced or tracing(), wanted, view, before)
     probes = FakeProbes([*steps, interrupt])
     return view, session.live(probes, assembler(), recorder, None, None)
 
@@ -359,7 +359,7 @@ WRONG = [added(0x100, 2, [1, 1, 1, 1], call=2), call("kho_preserve_folio", call=
 def test_a_trace_ends_by_itself(clock: Clock) -> None:
     view = Seen()
     probes = FakeProbes([GOOD, [], WRONG], Counters(4, 0, 0, 0), clock)
-    Session(tracing(), Wanted(), view, None).live(probes, assembler(), None, 0.65, None)
+    TraceSession(tracing(), CallFilter(), view, None).live(probes, assembler(), None, 0.65, None)
     # Polls are cut so that it ends in time; then comes what has begun by then.
     assert probes.polled[:3] == [POLL] * 3
     assert 0.65 <= sum(probes.polled[: probes.disarmed[0]]) / 1000 <= 0.66
@@ -373,7 +373,9 @@ def test_what_has_begun_is_followed_to_its_end(clock: Clock) -> None:
     # The call returns after the time is over.
     steps = [GOOD[:1], GOOD[1:], WRONG[:1]]
     probes = FakeProbes(steps, Counters(4, 0, 0, 1), clock)
-    report = Session(tracing(), Wanted(), view, None).live(probes, assembler(), None, 0.1, None)
+    report = TraceSession(tracing(), CallFilter(), view, None).live(
+        probes, assembler(), None, 0.1, None
+    )
     assert probes.disarmed == [1]
     assert [len(batch.calls) for batch in view.batches] == [1, 0]
     assert [len(batch.touches) for batch in view.batches] == [1, 1]
@@ -385,7 +387,7 @@ def test_intervals(clock: Clock) -> None:
     view = Seen()
     probes = FakeProbes([GOOD], Counters(9, 2, 3, 4), clock)
     probes.late = 1
-    Session(tracing(), Wanted(), view, None).live(probes, assembler(), None, 2.1, 0.5)
+    TraceSession(tracing(), CallFilter(), view, None).live(probes, assembler(), None, 2.1, 0.5)
     # Each in its time, though that is no multiple of a poll's.
     assert view.order == ["start", "batch", *["interval"] * 4, "end"]
     said = Losses(lost=2, missed=3, open=4, made=9)
@@ -394,7 +396,7 @@ def test_intervals(clock: Clock) -> None:
 
 def test_time_that_is_too_short_for_a_poll(clock: Clock) -> None:
     probes = FakeProbes([], clock=clock)
-    Session(tracing(), Wanted(), Seen(), None).live(probes, assembler(), None, 1e-9, 1e-9)
+    TraceSession(tracing(), CallFilter(), Seen(), None).live(probes, assembler(), None, 1e-9, 1e-9)
     assert probes.polled == [1, POLL]
 
 
@@ -403,7 +405,9 @@ def test_signals_end_a_trace_in_good_order(number: int) -> None:
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     view = Seen()
     probes = FakeProbes([GOOD, lambda: interrupt(number), WRONG])
-    report = Session(tracing(), Wanted(), view, None).live(probes, assembler(), None, None, None)
+    report = TraceSession(tracing(), CallFilter(), view, None).live(
+        probes, assembler(), None, None, None
+    )
     assert view.order == ["start", "batch", "batch", "end"]
     assert probes.disarmed == [2]
     assert report.counts["type-mismatch"] == 1
@@ -415,7 +419,7 @@ def test_a_second_signal_ends_khoscope(tmp_path: Path) -> None:
     view = Seen()
     traced = tracing()
     probes = FakeProbes([GOOD, interrupt, interrupt])
-    session = Session(traced, Wanted(), view, None)
+    session = TraceSession(traced, CallFilter(), view, None)
     with (
         pytest.raises(KeyboardInterrupt),
         Recorder(tmp_path / "a.khotrace", traced.facts) as recorder,
@@ -428,12 +432,12 @@ def test_a_second_signal_ends_khoscope(tmp_path: Path) -> None:
 
 def test_an_error_leaves_no_handler() -> None:
     class Broken(Seen):
-        def batch(self, batch: Batch, found: checks.Found) -> None:
+        def batch(self, batch: Batch, found: checks.BatchFindings) -> None:
             raise BrokenPipeError
 
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(BrokenPipeError):
-        Session(tracing(), Wanted(), Broken(), None).live(
+        TraceSession(tracing(), CallFilter(), Broken(), None).live(
             FakeProbes([GOOD]), assembler(), None, None, None
         )
     assert signal.getsignal(signal.SIGINT) is handler
@@ -441,7 +445,7 @@ def test_an_error_leaves_no_handler() -> None:
 
 def test_what_is_not_asked_for_is_neither_shown_nor_checked() -> None:
     steps = [[*GOOD, *WRONG]]
-    view, report = live(steps, Wanted(kinds=frozenset({Kind.RESTORE})))
+    view, report = live(steps, CallFilter(kinds=frozenset({CallKind.RESTORE})))
     assert view.order == ["start", "end"]
     assert (report.blocks, report.counts) == (0, {})
     view, report = live(steps)
@@ -500,7 +504,7 @@ def pages_of_two_orders() -> list[bytes]:
 
 
 def test_what_is_not_asked_for_is_no_loss() -> None:
-    for wanted in (Wanted(), Wanted(min_order=1)):
+    for wanted in (CallFilter(), CallFilter(min_order=1)):
         view, _ = live([pages_of_two_orders()], wanted)
         assert view.losses == [Losses()]
 
@@ -542,7 +546,7 @@ def replace_args(record: bytes) -> bytes:
 
 def recorded(path: Path, steps: Iterable[Step], traced: Tracing) -> tuple[Seen, checks.Report]:
     with Recorder(path, traced.facts) as recorder:
-        return live(steps, Wanted(kinds=frozenset({Kind.RESTORE})), None, traced, recorder)
+        return live(steps, CallFilter(kinds=frozenset({CallKind.RESTORE})), None, traced, recorder)
 
 
 def rows(batches: Iterable[Batch]) -> list[tuple[int, ...]]:
@@ -566,9 +570,11 @@ def test_everything_is_recorded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [Lines, JsonView])
-@pytest.mark.parametrize("wanted", [Wanted(), Wanted(min_order=1), Wanted(comm="nobody")])
+@pytest.mark.parametrize(
+    "wanted", [CallFilter(), CallFilter(min_order=1), CallFilter(comm="nobody")]
+)
 def test_a_replay_is_as_the_trace_was(
-    kind: type[Lines] | type[JsonView], wanted: Wanted, tmp_path: Path
+    kind: type[Lines] | type[JsonView], wanted: CallFilter, tmp_path: Path
 ) -> None:
     large = added(1 << 11, 11, [1] * 1024, call=3)
     steps: list[Step] = [
@@ -592,10 +598,10 @@ def test_a_replay_is_as_the_trace_was(
 
     first, second = io.StringIO(), io.StringIO()
     with Recorder(path, traced.facts) as recorder:
-        session = Session(traced, wanted, view(first, probes.symbol), before)
+        session = TraceSession(traced, wanted, view(first, probes.symbol), before)
         report = session.live(probes, assembler(), recorder, None, None)
     recording = load(path)
-    session = Session(recording.tracing, wanted, view(second, recording.symbols), before)
+    session = TraceSession(recording.tracing, wanted, view(second, recording.symbols), before)
     again = session.replay(recording)
     assert (again.findings, again.counts) == (report.findings, report.counts)
     assert (again.incomplete, again.blocks) == (report.incomplete, report.blocks)
@@ -606,4 +612,4 @@ def test_a_replay_is_as_the_trace_was(
 def test_a_snapshot_of_a_kernel_with_other_pages() -> None:
     before = Before(snapshot(Abi.for_page_shift(14), []))
     with pytest.raises(KhoscopeError, match="16384 byte pages, this kernel has 4096"):
-        Session(tracing(), Wanted(), Lines(io.StringIO(), str), before)
+        TraceSession(tracing(), CallFilter(), Lines(io.StringIO(), str), before)

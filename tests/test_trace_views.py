@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from khoscope.abi.keys import BAD_ORDER, Abi
-from khoscope.checks import RULES, About, Found, Report
+from khoscope.checks import RULES, About, BatchFindings, Report
 from khoscope.checks.run import KEPT
 from khoscope.facts.calls import (
     BIT_CLEAR,
@@ -192,9 +192,9 @@ WARNING = RULES["failed"]
 
 def found_of(
     calls: dict[int, int] | None = None, touches: dict[int, int] | None = None
-) -> tuple[Found, Report]:
+) -> tuple[BatchFindings, Report]:
     """So many findings by row of calls, and of touches; and the report that has them all."""
-    found, report = Found(), Report(About.TRACE)
+    found, report = BatchFindings(), Report(About.TRACE)
     for rule, wanted, rows in (
         (ERROR, touches or {}, found.touches),
         (WARNING, calls or {}, found.calls),
@@ -213,7 +213,7 @@ def lines(calls: Sequence[Call], abi: Abi = FIXED, **how: Any) -> list[str]:
     view = Lines(out, symbols, **how)
     view.start(tracing(abi))
     before = len(out.getvalue())
-    view.batch(batch_of(calls, abi=abi), Found())
+    view.batch(batch_of(calls, abi=abi), BatchFindings())
     return out.getvalue()[before:].splitlines()
 
 
@@ -522,10 +522,10 @@ def test_colour_only_on_a_terminal() -> None:
 # -- sums -----------------------------------------------------------------------------------------
 
 
-def summary_of(*batches: Batch, found: Found | None = None) -> Summary:
+def summary_of(*batches: Batch, found: BatchFindings | None = None) -> Summary:
     summary = Summary(Callers(symbols))
     for batch in batches:
-        summary.add(batch, found or Found())
+        summary.add(batch, found or BatchFindings())
     return summary
 
 
@@ -622,7 +622,7 @@ def test_sums_of_a_load() -> None:
 
     summary = Summary(Callers(counting))
     for _ in range(5):
-        summary.add(Batch(calls, touches), Found())
+        summary.add(Batch(calls, touches), BatchFindings())
     fill, kernel = (
         summary.clients[name] for name in ("fill [kho_exercise]", "memfd_luo_preserve [kernel]")
     )
@@ -663,9 +663,9 @@ def test_summary_view() -> None:
     view = SummaryView(out, symbols)
     view.start(tracing())
     start = len(out.getvalue())
-    view.batch(batch_of(calls), Found())
+    view.batch(batch_of(calls), BatchFindings())
     view.interval(Losses())
-    view.batch(batch_of(calls[1:]), Found())
+    view.batch(batch_of(calls[1:]), BatchFindings())
     view.interval(Losses(lost=1))
     view.end(Report(About.TRACE), Losses(lost=1, made=5))
     assert out.getvalue()[start:] == SUMMARY
@@ -747,7 +747,7 @@ def document(*batches: Batch, stacks: bool = False) -> dict[str, Any]:
     view = JsonView(out, symbols, stacks)
     view.start(tracing())
     for batch in batches:
-        view.batch(batch, Found())
+        view.batch(batch, BatchFindings())
         view.interval(Losses())
     view.end(Report(blocks=3), Losses(open=2))
     parsed: dict[str, Any] = json.loads(out.getvalue())

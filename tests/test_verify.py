@@ -16,10 +16,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khoscope.checks import RULES, About, Asked, Report, Severity, changes, check, compare, in_order
+from khoscope.checks import (
+    RULES,
+    About,
+    Report,
+    RuleSelection,
+    Severity,
+    changes,
+    check,
+    compare,
+    in_order,
+)
 from khoscope.checks.rule import SCOPES
 from khoscope.facts import store
-from khoscope.facts.clients import Claims, Kind, Owner
+from khoscope.facts.clients import Claims, Owner, OwnerKind
 from khoscope.facts.snapshot import Handover, KexecImage, Snapshot
 from khoscope.facts.tree import TreeState
 from khoscope.views.text import WIDTH, Text
@@ -121,7 +131,9 @@ BEFORE = snapshot(FIXED, [GOOD])
         ),
         (Report(About.TRACE), "PASS: nothing wrong was seen (0 errors, 0 warnings)"),
         (
-            check(snapshot(FIXED, [GOOD], tainted=32), asked=Asked(fail_on=Severity.WARNING)),
+            check(
+                snapshot(FIXED, [GOOD], tainted=32), asked=RuleSelection(fail_on=Severity.WARNING)
+            ),
             "FAIL: not safe to kexec: kernel-tainted (0 errors, 1 warning)",
         ),
     ],
@@ -133,7 +145,7 @@ def test_last_line(report: Report, wanted: str) -> None:
 @given(st.text(), st.integers(1, 10**7))
 def test_last_line_is_one_line(text: str, count: int) -> None:
     """Whatever a name may do: here one of the log."""
-    report = check(snapshot(FIXED, [], log=[text]), asked=Asked(fail_on=Severity.WARNING))
+    report = check(snapshot(FIXED, [], log=[text]), asked=RuleSelection(fail_on=Severity.WARNING))
     report.counts["kernel-tainted"] = count
     assert last_line(report) == (
         f"FAIL: not safe to kexec: kernel-tainted (0 errors, {count:,} warning"
@@ -248,12 +260,12 @@ def test_rules_that_do_not_run_cost_nothing() -> None:
     tree = replace(facts.outgoing.tree, leaves=Untouched())
     side = replace(facts.outgoing, tree=tree, blocks=Untouched(), claims=Untouched())
     facts = replace(facts, outgoing=side, stamps=Untouched(), watched=Untouched())
-    report = check(facts, asked=Asked(frozenset({"type-not-stored", "kernel-tainted"})))
+    report = check(facts, asked=RuleSelection(frozenset({"type-not-stored", "kernel-tainted"})))
     assert report.passed
     assert report.rules == {"type-not-stored", "kernel-tainted"}
     later = after(BEFORE, GOOD)
     now = replace(facts, watching=later.watching, handover=HANDED_OVER, incoming=later.incoming)
-    report = compare(BEFORE, now, asked=Asked(frozenset({"not-a-handover"})))
+    report = compare(BEFORE, now, asked=RuleSelection(frozenset({"not-a-handover"})))
     assert report.rules == {"not-a-handover"}
     assert report.incomplete == []
 
@@ -297,7 +309,9 @@ def test_next(run: Run, saved: Saved, tmp_path: Path) -> None:
 def owned(*blocks: Block) -> Snapshot:
     """The first page of each block is of an owner of its own, but for the last."""
     facts = snapshot(FIXED, blocks)
-    owners = [Owner(Kind.FILE, f"session 'vm{n}', token {n:#x}") for n in range(len(blocks) - 1)]
+    owners = [
+        Owner(OwnerKind.FILE, f"session 'vm{n}', token {n:#x}") for n in range(len(blocks) - 1)
+    ]
     columns = [[b.phys for b in blocks[:-1]], [4096] * len(owners), range(len(owners))]
     claims = Claims(*(np.array(c, t) for c, t in zip(columns, Claims.DTYPES.values(), strict=True)))
     return replace(facts, outgoing=replace(facts.outgoing, owners=owners, claims=[claims]))

@@ -18,7 +18,7 @@ from khoscope.facts.columns import CHUNK_BLOCKS, Blocks
 from khoscope.facts.tree import KeySet, NodeProblem, Tree
 from khoscope.sources import walk as walk_module
 from khoscope.sources.walk import PROBLEMS_KEPT, READS, in_ranges, settle, walk
-from khoscope.views.block_filter import Filter
+from khoscope.views.block_filter import BlockFilter
 from tests.synthetic import FIXED, PLAIN, POSTED, Memory, blocks_of
 
 ABIS = [
@@ -128,7 +128,7 @@ def test_filters(
     abi, steps = made
     memory, model = built(abi, steps)
     phys = None if span is None else (span[0], span[0] + span[1])
-    chunks = Filter(order, kind, phys).apply(memory.walk().blocks(abi), abi.page_shift)
+    chunks = BlockFilter(order, kind, phys).apply(memory.walk().blocks(abi), abi.page_shift)
     found = listed(chunks)
     assert len(found) == len(set(found))
 

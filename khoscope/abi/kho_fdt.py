@@ -125,7 +125,7 @@ def kho_test_folios(blobs: dict[str, bytes]) -> tuple[np.void, int, int] | None:
     if len(desc.value) != serialized.KHO_VMALLOC.itemsize or len(count.value) != 4:
         return None
     number = int.from_bytes(count.value, "little")
-    return serialized.one(serialized.KHO_VMALLOC, desc.value), desc.offset, number
+    return serialized.unpack(serialized.KHO_VMALLOC, desc.value), desc.offset, number
 
 
 def _u64(node: Node, name: str, problems: list[str]) -> int | None:

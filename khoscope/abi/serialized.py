@@ -96,7 +96,7 @@ KHO_KEXEC_METADATA: Final = np.dtype(
 )
 
 
-def one(layout: np.dtype[np.void], raw: bytes) -> np.void:
+def unpack(layout: np.dtype[np.void], raw: bytes) -> np.void:
     """
     The structure that bytes begin with.
 

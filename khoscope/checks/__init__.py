@@ -17,14 +17,24 @@ from .rule import (
     NEXT,
     ONE_KERNEL,
     RULES,
-    Asked,
     Finding,
     Rule,
+    RuleSelection,
     Severity,
     in_order,
     of_scopes,
 )
-from .run import About, Found, Report, Verdict, check, check_batch, compare, end_trace, start_trace
+from .run import (
+    About,
+    BatchFindings,
+    Report,
+    Verdict,
+    check,
+    check_batch,
+    compare,
+    end_trace,
+    start_trace,
+)
 
 __all__ = [
     "ACROSS",
@@ -34,12 +44,12 @@ __all__ = [
     "ONE_KERNEL",
     "RULES",
     "About",
-    "Asked",
+    "BatchFindings",
     "Changes",
     "Finding",
-    "Found",
     "Report",
     "Rule",
+    "RuleSelection",
     "Severity",
     "Verdict",
     "changes",

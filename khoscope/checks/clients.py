@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..abi.keys import U64
-from ..facts.clients import Claims, Kind, Luo
+from ..facts.clients import Claims, Luo, OwnerKind
 from ..facts.snapshot import Snapshot
 from ..facts.tree import KeySet, Run
 from .kernel import misplaced
@@ -17,7 +17,15 @@ from .rule import Message, Severity, rule
 #: Owners whose memory the next kernel looks for.  The blobs of subtrees are looked at by
 #: themselves, vmalloc areas by broken-vmalloc.
 NEEDED = {
-    *(Kind.FDT, Kind.LUO, Kind.SESSION, Kind.FILE, Kind.MEMFD, Kind.RESERVE_MEM, Kind.KHO_TEST)
+    *(
+        OwnerKind.FDT,
+        OwnerKind.LUO,
+        OwnerKind.SESSION,
+        OwnerKind.FILE,
+        OwnerKind.MEMFD,
+        OwnerKind.RESERVE_MEM,
+        OwnerKind.KHO_TEST,
+    )
 }
 
 
@@ -67,7 +75,9 @@ def broken_vmalloc(facts: Snapshot, keys: KeySet) -> Iterator[Message]:
     for area in facts.outgoing.vmallocs:
         for problem in area.problems:
             yield Message(f"{area.name}: {problem}", area.phys)
-    for owner, pages, first in _uncovered(facts, keys, {Kind.VMALLOC_CHUNK, Kind.VMALLOC_PAGE}):
+    for owner, pages, first in _uncovered(
+        facts, keys, {OwnerKind.VMALLOC_CHUNK, OwnerKind.VMALLOC_PAGE}
+    ):
         whose = facts.outgoing.owners[owner]
         yield Message(f"{whose.name}, {whose.kind}s: {_not_preserved(pages)}", first)
 
@@ -115,7 +125,9 @@ def _not_preserved(pages: int) -> str:
     return "1 page is not preserved" if pages == 1 else f"{pages:,} pages are not preserved"
 
 
-def _uncovered(facts: Snapshot, keys: KeySet, kinds: set[Kind]) -> Iterator[tuple[int, int, int]]:
+def _uncovered(
+    facts: Snapshot, keys: KeySet, kinds: set[OwnerKind]
+) -> Iterator[tuple[int, int, int]]:
     """
     Memory of the owners of some kinds that lies in no preserved block.
 

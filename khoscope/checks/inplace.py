@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..abi.serialized import KEXEC_METADATA, MEMBLOCK
-from ..facts.clients import FLB_LIST, Claims, Kind
+from ..facts.clients import FLB_LIST, Claims, OwnerKind
 from ..facts.columns import Blocks
 from ..facts.snapshot import Snapshot
 
@@ -30,7 +30,7 @@ class InPlace:
         for subtree in side.fdt.subtrees:
             if subtree.name in READ_IN_PLACE and subtree.phys is not None:
                 self._spots.append(subtree.phys)
-        theirs = [owner == FLB_LIST or owner.kind == Kind.RESERVE_MEM for owner in side.owners]
+        theirs = [owner == FLB_LIST or owner.kind == OwnerKind.RESERVE_MEM for owner in side.owners]
         areas = Claims.empty()
         if any(theirs):
             areas = Claims.concatenate(c[np.array(theirs)[c.owner]] for c in side.claims)

@@ -89,7 +89,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Asked:
+class RuleSelection:
     """
     What somebody wants to know.
 
@@ -102,7 +102,7 @@ class Asked:
 
 
 #: What somebody wants to know who does not say so.
-EVERYTHING = Asked()
+EVERYTHING = RuleSelection()
 
 #: All rules by name.
 RULES: dict[str, Rule] = {}

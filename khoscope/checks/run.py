@@ -32,11 +32,11 @@ from .inplace import InPlace
 from .rule import (
     EVERYTHING,
     RULES,
-    Asked,
     Finding,
     Marked,
     Message,
     Rule,
+    RuleSelection,
     ScopeName,
     Severity,
     in_order,
@@ -78,7 +78,7 @@ class Report:
     """
 
     about: About = About.KEXEC
-    asked: Asked = EVERYTHING
+    asked: RuleSelection = EVERYTHING
     kept: dict[str, list[Finding]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     blocks: int = 0
@@ -185,7 +185,7 @@ def _where(chunk: Blocks | Calls, row: int) -> tuple[int | None, int | None]:
 
 
 @dataclass
-class Found:
+class BatchFindings:
     """
     What the rules found in one batch of calls, KEPT of each rule at most.
 
@@ -197,7 +197,7 @@ class Found:
     touches: dict[int, list[Finding]] = field(default_factory=dict)
 
 
-def _start(abi: Abi, about: About, asked: Asked) -> Report:
+def _start(abi: Abi, about: About, asked: RuleSelection) -> Report:
     """A report that says what is wrong with the kernel itself."""
     report = Report(about, asked)
     for rule, find in report.finders("abi"):
@@ -206,13 +206,15 @@ def _start(abi: Abi, about: About, asked: Asked) -> Report:
 
 
 def check(
-    facts: Snapshot, next_kernel: NextKernel | None = None, asked: Asked = EVERYTHING
+    facts: Snapshot, next_kernel: NextKernel | None = None, asked: RuleSelection = EVERYTHING
 ) -> Report:
     """Run the rules about one kernel, and about the next one if that is known."""
     return _check(facts, next_kernel, About.KEXEC, asked)
 
 
-def _check(facts: Snapshot, next_kernel: NextKernel | None, about: About, asked: Asked) -> Report:
+def _check(
+    facts: Snapshot, next_kernel: NextKernel | None, about: About, asked: RuleSelection
+) -> Report:
     report = _start(facts.abi, about, asked)
     for rule, find in report.finders("kernel"):
         report.add_messages(rule, find(facts))
@@ -258,7 +260,7 @@ def compare(
     before: Snapshot,
     after: Snapshot,
     next_kernel: NextKernel | None = None,
-    asked: Asked = EVERYTHING,
+    asked: RuleSelection = EVERYTHING,
 ) -> Report:
     """
     Run the rules about one kernel on the new one, and those across the kexec on both.
@@ -401,14 +403,14 @@ def start_trace(facts: Snapshot, before: Snapshot | None = None) -> Report:
     return report
 
 
-def check_batch(facts: Snapshot, batch: Batch, report: Report) -> Found:
+def check_batch(facts: Snapshot, batch: Batch, report: Report) -> BatchFindings:
     """
     Run the rules about calls, and those about blocks on the blocks that were added.
 
     :param facts: of the kernel, when tracing began.
     :param report: what is found is added to it.
     """
-    found = Found()
+    found = BatchFindings()
     calls, touches = batch.calls, batch.touches
     report.blocks += len(touches)
     for rule, find in report.finders("calls"):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..facts.owners import NOBODY, Callers, Holders
+from ..facts.owners import NOBODY, BlockOwners, Preservers
 from ..facts.snapshot import Snapshot
 from ..views import owners as view
 from ..words.errors import KhoscopeError
@@ -29,7 +29,7 @@ def add(commands: common.Commands) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     facts = common.facts(args, lambda source: source.snapshot(stamps=False))
-    holders = Holders(facts, _callers(args, facts))
+    holders = BlockOwners(facts, _callers(args, facts))
     if args.json:
         view.write_json(facts, holders, sys.stdout)
     elif args.jsonl:
@@ -39,7 +39,7 @@ def _run(args: argparse.Namespace) -> int:
     return common.FINE
 
 
-def _callers(args: argparse.Namespace, facts: Snapshot) -> Callers:
+def _callers(args: argparse.Namespace, facts: Snapshot) -> Preservers:
     if args.trace is None:
         return NOBODY
     from ..trace.preservers import preservers

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from .. import checks
-from ..facts.calls import Kind, Symbols, Tracing
+from ..facts.calls import CallKind, Symbols, Tracing
 from ..views.progress import Progress
 from . import common
 
@@ -69,7 +69,7 @@ no verdict: nothing was wrong, and something was missed""",
         "--only",
         type=_kinds,
         metavar="KIND,…",
-        help=f"only calls that {', '.join(Kind)}",
+        help=f"only calls that {', '.join(CallKind)}",
     )
     trace.add_argument(
         "--min-order",
@@ -140,27 +140,27 @@ def _kibibytes(text: str) -> int:
     return number << 10
 
 
-def _kinds(text: str) -> frozenset[Kind]:
+def _kinds(text: str) -> frozenset[CallKind]:
     words = [word.strip() for word in text.split(",")]
-    wrong = [word for word in words if word not in list(Kind)]
+    wrong = [word for word in words if word not in list(CallKind)]
     if wrong:
-        raise argparse.ArgumentTypeError(f"{wrong[0]!r}: choose among {', '.join(Kind)}")
-    return frozenset(map(Kind, words))
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r}: choose among {', '.join(CallKind)}")
+    return frozenset(map(CallKind, words))
 
 
 def _run(args: argparse.Namespace) -> int:
     from ..trace.before import Before
-    from ..trace.call_filter import Wanted
+    from ..trace.call_filter import CallFilter
     from ..trace.record import Recorder, load
-    from ..trace.session import Session
+    from ..trace.session import TraceSession
 
-    wanted = Wanted(args.only or frozenset(Kind), args.pid, args.comm, args.min_order)
+    wanted = CallFilter(args.only or frozenset(CallKind), args.pid, args.comm, args.min_order)
     earlier = common.load_before(args)
     before = Before(earlier) if earlier else None
     if args.replay:
         recording = load(args.replay)
         view = _trace_view(args, recording.symbols)
-        session = Session(recording.tracing, wanted, view, before)
+        session = TraceSession(recording.tracing, wanted, view, before)
         return _judged(args, session.replay(recording))
 
     from ..trace.assemble import Assembler
@@ -179,7 +179,7 @@ def _run(args: argparse.Namespace) -> int:
         stack.enter_context(probes)
         started = time.clock_gettime_ns(CLOCK)
         tracing = Tracing(facts, probes.attached, probes.missing, probes.buffer, started)
-        session = Session(tracing, wanted, _trace_view(args, probes.symbol), before)
+        session = TraceSession(tracing, wanted, _trace_view(args, probes.symbol), before)
         report = session.live(probes, assembler, recorder, args.duration, interval)
     return _judged(args, report)
 

@@ -9,7 +9,7 @@ import sys
 from ..facts.snapshot import Snapshot
 from ..facts.tree import Tree
 from ..views import documents
-from ..views.block_filter import Filter
+from ..views.block_filter import BlockFilter
 from ..views.progress import Progress
 from ..views.text import Text
 from ..words.errors import KhoscopeError
@@ -53,14 +53,14 @@ def _refuse(args: argparse.Namespace) -> str | None:
         return "--root is for kernels: a snapshot holds KHO's own trees"
     if args.root and args.incoming:
         return "--root and --incoming name two trees"
-    if args.raw_keys and Filter(args.order, args.type, args.phys):
+    if args.raw_keys and BlockFilter(args.order, args.type, args.phys):
         return "--order, --type and --phys are for blocks, not for raw keys"
     return None
 
 
 def _run(args: argparse.Namespace) -> int:
     facts, tree, which = _read(args)
-    wanted = Filter(args.order, args.type, args.phys)
+    wanted = BlockFilter(args.order, args.type, args.phys)
     if args.json:
         documents.write_tree(facts, tree, which, wanted, args.nodes, args.raw_keys, sys.stdout)
     elif args.jsonl:

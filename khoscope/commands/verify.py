@@ -109,7 +109,7 @@ def _wanted(args: argparse.Namespace, possible: frozenset[str]) -> frozenset[str
 def _run(args: argparse.Namespace) -> int:
     before = common.load_before(args)
     next_kernel = _read_next(args.next) if args.next else None
-    asked = checks.Asked(_wanted(args, _possible(args)), args.fail_on)
+    asked = checks.RuleSelection(_wanted(args, _possible(args)), args.fail_on)
 
     def report(facts: Snapshot) -> checks.Report:
         if before is None:

@@ -15,7 +15,7 @@ from ..views.progress import Progress
 from ..words.errors import KhoscopeError
 from . import common
 
-_ONE_RULE = checks.Asked(frozenset({"broken-vmalloc"}))
+_ONE_RULE = checks.RuleSelection(frozenset({"broken-vmalloc"}))
 
 
 def add(commands: common.Commands) -> None:

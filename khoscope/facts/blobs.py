@@ -65,7 +65,7 @@ _HEX: Final = frozenset(
 )
 
 
-class Kind(StrEnum):
+class BlobKind(StrEnum):
     """What a blob is."""
 
     ROOT = "KHO root FDT"
@@ -76,10 +76,10 @@ class Kind(StrEnum):
 
 
 #: Structures by the names of their subtrees: layout, and the member that says which it is.
-_STRUCTURES: Final[Mapping[str, tuple[Kind, np.dtype[Any], str, Value]]] = {
-    serialized.LUO: (Kind.LUO, serialized.LUO_SER, "compatible", serialized.LUO_COMPATIBLE),
+_STRUCTURES: Final[Mapping[str, tuple[BlobKind, np.dtype[Any], str, Value]]] = {
+    serialized.LUO: (BlobKind.LUO, serialized.LUO_SER, "compatible", serialized.LUO_COMPATIBLE),
     serialized.KEXEC_METADATA: (
-        Kind.KEXEC_METADATA,
+        BlobKind.KEXEC_METADATA,
         serialized.KHO_KEXEC_METADATA,
         "version",
         serialized.KEXEC_METADATA_VERSION,
@@ -122,7 +122,7 @@ class Blob:
     size: int | None
     raw: bytes | None
     preserved: bool | None
-    kind: Kind = Kind.UNKNOWN
+    kind: BlobKind = BlobKind.UNKNOWN
     fields: dict[str, Value] | None = None
     tree: DeviceTree | None = None
     values: dict[int, Value] = field(default_factory=dict)
@@ -160,7 +160,7 @@ class Blobs:
             tree.size if tree else size,
             raw[: tree.size] if raw and tree else raw,
             self._preserved(fdt.phys or None, size),
-            Kind.ROOT,
+            BlobKind.ROOT,
             tree=tree,
             values=_values(tree.root, _ROOT) if tree else {},
             problems=list(fdt.problems),
@@ -260,7 +260,7 @@ class Blobs:
             problems.append(f"compatible {compatible!r} is not known: values as they stand")
         return replace(
             blob,
-            kind=Kind.FDT,
+            kind=BlobKind.FDT,
             tree=tree,
             values=_values(tree.root, known),
             areas=list(self._areas(tree.root, known)),
@@ -270,7 +270,7 @@ class Blobs:
     def _areas(self, root: Node, known: Mapping[str, np.dtype[Any]]) -> Iterator[Area]:
         for path, found in _properties(root):
             if known.get(found.name) == KHO_VMALLOC == _layout(known, found):
-                desc = serialized.one(KHO_VMALLOC, found.value)
+                desc = serialized.unpack(KHO_VMALLOC, found.value)
                 chain = self._chains.get((int(desc["first"]), int(desc["total_pages"])))
                 yield Area(path, fields(KHO_VMALLOC, found.value), chain)
 
@@ -288,7 +288,7 @@ def _is_fdt(name: str | None, raw: bytes) -> bool:
 
 def fields(layout: np.dtype[Any], raw: bytes) -> dict[str, Value]:
     """The members of the structure that bytes begin with."""
-    record = serialized.one(layout, raw)
+    record = serialized.unpack(layout, raw)
     found: dict[str, Value] = {}
     for name in layout.names or ():
         value = record[name].item()
@@ -301,7 +301,7 @@ def fields(layout: np.dtype[Any], raw: bytes) -> dict[str, Value]:
     return found
 
 
-def _structure(blob: Blob, raw: bytes, known: tuple[Kind, np.dtype[Any], str, Value]) -> Blob:
+def _structure(blob: Blob, raw: bytes, known: tuple[BlobKind, np.dtype[Any], str, Value]) -> Blob:
     kind, layout, version, supported = known
     if len(raw) < layout.itemsize:
         problem = f"{len(raw)} bytes are no {kind}: that has {layout.itemsize}"

@@ -22,7 +22,7 @@ from .columns import Blocks, Columns, Pages
 from .snapshot import Snapshot
 
 
-class Kind(StrEnum):
+class CallKind(StrEnum):
     """What a call is for; ``trace --only`` chooses among them."""
 
     PRESERVE = "preserve"
@@ -63,7 +63,7 @@ class Function:
     """
 
     name: str
-    kind: Kind
+    kind: CallKind
     arguments: tuple[str, ...]
     returns: str = "int"
     use: Use = Use.NO_BLOCK
@@ -78,29 +78,29 @@ class Function:
 #: What is traced.  The index is the number by which bpf/kho_trace.c and recordings name them, so
 #: that new ones go to the end.
 FUNCTIONS: Final[Sequence[Function]] = (
-    Function("kho_preserve_folio", Kind.PRESERVE, ("folio",)),
-    Function("kho_preserve_pages", Kind.PRESERVE, ("page", "nr_pages")),
-    Function("kho_preserve_vmalloc", Kind.PRESERVE, ("ptr", "preservation")),
-    Function("kho_unpreserve_folio", Kind.UNPRESERVE, ("folio",), "void"),
-    Function("kho_unpreserve_pages", Kind.UNPRESERVE, ("page", "nr_pages"), "void"),
-    Function("kho_unpreserve_vmalloc", Kind.UNPRESERVE, ("preservation",), "void"),
-    Function("kho_split_preserved_pages", Kind.SPLIT, ("page", "order")),
-    Function("kho_restore_folio", Kind.RESTORE, ("phys",), "pointer"),
-    Function("kho_restore_pages", Kind.RESTORE, ("phys", "nr_pages"), "pointer"),
-    Function("kho_restore_vmalloc", Kind.RESTORE, ("preservation",), "pointer"),
+    Function("kho_preserve_folio", CallKind.PRESERVE, ("folio",)),
+    Function("kho_preserve_pages", CallKind.PRESERVE, ("page", "nr_pages")),
+    Function("kho_preserve_vmalloc", CallKind.PRESERVE, ("ptr", "preservation")),
+    Function("kho_unpreserve_folio", CallKind.UNPRESERVE, ("folio",), "void"),
+    Function("kho_unpreserve_pages", CallKind.UNPRESERVE, ("page", "nr_pages"), "void"),
+    Function("kho_unpreserve_vmalloc", CallKind.UNPRESERVE, ("preservation",), "void"),
+    Function("kho_split_preserved_pages", CallKind.SPLIT, ("page", "order")),
+    Function("kho_restore_folio", CallKind.RESTORE, ("phys",), "pointer"),
+    Function("kho_restore_pages", CallKind.RESTORE, ("phys", "nr_pages"), "pointer"),
+    Function("kho_restore_vmalloc", CallKind.RESTORE, ("preservation",), "pointer"),
     Function(
         "kho_restore_page",
-        Kind.RESTORE,
+        CallKind.RESTORE,
         ("phys", "is_folio"),
         "pointer",
         Use.BLOCK_BY_STAMP,
         Action.RESTORE,
     ),
-    Function("kho_add_subtree", Kind.SUBTREE, ("name", "blob", "size"), "int", Use.NAMED),
-    Function("kho_remove_subtree", Kind.SUBTREE, ("blob",), "void"),
+    Function("kho_add_subtree", CallKind.SUBTREE, ("name", "blob", "size"), "int", Use.NAMED),
+    Function("kho_remove_subtree", CallKind.SUBTREE, ("blob",), "void"),
     Function(
         "kho_radix_add_page",
-        Kind.TREE,
+        CallKind.TREE,
         ("tree", "pfn", "order", "type"),
         "int",
         Use.BLOCK_BY_PFN,
@@ -108,7 +108,7 @@ FUNCTIONS: Final[Sequence[Function]] = (
     ),
     Function(
         "kho_radix_del_page",
-        Kind.TREE,
+        CallKind.TREE,
         ("tree", "pfn", "order", "type"),
         "void",
         Use.BLOCK_BY_PFN,
@@ -116,7 +116,7 @@ FUNCTIONS: Final[Sequence[Function]] = (
     ),
     Function(
         "kho_radix_add_key",
-        Kind.TREE,
+        CallKind.TREE,
         ("tree", "key"),
         "int",
         Use.BLOCK_BY_KEY,
@@ -124,7 +124,7 @@ FUNCTIONS: Final[Sequence[Function]] = (
     ),
     Function(
         "kho_radix_del_key",
-        Kind.TREE,
+        CallKind.TREE,
         ("tree", "key"),
         "void",
         Use.BLOCK_BY_KEY,

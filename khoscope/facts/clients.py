@@ -19,7 +19,7 @@ from ..abi.keys import U64
 from .columns import Columns
 
 
-class Kind(StrEnum):
+class OwnerKind(StrEnum):
     """What kind of thing owns preserved memory."""
 
     FDT = "KHO FDT"
@@ -47,19 +47,19 @@ class Owner:
     :param token: token of the file in that session.
     """
 
-    kind: Kind
+    kind: OwnerKind
     name: str
     session: str | None = None
     token: int | None = None
 
     def __str__(self) -> str:
         # A vmalloc area has two owners of its name.
-        parts = {Kind.VMALLOC_CHUNK: ", chunks", Kind.VMALLOC_PAGE: ", pages"}
+        parts = {OwnerKind.VMALLOC_CHUNK: ", chunks", OwnerKind.VMALLOC_PAGE: ", pages"}
         return self.name + parts.get(self.kind, "")
 
 
 #: Owner of LUO's ``struct luo_flb_header_ser`` and its entries.
-FLB_LIST: Final = Owner(Kind.LUO, "LUO: list of FLBs")
+FLB_LIST: Final = Owner(OwnerKind.LUO, "LUO: list of FLBs")
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +204,7 @@ class Luo:
 
 
 @dataclass(frozen=True)
-class Liveupdate:
+class LuoState:
     """
     LUO in this kernel (``luo_global``).
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..abi import serialized
 from ..abi.keys import BAD_ORDER, NO_TYPE, Abi
 from ..abi.kho_fdt import kho_test_folios, parse_root_fdt, reserve_mem_areas
-from .clients import Kind, Luo, LuoFile, LuoSession, Memfd, Owner, Vmalloc
+from .clients import Luo, LuoFile, LuoSession, Memfd, Owner, OwnerKind, Vmalloc
 from .columns import Blocks, Pages
 from .owners import claimed
 from .snapshot import KexecImage, Side, Snapshot, in_ram
@@ -85,7 +85,7 @@ def _metadata(facts: Snapshot, side: Side) -> Iterator[str]:
     raw = side.blobs.get(f"subtree {serialized.KEXEC_METADATA}", b"")
     if len(raw) < layout.itemsize:
         return
-    found = serialized.one(layout, raw)
+    found = serialized.unpack(layout, raw)
     if int(found["version"]) != serialized.KEXEC_METADATA_VERSION:
         return
     release, count = serialized.text(bytes(found["previous_release"])), int(found["kexec_count"])
@@ -159,7 +159,7 @@ def _luo(side: Side, luo: Luo, outgoing: bool) -> Iterator[str]:
         yield f"struct luo_ser at {luo.phys:#x}, the root FDT does not have it there"
     raw = side.blobs.get(f"subtree {serialized.LUO}", b"")
     if outgoing and luo.raw is None and len(raw) >= serialized.LUO_SER.itemsize:
-        ser = serialized.one(serialized.LUO_SER, raw)
+        ser = serialized.unpack(serialized.LUO_SER, raw)
         says = serialized.text(bytes(ser["compatible"])), int(ser["liveupdate_num"])
         if not luo.problems and says != (luo.compatible, luo.liveupdate_num):
             yield f"{luo.compatible}, live update {luo.liveupdate_num}: its bytes say {says}"
@@ -211,11 +211,11 @@ def of_claims(facts: Snapshot) -> Iterator[str]:
 
 def _claims(facts: Snapshot, side: Side, outgoing: bool) -> Iterator[str]:
     size = facts.abi.page_size
-    named: Counter[tuple[Kind, str]] = Counter()
+    named: Counter[tuple[OwnerKind, str]] = Counter()
     data: Counter[tuple[str | None, int | None]] = Counter()
     for owner, has in claimed(side):
         named[owner.kind, owner.name] += has
-        if owner.kind == Kind.MEMFD:
+        if owner.kind == OwnerKind.MEMFD:
             data[owner.session, owner.token] += has
         if not has:
             yield f"{owner} owns nothing"
@@ -241,15 +241,15 @@ def _claims(facts: Snapshot, side: Side, outgoing: bool) -> Iterator[str]:
 def _expected(facts: Snapshot, side: Side) -> Iterator[Owner]:
     """Owners that there must be, by what leads to their memory."""
     if side.fdt.phys:
-        yield Owner(Kind.FDT, "root FDT")
+        yield Owner(OwnerKind.FDT, "root FDT")
     for subtree in side.fdt.subtrees:
         if subtree.phys and subtree.size and in_ram(facts.ram, subtree.phys, subtree.size):
-            yield Owner(Kind.SUBTREE, f"subtree {subtree.name}")
+            yield Owner(OwnerKind.SUBTREE, f"subtree {subtree.name}")
     for name, _, _ in reserve_mem_areas(side.blobs):
-        yield Owner(Kind.RESERVE_MEM, f"reserve_mem {name}")
+        yield Owner(OwnerKind.RESERVE_MEM, f"reserve_mem {name}")
     for session, file, _ in _memfds(side):
         name = f"memfd {file.token:#x} of session {session.name}: memfd_luo_ser"
-        yield Owner(Kind.FILE, name)
+        yield Owner(OwnerKind.FILE, name)
 
 
 def _memfds(side: Side) -> Iterator[tuple[LuoSession, LuoFile, Memfd]]:
@@ -259,12 +259,15 @@ def _memfds(side: Side) -> Iterator[tuple[LuoSession, LuoFile, Memfd]]:
                 yield session, file, file.memfd
 
 
-def _vmalloc(area: Vmalloc, size: int, sums: Counter[tuple[Kind, str]]) -> Iterator[str]:
+def _vmalloc(area: Vmalloc, size: int, sums: Counter[tuple[OwnerKind, str]]) -> Iterator[str]:
     if area.problems:
         return
     if area.listed != area.total_pages or (area.total_pages and not area.chunks):
         yield f"{area.total_pages} pages, {area.listed} in {area.chunks} chunks"
-    for kind, pages in ((Kind.VMALLOC_CHUNK, area.chunks), (Kind.VMALLOC_PAGE, area.listed)):
+    for kind, pages in (
+        (OwnerKind.VMALLOC_CHUNK, area.chunks),
+        (OwnerKind.VMALLOC_PAGE, area.listed),
+    ):
         if sums[kind, area.name] != pages * size:
             yield f"{pages:,} {kind}s, they have {sums[kind, area.name]:,} bytes"
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..abi.keys import U64
-from .clients import Claims, Kind, Owner, Vmalloc
+from .clients import Claims, Owner, OwnerKind, Vmalloc
 from .columns import Blocks
 from .snapshot import Side, Snapshot
 
@@ -72,7 +72,7 @@ class Owners:
 
 
 @dataclass(frozen=True)
-class Callers:
+class Preservers:
     """
     Who was seen preserving blocks.
 
@@ -86,10 +86,10 @@ class Callers:
     owner: NDArray[np.int64]
 
 
-NOBODY: Final = Callers((), np.zeros(0, np.uint64), np.zeros(0, np.int64))
+NOBODY: Final = Preservers((), np.zeros(0, np.uint64), np.zeros(0, np.int64))
 
 
-class Holders:
+class BlockOwners:
     """
     Whose each outgoing block is, by everything that tells.
 
@@ -97,13 +97,13 @@ class Holders:
     who was seen preserving it.
     """
 
-    def __init__(self, facts: Snapshot, callers: Callers = NOBODY) -> None:
+    def __init__(self, facts: Snapshot, callers: Preservers = NOBODY) -> None:
         self._facts = facts
         self._claimed = Owners.of_side(facts.outgoing, facts.abi.page_shift)
         self._callers = callers
         self._slab = len(self._claimed.owners)
         #: All that there may be.
-        self.owners = [*self._claimed.owners, Owner(Kind.SLAB, "slab"), *callers.owners]
+        self.owners = [*self._claimed.owners, Owner(OwnerKind.SLAB, "slab"), *callers.owners]
 
     def of(self, blocks: Blocks) -> NDArray[np.int64]:
         """The owner of each block: its index in :attr:`owners`, or UNKNOWN."""
@@ -123,7 +123,7 @@ class Holders:
         for blocks in self._facts.outgoing.blocks:
             yield blocks, self.of(blocks)
 
-    def totals(self) -> list[Holding]:
+    def totals(self) -> list[OwnerTotal]:
         """What each owner has, most first; what nothing tells the owner of comes last."""
         count = np.zeros(len(self.owners) + 1, np.int64)
         pages = np.zeros(len(self.owners) + 1, np.uint64)
@@ -132,14 +132,16 @@ class Holders:
             np.add.at(pages, owner, blocks.page_count)
         # UNKNOWN indexes the last.
         found = [
-            Holding(self.owners[i] if i < len(self.owners) else None, int(count[i]), int(pages[i]))
+            OwnerTotal(
+                self.owners[i] if i < len(self.owners) else None, int(count[i]), int(pages[i])
+            )
             for i in np.flatnonzero(count).tolist()
         ]
         return sorted(found, key=lambda holding: (holding.owner is None, -holding.pages))
 
 
 @dataclass(frozen=True)
-class Holding:
+class OwnerTotal:
     """
     What an owner has.
 
@@ -159,7 +161,7 @@ def claimed(side: Side) -> list[tuple[Owner, int]]:
     return list(zip(side.owners, sizes.tolist(), strict=True))
 
 
-class Memory:
+class ClaimsByOwner:
     """The memory of a side's owners, by owner."""
 
     def __init__(self, side: Side, page_shift: int) -> None:
@@ -178,15 +180,15 @@ class Memory:
 
     def chunks(self, area: Vmalloc) -> Claims:
         """The chunks of a vmalloc area."""
-        return self._of((Kind.VMALLOC_CHUNK, area.name))
+        return self._of((OwnerKind.VMALLOC_CHUNK, area.name))
 
     def pages(self, area: Vmalloc) -> Claims:
         """The pages that the chunks of a vmalloc area list."""
-        return self._of((Kind.VMALLOC_PAGE, area.name))
+        return self._of((OwnerKind.VMALLOC_PAGE, area.name))
 
     def folios(self, session: str, token: int) -> Claims:
         """The folios of a memfd."""
-        return self._of((Kind.MEMFD, session, token))
+        return self._of((OwnerKind.MEMFD, session, token))
 
     def session_bytes(self, session: str) -> int:
         """How many bytes of whole pages a LUO session preserves, its own lists included."""

@@ -27,7 +27,7 @@ from .tree import KeySet
 WINDOW: Final = 1 << 15
 
 
-class Seen(IntEnum):
+class PageKnowledge(IntEnum):
     """What there is to say of a page."""
 
     #: Its struct page was read.
@@ -51,7 +51,7 @@ class PageRuns(Columns):
 
     :param phys: u64, ``phys_addr_t`` of the first page.
     :param pages: u64, how many.
-    :param seen: u8, a :class:`Seen`: what is not known is as in :meth:`nothing`.
+    :param seen: u8, a :class:`PageKnowledge`: what is not known is as in :meth:`nothing`.
     :param stamp: u64, ``page->private`` where that is a stamp, else 0.
     :param flags: u64, ``page->flags`` as far as ``enum pageflags`` has names; 0 in the tail of a
         compound page, where that word holds something else.
@@ -103,7 +103,7 @@ class PageRuns(Columns):
     }
 
     @classmethod
-    def nothing(cls, phys: U64, seen: Seen) -> PageRuns:
+    def nothing(cls, phys: U64, seen: PageKnowledge) -> PageRuns:
         """Single pages of which nothing is known, as writable columns."""
         blank = {name: np.zeros(len(phys), dtype) for name, dtype in cls.DTYPES.items()}
         runs = cls(**blank | {"phys": phys})
@@ -141,7 +141,7 @@ def runs(facts: Snapshot, first: int, end: int, look: Look) -> Iterator[PageRuns
     carry = PageRuns.empty()
     for chunk in _pages(facts.ram, first >> shift, -(-end >> shift), shift, look):
         chunk.flags[:] &= names
-        if chunk.seen[0] != Seen.OUTSIDE_RAM:
+        if chunk.seen[0] != PageKnowledge.OUTSIDE_RAM:
             _cover(facts.abi, keys, chunk)
             chunk.owner[:] = owners.at(chunk.phys, chunk.phys + np.uint64(facts.abi.page_size))
         joined = _join(PageRuns.concatenate([carry, chunk]), shift)
@@ -167,7 +167,7 @@ def _pages(ram: U64, start: int, end: int, shift: int, look: Look) -> Iterator[P
 
 def _outside(start: int, end: int, shift: int) -> Iterator[PageRuns]:
     if start < end:
-        run = PageRuns.nothing(np.array([start << shift], np.uint64), Seen.OUTSIDE_RAM)
+        run = PageRuns.nothing(np.array([start << shift], np.uint64), PageKnowledge.OUTSIDE_RAM)
         run.pages[0] = end - start
         yield run
 
@@ -215,7 +215,7 @@ def recorded(facts: Snapshot) -> Look:
         streams += _by_address(facts.outgoing.blocks, abi)
         for low in range(start, end, WINDOW):
             phys = np.arange(low, min(low + WINDOW, end), dtype=np.uint64) << np.uint64(shift)
-            window = PageRuns.nothing(phys, Seen.UNRECORDED)
+            window = PageRuns.nothing(phys, PageKnowledge.UNRECORDED)
             for stream in streams:
                 _fill(window, stream.within(low, low + len(window)), abi, buddy)
             yield window
@@ -307,7 +307,9 @@ def _fill(window: PageRuns, blocks: Blocks, abi: Abi, buddy: int | None) -> None
     tails = (facts.zeros + facts.ones + facts.others)[block]
     unread = facts.unread[block] > 0
     alike = (facts.zeros[block] == tails) | (facts.ones[block] == tails)
-    window.seen[page] = np.where(unread, Seen.UNREAD, np.where(alike, Seen.REFCOUNT, Seen.COUNTED))
+    window.seen[page] = np.where(
+        unread, PageKnowledge.UNREAD, np.where(alike, PageKnowledge.REFCOUNT, PageKnowledge.COUNTED)
+    )
     window.refcount[page] = np.where(alike & ~unread, facts.ones[block] > 0, 0)
     window.buddy[page] = np.where(facts.free[block] > tails, PageRuns.FREE, PageRuns.ALLOCATED)
     inside = page - begin[block] < 1 << np.clip(facts.compound[block].astype(np.int64), 0, 62)
@@ -321,7 +323,7 @@ def _fill(window: PageRuns, blocks: Blocks, abi: Abi, buddy: int | None) -> None
     is_buddy = types == (buddy or PageRuns.UNTYPED)
     is_buddy &= types != PageRuns.UNTYPED
     free = np.where((of.free > 0) & (of.head == 0), PageRuns.FREE, PageRuns.ALLOCATED)
-    window.seen[at] = Seen.READ
+    window.seen[at] = PageKnowledge.READ
     window.stamp[at] = np.where(abi.stamp.is_stamp(of.private), of.private, 0)
     window.flags[at] = np.where(of.compound == Pages.COMPOUND_TAIL, 0, of.flags)
     window.refcount[at] = of.head

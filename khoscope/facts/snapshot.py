@@ -16,13 +16,13 @@ import numpy as np
 
 from ..abi.keys import U64, Abi
 from ..abi.kho_fdt import Fdt
-from .clients import Claims, Liveupdate, Luo, Owner, Vmalloc
+from .clients import Claims, Luo, LuoState, Owner, Vmalloc
 from .columns import Blocks, Columns, Leaves
 from .tree import Tree
 
 
 @dataclass(frozen=True)
-class Taken:
+class Provenance:
     """When and how the facts were read."""
 
     khoscope: str
@@ -159,7 +159,7 @@ class Snapshot:
         leaves, or anything else.
     """
 
-    taken: Taken
+    taken: Provenance
     kernel: Kernel
     abi: Abi
     kho_enable: bool
@@ -175,7 +175,7 @@ class Snapshot:
     evidence: Iterable[Leaves] = ()
     scratch_free: list[int | None] = field(default_factory=list)
     image: KexecImage | None = None
-    liveupdate: Liveupdate | None = None
+    liveupdate: LuoState | None = None
     unreadable: list[str] = field(default_factory=list)
     unrecorded: list[str] = field(default_factory=list)
     contradictions: list[str] = field(default_factory=list)

@@ -28,10 +28,10 @@ from .archive import (
     Stored,
     Writer,
 )
-from .clients import Claims, Liveupdate, Luo, Owner, Vmalloc
+from .clients import Claims, Luo, LuoState, Owner, Vmalloc
 from .columns import CHUNK_BLOCKS, Blocks, Columns, Leaves, Nodes
 from .files import NewFile, open_file
-from .snapshot import Handover, Kernel, KexecImage, Scan, Side, Snapshot, Taken, Watched
+from .snapshot import Handover, Kernel, KexecImage, Provenance, Scan, Side, Snapshot, Watched
 from .tree import Tree, TreeState
 
 #: Snapshots up to this size stay in memory, larger ones go to an unnamed temporary file.
@@ -58,7 +58,7 @@ class _SideMeta:
 @dataclass(frozen=True)
 class _Meta:
     schema: str
-    taken: Taken
+    taken: Provenance
     kernel: Kernel
     abi: Abi
     kho_enable: bool
@@ -71,7 +71,7 @@ class _Meta:
     chunks: dict[str, int]
     scratch_free: list[int | None] = field(default_factory=list)
     image: KexecImage | None = None
-    liveupdate: Liveupdate | None = None
+    liveupdate: LuoState | None = None
     unreadable: list[str] = field(default_factory=list)
 
 
@@ -95,7 +95,7 @@ UNRECORDED_1: Final[dict[str, str]] = {
 DERIVED: Final = {f"Fdt.{f.name}": "" for f in dataclasses.fields(Fdt) if f.name != "phys"}
 
 
-def put(snapshot: Snapshot, writer: Writer) -> None:
+def write_snapshot(snapshot: Snapshot, writer: Writer) -> None:
     """Write a snapshot, reading each of its streams once."""
     chunks: dict[str, int] = {}
 
@@ -143,7 +143,7 @@ def put(snapshot: Snapshot, writer: Writer) -> None:
 def save(snapshot: Snapshot, file: IO[bytes]) -> None:
     """Write a snapshot as a zip of its own."""
     with zipfile.ZipFile(file, "w") as archive:
-        put(snapshot, Writer(archive))
+        write_snapshot(snapshot, Writer(archive))
 
 
 def save_file(snapshot: Snapshot, path: Path) -> None:
@@ -177,11 +177,11 @@ def load_file(path: Path) -> Snapshot:
 
 
 def _load(file: IO[bytes], name: str, ours: bool = False) -> Snapshot:
-    return get(Archive(file, name, SNAPSHOT, ours))
+    return read_snapshot(Archive(file, name, SNAPSHOT, ours))
 
 
-def get(archive: Archive) -> Snapshot:
-    """The snapshot that :func:`put` wrote."""
+def read_snapshot(archive: Archive) -> Snapshot:
+    """The snapshot that :func:`write_snapshot` wrote."""
     meta, lacking = archive.meta(SNAPSHOT, _Meta, {1: UNRECORDED_1 | DERIVED, 2: DERIVED})
     with archive.damage():
         _check_abi(meta.abi)

@@ -14,11 +14,11 @@ from drgn.helpers.linux.mm import for_each_vmap_area
 
 from ..abi.keys import U64, Abi
 from ..abi.serialized import LUO
-from ..facts.clients import Kind, Luo, Owner
+from ..facts.clients import Luo, Owner, OwnerKind
 from ..facts.owners import UNKNOWN, Owners
 from ..facts.snapshot import Side
 from ..facts.tree import KeySet
-from .follow import Following
+from .follow import ClientWalker
 from .luo import Handed, read_incoming, read_outgoing, unknown
 from .pages import PageLayout
 from .probe import Parts, module_at
@@ -49,7 +49,7 @@ def with_clients(at: Where, side: Side, outgoing: Side | None) -> tuple[Side, li
     :param outgoing: of an incoming side, the other one with its clients; None: this is that one.
         What LUO keeps of it in the kernel differs by direction.
     """
-    following = Following(at.abi, at.ram, at.read, keys=KeySet(at.abi, side.tree.leaves))
+    following = ClientWalker(at.abi, at.ram, at.read, keys=KeySet(at.abi, side.tree.leaves))
     following.subtrees(side.fdt, side.blobs)
     luo: Luo | None = None
     unread: list[str] = []
@@ -68,7 +68,7 @@ def with_clients(at: Where, side: Side, outgoing: Side | None) -> tuple[Side, li
 
 
 def _luo(
-    at: Where, following: Following, handed: Handed, outgoing: Side | None
+    at: Where, following: ClientWalker, handed: Handed, outgoing: Side | None
 ) -> tuple[Luo, list[str]]:
     if not at.parts.sessions:
         return unknown(following, handed), []
@@ -101,9 +101,9 @@ def with_vm_structs(at: Where, layout: PageLayout, side: Side) -> tuple[Side, li
     owners = Owners.of_side(side, abi.page_shift)
     mine = owners.at(phys, phys + np.uint64(abi.page_size)) == UNKNOWN
     caller, phys = caller[mine], phys[mine]
-    more = Following(abi, np.zeros((0, 2), np.uint64), lambda *_: None, list(side.owners))
+    more = ClientWalker(abi, np.zeros((0, 2), np.uint64), lambda *_: None, list(side.owners))
     for each in np.unique(caller).tolist():
-        owner = Owner(Kind.VM_STRUCT, f"vm_struct of {_symbol(at.prog, each)}")
+        owner = Owner(OwnerKind.VM_STRUCT, f"vm_struct of {_symbol(at.prog, each)}")
         more.claim(owner, np.unique(phys[caller == each]), abi.page_size)
     side = replace(side, owners=more.owners, claims=[*side.claims, *more.claims()])
     return side, found.unread

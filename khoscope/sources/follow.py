@@ -30,9 +30,9 @@ from ..abi.serialized import (
     MEMFD_LUO_FOLIO_SER,
     MEMFD_LUO_SER,
     MEMFD_PFN_BITS,
-    one,
+    unpack,
 )
-from ..facts.clients import Claims, Kind, Memfd, Owner, Vmalloc
+from ..facts.clients import Claims, Memfd, Owner, OwnerKind, Vmalloc
 from ..facts.tree import KeySet
 from .walk import READ_SIZE, ReadPhys, in_ranges
 
@@ -41,7 +41,7 @@ CLAIMS_KEPT: Final = 1 << 20
 
 
 @dataclass
-class Following:
+class ClientWalker:
     """
     The memory of one side's clients.
 
@@ -91,7 +91,7 @@ class Following:
     def structure(self, phys: int, layout: np.dtype[np.void]) -> np.void | None:
         """The structure at an address; None: it is not in RAM, or cannot be read."""
         raw = self.bytes_at(phys, layout.itemsize)
-        return None if raw is None else one(layout, raw)
+        return None if raw is None else unpack(layout, raw)
 
     def bytes_at(self, phys: int, size: int) -> bytes | None:
         """Memory that lies in RAM; None where it does not, or cannot be read."""
@@ -182,8 +182,8 @@ class Following:
             problems,
         )
         self.vmallocs.append(area)
-        self.claim(replace(whose, kind=Kind.VMALLOC_CHUNK), chunks, self.abi.page_size)
-        self.claim(replace(whose, kind=Kind.VMALLOC_PAGE), entries[good], size)
+        self.claim(replace(whose, kind=OwnerKind.VMALLOC_CHUNK), chunks, self.abi.page_size)
+        self.claim(replace(whose, kind=OwnerKind.VMALLOC_PAGE), entries[good], size)
         return area, entries if good.all() else entries[: int(good.argmin())]
 
     def _chunks(self, first: int, entries: int, problems: list[str]) -> tuple[U64, U64]:
@@ -219,7 +219,7 @@ class Following:
         per_block = (self.abi.page_size - KHO_BLOCK_HEADER_SER.itemsize) // layout.itemsize
         blocks: dict[int, NDArray[Any]] = {}
         for at, raw in self._chain(head, "block", KHO_MAX_BLOCKS, problems):
-            count = int(one(KHO_BLOCK_HEADER_SER, raw)["count"])
+            count = int(unpack(KHO_BLOCK_HEADER_SER, raw)["count"])
             if not written <= count <= per_block:
                 problems.append(f"block {at:#x} says to have {count} entries, {per_block} fit")
                 count = 0
@@ -246,7 +246,7 @@ class Following:
         if int(ser["nr_folios"]):
             listed = replace(whose, name=f"{whose.name}: folio list")
             folios, areas = self.vmalloc(ser["folios"], phys + MEMFD_FOLIOS_AT, listed)
-            data = replace(whose, kind=Kind.MEMFD, name=f"{whose.name}: data")
+            data = replace(whose, kind=OwnerKind.MEMFD, name=f"{whose.name}: data")
             pages = self._folios(ser, areas, self.abi.page_size << folios.order, data, problems)
         elif int(ser["size"]):
             problems.append(f"{int(ser['size'])} bytes and no folio")
@@ -362,19 +362,19 @@ class Following:
     def subtrees(self, fdt: Fdt, blobs: dict[str, bytes]) -> None:
         """Claim the root FDT, the subtrees, and what those lead to that are known."""
         if fdt.phys:
-            self.claim(Owner(Kind.FDT, "root FDT"), fdt.phys, self.abi.page_size)
+            self.claim(Owner(OwnerKind.FDT, "root FDT"), fdt.phys, self.abi.page_size)
         for subtree in fdt.subtrees:
             # One that is not in RAM has nothing that could be preserved; bad-fdt speaks of it.
             at, size = subtree.phys, subtree.size
             if at is not None and size and self.in_ram(at, size):
-                self.claim(Owner(Kind.SUBTREE, f"subtree {subtree.name}"), at, size)
+                self.claim(Owner(OwnerKind.SUBTREE, f"subtree {subtree.name}"), at, size)
         for name, start, length in reserve_mem_areas(blobs):
-            self.claim(Owner(Kind.RESERVE_MEM, f"reserve_mem {name}"), start, length)
+            self.claim(Owner(OwnerKind.RESERVE_MEM, f"reserve_mem {name}"), start, length)
         found = kho_test_folios(blobs)
         if found is not None:
             desc, offset, count = found
             blob = next(s.phys for s in fdt.subtrees if s.name == KHO_TEST) or 0
-            whose = Owner(Kind.KHO_TEST, "kho_test: folios_info")
+            whose = Owner(OwnerKind.KHO_TEST, "kho_test: folios_info")
             area, listed = self.vmalloc(desc, blob + offset, whose)
             self._kho_test(listed, self.abi.page_size << area.order, count, area.problems)
 
@@ -394,7 +394,7 @@ class Following:
             problems.append(f"{int((~good).sum())} of the folios in it are not in RAM")
         if not _apart(phys[good], sizes[good]).all():
             problems.append("some of the folios in it are listed twice")
-        self.claim(Owner(Kind.KHO_TEST, "kho_test: folios"), phys[good], sizes[good])
+        self.claim(Owner(OwnerKind.KHO_TEST, "kho_test: folios"), phys[good], sizes[good])
 
 
 def _apart(phys: U64, size: int | U64) -> NDArray[np.bool_]:

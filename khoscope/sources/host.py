@@ -39,7 +39,7 @@ _AS_ROOT: Final = "run it as root (sudo khoscope doctor)"
 
 
 @dataclass(frozen=True)
-class Seen:
+class HostProbe:
     """
     What could be seen of the running kernel.
 
@@ -99,7 +99,7 @@ class Host:
 
     # -- what all commands need -------------------------------------------------------------------
 
-    def _built(self, name: str, seen: Seen, what: str) -> Fact:
+    def _built(self, name: str, seen: HostProbe, what: str) -> Fact:
         """Whether the kernel was built with something that no command can do without."""
         if seen.facts:
             return Fact(name, State.OK, "built in", "kho_out", needed=True)
@@ -115,7 +115,7 @@ class Host:
             return Fact(name, State.NO, "not in this kernel", where, f"boot a kernel with {what}")
         return Fact(name, State.OK, "built in", where)
 
-    def _kho_is_on(self, seen: Seen) -> Fact:
+    def _kho_is_on(self, seen: HostProbe) -> Fact:
         name, hint = "KHO on", "boot with kho=on"
         if seen.facts:
             switch = kho_switch(seen.facts)
@@ -173,7 +173,7 @@ class Host:
             return Fact(name, State.NO, "2: addresses are hidden from root, too", where, hint)
         return Fact(name, State.OK, f"{value.strip()}: root sees addresses", where)
 
-    def _luo(self, seen: Seen) -> Fact:
+    def _luo(self, seen: HostProbe) -> Fact:
         built = self._has("LUO", "CONFIG_LIVEUPDATE=y, for luo and carry")
         if seen.facts is None or built.state != State.OK:
             return built
@@ -192,7 +192,7 @@ class Host:
         hint = "carry needs it: boot with liveupdate=on, and mount a devtmpfs on /dev"
         return Fact(name, State.NO, "there is none", where, hint)
 
-    def _image(self, seen: Seen) -> Fact:
+    def _image(self, seen: HostProbe) -> Fact:
         name, where = "kexec image", str(host_files.KEXEC_LOADED)
         hint = "load one with the handover: kexec -s -l KERNEL --reuse-cmdline"
         image = seen.facts.image if seen.facts else None
@@ -286,16 +286,16 @@ class Host:
         return frozenset(words[2] for line in lines if len(words := line.split()) >= 3)
 
 
-def _look(open_kernel: Callable[[], Program], read: Callable[[Program], KernelSource]) -> Seen:
+def _look(open_kernel: Callable[[], Program], read: Callable[[Program], KernelSource]) -> HostProbe:
     try:
         prog = open_kernel()
     except KhoscopeError as error:
-        return Seen(unopened=error)
+        return HostProbe(unopened=error)
     found = debug_info(prog)
     try:
-        return Seen(found, read(prog).outline())
+        return HostProbe(found, read(prog).outline())
     except KhoscopeError as error:
-        return Seen(found, unread=error)
+        return HostProbe(found, unread=error)
 
 
 def _root_user() -> Fact:
@@ -306,7 +306,7 @@ def _root_user() -> Fact:
     return Fact(name, State.NO, f"no, user {os.geteuid()}", where, hint)
 
 
-def _debug_info(seen: Seen) -> Fact:
+def _debug_info(seen: HostProbe) -> Fact:
     name, where = "debug info", "drgn"
     if seen.debug_info:
         return Fact(name, State.OK, str(seen.debug_info), where, needed=True)
@@ -317,7 +317,7 @@ def _debug_info(seen: Seen) -> Fact:
     return Fact(name, State.UNKNOWN, f"not looked for: {error.what}", where, error.hint, True)
 
 
-def _kernel(seen: Seen) -> Fact:
+def _kernel(seen: HostProbe) -> Fact:
     """Whether khoscope understands what it reads."""
     name, where = "KHO's state", "kho_out"
     if seen.facts:

@@ -23,17 +23,17 @@ from drgn.helpers.linux.module import for_each_module
 from .. import __version__
 from ..abi.keys import U64
 from ..abi.kho_fdt import Fdt
-from ..abi.serialized import KHO_VMALLOC, one
-from ..facts.clients import Kind, Owner
+from ..abi.serialized import KHO_VMALLOC, unpack
+from ..facts.clients import Owner, OwnerKind
 from ..facts.columns import Blocks, Columns, Leaves
-from ..facts.page_runs import PageRuns, Seen
-from ..facts.snapshot import Kernel, Scan, Side, Snapshot, Taken, Watched
+from ..facts.page_runs import PageKnowledge, PageRuns
+from ..facts.snapshot import Kernel, Provenance, Scan, Side, Snapshot, Watched
 from ..facts.store import spool
 from ..facts.tree import KeySet, Tree
 from ..words.errors import KhoscopeError
 from . import btf
 from .clients import Where, with_clients, with_vm_structs
-from .follow import Following
+from .follow import ClientWalker
 from .pages import PageLayout, PageReader
 from .probe import Overrides as Overrides
 from .probe import direct_map, page_layout, probe, probe_abi, refuse_platform
@@ -271,16 +271,16 @@ class KernelSource:
         """
         reading = self._begin()
         facts = self._outline(reading)
-        following = Following(self.abi, reading.ram, reading.read_phys)
+        following = ClientWalker(self.abi, reading.ram, reading.read_phys)
         try:
             phys = self._physical(address)
-            desc = one(KHO_VMALLOC, self.prog.read(phys, KHO_VMALLOC.itemsize, physical=True))
+            desc = unpack(KHO_VMALLOC, self.prog.read(phys, KHO_VMALLOC.itemsize, physical=True))
         except FaultError as error:
             raise KhoscopeError(
                 f"{address:#x}: there is no memory to read ({error})",
                 "give the physical or kernel virtual address of a struct kho_vmalloc",
             ) from error
-        following.vmalloc(desc, phys, Owner(Kind.VMALLOC_PAGE, f"{address:#x}"))
+        following.vmalloc(desc, phys, Owner(OwnerKind.VMALLOC_PAGE, f"{address:#x}"))
         outgoing = replace(
             facts.outgoing,
             vmallocs=following.vmallocs,
@@ -398,7 +398,7 @@ class KernelSource:
         fdt, blobs = reading.fdt(self.phys(self._kho_out.fdt), outgoing=True)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return Snapshot(
-            Taken(__version__, now.replace("+00:00", "Z"), self._label),
+            Provenance(__version__, now.replace("+00:00", "Z"), self._label),
             kernel,
             self.abi,
             self.enabled,
@@ -492,7 +492,7 @@ class KernelSource:
         shift = self.abi.page_shift
         free = 0
         for pages in reader.pages(start >> shift, end >> shift):
-            if (pages.seen != Seen.READ).any():
+            if (pages.seen != PageKnowledge.READ).any():
                 return None
             free += int((pages.buddy != PageRuns.ALLOCATED).sum())
         return free

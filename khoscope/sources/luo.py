@@ -29,14 +29,14 @@ from ..abi.serialized import (
     LUO_SER,
     LUO_SESSION_SER,
     MEMFD_COMPATIBLE,
-    one,
     text,
+    unpack,
 )
 from ..facts import budget
-from ..facts.clients import FLB_LIST, Flb, Kind, Luo, LuoFile, LuoSession, Memfd, Owner
-from .follow import Following
+from ..facts.clients import FLB_LIST, Flb, Luo, LuoFile, LuoSession, Memfd, Owner, OwnerKind
+from .follow import ClientWalker
 
-LIST_OF_SESSIONS: Final = Owner(Kind.LUO, "LUO: list of sessions")
+LIST_OF_SESSIONS: Final = Owner(OwnerKind.LUO, "LUO: list of sessions")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Handed:
 
 
 def read_outgoing(
-    prog: Program, following: Following, handed: Handed, moves: bool
+    prog: Program, following: ClientWalker, handed: Handed, moves: bool
 ) -> tuple[Luo, list[str]]:
     """
     What LUO would hand over, and what of it could not be read.
@@ -89,7 +89,7 @@ def read_outgoing(
 
 
 def read_incoming(
-    prog: Program, following: Following, handed: Handed, moves: bool
+    prog: Program, following: ClientWalker, handed: Handed, moves: bool
 ) -> tuple[Luo, list[str]]:
     """
     What LUO was handed, as far as it is still there, and what of it could not be read.
@@ -133,7 +133,7 @@ def read_incoming(
     return luo, lists.unread
 
 
-def unknown(following: Following, handed: Handed) -> Luo:
+def unknown(following: ClientWalker, handed: Handed) -> Luo:
     """An ABI that is not known: its first bytes, and no guess."""
     phys = handed.phys
     raw = following.bytes_at(phys, LUO_SER.itemsize)
@@ -141,7 +141,7 @@ def unknown(following: Following, handed: Handed) -> Luo:
         return Luo(phys, None, problems=[f"struct luo_ser at {phys:#x} cannot be read"])
     if raw.startswith(MAGIC):
         return Luo(phys, compatible_of(handed.blob or raw), raw=raw.hex())
-    ser = one(LUO_SER, raw)
+    ser = unpack(LUO_SER, raw)
     return Luo(phys, text(bytes(ser["compatible"])), raw=raw.hex())
 
 
@@ -153,7 +153,7 @@ class Serialized:
     :param problems: what is wrong with it, in words, but for what is a session's or a file's own.
     """
 
-    following: Following
+    following: ClientWalker
     problems: list[str] = field(default_factory=list)
     _left: int = budget.ENTRIES
 
@@ -208,7 +208,7 @@ class Serialized:
         found: Memfd | str | None = None
         # What was retrieved is a file again: what described it has been given back.
         if handler == MEMFD_COMPATIBLE and not status:
-            whose = Owner(Kind.FILE, f"memfd {token:#x} of session {session}", session, token)
+            whose = Owner(OwnerKind.FILE, f"memfd {token:#x} of session {session}", session, token)
             found = self.following.memfd(data, whose)
         if isinstance(found, str):
             return LuoFile(handler, token, data, status, None, [found])
@@ -350,7 +350,7 @@ class _Once:
 
 
 def _list_of_files(session: str) -> Owner:
-    return Owner(Kind.SESSION, f"session {session}: list of files", session)
+    return Owner(OwnerKind.SESSION, f"session {session}: list of files", session)
 
 
 def _string(characters: Object) -> bytes:

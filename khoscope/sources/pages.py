@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..abi.keys import BAD_ORDER, NO_TYPE, U64, Abi
 from ..facts.columns import CHUNK_BLOCKS, Blocks, Pages
-from ..facts.page_runs import PageRuns, Seen, page_types
+from ..facts.page_runs import PageKnowledge, PageRuns, page_types
 
 #: Reads ``size`` bytes at a kernel virtual address; None: that memory cannot be read.
 ReadVirt = Callable[[int, int], bytes | None]
@@ -166,12 +166,12 @@ class PageReader:
 
     def _region(self, start: int, end: int) -> PageRuns:
         pfn = np.arange(start, end, dtype=np.uint64)
-        found = PageRuns.nothing(pfn << np.uint64(self._abi.page_shift), Seen.UNREAD)
+        found = PageRuns.nothing(pfn << np.uint64(self._abi.page_shift), PageKnowledge.UNREAD)
         parts = self._parts(start, end)
         for at, pages in parts:
             to = slice(at - start, at - start + len(pages.flags))
             private, tail = pages.private, pages.is_tail
-            found.seen[to] = Seen.READ
+            found.seen[to] = PageKnowledge.READ
             found.stamp[to] = np.where(self._abi.stamp.is_stamp(private), private, 0)
             found.flags[to] = np.where(tail, 0, pages.flags)
             found.refcount[to] = pages.refcount
@@ -179,7 +179,7 @@ class PageReader:
             last = Pages.COMPOUND_TAIL if tail[-1] else Pages.NOT_COMPOUND
             found.compound[to] = np.append(pages.compound_order(), np.int8(last))
         buddy = self._buddy(start, end, parts)
-        found.buddy[:] = np.where(found.seen == Seen.READ, buddy, PageRuns.ALLOCATED)
+        found.buddy[:] = np.where(found.seen == PageKnowledge.READ, buddy, PageRuns.ALLOCATED)
         return found
 
     def _stamped(self, start: int, pages: StructPages) -> Blocks:

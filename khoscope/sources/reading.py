@@ -26,7 +26,7 @@ from ..abi.keys import U64
 from ..abi.kho_fdt import Fdt, parse_root_fdt
 from ..abi.serialized import text
 from ..facts import budget
-from ..facts.clients import Liveupdate
+from ..facts.clients import LuoState
 from ..facts.snapshot import Handover, Kernel, KexecImage
 from ..words.errors import KhoscopeError
 from .probe import Parts, enumerators
@@ -279,7 +279,7 @@ class Reading:
             sum(image.segment[i].memsz.value_() for i in range(known)),
         )
 
-    def liveupdate(self) -> Liveupdate | None:
+    def liveupdate(self) -> LuoState | None:
         """``luo_global`` and the file handlers; None: this kernel has no LUO."""
         if not self.parts.liveupdate:
             return None
@@ -288,7 +288,7 @@ class Reading:
         self.fact(what, lambda: self._handlers(handlers), None)
         return self.fact(
             "LUO's state (luo_global)",
-            lambda: Liveupdate(bool(self.prog["luo_global"].enabled), handlers),
+            lambda: LuoState(bool(self.prog["luo_global"].enabled), handlers),
             None,
         )
 

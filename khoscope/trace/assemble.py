@@ -19,8 +19,8 @@ from ..facts.calls import (
     NUMBERS,
     Action,
     Batch,
+    CallKind,
     Calls,
-    Kind,
     Touches,
     rows_of,
 )
@@ -54,11 +54,11 @@ _VOID, _INT = (np.array([f.returns == kind for f in FUNCTIONS]) for kind in ("vo
 _ACTIONS = np.array([f.action for f in FUNCTIONS], np.int8)
 # Where kho_restore_page is no function of its own, these report the blocks.
 _ACTIONS[[NUMBERS["kho_restore_folio"], NUMBERS["kho_restore_pages"]]] = Action.RESTORE
-_TREE = np.array([f.kind == Kind.TREE for f in FUNCTIONS])
+_TREE = np.array([f.kind == CallKind.TREE for f in FUNCTIONS])
 _OF_KIND = {
-    Kind.PRESERVE: Action.ADD,
-    Kind.UNPRESERVE: Action.DELETE,
-    Kind.RESTORE: Action.RESTORE,
+    CallKind.PRESERVE: Action.ADD,
+    CallKind.UNPRESERVE: Action.DELETE,
+    CallKind.RESTORE: Action.RESTORE,
 }
 #: Which of its touches make up what a call was asked for, by its function.
 _MEANT = [_OF_KIND.get(f.kind, f.action) for f in FUNCTIONS]

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..facts.calls import FUNCTIONS, Batch, Kind
+from ..facts.calls import FUNCTIONS, Batch, CallKind
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CallFilter:
     """
     Which calls are asked for; the others are neither shown nor checked.
 
@@ -23,7 +23,7 @@ class Wanted:
     :param min_order: only blocks of this order and above, and calls that touch one, or failed.
     """
 
-    kinds: frozenset[Kind] = frozenset(Kind)
+    kinds: frozenset[CallKind] = frozenset(CallKind)
     tgid: int | None = None
     comm: str | None = None
     min_order: int = 0
@@ -36,7 +36,7 @@ class Wanted:
     def apply(self, batch: Batch) -> Batch:
         """The batch with only what is asked for."""
         calls, touches = batch.calls, batch.touches
-        if self.kinds != frozenset(Kind):
+        if self.kinds != frozenset(CallKind):
             kinds = np.array([function.kind in self.kinds for function in FUNCTIONS])
             calls = calls[kinds[calls.function]]
         if self.tgid is not None:

@@ -8,19 +8,19 @@ from numpy.typing import NDArray
 
 from ..abi.keys import U64
 from ..facts.calls import Action, rows_of
-from ..facts.clients import Kind, Owner
-from ..facts.owners import UNKNOWN, Callers
+from ..facts.clients import Owner, OwnerKind
+from ..facts.owners import UNKNOWN, Preservers
 from .record import Recording
-from .summary import Callers as Stacks
+from .summary import Callers
 
 
-def preservers(recording: Recording) -> Callers:
+def preservers(recording: Recording) -> Preservers:
     """
     The callers of the preserve calls whose blocks were preserved when the recording ended.
 
     16 bytes in memory for each block that was preserved or unpreserved meanwhile.
     """
-    stacks = Stacks(recording.symbols)
+    stacks = Callers(recording.symbols)
     numbers: dict[str, int] = {}
     keys: list[U64] = [np.zeros(0, np.uint64)]
     owners: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
@@ -39,5 +39,5 @@ def preservers(recording: Recording) -> Callers:
     last, at = np.unique(key[::-1], return_index=True)
     owner = owner[::-1][at]
     known = owner != UNKNOWN
-    names = [Owner(Kind.CALLER, f"preserved by {name}") for name in numbers]
-    return Callers(names, last[known], owner[known])
+    names = [Owner(OwnerKind.CALLER, f"preserved by {name}") for name in numbers]
+    return Preservers(names, last[known], owner[known])

@@ -23,13 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..abi.keys import KHO_PAGE_MAGIC
-from ..facts.calls import FUNCTIONS, NUMBERS, Action, Batch, Function, Kind, Use
+from ..facts.calls import FUNCTIONS, NUMBERS, Action, Batch, CallKind, Function, Use
 from ..sources import host_files
 from ..sources.bcc import import_bcc
 from ..sources.kernel import KernelSource
 from ..words.errors import KhoscopeError, say
 from .assemble import record_size
-from .call_filter import Wanted
+from .call_filter import CallFilter
 from .ring import Ring
 
 #: Stack frames that are kept of a call: enough to find the client, or the whole stack.  The
@@ -41,7 +41,7 @@ BUFFER: Final = 16 << 20
 ENOUGH: Final = 1 << 15
 
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
-_KINDS: Final = list(Kind)
+_KINDS: Final = list(CallKind)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Probes:
     def __init__(
         self,
         source: KernelSource,
-        wanted: Wanted,
+        wanted: CallFilter,
         how: str | None = None,
         frames: int = CLIENT_FRAMES,
         buffer: int = BUFFER,

@@ -132,7 +132,7 @@ class Recorder:
         with contextlib.ExitStack() as stack:
             stack.push(self.__exit__)
             with self._new.told():
-                store.put(self._facts, self._writer.under("facts"))
+                store.write_snapshot(self._facts, self._writer.under("facts"))
             stack.pop_all()
         return self
 
@@ -259,7 +259,7 @@ def _load(file: IO[bytes], name: str) -> Recording:
         {"meta.json", *(n for n in archive.names() if n.startswith("facts/"))},
         dict.fromkeys(("batches", "calls", "touches"), meta.chunks),
     )
-    facts = store.get(archive.under("facts"))
+    facts = store.read_snapshot(archive.under("facts"))
     return Recording(
         Tracing(facts, meta.attached, meta.missing, meta.buffer, meta.started),
         meta.losses,

@@ -19,7 +19,7 @@ from ..facts.calls import NUMBERS, Action, Batch, Losses, Tracing
 from ..words.errors import KhoscopeError
 from .assemble import Assembler
 from .before import Before
-from .call_filter import Wanted
+from .call_filter import CallFilter
 from .probes import Counters, Probes
 from .record import Recorder, Recording
 
@@ -33,7 +33,7 @@ class View(Protocol):
     def start(self, tracing: Tracing) -> None:
         """What is traced, and how."""
 
-    def batch(self, batch: Batch, found: checks.Found) -> None:
+    def batch(self, batch: Batch, found: checks.BatchFindings) -> None:
         """Calls that have returned, and what is wrong with them."""
 
     def interval(self, losses: Losses) -> None:
@@ -43,7 +43,7 @@ class View(Protocol):
         """The trace is over."""
 
 
-class Session:
+class TraceSession:
     """
     A trace.
 
@@ -51,7 +51,9 @@ class Session:
     :raises KhoscopeError: if that has pages of another size.
     """
 
-    def __init__(self, tracing: Tracing, wanted: Wanted, view: View, before: Before | None) -> None:
+    def __init__(
+        self, tracing: Tracing, wanted: CallFilter, view: View, before: Before | None
+    ) -> None:
         if before and before.page_size != tracing.facts.abi.page_size:
             raise KhoscopeError(
                 f"the earlier snapshot has {before.page_size} byte pages, "

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..abi.keys import BAD_ORDER, U64
-from ..checks import Finding, Found
+from ..checks import BatchFindings, Finding
 from ..checks.pattern import tails
 from ..checks.run import KEPT
 from ..facts.calls import (
@@ -164,7 +164,7 @@ def alike(batch: Batch) -> Alike:
     return Alike(examples.tolist(), groups)
 
 
-def findings_by_call(batch: Batch, found: Found) -> list[list[Finding]]:
+def findings_by_call(batch: Batch, found: BatchFindings) -> list[list[Finding]]:
     """The findings of each call and its blocks; the last: of blocks whose call is not there."""
     findings: list[list[Finding]] = [[] for _ in range(len(batch.calls) + 1)]
     for row, some in found.calls.items():
@@ -176,7 +176,7 @@ def findings_by_call(batch: Batch, found: Found) -> list[list[Finding]]:
     return findings
 
 
-def cut_short(found: Found) -> set[str]:
+def cut_short(found: BatchFindings) -> set[str]:
     """Rules of which a batch has as many findings as are made, and maybe more."""
     every = (*found.calls.values(), *found.touches.values())
     counts = Counter(finding.rule for some in every for finding in some)
@@ -285,7 +285,7 @@ class Summary:
             total.update(sums)
         return total
 
-    def add(self, batch: Batch, found: Found) -> None:
+    def add(self, batch: Batch, found: BatchFindings) -> None:
         """Count a batch in."""
         callers, which = self._callers.of(batch.calls)
         # Several stacks may be of one client; the last: of blocks whose call is not there.

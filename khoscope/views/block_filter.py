@@ -13,7 +13,7 @@ from ..facts.columns import Blocks
 
 
 @dataclass(frozen=True)
-class Filter:
+class BlockFilter:
     """
     :param order: only blocks of this order.
     :param type: only ``contig`` or ``split``.

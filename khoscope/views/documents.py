@@ -21,7 +21,7 @@ from ..facts.columns import Blocks, Nodes
 from ..facts.next_kernel import NextKernel
 from ..facts.snapshot import Snapshot
 from ..facts.tree import Tree
-from .block_filter import Filter
+from .block_filter import BlockFilter
 
 
 def block_rows(blocks: Blocks) -> Iterator[dict[str, Any]]:
@@ -109,7 +109,7 @@ def write_tree(
     facts: Snapshot,
     tree: Tree,
     which: str,
-    wanted: Filter,
+    wanted: BlockFilter,
     nodes: bool,
     raw_keys: bool,
     out: IO[str],
@@ -157,7 +157,7 @@ def node_rows(nodes: Nodes) -> Iterator[dict[str, Any]]:
 
 
 def _tree_rows(
-    facts: Snapshot, tree: Tree, wanted: Filter, raw_keys: bool
+    facts: Snapshot, tree: Tree, wanted: BlockFilter, raw_keys: bool
 ) -> Iterator[dict[str, Any]]:
     """A tree's blocks, or its keys."""
     rows = key_rows if raw_keys else block_rows
@@ -166,7 +166,7 @@ def _tree_rows(
 
 
 def write_block_lines(
-    facts: Snapshot, tree: Tree, wanted: Filter, raw_keys: bool, out: IO[str]
+    facts: Snapshot, tree: Tree, wanted: BlockFilter, raw_keys: bool, out: IO[str]
 ) -> None:
     """``tree --jsonl``: one block, or key, a line."""
     for row in _tree_rows(facts, tree, wanted, raw_keys):

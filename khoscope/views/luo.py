@@ -8,7 +8,7 @@ from typing import IO, Any
 
 from ..abi.serialized import SEALS, bits
 from ..facts.clients import Luo, LuoFile, LuoSession, Memfd
-from ..facts.owners import Memory
+from ..facts.owners import ClaimsByOwner
 from ..facts.snapshot import Side, Snapshot
 from . import documents
 from .text import counted, human
@@ -41,7 +41,7 @@ class LuoText(VmallocText):
         if luo.raw is not None:
             self.line(f"  not an ABI that khoscope knows; it begins with {luo.raw}")
             return
-        memory = Memory(side, shift)
+        memory = ClaimsByOwner(side, shift)
         for session in islice(luo.sessions, self._limit):
             self._session(memory, session)
         self._more(len(luo.sessions), len(luo.sessions), "sessions")
@@ -49,7 +49,7 @@ class LuoText(VmallocText):
             self.line(f"  FLB {flb.name}: data {flb.data:#x}, {counted(flb.count, 'file')}")
         self._more(len(luo.flbs), len(luo.flbs), "FLBs")
 
-    def _session(self, memory: Memory, session: LuoSession) -> None:
+    def _session(self, memory: ClaimsByOwner, session: LuoSession) -> None:
         self.line()
         state = {True: ", retrieved", False: "", None: ", not looked at by the kernel yet"}
         self.line(
@@ -61,7 +61,7 @@ class LuoText(VmallocText):
             self._file(memory, session, file)
         self._more(len(session.files), len(session.files), "files")
 
-    def _file(self, memory: Memory, session: LuoSession, file: LuoFile) -> None:
+    def _file(self, memory: ClaimsByOwner, session: LuoSession, file: LuoFile) -> None:
         self.line(
             f"    token {file.token:#x}: {file.handler}, data {file.data:#x}"
             f"{_status(file.retrieve_status)}"
@@ -70,7 +70,7 @@ class LuoText(VmallocText):
         if file.memfd is not None:
             self._memfd(memory, session, file.token, file.memfd)
 
-    def _memfd(self, memory: Memory, session: LuoSession, token: int, memfd: Memfd) -> None:
+    def _memfd(self, memory: ClaimsByOwner, session: LuoSession, token: int, memfd: Memfd) -> None:
         seals = " ".join(bits(memfd.seals, SEALS)) or "none"
         self.line(f"      {memfd.size:,} bytes, position {memfd.pos:,}, seals {seals}")
         self._problems(memfd.problems, "      ")
@@ -123,7 +123,7 @@ def _side_row(side: Side, shift: int) -> dict[str, Any] | None:
     luo = side.luo
     if luo is None:
         return None
-    memory = Memory(side, shift)
+    memory = ClaimsByOwner(side, shift)
     return {
         "phys": f"{luo.phys:#x}",
         "compatible": luo.compatible,
@@ -138,7 +138,7 @@ def _side_row(side: Side, shift: int) -> dict[str, Any] | None:
     }
 
 
-def _session_row(memory: Memory, session: LuoSession) -> dict[str, Any]:
+def _session_row(memory: ClaimsByOwner, session: LuoSession) -> dict[str, Any]:
     return {
         "name": session.name,
         "retrieved": session.retrieved,
@@ -149,7 +149,7 @@ def _session_row(memory: Memory, session: LuoSession) -> dict[str, Any]:
     }
 
 
-def _file_row(memory: Memory, session: LuoSession, file: LuoFile) -> dict[str, Any]:
+def _file_row(memory: ClaimsByOwner, session: LuoSession, file: LuoFile) -> dict[str, Any]:
     memfd = file.memfd
     return {
         "token": f"{file.token:#x}",

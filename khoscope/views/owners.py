@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from ..abi.keys import BAD_ORDER
 from ..facts.clients import Owner
-from ..facts.owners import UNKNOWN, Holders
+from ..facts.owners import UNKNOWN, BlockOwners
 from ..facts.snapshot import Snapshot
 from . import documents
 from .text import Text, human
@@ -18,7 +18,7 @@ from .text import Text, human
 class OwnersText(Text):
     """Writes owners as text."""
 
-    def owners(self, facts: Snapshot, holders: Holders) -> None:
+    def owners(self, facts: Snapshot, holders: BlockOwners) -> None:
         """Totals by owner, then the blocks."""
         self.header(facts)
         self.line()
@@ -38,7 +38,7 @@ class OwnersText(Text):
         self.line()
         self._blocks(holders)
 
-    def _blocks(self, holders: Holders) -> None:
+    def _blocks(self, holders: BlockOwners) -> None:
         rows: list[list[Any]] = []
         total = 0
         for blocks, owner in holders.blocks():
@@ -56,7 +56,7 @@ class OwnersText(Text):
         self._more(total, total, "blocks")
 
 
-def _owner(holders: Holders, index: int) -> Owner | None:
+def _owner(holders: BlockOwners, index: int) -> Owner | None:
     return None if index == UNKNOWN else holders.owners[index]
 
 
@@ -76,13 +76,13 @@ def _row(owner: Owner | None) -> dict[str, Any]:
     return row
 
 
-def _block_rows(holders: Holders) -> Iterator[dict[str, Any]]:
+def _block_rows(holders: BlockOwners) -> Iterator[dict[str, Any]]:
     for blocks, owner in holders.blocks():
         for row, whose in zip(documents.block_rows(blocks), owner.tolist(), strict=True):
             yield {**row, **_row(_owner(holders, whose))}
 
 
-def write_json(facts: Snapshot, holders: Holders, out: IO[str]) -> None:
+def write_json(facts: Snapshot, holders: BlockOwners, out: IO[str]) -> None:
     """``owners --json``, schema khoscope.owners/1."""
     shift = facts.abi.page_shift
     head = {
@@ -101,7 +101,7 @@ def write_json(facts: Snapshot, holders: Holders, out: IO[str]) -> None:
     documents.write_document(head, {"blocks": _block_rows(holders)}, out)
 
 
-def write_lines(holders: Holders, out: IO[str]) -> None:
+def write_lines(holders: BlockOwners, out: IO[str]) -> None:
     """``owners --jsonl``: one block a line."""
     for row in _block_rows(holders):
         out.write(json.dumps(row) + "\n")

@@ -10,16 +10,16 @@ from typing import IO, Any
 from ..abi.keys import BAD_ORDER, TYPE_NAMES
 from ..facts.columns import Pages
 from ..facts.owners import UNKNOWN
-from ..facts.page_runs import PageRuns, Seen
+from ..facts.page_runs import PageKnowledge, PageRuns
 from ..facts.snapshot import Snapshot
 from . import documents
 from .text import Text, counted
 
 #: Why there is nothing to say of a page.
 SILENT = {
-    Seen.UNREAD: "its struct page cannot be read",
-    Seen.UNRECORDED: "not in the snapshot",
-    Seen.OUTSIDE_RAM: "outside RAM",
+    PageKnowledge.UNREAD: "its struct page cannot be read",
+    PageKnowledge.UNRECORDED: "not in the snapshot",
+    PageKnowledge.OUTSIDE_RAM: "outside RAM",
 }
 
 
@@ -27,13 +27,15 @@ def run_rows(facts: Snapshot, runs: PageRuns) -> Iterator[dict[str, Any]]:
     """One dict per run; None where something is not so, or not known."""
     for i in range(len(runs)):
         run = {name: int(getattr(runs, name)[i]) for name in runs.DTYPES}
-        seen = Seen(run["seen"])
+        seen = PageKnowledge(run["seen"])
         yield {
             "phys": f"{run['phys']:#x}",
             "pages": run["pages"],
             "seen": seen.name.lower(),
-            "refcount": run["refcount"] if seen in (Seen.READ, Seen.REFCOUNT) else None,
-            "flags": _flags(facts, run["flags"]) if seen == Seen.READ else None,
+            "refcount": run["refcount"]
+            if seen in (PageKnowledge.READ, PageKnowledge.REFCOUNT)
+            else None,
+            "flags": _flags(facts, run["flags"]) if seen == PageKnowledge.READ else None,
             "page_type": _page_type(facts, run["page_type"]),
             "compound": _compound(run["compound"]),
             "free": _free(run["buddy"]),
@@ -127,7 +129,7 @@ class PagesText(Text):
 
 def _words(row: dict[str, Any]) -> Iterator[str]:
     """What there is to say of a run, in words."""
-    seen = Seen[row["seen"].upper()]
+    seen = PageKnowledge[row["seen"].upper()]
     if seen in SILENT:
         yield SILENT[seen]
     else:

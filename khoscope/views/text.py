@@ -27,7 +27,7 @@ from ..facts.next_kernel import NextKernel
 from ..facts.snapshot import Snapshot
 from ..facts.tree import Tree
 from ..words.printable import printable
-from .block_filter import Filter
+from .block_filter import BlockFilter
 
 WIDTH = 80
 #: Rows of a list that are shown unless --limit says otherwise.
@@ -132,7 +132,7 @@ class Text:
         facts: Snapshot,
         tree: Tree,
         which: str,
-        wanted: Filter,
+        wanted: BlockFilter,
         nodes: bool,
         raw_keys: bool = False,
     ) -> None:

@@ -10,7 +10,7 @@ from typing import IO, Any
 from ..abi.serialized import KHO_VMALLOC_FLAGS, bits
 from ..checks import Finding
 from ..facts.clients import Claims, Vmalloc
-from ..facts.owners import Memory
+from ..facts.owners import ClaimsByOwner
 from ..facts.snapshot import Snapshot
 from . import documents
 from .text import Text, counted
@@ -22,7 +22,7 @@ class VmallocText(Text):
     def vmalloc(self, facts: Snapshot, findings: Iterable[Finding]) -> None:
         """The one area of the outgoing side."""
         self.header(facts)
-        memory = Memory(facts.outgoing, facts.abi.page_shift)
+        memory = ClaimsByOwner(facts.outgoing, facts.abi.page_shift)
         for area in facts.outgoing.vmallocs:
             self.line()
             self.line(f"struct kho_vmalloc at {area.phys:#014x}: {area.name}")
@@ -31,7 +31,7 @@ class VmallocText(Text):
             at = "" if found.phys is None else f"{found.phys:#014x} "
             self.wrapped(f"{found.rule}: {at}{found.message}", "    ", self.paint("red", "error: "))
 
-    def _area(self, memory: Memory, area: Vmalloc) -> None:
+    def _area(self, memory: ClaimsByOwner, area: Vmalloc) -> None:
         """What the descriptor says, the chunks, and the pages that they list."""
         flags = " ".join(bits(area.flags, KHO_VMALLOC_FLAGS)) or "none"
         self.line(
@@ -62,7 +62,7 @@ def range_rows(claims: Claims) -> list[dict[str, Any]]:
     ]
 
 
-def area_row(memory: Memory, area: Vmalloc) -> dict[str, Any]:
+def area_row(memory: ClaimsByOwner, area: Vmalloc) -> dict[str, Any]:
     """A vmalloc area."""
     return {
         "name": area.name,
@@ -80,7 +80,7 @@ def area_row(memory: Memory, area: Vmalloc) -> dict[str, Any]:
 
 def write_json(facts: Snapshot, findings: Iterable[Finding], out: IO[str]) -> None:
     """``vmalloc --json``, schema khoscope.vmalloc/1."""
-    memory = Memory(facts.outgoing, facts.abi.page_shift)
+    memory = ClaimsByOwner(facts.outgoing, facts.abi.page_shift)
     document = {
         "schema": "khoscope.vmalloc/1",
         **documents.about(facts),

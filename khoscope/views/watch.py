@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from ..checks import RULES, Changes, Finding, Report
 from ..facts.next_kernel import NextKernel
-from ..facts.snapshot import Snapshot, Taken
+from ..facts.snapshot import Provenance, Snapshot
 from . import documents
 from .text import SEVERITY_COLOURS, Text, where
 
@@ -22,7 +22,7 @@ class Watch(Text):
         """The first round."""
         self.verify(facts, report, next_kernel)
 
-    def changed(self, taken: Taken, report: Report, changes: Changes) -> None:
+    def changed(self, taken: Provenance, report: Report, changes: Changes) -> None:
         """Another round."""
         self.line()
         self.line(self.paint("bold", taken.time))
@@ -58,7 +58,7 @@ class Lines:
         """The first round."""
         self._write([documents.verify(facts, report, next_kernel)])
 
-    def changed(self, taken: Taken, report: Report, changes: Changes) -> None:
+    def changed(self, taken: Provenance, report: Report, changes: Changes) -> None:
         """Another round."""
         for sign, findings in (("+", changes.came), ("-", changes.went)):
             self._changes(taken, sign, map(documents.finding, findings))
@@ -71,7 +71,7 @@ class Lines:
             del verdict["findings"]
             self._changes(taken, "verdict", [verdict])
 
-    def _changes(self, taken: Taken, change: str, found: Iterable[dict[str, Any]]) -> None:
+    def _changes(self, taken: Provenance, change: str, found: Iterable[dict[str, Any]]) -> None:
         self._write({"time": taken.time, "change": change, **row} for row in found)
 
     def _write(self, objects: Iterable[dict[str, Any]]) -> None:

@@ -42,7 +42,7 @@ SEALED, TOKEN, SIZE, POSITION = "sealed", 5, 5 * PAGE, 1234
 
 _HOLD = f"""
 import fcntl, os, signal
-from khoscope.liveupdate import LiveUpdate
+from khoscope.carry.liveupdate import LiveUpdate
 from vm.content import content
 from vm.sessions import SHMEM_ENABLED
 SHMEM_ENABLED.write_text("never")
@@ -59,7 +59,7 @@ signal.pause()
 
 _RETRIEVE = f"""
 import fcntl, os
-from khoscope.liveupdate import LiveUpdate
+from khoscope.carry.liveupdate import LiveUpdate
 from vm.content import content
 with LiveUpdate() as device, device.retrieve_session({SEALED!r}) as session:
     fd = session.retrieve_fd({TOKEN})

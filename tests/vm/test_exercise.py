@@ -304,7 +304,7 @@ def test_hugetlb_is_refused(exercise: Exercise) -> None:
     """So huge pages in sessions are transparent ones."""
     script = """
 import os
-from khoscope.liveupdate import LiveUpdate
+from khoscope.carry.liveupdate import LiveUpdate
 with LiveUpdate() as device, device.create_session("a") as session:
     session.preserve_fd(os.memfd_create("b", os.MFD_HUGETLB), 1)
 """

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import IO
 
-from ...checks import Found, Report
+from ...checks import BatchFindings, Report
 from ...facts.calls import (
     ERRNO_NAMES,
     FUNCTIONS,
@@ -40,7 +40,7 @@ def returned(returns: str, ret: int) -> str:
 class CallRows:
     """A batch as rows, for those who show each call."""
 
-    def __init__(self, batch: Batch, found: Found, callers: Callers) -> None:
+    def __init__(self, batch: Batch, found: BatchFindings, callers: Callers) -> None:
         calls = batch.calls
         self.function = [FUNCTIONS[number] for number in calls.function.tolist()]
         self.tid, self.tgid = calls.tid.tolist(), calls.tgid.tolist()

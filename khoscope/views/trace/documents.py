@@ -9,7 +9,7 @@ from itertools import islice
 from typing import IO, Any
 
 from ...abi.keys import BAD_ORDER, TYPE_NAMES
-from ...checks import Finding, Found, Report
+from ...checks import BatchFindings, Finding, Report
 from ...facts.calls import (
     BIT_CLEAR,
     BIT_SET,
@@ -56,7 +56,7 @@ class JsonLines:
         self._began = tracing.started
         self._page_shift = tracing.facts.abi.page_shift
 
-    def batch(self, batch: Batch, found: Found) -> None:
+    def batch(self, batch: Batch, found: BatchFindings) -> None:
         """Calls that have returned."""
         self._sums.add(batch, found)
         calls = CallRows(batch, found, self._callers)

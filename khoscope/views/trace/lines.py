@@ -10,15 +10,15 @@ from typing import IO
 import numpy as np
 
 from ...abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, TYPE_NAMES
-from ...checks import Finding, Found, Report
+from ...checks import BatchFindings, Finding, Report
 from ...checks.pattern import describe
 from ...facts.calls import (
     FUNCTIONS,
     NO_PHYS,
     Action,
     Batch,
+    CallKind,
     Function,
-    Kind,
     Losses,
     Symbols,
     Touches,
@@ -59,7 +59,7 @@ class Lines(TraceText):
         self.line(self.paint("bold", _columns(*_HEADINGS) + "BLOCKS"))
         self._out.flush()
 
-    def batch(self, batch: Batch, found: Found) -> None:
+    def batch(self, batch: Batch, found: BatchFindings) -> None:
         """Calls that have returned."""
         self._sums.add(batch, found)
         calls = CallRows(batch, found, self._callers)
@@ -196,6 +196,6 @@ def _block_words(touches: Touches, row: int) -> tuple[str, bool]:
 
 def _group(function: Function, words: str, deleted: bool, count: int) -> str:
     """Some blocks alike; deleted ones are marked where deleting is not what the call is for."""
-    only_deletes = function.kind == Kind.UNPRESERVE or function.action == Action.DELETE
+    only_deletes = function.kind == CallKind.UNPRESERVE or function.action == Action.DELETE
     sign = "-" if deleted and not only_deletes else ""
     return f"{sign}{count}×{words}" if count > 1 else f"{sign}{words}"

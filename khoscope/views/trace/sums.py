@@ -7,7 +7,7 @@ from itertools import islice
 from typing import IO
 
 from ...abi.keys import BAD_ORDER
-from ...checks import Found, Report
+from ...checks import BatchFindings, Report
 from ...checks.pattern import type_name
 from ...facts.calls import (
     FUNCTIONS,
@@ -38,7 +38,7 @@ class SummaryView(TraceText):
         super().start(tracing)
         self._out.flush()
 
-    def batch(self, batch: Batch, found: Found) -> None:
+    def batch(self, batch: Batch, found: BatchFindings) -> None:
         """Calls that have returned."""
         self._recent.add(batch, found)
 

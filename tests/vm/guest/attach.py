@@ -13,7 +13,7 @@ from typing import Any
 from khoscope.facts.calls import NUMBERS
 from khoscope.sources.kernel import KernelSource
 from khoscope.sources.open import open_live
-from khoscope.trace.call_filter import Wanted
+from khoscope.trace.call_filter import CallFilter
 from khoscope.trace.probes import Probes
 
 #: Whole cycles, and those of some functions of one compiled program.
@@ -62,10 +62,10 @@ def main() -> None:
     source = KernelSource(open_live(), "live kernel", True)
     for cycle in range(FULL):
         how = ("fentry", "kprobe")[cycle % 2]
-        with Probes(source, Wanted(), how):
+        with Probes(source, CallFilter(), how):
             seen["on"].append([traced(), programs()])
         seen["full"].append(left())
-    with Probes(source, Wanted(), "kprobe") as probes:
+    with Probes(source, CallFilter(), "kprobe") as probes:
         bpf = probes._bpf
         for name in probes.attached:
             bpf.detach_kprobe(event=name, fn_name=f"enter_{name}")
