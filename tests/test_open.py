@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,6 +140,12 @@ def test_vmlinux_that_is_corrupt(
     monkeypatch.setattr("elftools.elf.elffile.ELFFile", fails)
     (tmp_path / "vmlinux").touch()
     with pytest.raises(btf.BtfError, match="no BTF can be read"):
+        open_module._btf_section(tmp_path / "vmlinux", Program())
+
+
+def test_vmlinux_without_pyelftools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "elftools.elf.elffile", None)
+    with pytest.raises(btf.BtfError, match=r"pip install pyelftools; khoscope\[images\] has it"):
         open_module._btf_section(tmp_path / "vmlinux", Program())
 
 

@@ -25,11 +25,9 @@ _MEMORY: Final = 256 << 20
 
 #: ``LZ4_DEFAULT_UNCOMPRESSED_CHUNK_SIZE`` (decompress_unlz4.c).
 _LZ4_CHUNK: Final = 8 << 20
-#: ``LZO_BLOCK_SIZE`` (decompress_unlzo.c).
-_LZO_BLOCK: Final = 256 << 10
-#: ``HEADER_HAS_FILTER`` (decompress_unlzo.c).
-_LZO_HAS_FILTER: Final = 0x800
-_LZO_MAGIC: Final = b"\x89LZO\0\r\n\x1a\n"
+#: What lzop writes.  No distribution packs its kernels so, and Python's library for it is a
+#: compiler's work: such a kernel is told by its vmlinux.
+_LZO: Final = b"\x89L"
 
 _ENDS: Final = "its payload ends too early"
 
@@ -46,6 +44,8 @@ def decompress(payload: bytes) -> tuple[str, Iterator[bytes]]:
     :raises Damaged: here or later, if it is not whole.
     :raises ModuleNotFoundError: if the Python package that its format takes is not there.
     """
+    if payload[:2] == _LZO:
+        raise Damaged("its payload is compressed with LZO, which khoscope does not unpack")
     name, unpack = _FORMATS.get(payload[:2], ("", None))
     if unpack is None:
         raise Damaged("its payload is compressed in no format that Linux knows")
@@ -144,45 +144,6 @@ def unlz4(data: bytes) -> Iterator[bytes]:
         yield block
 
 
-def unlzo(data: bytes) -> Iterator[bytes]:
-    """lzop's format: blocks after their sizes and a checksum, all u32, until one has no size."""
-    import lzallright
-
-    at = _lzop_header_size(data)
-    before = _LZO_BLOCK
-    while size := _fields(">I", data, at)[0]:
-        packed, _ = _fields(">II", data, at + 4)
-        at += 12 + packed
-        if before < _LZO_BLOCK or not 0 < packed <= size <= _LZO_BLOCK or at > len(data):
-            raise Damaged(f"a block of {packed:,} bytes for {size:,}")
-        block = data[at - packed : at]
-        if packed < size:
-            try:
-                block = lzallright.LZOCompressor.decompress(block, size)
-            except lzallright.LZOError as error:
-                raise Damaged(f"LZO: {error}") from error
-        if len(block) != size:
-            raise Damaged(f"a block of {len(block):,} bytes, not the {size:,} that it says")
-        before = size
-        yield block
-
-
-def _lzop_header_size(data: bytes) -> int:
-    """:c:func:`parse_header` of decompress_unlzo.c."""
-    if not data.startswith(_LZO_MAGIC):
-        raise Damaged("no lzop header")
-    at = len(_LZO_MAGIC)
-    (version,) = _fields(">H", data, at)
-    # Since 0x0940 there are a level and the high half of the time.
-    new = version >= 0x0940
-    at += 8 if new else 7
-    (flags,) = _fields(">I", data, at)
-    at += 8 if flags & _LZO_HAS_FILTER else 4
-    at += 12 if new else 8
-    (name,) = _fields("B", data, at)
-    return at + 1 + int(name) + 4
-
-
 def _fields(layout: str, data: bytes, at: int) -> tuple[int, ...]:
     try:
         return struct.unpack_from(layout, data, at)
@@ -196,7 +157,6 @@ _FORMATS: Final[dict[bytes, tuple[str, Callable[[bytes], Iterator[bytes]]]]] = {
     b"BZ": ("bzip2", bunzip2),
     b"\x5d\0": ("lzma", unlzma),
     b"\xfd7": ("xz", unxz),
-    b"\x89L": ("lzo", unlzo),
     b"\x02!": ("lz4", unlz4),
     b"\x28\xb5": ("zstd", unzstd),
 }

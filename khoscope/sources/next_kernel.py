@@ -85,7 +85,8 @@ def _told(path: Path) -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise KhoscopeError(
             f"{path}: to unpack it takes the Python package {error.name}",
-            f"pip install {error.name}, or give the kernel's vmlinux",
+            f"pip install {error.name} (khoscope[images] has all of these), or give the kernel's"
+            " vmlinux",
         ) from error
 
 

@@ -269,8 +269,14 @@ def _btf_section(vmlinux: Path, prog: Program) -> bytes:
 
     :raises btf.BtfError: if it is not, or has none.
     """
-    from elftools.elf.elffile import ELFFile
-    from elftools.elf.sections import NoteSection
+    try:
+        from elftools.elf.elffile import ELFFile
+        from elftools.elf.sections import NoteSection
+    except ModuleNotFoundError as error:
+        raise btf.BtfError(
+            "without DWARF its BTF would do, but to read that takes the Python package pyelftools"
+            " (pip install pyelftools; khoscope[images] has it)"
+        ) from error
 
     try:
         with vmlinux.open("rb") as file:
