@@ -18,6 +18,7 @@ from .pattern import (
     fits,
     is_contig,
     is_split,
+    lost_type,
     named,
     readable,
     restores_split,
@@ -52,6 +53,8 @@ def type_mismatch(facts: Snapshot, blocks: Blocks) -> Marked:
         lambda row: (
             f"recorded {type_name(int(blocks.type[row]))}, the pages are {_describe(blocks, row)}"
         ),
+        "type-not-stored",
+        lost_type(facts.abi, blocks),
     )
 
 
@@ -99,7 +102,12 @@ def wrong_after_restore(facts: Snapshot, blocks: Blocks) -> Marked:
             f"will restore it as {named(int(blocks.order[row]), bool(split[row]))}"
         )
 
-    return Marked(_judged(blocks) & ~fits(blocks.facts, split), say)
+    return Marked(
+        _judged(blocks) & ~fits(blocks.facts, split),
+        say,
+        "type-not-stored",
+        lost_type(facts.abi, blocks),
+    )
 
 
 @rule(

@@ -17,18 +17,30 @@ from .rule import Message, Severity, rule
 TAINT_BAD_PAGE = 5
 
 
+#: What :func:`type_not_stored` says of the kernel at hand.
+_DROPPED = """
+    The tree has no level for the key bit of the type, and kho_radix_add_page() drops it. The next
+    kernel takes every block for contig and restores split memory with refcount 0 on all pages but
+    the first. Freeing one of those pages hits VM_BUG_ON_PAGE or frees memory in use. Preserve no
+    split memory with this kernel, or use one that keeps the type inside the stored bits.
+    """
+_REFUSED = """
+    kho_radix_add_key() refuses a key with the bit of the type. Preserving split memory, including
+    huge vmalloc areas, fails with -ERANGE, and kho_split_preserved_pages() leaves what it has split
+    no longer preserved. Preserve no split memory with this kernel, or use one that keeps the type
+    inside the stored bits.
+    """
+
+
 @rule(
     "type-not-stored",
     Severity.ERROR,
     "abi",
     """
-    The tree has no level for the key bit of the type. If this kernel adds blocks with
-    kho_radix_add_page(), it drops the bit: the next kernel takes every block for contig and
-    restores split memory with refcount 0 on all pages but the first, and freeing one of those pages
-    hits VM_BUG_ON_PAGE or frees memory in use. If it adds them with kho_radix_add_key(), it refuses
-    the key: preserving split memory, including huge vmalloc areas, fails with -ERANGE, and
-    kho_split_preserved_pages() leaves what it has split no longer preserved. Preserve no split
-    memory with this kernel, or use one that keeps the type inside the stored bits.
+    The tree has no level for the key bit of the type. A kernel that adds blocks with
+    kho_radix_add_page() drops the bit, and split memory comes back contig. One that adds them with
+    kho_radix_add_key() refuses to preserve split memory. Preserve no split memory with such a
+    kernel, or use one that keeps the type inside the stored bits.
     """,
     kernel="kho_radix_add_page kho_radix_add_key kho_radix_walk_tree",
 )
@@ -37,12 +49,14 @@ def type_not_stored(abi: Abi) -> Iterator[Message]:
     if abi.type_is_refused:
         yield Message(
             f"the page type is key bit {abi.type_shift}, the tree takes keys of {abi.key_width} "
-            "bits: preserving split memory fails with -ERANGE"
+            "bits: preserving split memory fails with -ERANGE",
+            explain=_REFUSED,
         )
     elif abi.has_types and not abi.type_is_stored:
         yield Message(
             f"the page type is key bit {abi.type_shift}, the tree stores bits "
-            f"{abi.stored_bits - 1}:0: no type survives"
+            f"{abi.stored_bits - 1}:0: no type survives",
+            explain=_DROPPED,
         )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi.keys import KHO_PAGE_CONTIG, NO_TYPE, TYPE_NAMES
+from ..abi.keys import KHO_PAGE_CONTIG, NO_TYPE, TYPE_NAMES, Abi
 from ..facts.columns import Blocks, Pages
 
 
@@ -49,6 +49,14 @@ def restores_split(types: NDArray[np.int8], as_folio: NDArray[np.bool_]) -> NDAr
     ``kho_init_folio`` in kexec_handover.c).
     """
     return ~as_folio & (types != KHO_PAGE_CONTIG)
+
+
+def lost_type(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
+    """Split blocks of several pages that are contig in a tree from which the type was dropped."""
+    if not abi.has_types or abi.type_is_stored or abi.type_is_refused:
+        return np.zeros(len(blocks), np.bool_)
+    pages = blocks.facts
+    return (blocks.type == KHO_PAGE_CONTIG) & is_split(pages) & (tails(pages) > 0)
 
 
 def fits(pages: Pages, split: NDArray[np.bool_]) -> NDArray[np.bool_]:

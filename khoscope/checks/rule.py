@@ -25,6 +25,7 @@ class Finding:
 
     :param phys: ``phys_addr_t`` of the block, or None where the finding is about the kernel.
     :param order: the block's order, likewise.
+    :param follows: the rule whose finding is the cause of this one; empty: it stands for itself.
     """
 
     rule: str
@@ -33,14 +34,21 @@ class Finding:
     explain: str
     phys: int | None = None
     order: int | None = None
+    follows: str = ""
 
 
 @dataclass(frozen=True)
 class Message:
-    """What a rule about the kernel has to say; the address where there is one."""
+    """
+    What a rule about the kernel has to say.
+
+    :param phys: the address, where there is one.
+    :param explain: what will happen here, if the rule's own explanation is about other kernels too.
+    """
 
     text: str
     phys: int | None = None
+    explain: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,10 +58,14 @@ class Marked:
 
     :param rows: mask.
     :param say: the message for one row; called for rows that are shown, not for all.
+    :param cause: the rule whose finding, if there is one, explains the rows of ``follows``.
+    :param follows: mask; None: no row.
     """
 
     rows: NDArray[np.bool_]
     say: Callable[[int], str]
+    cause: str = ""
+    follows: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,8 +96,17 @@ class Rule:
         """Whether it compares what is before a kexec with what is after it."""
         return not ACROSS.isdisjoint(self.finders)
 
-    def finding(self, message: str, phys: int | None = None, order: int | None = None) -> Finding:
-        return Finding(self.name, self.severity, message, self.explain, phys, order)
+    def finding(
+        self,
+        message: str,
+        phys: int | None = None,
+        order: int | None = None,
+        *,
+        explain: str = "",
+        follows: str = "",
+    ) -> Finding:
+        why = " ".join(explain.split()) or self.explain
+        return Finding(self.name, self.severity, message, why, phys, order, follows)
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,10 @@ class Report:
     """
     What the rules found.
 
-    :param kept: the first KEPT findings of each rule.
+    :param kept: of each rule the first KEPT findings that stand for themselves, and the first KEPT
+        that follow from another.
     :param counts: how many each rule has, all of them.
+    :param follows: how many of them follow from another finding: by the rule of that, by rule.
     :param blocks: blocks that were looked at: outgoing ones, or those that calls touched.
     :param fates: across a kexec, how many of the recorded blocks were restored and so on.
     :param owners: the same by whose they are; empty where the earlier snapshot knows of nobody.
@@ -81,6 +83,7 @@ class Report:
     asked: RuleSelection = EVERYTHING
     kept: dict[str, list[Finding]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
+    follows: dict[str, Counter[str]] = field(default_factory=dict)
     blocks: int = 0
     fates: Counter[str] | None = None
     owners: dict[str, Counter[str]] = field(default_factory=dict)
@@ -145,7 +148,8 @@ class Report:
         for message in messages:
             self.counts[rule.name] += 1
             if self._room(rule):
-                self._keep(rule, [rule.finding(message.text, message.phys)])
+                found = rule.finding(message.text, message.phys, explain=message.explain)
+                self._keep(rule, [found])
 
     def add_marked(
         self, rule: Rule, chunk: Blocks | Calls, marked: Marked, shown: int = 0
@@ -159,17 +163,29 @@ class Report:
         rows = np.flatnonzero(marked.rows)
         if not len(rows):
             return {}
-        room = self._room(rule)
+        cause = marked.cause if self.counts[marked.cause] and marked.follows is not None else ""
+        follows = np.zeros(len(rows), np.bool_)
+        if cause and marked.follows is not None:
+            follows = marked.follows[rows]
+            if follows.any():
+                self.follows.setdefault(cause, Counter())[rule.name] += int(
+                    np.count_nonzero(follows)
+                )
+        # The first of those that follow, and of the others.
+        number = np.where(follows, np.cumsum(follows), np.cumsum(~follows))
+        keep = number <= np.where(follows, self._room(rule, cause), self._room(rule))
+        made = keep | (np.arange(len(rows)) < shown)
         found = {
-            row: rule.finding(marked.say(row), *_where(chunk, row))
-            for row in rows[: max(room, shown)].tolist()
+            row: rule.finding(marked.say(row), *_where(chunk, row), follows=cause if so else "")
+            for row, so in zip(rows[made].tolist(), follows[made].tolist(), strict=True)
         }
         self.counts[rule.name] += len(rows)
-        self._keep(rule, list(found.values())[:room])
+        self._keep(rule, [found[row] for row in rows[keep].tolist()])
         return found
 
-    def _room(self, rule: Rule) -> int:
-        return KEPT - len(self.kept.get(rule.name, ()))
+    def _room(self, rule: Rule, follows: str = "") -> int:
+        """How many more findings are kept of those that follow from another, or do not."""
+        return KEPT - sum(each.follows == follows for each in self.kept.get(rule.name, ()))
 
     def _keep(self, rule: Rule, findings: list[Finding]) -> None:
         self.kept.setdefault(rule.name, []).extend(findings)

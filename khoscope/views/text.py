@@ -296,31 +296,53 @@ class Text:
             self.line(_fates(report))
         seen: set[str] = set()
         for found in report.findings:
-            if found.rule in seen:
+            if found.follows or found.rule in seen:
                 continue
             seen.add(found.rule)
             severity = self.paint(SEVERITY_COLOURS[found.severity], str(found.severity))
-            count = f"{report.counts[found.rule]} × "
+            follow = sum(each[found.rule] for each in report.follows.values())
+            count = f"{report.counts[found.rule] - follow} × "
             self.wrapped(f"{count}{found.rule}: {found.message}", "    ", f"{severity}: ")
             if found.rule not in explained:
                 explained.add(found.rule)
                 self.wrapped(found.explain, "    ", "  → ")
+            if found.rule in report.follows:
+                self.wrapped(_consequences(report.follows[found.rule]), "    ", "    and so: ")
         self.verdict(report)
 
     def findings(self, report: Report) -> None:
         """Findings by rule, with the rule's explanation once."""
         by_rule: dict[str, list[Finding]] = {}
         for found in report.findings:
-            by_rule.setdefault(found.rule, []).append(found)
+            if not found.follows:
+                by_rule.setdefault(found.rule, []).append(found)
         for name, found_list in by_rule.items():
             rule = RULES[name]
             severity = self.paint(SEVERITY_COLOURS[rule.severity], str(rule.severity))
+            count = report.counts[name] - sum(each[name] for each in report.follows.values())
             self.line()
-            self.line(f"{severity}: {self.paint('bold', name)} ({report.counts[name]:,})")
-            for each in islice(found_list, self._limit):
-                self.wrapped(each.message, "      ", f"  {where(each)}")
-            self._more(len(found_list), report.counts[name], "")
-            self.wrapped(rule.explain, "    ", "  → ")
+            self.line(f"{severity}: {self.paint('bold', name)} ({count:,})")
+            self._rows(found_list, count)
+            self.wrapped(found_list[0].explain, "    ", "  → ")
+            if name in report.follows:
+                self.line(f"  and so: {_consequences(report.follows[name])}")
+                # What befalls one block by several rules is one line: the first, which says why.
+                follow = {
+                    (found.phys, found.order): found
+                    for found in reversed(report.findings)
+                    if found.follows == name
+                }
+                self._rows([*follow.values()][::-1], max(report.follows[name].values()))
+
+    def _rows(self, found: list[Finding], count: int) -> None:
+        """
+        A line for each finding.
+
+        :param count: how many there are, kept or not.
+        """
+        for each in islice(found, self._limit):
+            self.wrapped(each.message, "      ", f"  {where(each)}")
+        self._more(len(found), count, "")
 
     def verdict(self, report: Report) -> None:
         """The last line, whole however long it is: what to do, and why."""
@@ -418,6 +440,11 @@ def _failure(report: Report, reason: Finding) -> str:
         return "not intact: "
     seen = not report.incomplete and not report.left_out
     return f"{'intact, but ' if seen else ''}not safe to kexec: "
+
+
+def _consequences(follow: Mapping[str, int]) -> str:
+    """What follows from a finding: how often which rule was broken."""
+    return ", ".join(f"{count:,} × {name}" for name, count in follow.items())
 
 
 def _fates(report: Report) -> str:
