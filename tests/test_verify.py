@@ -344,6 +344,32 @@ def test_what_became_of_whose_blocks(run: Run, saved: Saved) -> None:
     assert document["owners"] == {name: dict(fates) for name, fates in report.owners.items()}
 
 
+def test_a_block_that_another_owner_has_preserved_again() -> None:
+    """What came knows better than a snapshot of before: it is the new owner's to restore."""
+    blocks = [Block(n << 20, 2) for n in range(1, 5)]
+    before = owned(*blocks)
+    stamps = [replace(block, head=0, private=FIXED.stamp.encode(2, 0)) for block in blocks]
+    now = after(before, *stamps)
+    assert now.incoming is not None
+    # The first is another's by now, the second still its own; the last was nobody's.
+    came = [Owner(OwnerKind.FILE, "session 'late', token 0x9"), before.outgoing.owners[1]]
+    claims = [[1 << 20, 2 << 20, 4 << 20], [4096] * 3, [0, 1, 0]]
+    columns = (np.array(c, t) for c, t in zip(claims, Claims.DTYPES.values(), strict=True))
+    incoming = replace(now.incoming, owners=came, claims=[Claims(*columns)])
+    report = compare(before, replace(now, incoming=incoming))
+    assert {name: fates["not-restored"] for name, fates in report.owners.items()} == {
+        "session 'late', token 0x9": 1,
+        "session 'vm1', token 0x1": 1,
+        "session 'vm2', token 0x2": 1,
+        "unknown": 1,
+    }
+    first, second, *_ = (f.message for f in report.findings if f.rule == "not-restored")
+    assert first.startswith(
+        "session 'late', token 0x9 (in the snapshot still session 'vm0', token 0x0): not claimed"
+    )
+    assert second.startswith("session 'vm1', token 0x1: not claimed")
+
+
 def test_who_has_most_comes_first() -> None:
     blocks = [Block(n << 20, 2) for n in range(1, 6)]
     before = owned(*blocks)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ from ..facts import invariants
 from ..facts.calls import NO_PHYS, Action, Batch, Calls, Losses
 from ..facts.columns import Blocks, aligned
 from ..facts.next_kernel import NextKernel
-from ..facts.owners import Owners
+from ..facts.owners import UNKNOWN, Owners
 from ..facts.snapshot import Snapshot
 from ..facts.tree import KeySet
 from ..words.errors import KhoscopeError
@@ -331,7 +332,7 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> list[s
     if not rules:
         return []
     report.fates = Counter()
-    owners = Owners.of_side(before.outgoing, before.abi.page_shift)
+    owners = _OwnersNow(before, after)
     evidence, in_place = handover_rules.Evidence(before, after), InPlace(before)
     rows, wrong = Rows(before, evidence.recorded), Counter[str]()
     for was, now in aligned(before.outgoing.blocks, after.watched):
@@ -346,7 +347,7 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> list[s
         whose = owners.of(was)
         _add_fates(report, pairs.fate, whose, owners)
         for rule, find in rules:
-            report.add_marked(rule, was, _owned(find(pairs), whose, owners))
+            report.add_marked(rule, was, owners.named(find(pairs), was, whose))
     # Who has most comes first.
     report.owners = dict(sorted(report.owners.items(), key=lambda item: -item[1].total()))
     if report.fates["unread"]:
@@ -362,7 +363,7 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> list[s
 
 
 def _add_fates(
-    report: Report, fates: NDArray[np.int8], whose: NDArray[np.int64], owners: Owners
+    report: Report, fates: NDArray[np.int8], whose: NDArray[np.int64], owners: _OwnersNow
 ) -> None:
     """Count the fates of some blocks, all together and by owner."""
     assert report.fates is not None
@@ -371,19 +372,61 @@ def _add_fates(
         if not len(theirs):
             continue
         report.fates[name] += len(theirs)
-        if owners.owners:
+        if owners.are_known:
             for owner, count in zip(*np.unique(theirs, return_counts=True), strict=True):
                 report.owners.setdefault(owners.name(int(owner)), Counter())[name] += int(count)
 
 
-def _owned(marked: Marked, whose: NDArray[np.int64], owners: Owners) -> Marked:
-    """The same rows, and whose they are in front of what is said of them."""
+class _OwnersNow:
+    """
+    Whose the recorded blocks are: whose they were when the snapshot was taken, unless what came
+    says that they are somebody else's.  That one had them preserved in between.
+    """
 
-    def say(row: int) -> str:
-        owner = int(whose[row])
-        return marked.say(row) if owner < 0 else f"{owners.name(owner)}: {marked.say(row)}"
+    def __init__(self, before: Snapshot, after: Snapshot) -> None:
+        self._then = Owners.of_side(before.outgoing, before.abi.page_shift)
+        self._came: Owners | None = None
+        if after.incoming is not None:
+            self._came = Owners.of_side(after.incoming, after.abi.page_shift)
+            numbers = {owner: number for number, owner in enumerate(self._came.owners)}
+            # UNKNOWN indexes the last.
+            same = [*(numbers.get(owner, UNKNOWN) for owner in self._then.owners), UNKNOWN]
+            self._same = np.array(same, np.int64)
 
-    return Marked(marked.rows, say)
+    @property
+    def are_known(self) -> bool:
+        return bool(self._then.owners)
+
+    def of(self, blocks: Blocks) -> NDArray[np.int64]:
+        """The owner of each block: a number that :meth:`name` knows, or UNKNOWN."""
+        then = self._then.of(blocks)
+        if self._came is None:
+            return then
+        came = self._came.of(blocks)
+        other = (then != UNKNOWN) & (came != UNKNOWN) & (came != self._same[then])
+        return np.where(other, came + len(self._then.owners), then)
+
+    def name(self, owner: int) -> str:
+        """An owner for people."""
+        first = len(self._then.owners)
+        if owner < first or self._came is None:
+            return self._then.name(owner)
+        return self._came.name(owner - first)
+
+    def named(self, marked: Marked, blocks: Blocks, whose: NDArray[np.int64]) -> Marked:
+        """The same rows, and whose they are in front of what is said of them."""
+
+        def say(row: int) -> str:
+            owner = int(whose[row])
+            if owner == UNKNOWN:
+                return marked.say(row)
+            name = self.name(owner)
+            if owner >= len(self._then.owners):
+                was = self._then.name(int(self._then.of(blocks[row : row + 1])[0]))
+                name = f"{name} (in the snapshot still {was})"
+            return f"{name}: {marked.say(row)}"
+
+        return dataclasses.replace(marked, say=say)
 
 
 def _compare_stamps(before: Snapshot, after: Snapshot, report: Report) -> None:
