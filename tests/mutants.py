@@ -70,7 +70,7 @@ def bytes_of(facts: Snapshot) -> bytes:
 
 def whole() -> Snapshot:
     """A real kernel with nothing wrong: the demo's, without what is wrong there on purpose."""
-    facts = store.load_file(path("fixed-before"))
+    facts = store.load_file(path("odd-before"))
     side, abi = facts.outgoing, facts.abi
     wrong = {(f.phys, f.order) for f in checks.check(facts).findings if f.order is not None}
 
@@ -134,18 +134,18 @@ def bases() -> list[Base]:
         Base("unread", bytes_of(replace(good, unreadable=["its RAM"])), 3, ("unreadable",)),
         Base(
             "after the kexec",
-            path("fixed-after").read_bytes(),
+            path("odd-after").read_bytes(),
             1,
             # What became of the pages is not told twice.
             tuple(f"watched/000000.pages.{name}" for name in Pages.DTYPES),
-            path("fixed-before").read_bytes(),
+            path("odd-before").read_bytes(),
         ),
         Base(
             "before the kexec",
-            path("fixed-before").read_bytes(),
+            path("odd-before").read_bytes(),
             1,
             tuple(f"out/blocks/000000.pages.{name}" for name in Pages.DTYPES),
-            after=path("fixed-after").read_bytes(),
+            after=path("odd-after").read_bytes(),
         ),
     ]
 

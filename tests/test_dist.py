@@ -75,6 +75,6 @@ def test_it_runs_from_there(installed: Path, tmp_path: Path) -> None:
     assert "fixed" in khoscope("demo")
     assert all(name in khoscope("checks") for name in RULES)
     (demo,) = installed.glob("lib/python3*/site-packages/khoscope/demo")
-    assert "/dts-v1/;" in khoscope("--snapshot", str(demo / "fixed-before.khosnap"), "fdt")
+    assert "/dts-v1/;" in khoscope("--snapshot", str(demo / "odd-before.khosnap"), "fdt")
     (manual,) = installed.glob("share/man/man8/khoscope.8")
     assert manual.read_text() == (ROOT / "docs" / "khoscope.8").read_text()

@@ -19,7 +19,7 @@ from khoscope.words.errors import KhoscopeError
 from tests.command import Result, Run
 
 REPOSITORY = Path(__file__).parent.parent
-SNAPSHOT = demo.path("fixed-after")
+SNAPSHOT = demo.path("odd-after")
 HERE = [sys.executable, "-m", "khoscope"]
 
 

@@ -288,7 +288,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_khoscope_needs_no_libfdt() -> None:
-    words = ["--snapshot", str(demo.path("fixed-before")), "fdt"]
+    words = ["--snapshot", str(demo.path("odd-before")), "fdt"]
     command = [sys.executable, "-c", WITHOUT_LIBFDT, *words]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")

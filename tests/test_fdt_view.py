@@ -463,7 +463,7 @@ def khoscope(path: Path, *words: str) -> int:
     return main(["--snapshot", str(path), "fdt", *words])
 
 
-BEFORE, AFTER = DEMO / "fixed-before.khosnap", DEMO / "fixed-after.khosnap"
+BEFORE, AFTER = DEMO / "odd-before.khosnap", DEMO / "odd-after.khosnap"
 SUBTREES = ["kho_exercise", "LUO", "kho_test", "kexec-metadata"]
 
 

@@ -26,7 +26,7 @@ from tests.command import Result, Run
 from tests.synthetic import rich
 
 REPOSITORY = Path(__file__).parent.parent
-SNAPSHOT = demo.path("fixed-after")
+SNAPSHOT = demo.path("odd-after")
 
 
 @pytest.fixture(params=["unnamed", "named"])

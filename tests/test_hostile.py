@@ -33,7 +33,7 @@ from tests.mutants import Base, made, members_of, read, value_at, with_value, wi
 from tests.synthetic import FIXED, batch_of, missing, snapshot
 
 HOSTILE: Final = Path(__file__).parent / "hostile"
-AFTER: Final = path("fixed-after")
+AFTER: Final = path("odd-after")
 
 #: File, what is asked of it, the exit status, and words that are said.
 TABLE: Final[list[tuple[str, list[str], int, str]]] = [

@@ -37,10 +37,11 @@ COMMANDS = {
 #: Of more than one file, or none.
 OTHERS = {
     "rfc-incoming": ("--snapshot", "{rfc-after}", "tree", "--incoming"),
-    "fixed-incoming": ("--snapshot", "{fixed-after}", "tree", "--incoming"),
+    "odd-incoming": ("--snapshot", "{odd-after}", "tree", "--incoming"),
     "diff": ("diff", "{rfc-before}", "{fixed-before}"),
     "rfc-arrival": ("--snapshot", "{rfc-after}", "verify", "--before", "{rfc-before}"),
     "fixed-arrival": ("--snapshot", "{fixed-after}", "verify", "--before", "{fixed-before}"),
+    "odd-arrival": ("--snapshot", "{odd-after}", "verify", "--before", "{odd-before}"),
     "trace": ("trace", "--replay", str(RECORDING), "--check"),
     "demo": ("demo",),
 }

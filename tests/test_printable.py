@@ -204,7 +204,7 @@ SOURCES: dict[str, Callable[[], bytes]] = {
     "clients": lambda: CLIENTS,
     **{
         name: lambda name=name: demo.path(name).read_bytes()  # type: ignore[misc]
-        for name in ("rfc-before", "fixed-after")
+        for name in ("rfc-before", "odd-after")
     },
 }
 
@@ -347,8 +347,8 @@ def test_names_of_files(run: Run, tmp_path: Path) -> None:
         ["diff", path, path],
         ["--core", path, "tree"],
         ["trace", "--replay", path],
-        ["--snapshot", demo.path("fixed-after"), "verify", "--next", path],
-        ["--snapshot", demo.path("fixed-after"), "snapshot", path / "x"],
+        ["--snapshot", demo.path("odd-after"), "verify", "--next", path],
+        ["--snapshot", demo.path("odd-after"), "snapshot", path / "x"],
     ):
         result = run(*arguments)
         assert result.status == 2
