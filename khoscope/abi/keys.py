@@ -158,6 +158,14 @@ class Abi:
         """The type's bit in a stored key; 0 where none survives."""
         return 1 << self.type_shift if self.type_shift is not None and self.type_is_stored else 0
 
+    @property
+    def key_types(self) -> tuple[int, ...]:
+        """The types that stored keys tell apart; as the kernel's walk sees it, contig alone if the
+        tree does not store them."""
+        if self.type_bit:
+            return KHO_PAGE_CONTIG, KHO_PAGE_SPLIT
+        return (KHO_PAGE_CONTIG if self.has_types else NO_TYPE,)
+
     def table_shift(self, level: int) -> int:
         """The key bit at which the index into a table of ``level`` (1 and up) begins."""
         return (level - 1) * self.table_size_log2 + self.bitmap_size_log2

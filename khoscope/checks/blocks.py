@@ -378,7 +378,7 @@ def _covered(
         step = above - order
         first = index >> step
         length = max(abi.leaf_bits >> step, 1)
-        for page_type in (KHO_PAGE_CONTIG, KHO_PAGE_SPLIT) if abi.type_bit else (KHO_PAGE_CONTIG,):
+        for page_type in abi.key_types:
             wanted = abi.kho_radix_encode_key(0, above, page_type) | first
             row = int(every.leaf(np.array([wanted], np.uint64))[0])
             if row < 0:

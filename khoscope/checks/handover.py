@@ -391,11 +391,10 @@ def unexpected(before: Snapshot, recorded: KeySet, stamps: Blocks) -> Marked:
     """A stamped page that no snapshot block accounts for."""
     known = np.zeros(len(stamps), np.bool_)
     abi = before.abi
-    types = (KHO_PAGE_CONTIG, KHO_PAGE_SPLIT) if abi.type_bit else (KHO_PAGE_CONTIG,)
     for order in recorded_orders(before, recorded):
         size = np.uint64(abi.page_size << order)
         aligned = stamps.phys % size == 0
-        for page_type in types:
+        for page_type in abi.key_types:
             keys = abi.kho_radix_encode_keys(stamps.phys, order, page_type)
             known |= aligned & recorded.contains(keys)
     return Marked(~known, lambda row: "stamped, but not in the snapshot")

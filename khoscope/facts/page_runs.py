@@ -16,7 +16,7 @@ from typing import ClassVar, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, NO_TYPE, U64, Abi
+from ..abi.keys import BAD_ORDER, NO_TYPE, U64, Abi
 from ..words.errors import KhoscopeError
 from .columns import Blocks, Columns, Pages
 from .owners import UNKNOWN, Owners
@@ -176,7 +176,7 @@ def _cover(abi: Abi, keys: KeySet, pages: PageRuns) -> None:
     """Which preserved block covers each page of RAM; where several do, the largest."""
     base = np.uint64(~(abi.leaf_bits - 1) & (1 << 64) - 1)
     for order in keys.orders:
-        for page_type in (KHO_PAGE_CONTIG, KHO_PAGE_SPLIT) if abi.type_bit else (NO_TYPE,):
+        for page_type in abi.key_types:
             wanted = abi.kho_radix_encode_keys(pages.phys, order, page_type)
             at = int(np.searchsorted(keys.leaves.key, wanted[0] & base))
             if at == len(keys.leaves) or keys.leaves.key[at] > wanted[-1]:
@@ -184,7 +184,7 @@ def _cover(abi: Abi, keys: KeySet, pages: PageRuns) -> None:
             found = keys.contains(wanted)
             pages.key[found] = wanted[found]
             pages.order[found] = order
-            pages.type[found] = KHO_PAGE_CONTIG if abi.has_types and not abi.type_bit else page_type
+            pages.type[found] = page_type
 
 
 def _join(rows: PageRuns, shift: int) -> PageRuns:

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, NO_TYPE, U64, Abi
+from ..abi.keys import BAD_ORDER, U64, Abi
 from .columns import CHUNK_BLOCKS, Blocks, Leaves, Nodes
 
 #: Bits of leaves that are taken apart at once.
@@ -270,7 +270,7 @@ class KeySet:
         abi = self._abi
         found = np.zeros(len(phys), np.bool_)
         for order in self.orders:
-            for page_type in self._types:
+            for page_type in self._abi.key_types:
                 # Most have been found in the first order or two.
                 rest = np.flatnonzero(~found)
                 keys = abi.kho_radix_encode_keys(phys[rest], order, page_type)
@@ -300,15 +300,10 @@ class KeySet:
         orders = (
             order
             for order in reversed(self.orders)
-            if any(abi.kho_radix_encode_key(phys, order, kind) in self for kind in self._types)
+            if any(abi.kho_radix_encode_key(phys, order, kind) in self for kind in abi.key_types)
         )
         shift = abi.page_shift + next(orders)
         return ((phys >> shift) + 1) << shift
-
-    @property
-    def _types(self) -> tuple[int, ...]:
-        """Of which there may be blocks."""
-        return (KHO_PAGE_CONTIG, KHO_PAGE_SPLIT) if self._abi.type_bit else (NO_TYPE,)
 
 
 def _merged(runs: list[Run], until: np.uint64 | None) -> tuple[Run, Run]:

@@ -7,7 +7,6 @@ import dataclasses
 
 import numpy as np
 
-from ..abi.keys import KHO_PAGE_CONTIG, KHO_PAGE_SPLIT
 from ..facts.calls import Action, Touches
 from ..facts.columns import Blocks, Pages
 from ..facts.snapshot import Snapshot, rows
@@ -51,13 +50,12 @@ class Before:
         was = Pages.blank(len(touches))
         restores = np.flatnonzero(touches.action == Action.RESTORE)
         phys, order = touches.blocks.phys[restores], touches.blocks.order[restores]
-        types = (KHO_PAGE_CONTIG, KHO_PAGE_SPLIT) if self._abi.type_bit else (KHO_PAGE_CONTIG,)
         for each in np.unique(order).tolist():
             # A stamp's order may be any nonsense.
             if not len(self._blocks) or each > self._abi.order_0_log2:
                 continue
             of_order = restores[order == each]
-            for page_type in types:
+            for page_type in self._abi.key_types:
                 keys = self._abi.kho_radix_encode_keys(phys[order == each], each, page_type)
                 at = np.searchsorted(self._blocks.key, keys)
                 at = np.minimum(at, len(self._blocks) - 1)
