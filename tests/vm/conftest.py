@@ -37,6 +37,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             raise pytest.UsageError(f"{lost[0]} is in no group: is it --dist loadgroup?")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Where the guests stood that did not come up: what is run once more would hide it."""
+    for report in terminalreporter.stats.get("rerun", []):
+        crash = getattr(report.longrepr, "reprcrash", None)
+        terminalreporter.section(f"run once more: {report.nodeid}")
+        terminalreporter.write_line(crash.message if crash else report.longreprtext)
+
+
 @pytest.fixture(scope="module")
 def machine() -> Iterator[Machine]:
     """A running guest that the tests of one module share; they leave it as they found it."""
