@@ -2,5 +2,5 @@
 """
 What kernels hand each other: keys and stamps, serialized layouts, FDTs.
 
-The ground floor: pure arithmetic and decoding, which knows nothing of drgn or of facts.
+The bottom layer: pure arithmetic and decoding.  It knows nothing about drgn or facts.
 """

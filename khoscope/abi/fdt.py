@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-Flattened device trees (FDT), as any: structure and strings are big endian, values are bytes.
+Flattened device trees (FDT) of any kind: structure and strings are big endian, values are bytes.
 
-What is refused is what ``fdt_check_full`` refuses (libfdt/fdt_check.c in dtc), for the same reason.
+The reader refuses what ``fdt_check_full`` refuses (libfdt/fdt_check.c in dtc), for the same
+reasons.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ MAGIC: Final = bytes.fromhex("d00dfeed")
 _HEADER: Final = struct.Struct(">10I")
 #: ``struct fdt_reserve_entry``: address and size.
 _RESERVE_ENTRY: Final = struct.Struct(">QQ")
-#: What begins each thing in the structure block.
+#: The tag that begins each item of the structure block.
 _TAG: Final = struct.Struct(">I")
 #: ``struct fdt_property`` up to the value: tag, length, and offset of the name in the strings.
 _PROPERTY: Final = struct.Struct(">III")
@@ -30,18 +31,18 @@ FDT_NOP: Final = 4
 FDT_END: Final = 9
 #: The version that kernels write: older ones keep names and values in other places.
 _VERSION: Final = 17
-#: What is larger is no client's state.
+#: No client's state is larger.
 _SIZE_LIMIT: Final = 1 << 20
-#: ``FDT_MAX_DEPTH`` (drivers/of/fdt.c): what the kernel itself takes for too deep.
+#: ``FDT_MAX_DEPTH`` (drivers/of/fdt.c): the kernel's own limit of depth.
 _DEPTH_LIMIT: Final = 64
-#: The specification has 31.  Properties share their names: long ones would come many times.
+#: The specification allows 31.  Properties share names, so one long name could appear many times.
 _NAME_LIMIT: Final = 255
-#: Problems that are kept of an FDT: paths are long, and nodes many.
+#: How many problems are kept for one FDT: paths are long, and there may be many nodes.
 PROBLEMS_KEPT: Final = 256
 
 
 class Unreadable(ValueError):
-    """Bytes that are no FDT; says why, by libfdt's name where it has one."""
+    """The bytes are not an FDT.  The message says why, by libfdt's name if libfdt has one."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Property:
     """
     A property.
 
-    :param name: with what is not ASCII escaped.
+    :param name: non-ASCII bytes are escaped.
     :param offset: of the value in the FDT, bytes.
     """
 
@@ -60,18 +61,18 @@ class Property:
 
 @dataclass(frozen=True)
 class Node:
-    """A node; names and order as they stand in the FDT."""
+    """A node.  Names and order are those of the FDT."""
 
     name: str
     properties: list[Property] = field(default_factory=list)
     children: list[Node] = field(default_factory=list)
 
     def property(self, name: str) -> Property | None:
-        """As :c:func:`fdt_getprop` finds it: the first of that name."""
+        """The first property of that name, as :c:func:`fdt_getprop` finds it."""
         return next((p for p in self.properties if p.name == name), None)
 
     def child(self, name: str) -> Node | None:
-        """The first of that name."""
+        """The first child of that name."""
         return next((node for node in self.children if node.name == name), None)
 
 
@@ -95,7 +96,7 @@ def read(blob: bytes) -> DeviceTree:
     """
     Read an FDT.
 
-    :raises Unreadable: if it is none, or reaches beyond the bytes that are there.
+    :raises Unreadable: if the bytes are not an FDT, or the FDT reaches beyond them.
     """
     header = _fdt_check_header(blob)
     if header.totalsize > _SIZE_LIMIT:
@@ -145,7 +146,7 @@ class _Header(NamedTuple):
 
 def _fdt_check_header(blob: bytes) -> _Header:
     """
-    A header whose blocks lie within what it says to be the FDT's size, in whatever order.
+    Read the header, and require that its blocks lie within ``totalsize``, in any order.
 
     Source: ``fdt_check_header`` in scripts/dtc/libfdt/fdt.c.
     """
@@ -170,7 +171,7 @@ def _fdt_check_header(blob: bytes) -> _Header:
 
 def _mem_rsv(header: _Header, blob: bytes) -> list[tuple[int, int]]:
     """
-    The memory reservations: their block has no size, and ends with an entry of size 0.
+    The memory reservations.  Their block has no size field: an entry of size 0 ends it.
 
     Source: ``fdt_num_mem_rsv`` and ``fdt_get_mem_rsv`` in scripts/dtc/libfdt/fdt_ro.c.
     """
@@ -194,9 +195,9 @@ def _nodes(header: _Header, blob: bytes, problems: Problems) -> Node:
     start = header.off_dt_struct
     structure = blob[start : start + header.size_dt_struct]
     strings = blob[header.off_dt_strings : header.off_dt_strings + header.size_dt_strings]
-    # Many properties may share a long name: nobody looks for the end of each.
+    # Many properties may share a long name: do not search for its end each time.
     last_name_ends = strings.rfind(b"\0")
-    # What has the root, and the nodes that are open, without those below _DEPTH_LIMIT.
+    # A parent for the root, then the open nodes, except those below _DEPTH_LIMIT.
     way = [Node("")]
     offset = depth = left_out = 0
     in_properties = False
@@ -223,7 +224,7 @@ def _nodes(header: _Header, blob: bytes, problems: Problems) -> Node:
                 raise Unreadable("FDT_ERR_BADOFFSET")
             if name > last_name_ends:
                 raise Unreadable("FDT_ERR_TRUNCATED")
-            # fdt_getprop() and the kernel do not find those that come after a node's children.
+            # fdt_getprop() and the kernel do not find properties that follow a node's children.
             if in_properties:
                 value = offset + _PROPERTY.size
                 way[-1].properties.append(
@@ -245,7 +246,7 @@ def _nodes(header: _Header, blob: bytes, problems: Problems) -> Node:
         offset = end
     if depth:
         raise Unreadable("FDT_ERR_BADSTRUCTURE")
-    # libfdt takes an empty structure for a whole one, and finds a root at its beginning only.
+    # libfdt accepts an empty structure, but finds a root only at the beginning.
     if _fdt_next_tag(structure, 0)[0] != FDT_BEGIN_NODE:
         raise Unreadable("no root node")
     if left_out:
@@ -255,7 +256,7 @@ def _nodes(header: _Header, blob: bytes, problems: Problems) -> Node:
 
 def _fdt_next_tag(structure: bytes, offset: int) -> tuple[int, int]:
     """
-    What begins at an offset of the structure block: its tag, and the offset of what follows.
+    The tag at an offset of the structure block, and the offset of the next tag.
 
     Source: ``fdt_next_tag`` in scripts/dtc/libfdt/fdt.c.
     """
@@ -275,7 +276,7 @@ def _fdt_next_tag(structure: bytes, offset: int) -> tuple[int, int]:
 
 
 def _name(block: bytes, at: int, what: str, problems: Problems) -> str:
-    """What a name reads like that begins there, and ends in the block."""
+    """The name that begins at ``at`` and ends in the block, as text."""
     limit = at + _NAME_LIMIT
     end = block.find(b"\0", at, limit + 1)
     if end < 0:
@@ -289,7 +290,7 @@ def _name(block: bytes, at: int, what: str, problems: Problems) -> str:
 
 
 def escaped(raw: bytes) -> str:
-    """Text that is to be ASCII, and may hold anything."""
+    """Decode text that should be ASCII but may hold anything."""
     return raw.decode("ascii", "backslashreplace")
 
 

@@ -2,7 +2,8 @@
 """
 The KHO ABI: tree geometry, radix keys, page stamps.
 
-Pure arithmetic on ints and numpy arrays.  It knows nothing of drgn and imports nothing of ours.
+Pure arithmetic on ints and numpy arrays.  It does not use drgn and imports no other module of
+khoscope.
 Kernel sources: ``include/linux/kho/abi/kexec_handover.h`` and
 ``kernel/liveupdate/kexec_handover.c``.
 """
@@ -35,8 +36,8 @@ POSTED_TYPE_SHIFT: Final = 63
 #: Root FDT ``compatible`` strings that kernels without page types accept.
 COMPATIBLES_WITHOUT_TYPES: Final = frozenset({"kho-v1", "kho-v2", "kho-v3", "kho-v4"})
 
-#: Those that khoscope knows: of radix trees, without types and with.  Kernels before the radix tree
-#: have had v1 to v3.
+#: The compatibles that khoscope knows: those of radix trees, without types and with.  Kernels older
+#: than the radix tree use v1 to v3.
 COMPATIBLES: Final = COMPATIBLES_WITHOUT_TYPES | {"kho-v5"}
 
 TYPE_NAMES: Final = {NO_TYPE: None, KHO_PAGE_CONTIG: "contig", KHO_PAGE_SPLIT: "split"}
@@ -47,7 +48,7 @@ class Stamp:
     """
     Layout of ``union kho_page_info``, the stamp in ``page->private`` of a block's first page.
 
-    Bit offsets and widths within the u64.  ``type_shift`` is None where stamps have no type.
+    Bit offsets and widths within the u64.  ``type_shift`` is None if stamps have no type.
     """
 
     order_bits: int = 32
@@ -66,11 +67,11 @@ class Stamp:
         return (private >> np.uint64(self.magic_shift)) == np.uint64(KHO_PAGE_MAGIC)
 
     def order(self, private: U64) -> U64:
-        """The order of each stamp, whatever nonsense it may be."""
+        """The order of each stamp, even if it is nonsense."""
         return private & np.uint64((1 << self.order_bits) - 1)
 
     def type(self, private: U64) -> NDArray[np.int8]:
-        """The type of each stamp, ``NO_TYPE`` where stamps have none."""
+        """The type of each stamp; ``NO_TYPE`` if stamps have no type."""
         if self.type_shift is None:
             return np.full(private.shape, NO_TYPE, np.int8)
         return ((private >> np.uint64(self.type_shift)) & np.uint64(1)).astype(np.int8)
@@ -89,8 +90,9 @@ class Abi:
     :param max_page_order: ``MAX_PAGE_ORDER`` of the buddy allocator.
     :param type_shift: key bit of ``enum kho_page_type``; None: no types.
     :param compatible: ``compatible`` of the kernel's own root FDT; None: not readable.
-    :param key_width: ``KHO_RADIX_KEY_WIDTH``, bits of the widest key that an add takes, others
-        fail with -ERANGE; None: it takes any and drops the bits that the tree does not store.
+    :param key_width: ``KHO_RADIX_KEY_WIDTH``, bits of the widest key that an add accepts; wider
+        keys fail with -ERANGE.  None: an add accepts any key and drops the bits that the tree does
+        not store.
     :param decided: how each of these was decided, for people.
     """
 
@@ -131,8 +133,8 @@ class Abi:
     @property
     def stored_bits(self) -> int:
         """
-        How many low key bits the tree has levels for; an add that takes keys with others drops
-        these silently.
+        How many low key bits the tree has levels for.  An add that accepts wider keys silently
+        drops the higher bits.
         """
         return self.bitmap_size_log2 + (self.tree_max_depth - 1) * self.table_size_log2
 
@@ -142,7 +144,7 @@ class Abi:
 
     @property
     def type_is_refused(self) -> bool:
-        """Whether a key with the type bit is wider than an add takes."""
+        """Whether a key with the type bit is wider than an add accepts."""
         if self.type_shift is None or self.key_width is None:
             return False
         return self.type_shift >= self.key_width
@@ -155,7 +157,7 @@ class Abi:
 
     @property
     def type_bit(self) -> int:
-        """The type's bit in a stored key; 0 where none survives."""
+        """The type's bit in a stored key; 0 if the tree does not store the type."""
         return 1 << self.type_shift if self.type_shift is not None and self.type_is_stored else 0
 
     @property
@@ -216,14 +218,14 @@ class Abi:
         return phys, order if good else BAD_ORDER, page_type if self.has_types else NO_TYPE
 
     def order_limit(self, span: int) -> int:
-        """The highest order of which a block fits into ``span`` bytes of address space."""
+        """The highest order whose blocks fit into ``span`` bytes of address space."""
         return max((span >> self.page_shift).bit_length() - 1, 0)
 
 
 def _highest_bit(values: U64) -> NDArray[np.int64]:
     """``fls64() - 1`` for each value; -1 for 0."""
-    # A float64 holds 53 bits, so that a large value might round up to the next power of two:
-    # the halves are exact.
+    # A float64 holds 53 bits, so a large value might round up to the next power of two.  Each half
+    # is exact.
     high = (values >> np.uint64(32)).astype(np.float64)
     low = (values & np.uint64(0xFFFFFFFF)).astype(np.float64)
     bit = np.where(high > 0, np.frexp(high)[1] + 31, np.frexp(low)[1] - 1)

@@ -54,7 +54,7 @@ def parse_root_fdt(phys: int, blob: bytes | None) -> Fdt:
 
     :param phys: where it was read from, ``phys_addr_t``.
     :param blob: its page; None: not readable.
-    :return: what it says, with everything that is wrong with it in ``problems``.
+    :return: its contents; ``problems`` lists everything that is wrong with them.
     """
     if blob is None:
         return Fdt(phys, problems=["its page cannot be read"])
@@ -83,7 +83,7 @@ def parse_root_fdt(phys: int, blob: bytes | None) -> Fdt:
 
 
 def compatible_of(blob: bytes) -> str | None:
-    """What an FDT says that it is; None: it is none that can be read, or does not say."""
+    """The ``compatible`` of an FDT; None: it has none, or the bytes are not a readable FDT."""
     try:
         found = read(blob).root.property("compatible")
     except Unreadable:
@@ -96,7 +96,8 @@ def reserve_mem_areas(blobs: dict[str, bytes]) -> list[tuple[str, int, int]]:
     What the ``memblock`` subtree hands over (``prepare_kho_fdt`` in mm/memblock.c).
 
     :param blobs: of a side.
-    :return: name, ``phys_addr_t`` and size in bytes of each area; nothing where it is unreadable.
+    :return: name, ``phys_addr_t`` and size in bytes of each area; empty if the subtree is
+        unreadable.
     """
     root = _known(blobs, serialized.MEMBLOCK, serialized.MEMBLOCK_COMPATIBLE)
     found: list[tuple[str, int, int]] = []
@@ -141,14 +142,17 @@ def _u64(node: Node, name: str, problems: list[str]) -> int | None:
 
 
 def _known(blobs: dict[str, bytes], name: str, compatible: str) -> Node | None:
-    """The root of a subtree whose layout is known; None: it is not there, or another."""
+    """
+    The root of a subtree if its layout is known; None: it is absent, unreadable or of another
+    layout.
+    """
     blob = blobs.get(f"subtree {name}")
     if blob is None:
         return None
     try:
         root = read(blob).root
     except Unreadable:
-        # Whoever asks what it says gets it shown as what it is: unknown bytes.
+        # khoscope shows such a blob as unknown bytes.
         return None
     found = root.property("compatible")
     return root if found is not None and serialized.text(found.value) == compatible else None

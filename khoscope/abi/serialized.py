@@ -2,8 +2,8 @@
 """
 What clients of KHO write into preserved memory for the next kernel: layouts, as numpy types.
 
-Each is a contract between kernels, named by a ``compatible`` string or a version: what has
-another name is not decoded.  All are packed and in CPU byte order.
+Each layout is a contract between kernels, named by a ``compatible`` string or a version.  khoscope
+does not decode structures with another name.  All are packed and in CPU byte order.
 Kernel sources: ``include/linux/kho/abi/``, the same in Linux 7.2 and 7.3.
 """
 
@@ -19,7 +19,7 @@ KEXEC_METADATA: Final = "kexec-metadata"
 MEMBLOCK: Final = "memblock"
 KHO_TEST: Final = "kho_test"
 
-#: ``LUO_ABI_COMPATIBLE`` that these layouts are of (luo.h).
+#: The ``LUO_ABI_COMPATIBLE`` of these layouts (luo.h).
 LUO_COMPATIBLE: Final = "luo-v5"
 #: ``MEMFD_LUO_FH_COMPATIBLE`` (memfd.h).
 MEMFD_COMPATIBLE: Final = "memfd-v2"
@@ -28,7 +28,7 @@ MEMBLOCK_COMPATIBLE: Final = "memblock-v1"
 RESERVE_MEM_COMPATIBLE: Final = "reserve-mem-v1"
 #: ``KHO_TEST_COMPAT`` (lib/test_kho.c).
 KHO_TEST_COMPATIBLE: Final = "kho-test-v1"
-#: What FDTs in subtrees are to say of themselves, by the names of the subtrees.
+#: The compatibles that FDTs in subtrees should have, by the names of the subtrees.
 SUBTREE_COMPATIBLES: Final = {MEMBLOCK: MEMBLOCK_COMPATIBLE, KHO_TEST: KHO_TEST_COMPATIBLE}
 #: ``KHO_KEXEC_METADATA_VERSION`` (kexec_metadata.h).
 KEXEC_METADATA_VERSION: Final = 1
@@ -53,7 +53,7 @@ LUO_FLB_SER: Final = np.dtype([("name", "S48"), ("data", "<u8"), ("count", "<u8"
 
 #: ``struct kho_block_header_ser``; the entries of a block follow it within its page.
 KHO_BLOCK_HEADER_SER: Final = np.dtype([("next", "<u8"), ("count", "<u8")])
-#: ``KHO_MAX_BLOCKS`` (kho_block.c): the kernel takes a longer chain for corrupt.
+#: ``KHO_MAX_BLOCKS`` (kho_block.c): the kernel treats a longer chain as corrupt.
 KHO_MAX_BLOCKS: Final = 10000
 
 #: ``struct kho_vmalloc`` (kexec_handover.h).
@@ -74,7 +74,7 @@ MEMFD_LUO_SER: Final = np.dtype(
         ("folios", KHO_VMALLOC),
     ]
 )
-#: Where in it ``folios`` stands.
+#: Offset of ``folios`` in it, bytes.
 MEMFD_FOLIOS_AT: Final = MEMFD_LUO_SER.itemsize - KHO_VMALLOC.itemsize
 #: ``struct memfd_luo_folio_ser``: the pfn in the low 52 bits, flags in the high 12.
 MEMFD_LUO_FOLIO_SER: Final = np.dtype([("pfn_and_flags", "<u8"), ("index", "<u8")])
@@ -98,19 +98,19 @@ KHO_KEXEC_METADATA: Final = np.dtype(
 
 def unpack(layout: np.dtype[np.void], raw: bytes) -> np.void:
     """
-    The structure that bytes begin with.
+    The structure at the beginning of some bytes.
 
-    :raises ValueError: if they are too few.
+    :raises ValueError: if there are too few bytes.
     """
     return np.frombuffer(raw, layout, 1)[0]
 
 
 def text(raw: bytes) -> str:
-    """A C string, with what is not UTF-8 escaped: it may hold anything."""
+    """Decode a C string that may hold anything; bytes that are not UTF-8 are escaped."""
     return raw.partition(b"\0")[0].decode("utf-8", "backslashreplace")
 
 
 def bits(value: int, names: dict[int, str]) -> list[str]:
-    """The names of the bits that are set, and what has none as a number."""
+    """The names of the bits that are set, then the bits without a name as one number."""
     rest = value & ~sum(names)
     return [name for bit, name in names.items() if value & bit] + ([f"{rest:#x}"] if rest else [])

@@ -2,9 +2,9 @@
 """
 Checks: pure functions from facts to findings.  Nothing else decides what is wrong.
 
-A rule about the kernel as a whole takes the snapshot and yields messages; a rule about blocks
-or calls takes a chunk of them and marks rows.  The name, the severity, the sentence and the
-explanation stand with the function, so that a new check is one function.
+A rule about the kernel as a whole takes the snapshot and yields messages; a rule about blocks or
+calls takes a chunk of them and marks rows.  The name, the severity, the sentence and the
+explanation stand next to the function, so a new check is one function.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def mixed_refcounts(facts: Snapshot, blocks: Blocks) -> Marked:
 def wrong_after_restore(facts: Snapshot, blocks: Blocks) -> Marked:
     """What the next kernel's restore will set differs from what is there now; it is assumed to
     be the same kernel."""
-    # Clients are assumed to restore what is a folio with kho_restore_folio().
+    # Assume that clients restore a folio with kho_restore_folio().
     split = restores_split(blocks.type, blocks.facts.compound > 0)
 
     def say(row: int) -> str:
@@ -147,7 +147,7 @@ def _describe(blocks: Blocks, row: int) -> str:
 
 
 def _judged(blocks: Blocks) -> NDArray[np.bool_]:
-    """Blocks of which the refcounts mean something: they still are what was preserved."""
+    """Blocks whose refcounts mean something: they are still what was preserved."""
     return readable(blocks.facts) & ~_stale(blocks) & (blocks.order != BAD_ORDER)
 
 
@@ -180,7 +180,7 @@ def _in_areas(areas: U64, start: U64, end: U64) -> NDArray[np.bool_]:
     """Which of the spans [start, end) share memory with an area; areas as Snapshot.scratch."""
     areas = areas[np.argsort(areas[:, 0], kind="stable")]
     reach = np.maximum.accumulate(areas[:, 0] + np.minimum(areas[:, 1], ~areas[:, 0]))
-    # Of those that begin before the span's end, the one that reaches furthest.
+    # Of the areas that begin before the span's end, take the one that reaches furthest.
     at = np.searchsorted(areas[:, 0], end).astype(np.int64) - 1
     hit = (at >= 0) & (end > start)
     hit[hit] = reach[at[hit]] > start[hit]
@@ -256,7 +256,7 @@ def bad_key(facts: Snapshot, blocks: Blocks) -> Marked:
 
 
 def _order_limit(facts: Snapshot) -> int:
-    """The highest order of which a block fits into RAM."""
+    """The highest order whose blocks fit into RAM."""
     return facts.abi.order_limit(int(facts.ram[-1, 1]) if len(facts.ram) else 0)
 
 
@@ -340,7 +340,7 @@ def overlap(facts: Snapshot, every: KeySet) -> Iterator[tuple[Blocks, Marked]]:
         return
     _, orders, _ = abi.kho_radix_decode_keys(every.leaves.key)
     # The one leaf whose bits include order bits holds blocks of 2^38 pages and more at 4 KiB:
-    # outside-ram and bad-key speak of those.
+    # outside-ram and bad-key report those.
     regular = (every.leaves.key & ~np.uint64(abi.type_bit)) != 0
     regular &= orders != BAD_ORDER
     present = sorted(set(orders[regular].tolist()))
@@ -368,8 +368,8 @@ def _covered(
     """
     Which blocks of one leaf, present or not, lie inside a larger block of the tree; None: none.
 
-    All blocks of a leaf have one order; the larger blocks around them are a run of bits of one
-    leaf of the larger order, each to be repeated for the blocks inside.
+    All blocks of a leaf have one order.  The larger blocks around them are a run of bits in one
+    leaf of the larger order; each bit is repeated for the blocks inside.
     """
     abi = facts.abi
     covered: NDArray[np.bool_] | None = None

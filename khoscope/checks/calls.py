@@ -76,7 +76,7 @@ def restored_wrong(facts: Snapshot, touches: Touches) -> Marked:
     blocks, was = touches.blocks, touches.was
     now = blocks.facts
     split = restores_split(blocks.type, touches.as_folio)
-    # kho_init_folio() makes one compound page of all that is not a single page.
+    # kho_init_folio() makes one compound page of every block that is not a single page.
     folio = touches.as_folio & (blocks.order > 0)
     right = fits(now, split) & (~folio | (now.compound == blocks.order))
     changed = touches.known & differs(was, now)
@@ -197,11 +197,11 @@ def events_lost(losses: Losses) -> Iterator[Message]:
 
 
 def _restores(touches: Touches) -> NDArray[np.bool_]:
-    """Restores that found a stamp: of the others there is no block to speak of."""
+    """Restores that found a stamp; the others have no block to report."""
     return (touches.action == Action.RESTORE) & (touches.blocks.order != BAD_ORDER)
 
 
 def _key(touches: Touches, row: int) -> str:
-    """What was looked up in the tree; which type matters where keys have one."""
+    """The key that was looked up in the tree, and its type if keys have one."""
     kind = TYPE_NAMES[int(touches.blocks.type[row])]
     return f" (key {touches.blocks.key[row]:#x}{f', type {kind}' if kind else ''})"

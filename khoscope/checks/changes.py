@@ -15,10 +15,10 @@ class Changes:
     What differs between two reports.
 
     :param came: findings that are new.
-    :param went: those that are no more.
-    :param counts: how many findings a rule had and has, where not all of them are kept, so that
-        nobody can tell which.
-    :param verdict: whether what it all comes to is another.
+    :param went: findings that are gone.
+    :param counts: how many findings a rule had and has, if not all of them were kept: then khoscope
+        cannot tell which ones changed.
+    :param verdict: whether the verdict changed.
     """
 
     came: list[Finding]
@@ -48,7 +48,7 @@ def changes(was: Report, now: Report) -> Changes:
 
 
 def _sum(report: Report) -> tuple[object, ...]:
-    """What the last line is made of."""
+    """What the last line of a report is made of."""
     reason = report.reason
     first = None if reason is None else reason.rule
     return report.errors, report.warnings, first, report.incomplete

@@ -14,8 +14,8 @@ from ..facts.tree import KeySet, Run
 from .kernel import misplaced
 from .rule import Message, Severity, rule
 
-#: Owners whose memory the next kernel looks for.  The blobs of subtrees are looked at by
-#: themselves, vmalloc areas by broken-vmalloc.
+#: Owners whose memory the next kernel looks for.  The blobs of subtrees are checked separately,
+#: vmalloc areas by broken-vmalloc.
 NEEDED = {
     *(
         OwnerKind.FDT,
@@ -103,7 +103,7 @@ def broken_luo(facts: Snapshot, keys: KeySet) -> Iterator[Message]:
 
 
 def malformed(luo: Luo | None) -> Iterator[str]:
-    """What of LUO could not be followed to its end, in words."""
+    """Which parts of LUO could not be followed to their end, in words."""
     if luo is not None:
         yield from luo.problems
         yield from (message.text for message in _session_trouble(luo))

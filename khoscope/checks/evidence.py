@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-What a snapshot does not show: nothing passes while there is any of it.
+What a snapshot does not show: no report passes while there is any such gap.
 
-The same is asked of the one snapshot that is judged, and of both sides of a kexec.
+khoscope asks the same of the one snapshot that it judges, and of both sides of a kexec.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from . import blocks as blocks_rules
 
 def gaps(facts: Snapshot, clients: bool) -> list[str]:
     """
-    What is not known of a kernel, in words, as far as single facts tell.
+    What is not known about a kernel, in words, as far as single facts tell.
 
-    :param clients: whether what clients own matters, too.
+    :param clients: whether it also matters what clients own.
     """
     found = [f"cannot be read: {what}" for what in facts.unreadable]
     found += [f"not recorded by khoscope {facts.taken.khoscope}: {w}" for w in facts.unrecorded]
@@ -64,7 +64,7 @@ def _unknown(side: Side, outgoing: bool) -> Iterator[str]:
         yield from _unknown_files(luo)
     for name, known in serialized.SUBTREE_COMPATIBLES.items():
         blob = side.blobs.get(f"subtree {name}", b"")
-        # What cannot be read is bad-fdt's; of what came, whoever took it back may have freed it.
+        # bad-fdt reports a blob that is not an FDT; an incoming blob may have been freed since.
         says = compatible_of(blob)
         if says is not None and says != known:
             yield f"subtree {name}: {_named(says)}: not looked at"
@@ -95,7 +95,7 @@ def _unknown_metadata(side: Side) -> Iterator[str]:
 
 
 def all_gaps(facts: Snapshot) -> list[str]:
-    """What is not known of a kernel, and of the blocks of its tree."""
+    """What is not known about a kernel and the blocks of its tree."""
     rows = Rows(facts, KeySet(facts.abi, facts.outgoing.tree.leaves))
     for blocks in facts.outgoing.blocks:
         rows.add(blocks)
@@ -104,7 +104,7 @@ def all_gaps(facts: Snapshot) -> list[str]:
 
 class Rows:
     """
-    What is not known of the blocks of a kernel's tree, chunk by chunk.
+    What is not known about the blocks of a kernel's tree, chunk by chunk.
 
     :param keys: of the outgoing tree.
     """
@@ -117,14 +117,14 @@ class Rows:
         self.count = 0
 
     def add(self, blocks: Blocks) -> None:
-        """The next chunk."""
+        """Look at the next chunk."""
         self.count += len(blocks)
         self._unjudged += blocks_rules.unjudged(self._facts, blocks)
         self._wrong += invariants.of_blocks(self._facts.abi, blocks)
         self._strange += int((~self._keys.contains(blocks.key)).sum())
 
     def gaps(self) -> list[str]:
-        """What there was, in words."""
+        """The gaps that were found, in words."""
         facts = self._facts
         found = [
             f"facts contradict each other: {count:,} blocks {what}"

@@ -71,7 +71,7 @@ class Pairs:
 
     @property
     def stamped(self) -> NDArray[np.bool_]:
-        """Blocks that have their stamp, whether anybody is to claim them or not."""
+        """Blocks that still have their stamp, whether or not anybody should claim them."""
         return (self.fate == Fate.NOT_RESTORED) | (self.fate == Fate.IN_PLACE)
 
 
@@ -79,10 +79,10 @@ class Evidence:
     """
     What is left of the tree that was handed over.
 
-    Its pages went back to the page allocator when the new kernel had walked it, and may hold
-    anything.  A leaf is believed only while it still has at least half of the bits that the old
-    kernel had set in it, and no new ones: other data has a few of the old bits by chance, and
-    many more.
+    Its pages went back to the page allocator when the new kernel had walked it, so they may hold
+    anything.  khoscope believes a leaf only if it still has at least half of the bits that the old
+    kernel had set in it, but no new ones: other data has a few of the old bits by chance, and many
+    others.
     """
 
     def __init__(self, before: Snapshot, after: Snapshot) -> None:
@@ -98,7 +98,7 @@ class Evidence:
         self._believed = known
 
     def says_absent(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Blocks of which a leaf that is believed says that they were not handed over."""
+        """Blocks that were not handed over, according to a leaf that is believed."""
         leaf = self._left.leaf(keys)
         absent = leaf >= 0
         absent[absent] = self._believed[leaf[absent]]
@@ -128,12 +128,12 @@ def pair(
 
 def _reused(before: Blocks, after: Blocks, now: Snapshot) -> NDArray[np.bool_]:
     """
-    Blocks that are free or somebody else's now, so that their owner must have let them go.
+    Blocks that are free or somebody else's now, so their owner must have let them go.
 
-    ``kho_restore_page`` leaves either a folio of the block's order, or pages with the same
-    refcount on all but the first, none of which is on an LRU list or has a page type.  What was a
-    folio and is none any more is taken for freed: kho_test frees its folios at every boot, and
-    pages that were allocated anew one by one look like a folio that was restored as pages.
+    ``kho_restore_page`` leaves either a folio of the block's order, or pages with the same refcount
+    on all but the first, none of which is on an LRU list or has a page type.  A block that was a
+    folio but no longer is one counts as freed: kho_test frees its folios at every boot, and pages
+    that were allocated anew one by one look like a folio that was restored as pages.
     """
     pages = after.facts
     folio = pages.compound > 0
@@ -188,7 +188,8 @@ def not_a_handover(before: Snapshot, after: Snapshot) -> Iterator[Message]:
         )
     if after.incoming is None:
         return
-    # Where the old kernel had its root FDT is as good as a name: another machine has another.
+    # The address of the old kernel's root FDT is as good as a name: another machine has another
+    # one.
     sent, got = before.outgoing.fdt.phys, after.incoming.fdt.phys
     if sent != got:
         yield Message(f"the root FDT came from {got:#x}, the snapshot's kernel had it at {sent:#x}")
@@ -318,7 +319,7 @@ def not_restored(pairs: Pairs) -> Marked:
 def client_lost(before: Snapshot, after: Snapshot) -> Iterator[Message]:
     """A subtree, a session or a file of the snapshot did not come."""
     if after.incoming is not None and after.incoming.fdt.problems:
-        # Nobody knows what is in it; bad-fdt speaks of that.
+        # Nobody knows what is in this FDT; bad-fdt reports that.
         return
     came = set() if after.incoming is None else {s.name for s in after.incoming.fdt.subtrees}
     for subtree in before.outgoing.fdt.subtrees:
@@ -328,7 +329,7 @@ def client_lost(before: Snapshot, after: Snapshot) -> Iterator[Message]:
         name = f"session {was.name!r}"
         if now is None:
             yield Message(f"{name} ({_files(was.count)}) was not handed over")
-        # Those of a session that was retrieved may be finished, and gone.
+        # Files of a session that was retrieved may be finished and gone.
         elif not now.retrieved and now.count < was.count:
             yield Message(f"{name} came with {now.count:,} of {_files(was.count)}")
 
@@ -352,10 +353,10 @@ def session_not_retrieved(before: Snapshot, after: Snapshot) -> Iterator[Message
 
 def _sessions(before: Snapshot, after: Snapshot) -> Iterator[tuple[LuoSession, LuoSession | None]]:
     """
-    The sessions of the snapshot, and what came of them; None: it did not come.
+    The sessions of the snapshot, each with the session that came; None: it did not come.
 
-    Those of which that is not known are left out: once LUO has read what it was handed, a session
-    that it does not have may as well be finished and gone.
+    Sessions whose fate is not known are left out: once LUO has read what it was handed, a session
+    that it does not have may simply be finished and gone.
     """
     if before.outgoing.luo is None:
         return

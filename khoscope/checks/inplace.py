@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Memory that the next kernel uses where it is: nobody restores it, and nobody is to blame."""
+"""Memory that the next kernel uses in place: nobody restores it, and that is not an error."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class InPlace:
         self._start, self._size = areas.phys, areas.size
 
     def of(self, blocks: Blocks) -> NDArray[np.bool_]:
-        """Which blocks are such memory."""
+        """Which blocks the next kernel uses in place."""
         found = self.claimed(blocks)
         start, end = blocks.phys, blocks.end(self._page_shift)
         for spot in self._spots:

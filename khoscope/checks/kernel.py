@@ -17,7 +17,7 @@ from .rule import Message, Severity, rule
 TAINT_BAD_PAGE = 5
 
 
-#: What :func:`type_not_stored` says of the kernel at hand.
+#: What :func:`type_not_stored` says about the kernel at hand.
 _DROPPED = """
     The tree has no level for the key bit of the type, and kho_radix_add_page() drops it. The next
     kernel takes every block for contig and restores split memory with refcount 0 on all pages but
@@ -116,7 +116,7 @@ def _fdt_trouble(facts: Snapshot, which: str, side: Side) -> Iterator[Message]:
 
 
 def _subtree_trouble(side: Side) -> Iterator[Message]:
-    """Subtrees whose blobs are FDTs, by their names, and are none."""
+    """Subtrees whose blobs should be FDTs, by their names, but are not."""
     for subtree in side.fdt.subtrees:
         blob = side.blobs.get(f"subtree {subtree.name}")
         if subtree.name not in SUBTREE_COMPATIBLES or blob is None:
@@ -154,7 +154,8 @@ def misplaced(facts: Snapshot, fdt: Fdt, subtree: Subtree) -> str | None:
 def fdt_nearly_full(facts: Snapshot) -> Iterator[Message]:
     """The one-page root FDT has less than 10 % left."""
     fdt, page = facts.outgoing.fdt, facts.abi.page_size
-    # struct fdt_header: magic, totalsize, both big-endian. It is packed after each change.
+    # struct fdt_header: magic, totalsize, both big-endian. The kernel packs the FDT after each
+    # change.
     header = facts.outgoing.blobs.get("fdt", b"")[:8]
     if fdt.problems or len(header) < 8:
         return

@@ -31,7 +31,7 @@ def image_abi_differs(facts: Snapshot, kernel: NextKernel) -> Iterator[Message]:
     effect = "it boots as if nothing was handed over"
     yield from _compare(kernel, "KHO", kernel.kho, fdt.compatible, effect, effect)
     if fdt.compatible not in kernel.kho:
-        # It does not get as far as to look at anything else.
+        # The next kernel does not get far enough to look at anything else.
         return
     if luo is None and not any(subtree.name == LUO for subtree in fdt.subtrees):
         return
@@ -63,7 +63,7 @@ def _compare(
     """
     Whether a kernel takes what this one hands over.
 
-    :param theirs: every compatible that it may be taking.
+    :param theirs: every compatible that the next kernel may take.
     :param ours: that of this kernel; None: not readable.
     :param without: what happens if it takes none.
     :param other: what happens if it takes another.

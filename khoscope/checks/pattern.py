@@ -2,9 +2,9 @@
 """
 Refcount patterns, the one place that says what "contig" and "split" look like in struct pages.
 
-The first page of a block counts who holds it: at least 1, more for a folio in the page cache.
-The other pages are at 0 in memory that was never split, and are each held for themselves where it
-was.  This is the distinction that the series makes by the second page's refcount.
+The first page of a block counts who holds it: at least 1, more for a folio in the page cache.  In
+memory that was never split, the other pages are at 0; in split memory, each page is held for
+itself.  The series makes this distinction by the second page's refcount.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def readable(pages: Pages) -> NDArray[np.bool_]:
 
 
 def held(pages: Pages) -> NDArray[np.bool_]:
-    """Blocks whose first page is held, and of which no page is free."""
+    """Blocks whose first page is held, and that have no free page."""
     return readable(pages) & (pages.head > 0) & (pages.free == 0)
 
 
@@ -37,7 +37,7 @@ def is_contig(pages: Pages) -> NDArray[np.bool_]:
 
 
 def is_split(pages: Pages) -> NDArray[np.bool_]:
-    """Every page held for itself, and not parts of a compound page."""
+    """Every page is held for itself, and the pages are not parts of a compound page."""
     return held(pages) & (pages.zeros == 0) & (pages.compound <= 0)
 
 
@@ -45,14 +45,14 @@ def restores_split(types: NDArray[np.int8], as_folio: NDArray[np.bool_]) -> NDAr
     """
     Blocks that ``kho_restore_page`` gives a refcount on every page.
 
-    Kernels without types do that to all that is no folio (``kho_init_pages`` and
+    Kernels without types do that to everything except folios (``kho_init_pages`` and
     ``kho_init_folio`` in kexec_handover.c).
     """
     return ~as_folio & (types != KHO_PAGE_CONTIG)
 
 
 def lost_type(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
-    """Split blocks of several pages that are contig in a tree from which the type was dropped."""
+    """Split blocks of several pages that are recorded contig because the tree dropped the type."""
     if not abi.has_types or abi.type_is_stored or abi.type_is_refused:
         return np.zeros(len(blocks), np.bool_)
     pages = blocks.facts
@@ -68,7 +68,7 @@ def differs(was: Pages, now: Pages) -> NDArray[np.bool_]:
     """
     Blocks that had another pattern, or none, before the kexec.
 
-    Nothing is said of what cannot be known: pages that were not read, or were free already.
+    It leaves out blocks that cannot be judged: their pages were not read, or were free already.
     """
     same = (is_contig(was) & is_contig(now)) | (is_split(was) & is_split(now))
     return readable(was) & (was.free == 0) & readable(now) & ~same
@@ -94,7 +94,7 @@ def describe(pages: Pages, row: int, order: int = 0) -> str:
     """
     The pattern of one block in words, like ``1/0`` (head/tails) or ``1/0 but 1 at page 4``.
 
-    :param order: the block's; if fewer pages than that were looked at, it is said.
+    :param order: the block's; if fewer pages were looked at, the text says so.
     """
     head = int(pages.head[row])
     if pages.unread[row]:

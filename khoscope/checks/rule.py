@@ -23,7 +23,7 @@ class Finding:
     """
     Something a rule found.
 
-    :param phys: ``phys_addr_t`` of the block, or None where the finding is about the kernel.
+    :param phys: ``phys_addr_t`` of the block, or None if the finding is about the kernel.
     :param order: the block's order, likewise.
     :param follows: the rule whose finding is the cause of this one; empty: it stands for itself.
     """
@@ -42,7 +42,7 @@ class Message:
     """
     What a rule about the kernel has to say.
 
-    :param phys: the address, where there is one.
+    :param phys: the address, if there is one.
     :param explain: what will happen here, if the rule's own explanation is about other kernels too.
     """
 
@@ -88,12 +88,12 @@ class Rule:
 
     @property
     def reads(self) -> list[str]:
-        """The facts that it looks at, in words."""
+        """The facts that the rule looks at, in words."""
         return [SCOPES[scope].reads for scope in self.finders]
 
     @property
     def is_across(self) -> bool:
-        """Whether it compares what is before a kexec with what is after it."""
+        """Whether the rule compares what is before a kexec with what is after it."""
         return not ACROSS.isdisjoint(self.finders)
 
     def finding(
@@ -112,7 +112,7 @@ class Rule:
 @dataclass(frozen=True)
 class RuleSelection:
     """
-    What somebody wants to know.
+    Which rules to run, and what counts as a failure.
 
     :param rules: names of the rules that are to run; None: all.
     :param fail_on: the least severity that makes a report a failure.
@@ -122,7 +122,7 @@ class RuleSelection:
     fail_on: Severity = Severity.ERROR
 
 
-#: What somebody wants to know who does not say so.
+#: The default: run every rule, fail on errors.
 EVERYTHING = RuleSelection()
 
 #: All rules by name.
@@ -185,8 +185,8 @@ SCOPES: dict[ScopeName, Scope] = {
     "losses": Scope("(Losses) → messages", "what trace did not see"),
 }
 
-#: Scopes that every kernel has; those before a kexec, and with the image of the next kernel; those
-#: that take an earlier snapshot, too; those of a trace.
+#: Scopes that every kernel has; scopes before a kexec; scopes that need the image of the next
+#: kernel; scopes that need an earlier snapshot, too; scopes of a trace.
 ONE_KERNEL: set[ScopeName] = {"abi", "kernel", "clients", "tree", "blocks"}
 KEXEC: set[ScopeName] = {"kexec"}
 NEXT: set[ScopeName] = {"next"}
@@ -202,7 +202,7 @@ def rule(
     """
     Register a function as a rule; its docstring is the rule's sentence.
 
-    :param kernel: functions of the kernel behind it, with blanks between them.
+    :param kernel: functions of the kernel behind it, separated by blanks.
     :raises ValueError: if nothing looks at that scope: the rule would never run.
     """
     _require_scope(name, scope)
@@ -236,7 +236,9 @@ def _require_scope(name: str, scope: str) -> None:
 
 
 def in_order() -> list[Rule]:
-    """Errors first; what concerns the whole kernel before single blocks."""
+    """
+    All rules: errors first, and rules about the whole kernel before rules about single blocks.
+    """
     scopes, severities = list(SCOPES), list(Severity)
     return sorted(
         RULES.values(),
@@ -245,5 +247,5 @@ def in_order() -> list[Rule]:
 
 
 def of_scopes(scopes: Iterable[ScopeName]) -> set[str]:
-    """The names of the rules that have something to look for in any of some scopes."""
+    """The names of the rules that look for something in at least one of some scopes."""
     return {name for name, each in RULES.items() if not each.finders.keys().isdisjoint(scopes)}

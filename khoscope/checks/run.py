@@ -43,12 +43,12 @@ from .rule import (
     in_order,
 )
 
-#: Findings that are kept of each rule; all are counted.
+#: How many findings of each rule are kept; all are counted.
 KEPT = 1000
 
 
 class About(Enum):
-    """What a report is the answer to."""
+    """The question that a report answers."""
 
     KEXEC = "is it safe to kexec"
     ARRIVAL = "did everything arrive"
@@ -56,7 +56,7 @@ class About(Enum):
 
 
 class Verdict(StrEnum):
-    """What a report comes to."""
+    """The outcome of a report."""
 
     PASS = "pass"
     FAIL = "fail"
@@ -68,16 +68,18 @@ class Report:
     """
     What the rules found.
 
-    :param kept: of each rule the first KEPT findings that stand for themselves, and the first KEPT
-        that follow from another.
-    :param counts: how many each rule has, all of them.
-    :param follows: how many of them follow from another finding: by the rule of that, by rule.
+    :param kept: for each rule, the first KEPT findings that stand for themselves, and the first
+        KEPT that follow from another.
+    :param counts: how many findings each rule has, kept or not.
+    :param follows: how many of them follow from another finding, by the rule of that finding, then
+        by their own rule.
     :param blocks: blocks that were looked at: outgoing ones, or those that calls touched.
     :param fates: across a kexec, how many of the recorded blocks were restored and so on.
-    :param owners: the same by whose they are; empty where the earlier snapshot knows of nobody.
-    :param incomplete: why this is not the whole truth; a report with any is never a pass.
+    :param owners: the same by owner; empty if the earlier snapshot knows no owner.
+    :param incomplete: why the report is not the whole truth; a report with any such reason never
+        passes.
     :param rules: names of the rules that have run.
-    :param left_out: names of those that would have, and were not asked for.
+    :param left_out: names of the rules that would have run but were not asked for.
     """
 
     about: About = About.KEXEC
@@ -94,7 +96,9 @@ class Report:
 
     @property
     def findings(self) -> list[Finding]:
-        """Those that are kept; errors first, and what concerns the whole kernel before blocks."""
+        """
+        The findings that are kept: errors first, and those about the whole kernel before blocks.
+        """
         return [f for rule in in_order() for f in self.kept.get(rule.name, ())]
 
     @property
@@ -118,14 +122,14 @@ class Report:
 
     @property
     def verdict(self) -> Verdict:
-        """What is wrong is wrong, whatever else could not be seen."""
+        """A failure is a failure, even if the report is incomplete."""
         if self.failed:
             return Verdict.FAIL
         return Verdict.INCOMPLETE if self.incomplete else Verdict.PASS
 
     @property
     def reason(self) -> Finding | None:
-        """The finding that a failure is told by: after a kexec first what that did."""
+        """The finding that explains a failure; after a kexec, preferably one about that kexec."""
         if not self.failed:
             return None
         worst = Severity.ERROR if self.errors else Severity.WARNING
@@ -172,7 +176,7 @@ class Report:
                 self.follows.setdefault(cause, Counter())[rule.name] += int(
                     np.count_nonzero(follows)
                 )
-        # The first of those that follow, and of the others.
+        # Keep the first of the findings that follow, and the first of the others.
         number = np.where(follows, np.cumsum(follows), np.cumsum(~follows))
         keep = number <= np.where(follows, self._room(rule, cause), self._room(rule))
         made = keep | (np.arange(len(rows)) < shown)
@@ -185,7 +189,7 @@ class Report:
         return found
 
     def _room(self, rule: Rule, follows: str = "") -> int:
-        """How many more findings are kept of those that follow from another, or do not."""
+        """How many more findings may be kept that follow from this rule; empty: from none."""
         return KEPT - sum(each.follows == follows for each in self.kept.get(rule.name, ()))
 
     def _keep(self, rule: Rule, findings: list[Finding]) -> None:
@@ -193,7 +197,7 @@ class Report:
 
 
 def _where(chunk: Blocks | Calls, row: int) -> tuple[int | None, int | None]:
-    """Address and order of a row, where it has them."""
+    """Address and order of a row, if it has them."""
     phys = int(chunk.phys[row])
     if isinstance(chunk, Calls):
         return (None if phys == NO_PHYS else phys), None
@@ -204,7 +208,7 @@ def _where(chunk: Blocks | Calls, row: int) -> tuple[int | None, int | None]:
 @dataclass
 class BatchFindings:
     """
-    What the rules found in one batch of calls, KEPT of each rule at most.
+    What the rules found in one batch of calls, at most KEPT findings per rule.
 
     :param calls: findings by row of the batch's calls.
     :param touches: findings by row of its touches.
@@ -282,7 +286,7 @@ def compare(
     """
     Run the rules about one kernel on the new one, and those across the kexec on both.
 
-    :raises KhoscopeError: if ``after`` was not taken with an eye on ``before``'s blocks.
+    :raises KhoscopeError: if ``after`` does not hold the pages of ``before``'s blocks.
     """
     _require_comparable(before, after)
     report = _check(after, next_kernel, About.ARRIVAL, asked)
@@ -301,7 +305,7 @@ def compare(
 
 
 def _malformed(before: Snapshot) -> Iterator[str]:
-    """What the earlier kernel would hand over, and could not be followed to its end."""
+    """Parts of the earlier kernel's handover that could not be followed to their end."""
     side = before.outgoing
     yield from (f"root FDT: {what}" for what in side.fdt.problems)
     yield from (f"LUO: {what}" for what in malformed(side.luo))
@@ -327,7 +331,9 @@ def _require_comparable(before: Snapshot, after: Snapshot) -> None:
 
 
 def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> list[str]:
-    """Run the rules about what became of each block; what is not known of it before."""
+    """
+    Run the rules about what became of each block; return what is not known about blocks before.
+    """
     rules = report.finders("pairs")
     if not rules:
         return []
@@ -348,7 +354,7 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> list[s
         _add_fates(report, pairs.fate, whose, owners)
         for rule, find in rules:
             report.add_marked(rule, was, owners.named(find(pairs), was, whose))
-    # Who has most comes first.
+    # The owner with the most blocks comes first.
     report.owners = dict(sorted(report.owners.items(), key=lambda item: -item[1].total()))
     if report.fates["unread"]:
         report.incomplete.append(
@@ -379,8 +385,8 @@ def _add_fates(
 
 class _OwnersNow:
     """
-    Whose the recorded blocks are: whose they were when the snapshot was taken, unless what came
-    says that they are somebody else's.  That one had them preserved in between.
+    Who owns the recorded blocks: the owner when the snapshot was taken, unless what came names
+    another owner.  That owner has preserved them in between.
     """
 
     def __init__(self, before: Snapshot, after: Snapshot) -> None:
@@ -389,7 +395,7 @@ class _OwnersNow:
         if after.incoming is not None:
             self._came = Owners.of_side(after.incoming, after.abi.page_shift)
             numbers = {owner: number for number, owner in enumerate(self._came.owners)}
-            # UNKNOWN indexes the last.
+            # UNKNOWN (-1) indexes the last entry.
             same = [*(numbers.get(owner, UNKNOWN) for owner in self._then.owners), UNKNOWN]
             self._same = np.array(same, np.int64)
 
@@ -414,7 +420,7 @@ class _OwnersNow:
         return self._came.name(owner - first)
 
     def named(self, marked: Marked, blocks: Blocks, whose: NDArray[np.int64]) -> Marked:
-        """The same rows, and whose they are in front of what is said of them."""
+        """The same rows, with the owner's name in front of each message."""
 
         def say(row: int) -> str:
             owner = int(whose[row])
@@ -451,7 +457,7 @@ def _compare_stamps(before: Snapshot, after: Snapshot, report: Report) -> None:
 
 def start_trace(facts: Snapshot, before: Snapshot | None = None) -> Report:
     """
-    A report on a trace of this kernel; what is in its tree already is not looked at.
+    Start a report on a trace of this kernel; blocks that are already in its tree are not checked.
 
     :param before: the snapshot that says what blocks were before the kexec.
     """
@@ -467,7 +473,7 @@ def check_batch(facts: Snapshot, batch: Batch, report: Report) -> BatchFindings:
     Run the rules about calls, and those about blocks on the blocks that were added.
 
     :param facts: of the kernel, when tracing began.
-    :param report: what is found is added to it.
+    :param report: the findings are added to it.
     """
     found = BatchFindings()
     calls, touches = batch.calls, batch.touches
@@ -488,7 +494,7 @@ def check_batch(facts: Snapshot, batch: Batch, report: Report) -> BatchFindings:
 
 
 def end_trace(report: Report, losses: Losses) -> None:
-    """Add what was not seen: any of it, and the report is not the whole truth."""
+    """Add what the trace did not see; if there is any, the report is not the whole truth."""
     for rule, find in report.finders("losses"):
         report.add_messages(rule, find(losses))
     for count, what in (

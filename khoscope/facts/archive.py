@@ -52,8 +52,8 @@ class Format:
     A kind of file.
 
     :param noun: what to call one.
-    :param again: what to do about one that is damaged.
-    :param opened: how khoscope opens one.
+    :param again: what to do if a file is damaged.
+    :param opened: how khoscope opens such a file.
     """
 
     name: str
@@ -85,8 +85,9 @@ RECORDING: Final = Format(
 )
 
 
-#: An array as numpy writes it.  numpy's own reader parses the header as Python, and a hostile one
-#: makes it fail in ways (``tokenize.TokenError``, ``RecursionError``) that it does not document.
+#: An array as numpy writes it.  numpy's own reader parses the header as Python.  A hostile header
+#: makes that reader fail in ways (``tokenize.TokenError``, ``RecursionError``) that numpy does not
+#: document.
 NPY_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '([^']*)', 'fortran_order': False, "
     rb"'shape': \(([0-9, ]*)\), \} *\n",
@@ -98,7 +99,7 @@ NPY_HEADER = re.compile(
 NARROW: Final[Mapping[str, int]] = {}
 
 
-#: The column of a chunk of claims that tells how many they are.
+#: The column that tells how many claims a chunk has.
 CLAIMED: Final = re.compile(r"/claims/[0-9]+\.phys\.npy$")
 
 
@@ -120,23 +121,23 @@ SIGNED: Final = frozenset({"LuoFile.retrieve_status"})
 
 class _Shape:
     """
-    Whether JSON has all that a dataclass has, and nothing beyond measure.
+    Check that JSON has all members of a dataclass, and that nothing in it is too large.
 
-    :param may_lack: class and member, ``Class.member``, of what need not be there.
+    :param may_lack: members that may be missing, each as ``Class.member``.
     :raises ValueError: from :meth:`of`, with the path of what is wrong.
     """
 
     def __init__(self, may_lack: Collection[str]) -> None:
         self._may_lack = may_lack
-        #: What of it was lacking.
+        #: The members of ``may_lack`` that were missing.
         self.lacking: set[str] = set()
 
     def of(self, raw: Any, kind: Any, path: str, member: str = "") -> None:
         """
         Look at a value.
 
-        :param kind: what it should be; that it is, msgspec says better.
-        :param member: of which class it is.
+        :param kind: what it should be; msgspec checks that later, with better messages.
+        :param member: the ``Class.member`` that it belongs to.
         """
         origin, inner = get_origin(kind), get_args(kind)
         if origin in (Union, UnionType):
@@ -192,7 +193,8 @@ class Writer:
         return Writer(self._zip, f"{self._prefix}{folder}/")
 
     def member(self, name: str, data: Any) -> None:
-        # Without a time: a zip has none before 1980, but hosts whose clock is not set do.
+        # Store no time: a zip cannot hold times before 1980, but a host whose clock is not set has
+        # them.
         info = zipfile.ZipInfo(f"{self._prefix}{name}")
         info.external_attr = 0o600 << 16
         self._zip.writestr(info, data, zipfile.ZIP_DEFLATED, compresslevel=1)
@@ -206,7 +208,7 @@ class Writer:
         self.member(f"{name}.npy", data.getbuffer())
 
     def columns(self, prefix: str, chunk: Columns, without: Collection[str] = ()) -> None:
-        """The columns of a set and of the sets in it."""
+        """Write the columns of a set and of the sets in it."""
         for f in dataclasses.fields(chunk):  # type: ignore[arg-type]
             value = getattr(chunk, f.name)
             if f.name in without or value is None:
@@ -237,10 +239,10 @@ class Stored(Generic[T]):
 
 class Archive:
     """
-    A zip that is not believed.
+    A zip that is not trusted.
 
     :param format: what it should be.
-    :param ours: khoscope has written it just now, of a kernel: that may be of any size.
+    :param ours: khoscope has just written it from a kernel, so it may have any size.
     """
 
     def __init__(self, file: IO[bytes], name: str, format: Format, ours: bool = False) -> None:
@@ -257,7 +259,7 @@ class Archive:
                 self._check_sizes(file.seek(0, os.SEEK_END))
 
     def _check_sizes(self, size: int) -> None:
-        """Refuse what would take more memory than a file of that many bytes is worth."""
+        """Refuse contents that would take more memory than a file of this many bytes may take."""
         every = self._zip.infolist()
         leaves = claims = 0
         for member in every:
@@ -271,14 +273,14 @@ class Archive:
             raise ValueError(f"{claims:,} claims")
 
     def under(self, folder: str) -> Archive:
-        """The members whose names begin so."""
+        """The members in a folder."""
         inner = copy.copy(self)
         inner._prefix += f"{folder}/"
         return inner
 
     @contextlib.contextmanager
     def damage(self) -> Iterator[None]:
-        """Whatever zipfile, numpy or msgspec say of bad bytes becomes one clear line."""
+        """Turn whatever zipfile, numpy or msgspec say about bad bytes into one clear line."""
         try:
             yield
         except (
@@ -303,9 +305,9 @@ class Archive:
         self, format: Format, kind: type[T], may_lack: Mapping[int, Collection[str]]
     ) -> tuple[T, set[str]]:
         """
-        ``meta.json``, of a schema that we know, and what of it is not there.
+        ``meta.json``, if khoscope knows its schema, and which members it lacks.
 
-        :param may_lack: by version, what such a file need not have: class and member.
+        :param may_lack: by version, the members that such a file may lack, as ``Class.member``.
         """
         raw = self.member("meta.json", budget.META)
         with self.damage():
@@ -330,14 +332,14 @@ class Archive:
             return msgspec.json.decode(raw, type=kind), shape.lacking
 
     def names(self) -> list[str]:
-        """Of all members."""
+        """The names of all members."""
         return self._zip.namelist()
 
     def require_members(self, names: Collection[str], numbered: Mapping[str, int]) -> None:
         """
-        Refuse members that nothing tells of: whatever counts them says too little.
+        Refuse members that ``meta.json`` does not account for: then its counts are too low.
 
-        :param numbered: how many there are in each folder; some may lack members.
+        :param numbered: how many numbers each folder has; a number may lack some of its members.
         """
         with self.damage():
             for name in self._zip.namelist():
@@ -373,7 +375,7 @@ class Archive:
 
     def array(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> NDArray[Any]:
         """
-        :param dtype: as numpy writes it; bytes of a fixed length (``|S16``) and bool are such.
+        :param dtype: as numpy writes it, including bytes of a fixed length (``|S16``) and bool.
         :param shape: None: any length.
         """
         data = self.member(f"{name}.npy")
@@ -388,7 +390,7 @@ class Archive:
             if header[1] != dtype.encode() or not wanted:
                 raise ValueError(f"{name}: {header[1].decode()} {found} is not a column of it")
             values = data[header.end() :]
-            # Python's integers: a shape that overflows 64 bits is no match either.
+            # Python's integers do not overflow: a shape beyond 64 bits does not match, either.
             size = np.dtype(dtype).itemsize * math.prod(found)
             if size != len(values):
                 raise ValueError(f"{name}: {len(values)} bytes, not {size}")
@@ -420,7 +422,7 @@ class Archive:
         """
         Blocks with the facts of their struct pages.
 
-        :param highest: no order above this is one.
+        :param highest: the highest order that a block may have.
         """
         columns = self.columns(prefix, Blocks, length)
         order, types = columns["order"], columns["type"]

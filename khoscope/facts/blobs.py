@@ -2,8 +2,8 @@
 """
 The blobs of a side, decoded: KHO's root FDT and what its subtrees lead to.
 
-Nothing is read here: a Snapshot holds the blobs as they were.  What is not known, or of another
-version, stays bytes.
+This module reads no memory: a Snapshot holds the blobs as they were.  A blob that is unknown, or of
+another version, stays bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .clients import Vmalloc
 from .snapshot import Side, Snapshot, in_ram
 from .tree import KeySet
 
-#: Bytes of FDTs that are decoded of all subtrees together: a hostile one takes its time.
+#: How many bytes of FDTs are decoded for all subtrees together: a hostile FDT takes long.
 DECODED: Final = 4 << 20
 
 #: Counts are numbers, addresses and patterns of bits are "0x…", structures are dicts.
@@ -50,7 +50,7 @@ _PROPERTIES: Final[Mapping[str, Mapping[str, np.dtype[Any]]]] = {
         "csum": _U32,
     },
 }
-#: What is no count: an address, or a pattern of bits.
+#: Members that are not counts but addresses or patterns of bits.
 _HEX: Final = frozenset(
     {
         "preserved-memory-map",
@@ -75,7 +75,8 @@ class BlobKind(StrEnum):
     UNKNOWN = "unknown"
 
 
-#: Structures by the names of their subtrees: layout, and the member that says which it is.
+#: Structures by the names of their subtrees: kind, layout, the member that says which version it
+#: is, and the version that is known.
 _STRUCTURES: Final[Mapping[str, tuple[BlobKind, np.dtype[Any], str, Value]]] = {
     serialized.LUO: (BlobKind.LUO, serialized.LUO_SER, "compatible", serialized.LUO_COMPATIBLE),
     serialized.KEXEC_METADATA: (
@@ -134,8 +135,8 @@ class Blobs:
     """
     The blobs of a side of a snapshot.
 
-    :param outgoing: it is the outgoing side.  Of the incoming one the tree is evidence only: what
-        it does not hold may have been preserved all the same.
+    :param outgoing: it is the outgoing side.  The tree of the incoming side is only evidence:
+        memory that it does not hold may still have been preserved.
     """
 
     def __init__(self, facts: Snapshot, side: Side, outgoing: bool) -> None:
@@ -151,7 +152,7 @@ class Blobs:
         try:
             tree = None if raw is None else read(raw)
         except Unreadable:
-            # Which is one of its problems.
+            # ``problems`` says so.
             tree = None
         size = None if raw is None else len(raw)
         return Blob(
@@ -167,7 +168,7 @@ class Blobs:
         )
 
     def names(self) -> list[str]:
-        """Those of the subtrees, in the root FDT's order."""
+        """The names of the subtrees, in the root FDT's order."""
         return [subtree.name for subtree in self._side.fdt.subtrees]
 
     def subtrees(self) -> Iterator[Blob]:
@@ -195,7 +196,7 @@ class Blobs:
         return blob if raw is None else self._decode(blob, raw)
 
     def _raw(self, subtree: Subtree) -> tuple[bytes | None, list[str]]:
-        """What was kept of a subtree's blob, and why that is not all of it."""
+        """The bytes that were kept of a subtree's blob, and why some are missing."""
         phys, size = subtree.phys, subtree.size
         if phys is None or size is None:
             return None, ["the root FDT does not say where it is, or how large"]
@@ -282,12 +283,12 @@ class Blobs:
 
 
 def _is_fdt(name: str | None, raw: bytes) -> bool:
-    # What is an FDT is shown as one, whatever its name: LUO's blob was one once.
+    # Show every FDT as one, whatever its name: LUO's blob once was an FDT.
     return raw.startswith(MAGIC) or name in (serialized.MEMBLOCK, serialized.KHO_TEST)
 
 
 def fields(layout: np.dtype[Any], raw: bytes) -> dict[str, Value]:
-    """The members of the structure that bytes begin with."""
+    """The members of the structure at the beginning of some bytes."""
     record = serialized.unpack(layout, raw)
     found: dict[str, Value] = {}
     for name in layout.names or ():
@@ -328,7 +329,7 @@ def _layout(known: Mapping[str, np.dtype[Any]], found: Property) -> np.dtype[Any
 
 
 def _odd(root: Node, known: Mapping[str, np.dtype[Any]]) -> Iterator[str]:
-    """Known properties with other lengths than their values have."""
+    """Known properties whose values have the wrong length."""
     for path, found in _properties(root):
         layout = known.get(found.name)
         if layout is not None and layout.itemsize != len(found.value):
@@ -352,8 +353,8 @@ def _value(known: Mapping[str, np.dtype[Any]], found: Property) -> Value | None:
 
 def _guess(raw: bytes) -> Value | None:
     """
-    What a value that is not known looks like: strings as dtc recognises them, or a number of 4 or 8
-    bytes, in CPU byte order as all of KHO's.
+    What an unknown value looks like: strings as dtc recognises them, or a number of 4 or 8 bytes,
+    in CPU byte order like all numbers of KHO.
     """
     parts = raw[:-1].split(b"\0")
     if raw.endswith(b"\0") and all(part and part.isascii() for part in parts):

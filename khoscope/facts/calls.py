@@ -2,7 +2,8 @@
 """
 Facts about calls of KHO: who asked for what, and what became of each block.
 
-Only outermost calls are calls here; what they call in turn shows in the blocks that they touch.
+A call here is an outermost call.  The calls that it makes in turn show in the blocks that it
+touches.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ class Function:
         return self.name.removeprefix("kho_")
 
 
-#: What is traced.  The index is the number by which bpf/kho_trace.c and recordings name them, so
-#: that new ones go to the end.
+#: The traced functions.  bpf/kho_trace.c and recordings name a function by its index, so new
+#: functions go to the end.
 FUNCTIONS: Final[Sequence[Function]] = (
     Function("kho_preserve_folio", CallKind.PRESERVE, ("folio",)),
     Function("kho_preserve_pages", CallKind.PRESERVE, ("page", "nr_pages")),
@@ -135,10 +136,10 @@ FUNCTIONS: Final[Sequence[Function]] = (
 #: By name.
 NUMBERS: Final = {function.name: number for number, function in enumerate(FUNCTIONS)}
 
-#: KHO's own wrappers around these functions: who calls them is the client.
+#: KHO's own wrappers around these functions: the client is their caller.
 WRAPPERS: Final = frozenset({"kho_alloc_preserve", "kho_unpreserve_free", "kho_restore_free"})
 
-#: Errors by number, with the kernel's own names: the C library has two for one of them.
+#: Errors by number, with the kernel's own names: the C library has two names for one of them.
 ERRNO_NAMES: Final = {**errno.errorcode, errno.EOPNOTSUPP: "EOPNOTSUPP"}
 
 #: No physical address, no order, no function; whether a bit is set is not known.
@@ -161,10 +162,9 @@ class Calls(Columns):
     :param leave: u64, likewise.
     :param args: u64, shape (n, 4), as they were passed, whatever the function's C types.
     :param ret: i64, what came back: ``int`` sign-extended; the pointer; 0 for ``void``.
-    :param phys: u64, ``phys_addr_t`` of the memory that was named; ``NO_PHYS`` where the arguments
-        do not say (vmalloc).
-    :param pages: u64, how many pages were asked for; of vmalloc and folios, those that were
-        touched.
+    :param phys: u64, ``phys_addr_t`` of the memory that was named; ``NO_PHYS`` if the arguments do
+        not say (vmalloc).
+    :param pages: u64, how many pages were asked for; for vmalloc and folios, how many were touched.
     :param blocks: u64, blocks that were touched.
     :param name: of a subtree, 32 bytes.
     :param stack: u64, shape (n, frames), return addresses, innermost first; 0: none.
@@ -230,10 +230,11 @@ class Touches(Columns):
     :param as_folio: bool, restored by ``kho_restore_folio``; else by ``kho_restore_pages``.
     :param asked: u8, the order of the block by the caller's own arithmetic (``kho_restore_pages``);
         ``NO_ORDER``: the caller has none.
-    :param looked: u32, pages of which the refcount was read; fewer than the block has: sampled.
-    :param blocks: the blocks.  Added and deleted ones have the key and the type as the tree stores
-        them, restored ones order and type of the stamp; ``facts`` are those at entry of an add and
-        at return of a restore, with the stamp in ``private``.
+    :param looked: u32, the number of pages whose refcount was read; if the block has more pages, it
+        was sampled.
+    :param blocks: the blocks.  Added and deleted blocks have key and type as the tree stores them,
+        restored blocks have order and type of the stamp.  ``facts`` were read at entry of an add,
+        or at return of a restore, with the stamp in ``private``.
     :param known: bool, the block is in the snapshot of the kernel that handed over.
     :param was: what its struct pages were in that kernel; zeros where not known.
     """
@@ -277,13 +278,13 @@ class Touches(Columns):
 
     @property
     def sampled(self) -> NDArray[np.bool_]:
-        """Blocks of which the kernel did not try to read all refcounts."""
+        """Blocks of which the kernel did not try to read every refcount."""
         tried = self.looked.astype(np.uint64) + self.blocks.facts.unread
         return tried < self.blocks.page_count
 
 
 def rows_of(calls: U64, wanted: U64) -> NDArray[np.int64]:
-    """i64, where in a column of names of calls each of the wanted ones is; -1: nowhere."""
+    """i64, the row of each wanted call in a column of calls; -1: it is not there."""
     if not len(calls):
         return np.full(len(wanted), -1, np.int64)
     sorter = np.argsort(calls, kind="stable")
@@ -313,7 +314,7 @@ class Losses:
     made: int = 0
 
     def __bool__(self) -> bool:
-        """Whether there is anything that was not seen."""
+        """Whether the trace missed anything."""
         return bool(self.lost or self.missed or self.sampled or self.unread or self.open)
 
 
@@ -322,9 +323,9 @@ class Batch:
     """
     Calls that have returned, each with all that it did to blocks.
 
-    :param touches: those of the first call, then those of the second and so on; at the end those
-        whose call is not among ``calls``: it has not returned yet and has too many to wait for it,
-        or its event was lost.
+    :param touches: those of the first call, then those of the second and so on; at the end, touches
+        whose call is not among ``calls``: that call has not returned yet and has too many touches
+        to wait for it, or its event was lost.
     """
 
     calls: Calls
@@ -363,13 +364,14 @@ Symbols = Callable[[int], str]
 
 def frames(stack: Iterable[int], symbols: Symbols) -> list[str]:
     """
-    The stack above KHO's own functions, innermost first: the first one is the client.
+    The stack above KHO's own functions, innermost first: the first frame is the client.
 
-    A stack begins with what traces: the BPF program, its trampoline, the traced function.
+    A stack begins with the frames of the tracing: the BPF program, its trampoline, the traced
+    function.
     """
     names = [symbols(address) for address in stack if address]
     for i, name in enumerate(names):
-        # Of one function the compiler may make several: function.part.0
+        # The compiler may make several functions of one: function.part.0
         function = name.partition("+")[0].partition(".")[0]
         ours = function in NUMBERS or function in WRAPPERS or name.endswith("[bpf]")
         if not ours and not function.startswith(("bpf_prog_", "bpf_trampoline_")):
@@ -378,7 +380,7 @@ def frames(stack: Iterable[int], symbols: Symbols) -> list[str]:
 
 
 def client(stack: Iterable[int], symbols: Symbols) -> str:
-    """Who called: ``function [module]``; ``[unknown]`` where the stack does not say."""
+    """Who called: ``function [module]``; ``[unknown]`` if the stack does not say."""
     above = frames(stack, symbols)
     if not above:
         return "[unknown]"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-Facts about KHO's clients: the structures that lead to preserved memory, and whose memory that is.
+Facts about KHO's clients: the structures that lead to preserved memory, and who owns that memory.
 
-Read from memory that may be corrupt: what is wrong with a structure is in its ``problems``, in
-words, and what could be read of it is there all the same.
+The memory may be corrupt.  The ``problems`` of a structure say in words what is wrong with it; its
+other members hold what could be read all the same.
 """
 
 from __future__ import annotations
@@ -138,9 +138,10 @@ class LuoFile:
     A file in a session (``struct luo_file``, or ``struct luo_file_ser``).
 
     :param handler: ``compatible`` of its handler.
-    :param data: ``serialized_data``: what the handler makes of it, mostly a physical address.
-    :param retrieve_status: as in ``struct luo_file``; None where only the serialized form is there.
-    :param memfd: what ``data`` leads to, where the handler is known and it is still there.
+    :param data: ``serialized_data``: its meaning is up to the handler; mostly it is a physical
+        address.
+    :param retrieve_status: as in ``struct luo_file``; None if only the serialized form is there.
+    :param memfd: what ``data`` leads to, if the handler is known and the structure is still there.
     """
 
     handler: str
@@ -156,8 +157,8 @@ class LuoSession:
     """
     A session (``struct luo_session``, or ``struct luo_session_ser``).
 
-    :param retrieved: as in ``struct luo_session``; None where only the serialized form is there.
-    :param count: files that it says to have.
+    :param retrieved: as in ``struct luo_session``; None if only the serialized form is there.
+    :param count: how many files the session says it has.
     """
 
     name: str
@@ -189,8 +190,8 @@ class Luo:
     :param phys: ``phys_addr_t`` of the ``struct luo_ser``.
     :param compatible: its ABI; None: not readable.
     :param liveupdate_num: live updates up to the next kernel, or up to this one.
-    :param live: the sessions are those of the kernel's lists, not of the serialized form.
-    :param raw: the structure's bytes in hex where the ABI is not known.
+    :param live: the sessions come from the kernel's lists, not from the serialized form.
+    :param raw: the structure's bytes in hex if the ABI is not known.
     """
 
     phys: int

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-Facts as numpy columns: what a host preserves may be 10^8 blocks, and no block is an object.
+Facts as numpy columns: a host may preserve 10^8 blocks, so no block is an object.
 
 A column set is a frozen dataclass whose fields are arrays of one length.  Streams of column sets
-("chunks") are plain iterables, so that memory stays bounded whatever a tree holds.
+("chunks") are plain iterables, so memory stays bounded whatever a tree holds.
 """
 
 from __future__ import annotations
@@ -116,13 +116,13 @@ class Pages(Columns):
 @dataclasses.dataclass(frozen=True, eq=False)
 class Blocks(Columns):
     """
-    Preserved blocks, sorted by key where they come from a tree.
+    Preserved blocks, sorted by key if they come from a tree.
 
-    :param key: u64, radix key; 0 where a block is known by its stamp only.
+    :param key: u64, radix key; 0 if only the stamp of a block is known.
     :param phys: u64, ``phys_addr_t`` of the first page.
-    :param order: u8, log2 of its pages; ``abi.BAD_ORDER`` where the key (or stamp) is nonsense.
+    :param order: u8, log2 of its pages; ``abi.BAD_ORDER`` if the key (or stamp) is nonsense.
     :param type: i8, ``KHO_PAGE_CONTIG``, ``KHO_PAGE_SPLIT`` or ``abi.NO_TYPE``.
-    :param pages: facts of the block's struct pages; None where they were not read.
+    :param pages: facts of the block's struct pages; None if they were not read.
     """
 
     key: U64
@@ -155,7 +155,7 @@ class Blocks(Columns):
         """u64, the first physical address behind each block, saturating at 2^64 - 1."""
         count = self.page_count
         end = self.phys + (count << np.uint64(page_shift))
-        # The block of the highest order has 2^64 bytes, which are 0.
+        # A block of the highest order has 2^64 bytes, which wrap around to 0.
         return np.where((end <= self.phys) & (count > 0), np.uint64(2**64 - 1), end)
 
 
@@ -207,7 +207,7 @@ def aligned(a: Iterable[Blocks], b: Iterable[Blocks]) -> Iterator[tuple[Blocks, 
     """
     Cut two streams of blocks, each sorted by key, at the same keys.
 
-    :return: pairs of which no key of one pair appears in another.
+    :return: pairs of parts; no key of one pair appears in another pair.
     """
     streams = (iter(a), iter(b))
     left, right = (next(s, None) for s in streams)

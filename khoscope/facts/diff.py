@@ -31,10 +31,10 @@ class BlockChanges:
     """
     Blocks of one stretch of keys that differ.
 
-    :param how: "removed" (in A only), "added" (in B only) or "pages" (in both, and the facts of
+    :param how: "removed" (in A only), "added" (in B only) or "pages" (in both, but the facts of
         their struct pages differ).
-    :param a: the blocks with A's facts; B's where ``how`` is "added".
-    :param b: B's facts of the same blocks, where ``how`` is "pages".
+    :param a: the blocks with A's facts; B's if ``how`` is "added".
+    :param b: B's facts of the same blocks, if ``how`` is "pages".
     """
 
     how: str
@@ -130,7 +130,7 @@ def blocks(a: Snapshot, b: Snapshot) -> Iterator[BlockChanges]:
     """
     The outgoing blocks that differ, stretch by stretch.
 
-    :raises KhoscopeError: if keys of the two kernels do not mean the same.
+    :raises KhoscopeError: if keys mean something else in the other kernel.
     """
     if (a.abi.page_shift, a.abi.order_0_log2) != (b.abi.page_shift, b.abi.order_0_log2):
         raise KhoscopeError(

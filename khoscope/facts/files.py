@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Files that khoscope reads, which may be anything, and that it writes, whole or not at all."""
+"""Read files, which may be anything, and write files, whole or not at all."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..words.errors import KhoscopeError
 
 #: The open files of this process, by number.
 _OPEN_FILES: Final = Path("/proc/self/fd")
-#: What the system says where a directory's file system, or the kernel, has no unnamed files.
+#: Errors that mean: a directory's file system, or the kernel, has no unnamed files.
 _NO_UNNAMED: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
-#: What it says where a file system cannot, or we may not, have a directory written out.
+#: Errors that mean: a file system cannot write out a directory, or khoscope may not ask for that.
 _NO_SYNC: Final = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
-#: Those that end us, or would.
+#: Signals that would end khoscope.
 _ENDING: Final = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
 
 #: What a file may be instead of a regular one.
@@ -38,9 +38,9 @@ _OTHERS: Final = {
 
 def require_regular(path: Path, hint: str) -> None:
     """
-    A pipe would keep us waiting, and a device has no end.
+    Refuse what is not a regular file: a pipe would keep khoscope waiting, and a device has no end.
 
-    :raises KhoscopeError: with that hint, if it is no regular file, or not there.
+    :raises KhoscopeError: with that hint, if it is not a regular file, or not there.
     """
     try:
         mode = path.stat().st_mode
@@ -57,11 +57,11 @@ def _require_regular(path: Path, mode: int, hint: str) -> None:
 
 def open_file(path: Path, hint: str) -> IO[bytes]:
     """
-    Open a regular file, without waiting, to read from as long as anybody needs it.
+    Open a regular file to read, without waiting; the caller closes it.
 
     :raises KhoscopeError: with that hint, if it cannot be opened, or is something else.
     """
-    # Opening a device may do something already.
+    # Merely opening a device may do something.
     require_regular(path, hint)
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
@@ -69,7 +69,7 @@ def open_file(path: Path, hint: str) -> IO[bytes]:
         raise KhoscopeError(f"{path}: {error.strerror}", hint) from error
     file = open(handle, "rb")  # noqa: SIM115 - the caller closes it
     try:
-        # It may be another one by now.
+        # The path may name another file by now.
         _require_regular(path, os.fstat(handle).st_mode, hint)
     except BaseException:
         file.close()
@@ -79,16 +79,15 @@ def open_file(path: Path, hint: str) -> IO[bytes]:
 
 class NewFile:
     """
-    A file that is there, mode 0600, once all of it is written, and not before: until
-    :meth:`finish` it has no name, so that whatever ends us leaves nothing behind, and what had
-    the name stays.
+    A file, mode 0600, that appears only once all of it is written.  Until :meth:`finish` it has no
+    name: if khoscope ends before, nothing is left behind, and an old file of that name stays.
 
     :raises KhoscopeError: if it cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        #: The name that it has meanwhile where the file system has no unnamed files.
+        #: The name that it has meanwhile if the file system has no unnamed files.
         self._temporary: Path | None = None
         with self.told():
             # Replacing what is there would put a file in the place of /dev/null or of a link.
@@ -103,7 +102,7 @@ class NewFile:
             os.fchmod(handle, 0o600)
 
     def _prefix(self) -> str:
-        # A name has 255 bytes, of which a letter may take four.
+        # A name has at most 255 bytes, and a letter may take four.
         return f".{self._path.name[:50]}."
 
     def __enter__(self) -> Self:
@@ -115,7 +114,7 @@ class NewFile:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        # What could not be written goes with the file.
+        # Data that could not be written goes with the file.
         with contextlib.suppress(OSError):
             self.file.close()
         self._forget()
@@ -127,7 +126,7 @@ class NewFile:
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:
-        """What the system says of the file becomes one clear line."""
+        """Turn what the system says about the file into one clear line."""
         try:
             yield
         except OSError as error:
@@ -150,7 +149,7 @@ class NewFile:
         if self._temporary is None:
             if _link(self.file.fileno(), self._path):
                 return
-            # A link replaces nothing: only a rename does.
+            # A link cannot replace a file; only a rename can.
             self._temporary = self._path.with_name(f"{self._prefix()}{secrets.token_hex(8)}")
             if not _link(self.file.fileno(), self._temporary):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
@@ -159,7 +158,7 @@ class NewFile:
 
 
 def _is_taken(path: Path) -> bool:
-    """Whether the name is that of something else than a file."""
+    """Whether the name belongs to something other than a regular file."""
     try:
         return not stat.S_ISREG(path.lstat().st_mode)
     except FileNotFoundError:
@@ -167,7 +166,7 @@ def _is_taken(path: Path) -> bool:
 
 
 def _unnamed(directory: Path) -> int | None:
-    """An unnamed file, or None where there is no such thing, or no way to name it later."""
+    """An unnamed file; None: there is no such thing here, or no way to name it later."""
     if not _OPEN_FILES.is_dir():
         return None
     try:
@@ -179,8 +178,8 @@ def _unnamed(directory: Path) -> int | None:
 
 
 def _link(handle: int, path: Path) -> bool:
-    """Give an unnamed file a name; False: somebody has that already."""
-    # Python follows the link to the file only from a directory that it is given.
+    """Give an unnamed file a name; False: another file has that name already."""
+    # Python follows the link to the file only if it is given a directory.
     directory = os.open(_OPEN_FILES, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.link(str(handle), path, src_dir_fd=directory, follow_symlinks=True)
@@ -193,7 +192,7 @@ def _link(handle: int, path: Path) -> bool:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """What would end us waits."""
+    """Make signals wait that would end khoscope."""
     waiting = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     try:
         yield
@@ -202,11 +201,11 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Have a new name written out, so that it outlives a kexec."""
+    """Write out a directory, so that a new name in it outlives a kexec."""
     try:
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except PermissionError:
-        # One may write to a directory that one may not read.
+        # A user may be allowed to write to a directory but not to read it.
         return
     try:
         os.fsync(handle)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-What the facts of any snapshot have in common: where they say a thing twice, both say the same.
+What holds for the facts of any snapshot: if they say a thing twice, they say the same.
 
-Facts that do not add up were forged, damaged, or read wrongly; whichever it was, nothing may pass
-on the strength of them.  This is asked when a file is opened and when facts are judged, read live
-or not, and says which facts contradict each other.
+Facts that contradict each other were forged, damaged, or read wrongly.  Whichever it was, no check
+may pass on the strength of them.  khoscope looks for contradictions when it opens a file and when
+it judges facts, read live or not, and says which facts contradict each other.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _there(what: object) -> str:
 
 
 def _metadata(facts: Snapshot, side: Side) -> Iterator[str]:
-    """``struct kho_kexec_metadata``, and what the kernel has taken of it."""
+    """``struct kho_kexec_metadata``, against what the kernel has taken from it."""
     layout = serialized.KHO_KEXEC_METADATA
     raw = side.blobs.get(f"subtree {serialized.KEXEC_METADATA}", b"")
     if len(raw) < layout.itemsize:
@@ -118,7 +118,7 @@ def _memory(facts: Snapshot) -> Iterator[str]:
 
 
 def ram_pages(facts: Snapshot) -> int:
-    """Whole pages of RAM: those that have a struct page of the page allocator's."""
+    """Whole pages of RAM: those whose struct page belongs to the page allocator."""
     shift = facts.abi.page_shift
     return sum(max((end >> shift) - -(-first >> shift), 0) for first, end in facts.ram.tolist())
 
@@ -202,7 +202,7 @@ def _memfd(memfd: Memfd) -> Iterator[str]:
 
 
 def of_claims(facts: Snapshot) -> Iterator[str]:
-    """What the structures of clients lead to, against what they say of it, in words."""
+    """Contradictions between what clients' structures say and what they lead to, in words."""
     for which, side in (("outgoing", facts.outgoing), ("incoming", facts.incoming)):
         if side is not None:
             said = _claims(facts, side, side is facts.outgoing)
@@ -219,7 +219,7 @@ def _claims(facts: Snapshot, side: Side, outgoing: bool) -> Iterator[str]:
             data[owner.session, owner.token] += has
         if not has:
             yield f"{owner} owns nothing"
-    # Without any owner nobody has looked for them.
+    # If there is no owner at all, khoscope has not looked for owners.
     for owner in _expected(facts, side) if side.owners else ():
         if not named[owner.kind, owner.name]:
             yield f"nothing is recorded of the memory of {owner}"
@@ -239,7 +239,7 @@ def _claims(facts: Snapshot, side: Side, outgoing: bool) -> Iterator[str]:
 
 
 def _expected(facts: Snapshot, side: Side) -> Iterator[Owner]:
-    """Owners that there must be, by what leads to their memory."""
+    """Owners that must exist, because something leads to their memory."""
     if side.fdt.phys:
         yield Owner(OwnerKind.FDT, "root FDT")
     for subtree in side.fdt.subtrees:
@@ -295,8 +295,8 @@ def _not_all_pages(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
     pages = blocks.facts
     seen = pages.zeros.astype(np.uint64) + pages.ones + pages.others + pages.unread
     count = blocks.page_count
-    # The head has no column of its own among them, unless it is unread, too.  What is counted as
-    # unread beyond all memory has an end.
+    # The sum leaves out the head, unless the head is unread, too.  The count of unread pages beyond
+    # all memory is capped.
     head_unread = (pages.unread > 0) & (seen == count)
     endless = pages.unread >= np.uint32(1 << 31)
     whole = (seen + np.uint64(1) == count) | head_unread | endless
@@ -305,7 +305,7 @@ def _not_all_pages(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
 
 def _more_than_all(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
     pages, count = blocks.facts, blocks.page_count
-    # A head may be of any order: a folio that was resized, or memory that holds anything.
+    # A compound page may have any order: its folio was resized, or memory holds anything.
     compound = pages.compound < Pages.COMPOUND_TAIL
     return compound | (pages.free > count) | ((pages.odd > 0) & (pages.odd >= count))
 
@@ -329,12 +329,12 @@ _STAMPS: Final[dict[str, Rows]] = {"are not what their stamps say": _other_stamp
 
 
 def of_blocks(abi: Abi, blocks: Blocks) -> Counter[str]:
-    """How many blocks of a tree have facts that contradict each other, by what is said of them."""
+    """How many blocks of a tree have facts that contradict each other, by the contradiction."""
     return _counted(_KEYS, abi, blocks)
 
 
 def of_stamps(abi: Abi, stamps: Blocks) -> Counter[str]:
-    """The same of stamped blocks."""
+    """The same for stamped blocks."""
     return _counted(_STAMPS, abi, stamps)
 
 
@@ -345,7 +345,7 @@ def _counted(what: dict[str, Rows], abi: Abi, blocks: Blocks) -> Counter[str]:
 
 def of_tree(facts: Snapshot, side: Side, keys: KeySet) -> Iterator[str]:
     """
-    What the nodes of a tree say of the leaves, and of each other.
+    Contradictions between the nodes of a tree and the leaves, and among the nodes.
 
     :param keys: of the side's leaves.
     """
@@ -370,7 +370,7 @@ def of_tree(facts: Snapshot, side: Side, keys: KeySet) -> Iterator[str]:
     if state.root and first:
         yield f"the root is at {state.root:#x}, and there is no node"
     if state.moved:
-        # What moved is in the one and not in the other.
+        # Blocks that moved are in the nodes but not in the leaves, or the other way round.
         return
     held = int(keys.counts.sum())
     if other or int(used[0]) != held:
@@ -380,7 +380,7 @@ def of_tree(facts: Snapshot, side: Side, keys: KeySet) -> Iterator[str]:
 
 
 def of_evidence(before: Snapshot, after: Snapshot) -> Iterator[str]:
-    """Leaves of the earlier tree that were not read again, in the later snapshot."""
+    """Leaves of the earlier tree that the later snapshot did not read again."""
     wanted = 0
     size = after.abi.page_size
     for nodes in before.outgoing.tree.nodes:

@@ -11,10 +11,10 @@ class NextKernel:
     """
     A kernel, as its image says.
 
-    Of each ``compatible`` these are all that stand in the image: one where the kernel takes such a
-    handover, none where it was built without, several where it cannot be told.
+    For each kind of ``compatible``, these are all that the image contains: one if the kernel takes
+    such a handover, none if it was built without, several if khoscope cannot tell which it takes.
 
-    :param path: the image; of a directory, the one that was found in it.
+    :param path: the image; for a directory, the image that was found in it.
     :param compression: of a bzImage's payload; None: a vmlinux, or an arm64 Image.
     :param release: ``UTS_RELEASE``.
     :param kho: ``KHO_FDT_COMPATIBLE``.
@@ -31,7 +31,7 @@ class NextKernel:
 
     @property
     def in_words(self) -> str:
-        """What it is and takes, in one line."""
+        """What the kernel is, and what it takes, in one line."""
         form = f"bzImage ({self.compression})" if self.compression else "not compressed"
         takes = [" and ".join(each) for each in (self.kho, self.luo, self.memfd) if each]
         return f"{self.release}, {form}, {', '.join(takes) or 'no KHO'}"

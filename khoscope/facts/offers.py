@@ -22,8 +22,8 @@ class Fact:
 
     :param value: what was found, in words.
     :param read_from: the file or the kernel's variable.
-    :param hint: what to do; empty where there is nothing to do.
-    :param needed: by the commands that read the running kernel, not by some of the others alone.
+    :param hint: what to do; empty if there is nothing to do.
+    :param needed: by all commands that read the running kernel, not only by some others.
     """
 
     name: str
@@ -35,5 +35,5 @@ class Fact:
 
 
 def missing(facts: list[Fact]) -> Fact | None:
-    """The first thing that is needed and not there, or that cannot be told."""
+    """The first needed thing that is missing, or that may be missing."""
     return next((fact for fact in facts if fact.needed and fact.state != State.OK), None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whose the preserved blocks are: each block against what the owners claim."""
+"""Who owns the preserved blocks: each block against what the owners claim."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .clients import Claims, Owner, OwnerKind, Vmalloc
 from .columns import Blocks
 from .snapshot import Side, Snapshot
 
-#: In place of an owner: nothing tells.
+#: In place of an owner: the owner is not known.
 UNKNOWN: Final = -1
 
 
@@ -33,10 +33,11 @@ class Owners:
         every = every[every.size > 0]
         every = every[np.argsort(every.phys, kind="stable")]
         self._start = every.phys
-        # What a corrupt structure says to have may reach beyond all memory.
+        # The claims of a corrupt structure may reach beyond all memory.
         self._end = every.phys + np.minimum(every.size, ~every.phys)
         self._owner = every.owner.astype(np.int64)
-        # Claims may overlap: of those that begin before an address, the one that reaches furthest.
+        # Claims may overlap.  Of those that begin before an address, take the one that reaches
+        # furthest.
         self._reach = np.maximum.accumulate(self._end) if len(every) else self._end
         furthest = np.where(self._end == self._reach, np.arange(len(every)), 0)
         self._furthest = self._owner[np.maximum.accumulate(furthest)]
@@ -47,10 +48,10 @@ class Owners:
 
     def at(self, start: U64, end: U64) -> NDArray[np.int64]:
         """
-        An owner that claims some of each span [start, end): its index, or UNKNOWN.
+        For each span [start, end), the index of an owner that claims some of it, or UNKNOWN.
 
-        Of several it is the one whose claim begins last, as far as that reaches into the span: one
-        wrong size does not take away what others have.
+        If several do, take the one whose claim begins last, if that claim reaches into the span: so
+        one wrong size does not take away what others have.
         """
         last = np.searchsorted(self._start, end, "left").astype(np.int64) - 1
         owner = np.full(len(start), UNKNOWN, np.int64)
@@ -91,10 +92,10 @@ NOBODY: Final = Preservers((), np.zeros(0, np.uint64), np.zeros(0, np.int64))
 
 class BlockOwners:
     """
-    Whose each outgoing block is, by everything that tells.
+    Who owns each outgoing block, from all sources.
 
-    That is, in this order: the structures that lead to it, the type of its first page (slab), and
-    who was seen preserving it.
+    The sources are, in this order: the structures that lead to it, the type of its first page
+    (slab), and who was seen preserving it.
     """
 
     def __init__(self, facts: Snapshot, callers: Preservers = NOBODY) -> None:
@@ -102,7 +103,7 @@ class BlockOwners:
         self._claimed = Owners.of_side(facts.outgoing, facts.abi.page_shift)
         self._callers = callers
         self._slab = len(self._claimed.owners)
-        #: All that there may be.
+        #: All possible owners.
         self.owners = [*self._claimed.owners, Owner(OwnerKind.SLAB, "slab"), *callers.owners]
 
     def of(self, blocks: Blocks) -> NDArray[np.int64]:
@@ -124,13 +125,13 @@ class BlockOwners:
             yield blocks, self.of(blocks)
 
     def totals(self) -> list[OwnerTotal]:
-        """What each owner has, most first; what nothing tells the owner of comes last."""
+        """What each owner has, the largest first; blocks whose owner is not known come last."""
         count = np.zeros(len(self.owners) + 1, np.int64)
         pages = np.zeros(len(self.owners) + 1, np.uint64)
         for blocks, owner in self.blocks():
             np.add.at(count, owner, 1)
             np.add.at(pages, owner, blocks.page_count)
-        # UNKNOWN indexes the last.
+        # UNKNOWN (-1) indexes the last entry.
         found = [
             OwnerTotal(
                 self.owners[i] if i < len(self.owners) else None, int(count[i]), int(pages[i])
@@ -145,7 +146,7 @@ class OwnerTotal:
     """
     What an owner has.
 
-    :param owner: None: nothing tells.
+    :param owner: None: not known.
     """
 
     owner: Owner | None

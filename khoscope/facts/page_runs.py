@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-What the struct pages of a range of memory say, page by page: equal pages are one run.
+What the struct pages of a range of memory say, page by page: equal neighbours form one run.
 
-A range may be all of a host's RAM.  It is gone through window by window, in columns, whether the
-struct pages are read from a kernel or are what a snapshot recorded of them.
+A range may be all of a host's RAM.  khoscope goes through it window by window, in columns, whether
+it reads the struct pages from a kernel or takes what a snapshot recorded of them.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from .owners import UNKNOWN, Owners
 from .snapshot import Snapshot
 from .tree import KeySet
 
-#: Pages of a snapshot that are gone through at once.
+#: How many pages of a snapshot one window has.
 WINDOW: Final = 1 << 15
 
 
 class PageKnowledge(IntEnum):
-    """What there is to say of a page."""
+    """How much is known about a page."""
 
     #: Its struct page was read.
     READ = 0
-    #: A snapshot recorded its refcount, and no more: it is not the first page of its block.
+    #: A snapshot recorded only its refcount: it is not the first page of its block.
     REFCOUNT = 1
-    #: A snapshot recorded how many pages of its block have which refcount, not which this one has.
+    #: A snapshot recorded how many pages of its block have which refcount, but not which one this
+    #: page has.
     COUNTED = 2
     #: Its struct page cannot be read.
     UNREAD = 3
-    #: A snapshot says nothing of it.
+    #: A snapshot says nothing about it.
     UNRECORDED = 4
     #: No System RAM is there.
     OUTSIDE_RAM = 5
@@ -47,19 +48,19 @@ class PageKnowledge(IntEnum):
 @dataclass(frozen=True, eq=False)
 class PageRuns(Columns):
     """
-    Runs of pages of which all is equal, sorted by address; a row may be a single page.
+    Runs of pages that are equal in every respect, sorted by address; a row may be a single page.
 
     :param phys: u64, ``phys_addr_t`` of the first page.
     :param pages: u64, how many.
-    :param seen: u8, a :class:`PageKnowledge`: what is not known is as in :meth:`nothing`.
-    :param stamp: u64, ``page->private`` where that is a stamp, else 0.
+    :param seen: u8, a :class:`PageKnowledge`: columns that are not known are as in :meth:`nothing`.
+    :param stamp: u64, ``page->private`` if that is a stamp, else 0.
     :param flags: u64, ``page->flags`` as far as ``enum pageflags`` has names; 0 in the tail of a
         compound page, where that word holds something else.
     :param refcount: i32.
     :param page_type: u8, the top byte of ``page->page_type``, if that is a type; else ``UNTYPED``.
     :param compound: i8, as in :class:`~khoscope.facts.columns.Pages`.
     :param buddy: i8, order of the free buddy block that the page is in; ``ALLOCATED``, or ``FREE``
-        where only that it is free is known.
+        if the page is known to be free but the order is not.
     :param key: u64, radix key of the preserved block that covers the first page; 0: none does.
     :param order: u8, order of that block, and of those that cover the other pages; ``BAD_ORDER``:
         none does.
@@ -81,7 +82,7 @@ class PageRuns(Columns):
     type: NDArray[np.int8]
     owner: NDArray[np.int32]
 
-    #: No type is 0: ``page_type`` counts mappings where its highest bit is clear.
+    #: No type is 0: ``page_type`` counts mappings if its highest bit is clear.
     UNTYPED: ClassVar[int] = 0
     ALLOCATED: ClassVar[int] = -1
     FREE: ClassVar[int] = -2
@@ -104,7 +105,7 @@ class PageRuns(Columns):
 
     @classmethod
     def nothing(cls, phys: U64, seen: PageKnowledge) -> PageRuns:
-        """Single pages of which nothing is known, as writable columns."""
+        """Single pages about which nothing is known, as writable columns."""
         blank = {name: np.zeros(len(phys), dtype) for name, dtype in cls.DTYPES.items()}
         runs = cls(**blank | {"phys": phys})
         runs.pages[:] = 1
@@ -123,7 +124,7 @@ Look = Callable[[int, int], Iterator[PageRuns]]
 
 
 def page_types(page_type: NDArray[np.uint32]) -> NDArray[np.uint8]:
-    """The top byte where ``page_type_has_type()``; a page without a type counts mappings there."""
+    """The top byte if ``page_type_has_type()``; a page without a type counts mappings there."""
     top = (page_type >> np.uint32(24)).astype(np.uint8)
     return np.where((top >= 0x80) & (top != 0xFF), top, PageRuns.UNTYPED).astype(np.uint8)
 
@@ -153,9 +154,9 @@ def runs(facts: Snapshot, first: int, end: int, look: Look) -> Iterator[PageRuns
 
 
 def _pages(ram: U64, start: int, end: int, shift: int, look: Look) -> Iterator[PageRuns]:
-    """The pages of [start, end), pfns; what is outside RAM is a row."""
+    """The pages of [start, end), pfns; each stretch outside RAM is one row."""
     for low, high in ram.tolist():
-        # A page that is RAM in part only is none of the page allocator's.
+        # The page allocator does not use a page that is RAM only in part.
         low, high = max(-(-low >> shift), start), min(high >> shift, end)
         if low >= high:
             continue
@@ -173,7 +174,7 @@ def _outside(start: int, end: int, shift: int) -> Iterator[PageRuns]:
 
 
 def _cover(abi: Abi, keys: KeySet, pages: PageRuns) -> None:
-    """Which preserved block covers each page of RAM; where several do, the largest."""
+    """Which preserved block covers each page of RAM; if several do, the largest."""
     base = np.uint64(~(abi.leaf_bits - 1) & (1 << 64) - 1)
     for order in keys.orders:
         for page_type in abi.key_types:
@@ -188,7 +189,7 @@ def _cover(abi: Abi, keys: KeySet, pages: PageRuns) -> None:
 
 
 def _join(rows: PageRuns, shift: int) -> PageRuns:
-    """Neighbours of which all is equal become one row."""
+    """Join neighbours that are equal in every respect into one row."""
     begins = np.ones(len(rows), np.bool_)
     begins[1:] = rows.phys[:-1] + (rows.pages[:-1] << np.uint64(shift)) != rows.phys[1:]
     for name in PageRuns.DTYPES.keys() - {"phys", "pages", "key"}:
@@ -204,7 +205,7 @@ def recorded(facts: Snapshot) -> Look:
     """
     What a snapshot recorded of pages: those of preserved, stamped and watched blocks.
 
-    Where several of them hold a page, they say the same but for what moved meanwhile.
+    If several of them hold a page, they say the same, except for what moved meanwhile.
     """
     abi = facts.abi
     shift = abi.page_shift
@@ -224,7 +225,7 @@ def recorded(facts: Snapshot) -> Look:
 
 
 def _by_address(stream: Iterable[Blocks], abi: Abi) -> list[_Ahead]:
-    """A stream that is sorted by key as streams that are sorted by address."""
+    """Turn a stream sorted by key into streams sorted by address."""
     kinds = {
         kind
         for chunk in stream
@@ -249,9 +250,10 @@ class _Ahead:
 
     def within(self, start: int, end: int) -> Blocks:
         """
-        Those that reach into the pfns [start, end), which begin where the ones before ended.
+        The blocks that reach into the pfns [start, end); each window begins where the last one
+        ended.
 
-        :raises KhoscopeError: if they are not sorted, and might be anything many.
+        :raises KhoscopeError: if the blocks are not sorted: there might be any number of them.
         """
         low, high = start << self._shift, end << self._shift
         while self._last < high and (chunk := next(self._stream, None)) is not None:
@@ -267,7 +269,8 @@ class _Ahead:
             self._held.append(chunk[chunk.end(self._shift) > np.uint64(low)])
         held = Blocks.concatenate(part for part in self._held if len(part))
         held = held[held.end(self._shift) > np.uint64(low)] if len(held) else held
-        # Those that overlap could be any many: what begins earlier counts as in _covered_by().
+        # Any number of blocks could overlap: of those that begin earlier, keep only the two that
+        # _covered_by() can choose.
         early = int(np.searchsorted(held.phys, np.uint64(low)))
         if early > 2:
             furthest = int(np.argmax(held.end(self._shift)[:early]))
@@ -280,8 +283,8 @@ def _covered_by(
     begin: NDArray[np.int64], end: NDArray[np.int64], pages: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """
-    Pages that lie in a block, and which; of several it is the last that reaches so far, or else
-    the one that reaches furthest.
+    The pages that lie in a block, and in which block.  If several blocks hold a page, take the one
+    that begins last if it reaches that far, else the one that reaches furthest.
 
     :param begin: of each block, sorted; pages count from 0.
     """
@@ -296,7 +299,7 @@ def _covered_by(
 
 
 def _fill(window: PageRuns, blocks: Blocks, abi: Abi, buddy: int | None) -> None:
-    """Write down what the facts of some blocks say of the pages of a window."""
+    """Fill in what the facts of some blocks say about the pages of a window."""
     if not len(blocks):
         return
     shift = np.uint64(abi.page_shift)

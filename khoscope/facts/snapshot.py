@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-A Snapshot: facts about KHO in one kernel at one time, and no opinion.
+A Snapshot: facts about KHO in one kernel at one time, but no opinions.
 
-Small facts are plain values.  Whatever a kernel decides the size of is a stream of column chunks
-(:mod:`khoscope.facts.columns`): iterate it as often as needed, it is never whole in memory unless
-it is small.
+Small facts are plain values.  Facts whose size a kernel decides are streams of column chunks
+(:mod:`khoscope.facts.columns`).  Iterate a stream as often as needed; it is never whole in memory
+unless it is small.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Kernel:
 
     :param release: ``init_uts_ns.name.release``.
     :param version: ``init_uts_ns.name.version``.
-    :param boot_id: ``/proc/sys/kernel/random/boot_id``; None when the kernel has not made it yet.
+    :param boot_id: ``/proc/sys/kernel/random/boot_id``; None if the kernel has not made it yet.
     :param tainted: ``tainted_mask``.
-    :param log: lines of the kernel log about KHO gone wrong and bad pages (kernel/printk).
+    :param log: lines of the kernel log about failures of KHO and about bad pages (kernel/printk).
     :param page_flags: names of the ``enum pageflags`` bits, by bit.
     :param page_types: names of the ``enum pagetype`` values, by the top byte of ``page_type``.
     :param command_line: ``saved_command_line``.
@@ -61,8 +61,8 @@ class Side:
     What one direction holds: outgoing (``struct kho_out``) or incoming (``struct kho_in``).
 
     :param blobs: the FDT ("fdt") and the subtrees (by name) as they were, where readable.
-    :param blocks: the tree's blocks with the facts of their struct pages; empty where these were
-        not read.
+    :param blocks: the tree's blocks with the facts of their struct pages; empty if these were not
+        read.
     :param luo: what LUO has in it; None: nothing, or not looked at.
     :param vmallocs: the vmalloc areas that known structures lead to.
     :param owners: whose memory this is, as far as memory can tell.
@@ -140,23 +140,23 @@ class Snapshot:
     :param ram: u64, shape (n, 2): first and last-plus-one physical address of each range of
         System RAM (``iomem_resource``).
     :param scratch: u64, shape (n, 2): address and size of each area (``kho_scratch``).
-    :param scratch_free: pages of each area that the buddy allocator holds, None where their
-        struct pages cannot be read; empty: not counted.
+    :param scratch_free: pages of each area that the buddy allocator holds, None if their struct
+        pages cannot be read; empty: not counted.
     :param image: the kexec image; None: not looked at.
     :param liveupdate: LUO in this kernel; None: it has none, or was not looked at.
     :param unreadable: what else of the kernel's memory could not be read, in words: a vmcore may
         lack pages.
-    :param unrecorded: what the khoscope that took it did not record yet, in words.
-    :param contradictions: facts of it that contradict each other, in words, as far as that showed
-        when a file was opened (:mod:`khoscope.facts.invariants`).
+    :param unrecorded: what the version of khoscope that took it did not record yet, in words.
+    :param contradictions: facts that contradict each other, in words, as found when a file was
+        opened (:mod:`khoscope.facts.invariants`).
     :param outgoing: what this kernel is about to hand over.
     :param incoming: what it was handed; its tree is evidence, never proof.  None: not a KHO boot.
     :param stamps: stream of the stamped pages, found by scanning all struct pages; sorted by
         address.
     :param watched: stream of the blocks of another snapshot, in its order, with the page facts
         of this kernel.
-    :param evidence: what stands now where the other snapshot's leaves stood, sorted by key: those
-        leaves, or anything else.
+    :param evidence: what memory holds now where the other snapshot's leaves were, sorted by key:
+        those leaves, or anything else.
     """
 
     taken: Provenance
@@ -186,7 +186,7 @@ def in_ram(ram: U64, phys: int, size: int) -> bool:
     Whether memory lies in one range of RAM.
 
     :param ram: as :attr:`Snapshot.ram`.
-    :param phys: any number, as out of a file; ``size`` likewise.
+    :param phys: any number, since it may come from a file; ``size`` likewise.
     """
     if not 0 <= phys < 1 << 64 or not len(ram):
         return False

@@ -71,10 +71,11 @@ class Scratch:
 @dataclass(frozen=True)
 class Status:
     """
-    What there is to say in one screen.
+    The state of KHO as one screen shows it.
 
     :param preserved: outgoing blocks by (order, type).
-    :param unclaimed: stamped blocks by (order, type); None: not looked for, after a KHO boot.
+    :param unclaimed: stamped blocks by (order, type); None: this is a KHO boot, but they were not
+        looked for.
     :param tree_pages: pages of the outgoing tree's own nodes.
     :param per_byte: bytes preserved per byte of tree; None: there is no tree.
     :param subtrees: outgoing subtrees, and whether blocks cover all of each blob; None: the FDT
@@ -142,7 +143,7 @@ def _why_off(facts: Snapshot) -> str:
 
 def kho_parameter(command_line: str) -> tuple[str, bool] | None:
     """The last ``kho=`` that ``kstrtobool()`` understands, and what it says; None: none."""
-    # What follows is for init.
+    # Everything after "--" is for init.
     words, _, _ = f" {command_line} ".partition(" -- ")
     asked = None
     for word in re.findall(r"(?<=\s)kho=\S*", f"{words} "):
@@ -155,7 +156,7 @@ def kho_parameter(command_line: str) -> tuple[str, bool] | None:
 
 def _scratch(facts: Snapshot) -> list[Scratch]:
     free = [n if n is None else n << facts.abi.page_shift for n in facts.scratch_free]
-    # Of a file, the two need not fit.
+    # In a file, the two lists may have different lengths.
     free += [None] * len(facts.scratch)
     return [Scratch(phys, size, free[i]) for i, (phys, size) in enumerate(facts.scratch.tolist())]
 

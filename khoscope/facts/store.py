@@ -38,7 +38,7 @@ from .tree import Tree, TreeState
 SPOOL_MEMORY = 64 << 20
 
 
-#: As a source has it where the kernel has none.
+#: The root FDT that a source gives if the kernel has none.
 NO_FDT: Final = Fdt(0, problems=["there is none"])
 
 
@@ -75,8 +75,8 @@ class _Meta:
     unreadable: list[str] = field(default_factory=list)
 
 
-#: What files of version 1 may lack, since khoscope 0.1.0 recorded it only later: class and member,
-#: and what the verdict says then; "": no rule needs it.
+#: Members that files of version 1 may lack, since khoscope 0.1.0 recorded them only later: class
+#: and member, and what the verdict then names as not recorded; "": no rule needs it.
 UNRECORDED_1: Final[dict[str, str]] = {
     "Abi.decided": "",
     "Abi.key_width": "how wide a key may be",
@@ -91,7 +91,7 @@ UNRECORDED_1: Final[dict[str, str]] = {
     "_Meta.liveupdate": "",
     "_Meta.unreadable": "what could not be read",
 }
-#: What need not be in any file: the bytes of the FDT say it.
+#: Members that any file may lack: the bytes of the FDT say the same.
 DERIVED: Final = {f"Fdt.{f.name}": "" for f in dataclasses.fields(Fdt) if f.name != "phys"}
 
 
@@ -171,7 +171,7 @@ def load_file(path: Path) -> Snapshot:
     """
     Open a snapshot file.  Its streams are read, and checked, when they are iterated.
 
-    :raises KhoscopeError: if it is not there, damaged, hostile or of a newer schema.
+    :raises KhoscopeError: if the file is missing, damaged, hostile or of a newer schema.
     """
     return _load(open_file(path, "name a file that `khoscope snapshot` wrote"), str(path))
 
@@ -243,18 +243,21 @@ def _derived(recorded: Fdt, blobs: dict[str, bytes]) -> Fdt:
 
 
 def _same(recorded: Fdt, derived: Fdt) -> bool:
-    """Problems are told in the words of whoever reads it."""
+    """Compare all but the problems: every khoscope tells those in its own words."""
     return dataclasses.replace(recorded, problems=[]) == dataclasses.replace(derived, problems=[])
 
 
 def _check_lists(meta: _Meta) -> None:
-    """Refuse more than any kernel has, where each entry costs more than its room in the file."""
+    """
+    Refuse more entries than any kernel has, if an entry costs more memory than its room in the
+    file.
+    """
     for side in filter(None, (meta.outgoing, meta.incoming)):
         sessions = side.luo.sessions if side.luo else []
         entries = len(sessions) + sum(len(session.files) for session in sessions)
         if entries > budget.ENTRIES or len(side.fdt.subtrees) > budget.SUBTREES:
             raise ValueError("more sessions, files or subtrees than khoscope keeps")
-        # Whatever these own is found by their names.
+        # khoscope finds what these own by their names, so no two may share a name.
         files = [(session.name, file.token) for session in sessions for file in session.files]
         for named, names in (
             (len(sessions), {session.name for session in sessions}),
@@ -274,7 +277,7 @@ def _check_memory(facts: Snapshot) -> None:
 
 
 def _check_members(archive: Archive, meta: _Meta) -> None:
-    """Each member is one of those that ``meta.json`` counts, and each stream is counted."""
+    """Require that ``meta.json`` counts each member and each stream."""
     sides = ["out", *(["in"] if meta.incoming else [])]
     streams = [f"{side}/{kind}" for side in sides for kind in ("nodes", "leaves", "blocks")]
     streams += ["stamps", "watched", "evidence"]
@@ -294,7 +297,7 @@ def _check_members(archive: Archive, meta: _Meta) -> None:
 
 
 def _check_abi(abi: Abi) -> None:
-    """Refuse a geometry that would make us reserve absurd amounts of memory."""
+    """Refuse a geometry that would make khoscope reserve absurd amounts of memory."""
     fits = (
         abi.page_shift in (12, 14, 16)
         and abi.table_size_log2 == abi.page_shift - 3

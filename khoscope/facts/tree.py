@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-A radix tree, read: how the walk went, its nodes and leaves, and the blocks that these decode to.
+A radix tree as it was read: how the walk went, the nodes and leaves, and the blocks that they
+decode to.
 
 Kernel source: ``struct kho_radix_tree`` in kernel/liveupdate/kexec_handover.c.
 """
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from ..abi.keys import BAD_ORDER, U64, Abi
 from .columns import CHUNK_BLOCKS, Blocks, Leaves, Nodes
 
-#: Bits of leaves that are taken apart at once.
+#: How many bits of leaves are unpacked at once.
 RUN_BITS: Final = 1 << 21
 
 #: First and last-plus-one pfn of runs of pages.
@@ -28,9 +29,9 @@ Run = tuple[U64, U64]
 @dataclass(frozen=True)
 class NodeProblem:
     """
-    An entry that no tree of the kernel's would have.
+    An entry that the kernel would not write into a tree.
 
-    :param table: ``phys_addr_t`` of the node it stands in.
+    :param table: ``phys_addr_t`` of the node that holds it.
     :param index: its index there.
     :param entry: its value, u64.
     :param why: what is wrong with it.
@@ -49,10 +50,10 @@ class TreeState:
     How the walk of a tree went.
 
     :param root: ``phys_addr_t`` of the root node; 0: there is no tree.
-    :param reads: how often it was read until two reads agreed, or we gave up.
+    :param reads: how often the tree was read until two reads agreed, or khoscope gave up.
     :param moved: blocks that came or went between the last two reads; they are left out.
-    :param problems: entries that were not followed, the first of them.
-    :param problem_count: all of them.
+    :param problems: the first entries that were not followed.
+    :param problem_count: how many there are in all.
     """
 
     root: int
@@ -65,7 +66,7 @@ class TreeState:
 @dataclass(frozen=True)
 class Tree:
     """
-    A radix tree, read.
+    A radix tree as it was read.
 
     :param nodes: stream of all nodes.
     :param leaves: stream of the leaves that hold blocks, sorted by key.
@@ -145,7 +146,7 @@ def decode_leaves(abi: Abi, leaves: Leaves) -> Blocks:
 
 @functools.cache
 def _all_bits(count: int) -> U64:
-    """Indices of all bits, kept: a full leaf is what a big tree is made of."""
+    """Indices of all bits, cached: a big tree consists mostly of full leaves."""
     bits = np.arange(count, dtype=np.uint64)
     bits.flags.writeable = False
     return bits
@@ -199,10 +200,10 @@ class KeySet:
 
     @functools.cached_property
     def orders(self) -> list[int]:
-        """The orders of which there may be blocks."""
+        """The orders that blocks may have."""
         low = (self.leaves.key & ~np.uint64(self._abi.type_bit)) == 0
         _, orders, _ = self._abi.kho_radix_decode_keys(self.leaves.key[~low])
-        # One leaf holds the highest orders together: their order bits are bits of its own.
+        # One leaf holds the highest orders together: their order bits lie inside that leaf.
         mixed = range(self._abi.order_0_log2 - self._abi.bitmap_size_log2 + 1, 64)
         every = {*orders.tolist(), *(mixed if low.any() else ())}
         return sorted(order for order in every if order <= self._abi.order_0_log2)
@@ -218,10 +219,10 @@ class KeySet:
 
     def runs(self) -> Iterator[tuple[U64, U64]]:
         """
-        What the blocks cover, whatever their order: runs of pages, sorted and apart, in chunks.
+        The runs of pages that the blocks cover, whatever their order: sorted and apart, in chunks.
 
         Each chunk is u64 first pfns and u64 last-plus-one pfns.  A run may go on in the next chunk.
-        It takes as long as there are leaves, and no longer for more or larger blocks.
+        The time depends on the number of leaves, but not on the number or size of the blocks.
         """
         abi, every = self._abi, self.leaves
         phys, order, _ = abi.kho_radix_decode_keys(every.key)
@@ -235,7 +236,7 @@ class KeySet:
             group = regular[at : at + step]
             waiting.append(self._runs_of(group, first[group], order[group]))
             rest = regular[at + step : at + step + 1]
-            # Whatever comes later begins there or behind.
+            # All later runs begin there or behind.
             done, left = _merged(waiting, first[rest[0]] if len(rest) else None)
             waiting = [left]
             yield done
@@ -244,12 +245,12 @@ class KeySet:
 
     def _runs_of(self, rows: NDArray[np.int64], first: U64, order: NDArray[np.uint8]) -> Run:
         """The runs of set bits of some leaves, each of which has one order."""
-        # A zero between any two leaves ends what the one has at its end.
+        # A zero between two leaves ends a run at the end of the first.
         width = self._abi.leaf_bits + 1
         bits = np.zeros(len(rows) * width + 1, np.bool_)
         apart = bits[1:].reshape(len(rows), width)
         apart[:, :-1] = np.unpackbits(self.leaves.bitmap[rows], axis=1, bitorder="little")
-        # They begin with a zero, so that what changes begins a run, then ends it.
+        # The bits begin with a zero, so changes alternately begin and end a run.
         begin, end = np.flatnonzero(bits[1:] != bits[:-1]).reshape(-1, 2).T
         leaf = begin // width
         shift = order[leaf].astype(np.uint64)
@@ -257,7 +258,7 @@ class KeySet:
         return start, start + ((end - begin).astype(np.uint64) << shift)
 
     def _runs_of_highest(self, rows: NDArray[np.int64]) -> Run:
-        """Of the leaf, one of each type, whose bits are order bits, too."""
+        """The runs of the leaves, one for each type, whose bits include order bits."""
         blocks = Blocks.concatenate(
             decode_leaves(self._abi, self.leaves[row : row + 1]) for row in rows.tolist()
         )
@@ -282,7 +283,7 @@ class KeySet:
         step = self._abi.page_size
         end = phys + size
         if not 0 <= phys <= end <= 1 << 64:
-            # Out of a file, this may be any number.
+            # From a file, this may be any number.
             return False
         start = phys & -step
         while start < end:
@@ -290,7 +291,7 @@ class KeySet:
             pages = np.arange(start, last, step, dtype=np.uint64)
             if not self.covered(pages).all():
                 return False
-            # A block may be larger than all that would be looked at page by page.
+            # Skip the rest of this block: it may be too large to look at page by page.
             start = self._behind(int(pages[-1]))
         return True
 
@@ -308,7 +309,7 @@ class KeySet:
 
 def _merged(runs: list[Run], until: np.uint64 | None) -> tuple[Run, Run]:
     """
-    Runs, sorted and apart: those in front of a page, and those behind it.
+    Merge runs, sorted and apart: those in front of a page, and those behind it.
 
     :param until: a pfn at which a run is cut; None: all are in front.
     """

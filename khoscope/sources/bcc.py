@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Find bcc, which is no Python package of PyPI, or say in two lines why not."""
+"""Find bcc, which is not on PyPI, or say in two lines why it cannot be used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ..words.errors import KhoscopeError
 
-#: What bcc needs to have; by what a version lacks, for the message.
+#: What bcc must have; the message names what a version lacks.
 _NEEDED = ("ring_buffer_poll", "support_kfunc")
 
 
@@ -17,12 +17,12 @@ def import_bcc() -> Any:
     """
     bcc's Python module, a distribution package.
 
-    :raises KhoscopeError: if it is not there or lacks what is needed.
+    :raises KhoscopeError: if it is not there or lacks what khoscope needs.
     """
     try:
         bcc = importlib.import_module("bcc")
     except (ImportError, OSError, AttributeError) as error:
-        # A library of another version lacks functions, which is found out on import.
+        # A library of another version may lack functions, and then the import fails.
         raise KhoscopeError(
             f"bcc is not there for {sys.executable} ({error})",
             "install python3-bpfcc (it is not on PyPI), and make khoscope's virtual environment"

@@ -15,11 +15,12 @@ After :func:`register`, ``prog.type("struct page")``, ``prog["kho_out"]``, ``pro
 >>> prog["kho_out"].radix_tree.root
 (struct kho_radix_node *)0xffff8e0d81234000
 
-BTF names no global variables but per-CPU ones: the types of those that drgn's helpers and khoscope
-ask for stand in :data:`VARIABLES`.  It has no macros either, no source files, and arrays of arrays
-are flat: ``x[4][8]`` is ``x[32]``.
+Of the global variables, BTF names only per-CPU ones.  :data:`VARIABLES` has the types of the others
+that drgn's helpers and khoscope ask for.  BTF has no macros and no source files, and its arrays of
+arrays are flat: ``x[4][8]`` is ``x[32]``.
 
-This module stands alone, for versions of drgn that cannot read BTF: it imports nothing of ours.
+This module is for versions of drgn that cannot read BTF.  It stands alone: it imports no other
+module of khoscope.
 Kernel sources: ``Documentation/bpf/btf.rst``, ``include/uapi/linux/btf.h``.
 """
 
@@ -56,13 +57,13 @@ from numpy.typing import NDArray
 
 __all__ = ("NAME", "VARIABLES", "Btf", "BtfError", "SymbolsHidden", "register")
 
-#: Of the finders that are registered, and in ``Program.cache`` of what :func:`register` returned.
+#: Name of the registered finders, and key in ``Program.cache`` of what :func:`register` returned.
 NAME: Final = "khoscope_btf"
 
 #: Where a running kernel shows its BTF, ``vmlinux`` and one file for each module.
 SYSFS: Final = Path("/sys/kernel/btf")
 
-#: The C types of variables, by their name.  What is missing here can be added.
+#: The C types of variables, by their name.  Callers may add what is missing here.
 VARIABLES: dict[str, str] = {
     # KHO, LUO, kexec
     "kho_enable": "_Bool",
@@ -113,7 +114,7 @@ VARIABLES: dict[str, str] = {
     "tainted_mask": "unsigned long",
 }
 
-#: Variables whose structure has no name: members by which it is known.
+#: Variables whose structure has no name, and the members that identify it.
 UNNAMED: dict[str, tuple[str, ...]] = {
     "luo_global": ("enabled", "liveupdate_num"),
 }
@@ -136,7 +137,7 @@ _KINDS: Final = 128
 _EXTRA: Final = {_INT: 1, _ARRAY: 3, _VAR: 1, _DECL_TAG: 1}
 _ELEMENT: Final = {_STRUCT: 3, _UNION: 3, _ENUM: 2, _FUNC_PROTO: 2, _DATASEC: 3, _ENUM64: 3}
 
-#: Kinds that say something of one other type, and what drgn calls those that qualify it.
+#: Kinds that wrap one other type, and drgn's names for those that qualify it.
 _QUALIFIERS: Final = {
     _CONST: Qualifiers.CONST,
     _VOLATILE: Qualifiers.VOLATILE,
@@ -144,7 +145,7 @@ _QUALIFIERS: Final = {
 }
 _WRAPPERS: Final = {*_QUALIFIERS, _PTR, _ARRAY, _TYPEDEF, _FUNC, _FUNC_PROTO, _TYPE_TAG}
 
-#: The kinds in which what drgn looks for by name is found.
+#: The kinds of BTF in which to find each kind of type that drgn looks for by name.
 _NAMED: Final = {
     TypeKind.STRUCT: {_STRUCT},
     TypeKind.UNION: {_UNION},
@@ -155,14 +156,14 @@ _NAMED: Final = {
     TypeKind.FLOAT: {_FLOAT},
 }
 
-#: More pointers to arrays of pointers … than C code has, and more unnamed members in one another.
+#: A deeper nesting of pointers to arrays of pointers …, or of unnamed members, than C code has.
 _NESTING: Final = 64
 #: More members, with those of unnamed members, than a structure has.
 _MEMBERS: Final = 1 << 16
-#: Where kernels are, of 64 bits; and the size of pages on all of which the same is mapped.
+#: Where the addresses of 64-bit kernels begin, and the size of a page that is mapped as a whole.
 _KERNEL: Final = 1 << 63
 _PAGE: Final = 4096
-#: Names that are remembered, with where they stand.
+#: How many names are remembered with their offsets.
 _NAMES_KEPT: Final = 256
 
 U32 = NDArray[np.uint32]
@@ -171,7 +172,7 @@ T = TypeVar("T")
 
 
 class BtfError(ValueError):
-    """What is there is not BTF, not whole, or makes no sense."""
+    """BTF is missing, is not whole, or makes no sense."""
 
 
 class SymbolsHidden(BtfError):
@@ -196,10 +197,10 @@ class Btf:
     """
     The types of one BTF blob, as they stand there.
 
-    Type ids are looked up in numpy columns; nothing is made of a type before somebody asks for it.
+    Type ids are looked up in numpy columns; a type is built only when somebody asks for it.
 
     :param data: the content of a ``.BTF`` section.
-    :param base: of split BTF, what it builds upon.
+    :param base: for split BTF, the BTF that it builds upon.
     :raises BtfError: if it is no BTF, or not whole.
     """
 
@@ -219,7 +220,7 @@ class Btf:
         self._known_elements: dict[frozenset[int], tuple[NDArray[np.int64], U32]] = {}
 
     def owner(self, number: int) -> Btf:
-        """This, or the one it builds upon: whichever has the type of that id."""
+        """The BTF that has the type of that id: this one, or the one it builds upon."""
         if number < self._first_id and self.base is not None:
             return self.base.owner(number)
         if not self._first_id <= number < self._end_id:
@@ -263,12 +264,15 @@ class Btf:
 
     @functools.cached_property
     def _by_name(self) -> tuple[NDArray[np.int64], U32]:
-        """The rows of all types in the order of their ``name_off``, and these."""
+        """
+        The rows of all types in the order of their ``name_off``, and each ``name_off`` in that
+        order.
+        """
         order = np.argsort(self._name_off, kind="stable")
         return order, self._name_off[order]
 
     def offsets(self, name: str) -> list[int]:
-        """Where a name may stand: as a string, or as the end of a longer one."""
+        """The offsets at which a name may be: as a whole string, or as the end of a longer one."""
         known = self._known_offsets.get(name)
         if known is None:
             known = self._find_offsets(name)
@@ -287,12 +291,14 @@ class Btf:
         return found
 
     def with_elements(self, kinds: Iterable[int], name: str) -> list[int]:
-        """The ids of types of these kinds that have an element (member, enumerator) so named."""
+        """
+        The ids of types of these kinds that have an element (member, enumerator) of that name.
+        """
         owner, names = self._elements(frozenset(kinds))
         return np.unique(owner[np.isin(names, self.offsets(name))]).tolist()
 
     def _elements(self, kinds: frozenset[int]) -> tuple[NDArray[np.int64], U32]:
-        """Of each element of all types of these kinds: the type's id, and the ``name_off``."""
+        """For each element of all types of these kinds: the type's id, and the ``name_off``."""
         if kinds not in self._known_elements:
             self._known_elements[kinds] = self._find_elements(kinds)
         return self._known_elements[kinds]
@@ -319,7 +325,7 @@ class Btf:
 def _sections(
     data: bytes, whole: bool
 ) -> tuple[bytes, bytes, tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """The types, the strings, and the sizes of kinds in words: what follows, and each element."""
+    """The types, the strings, and by kind the numbers of extra words and of words per element."""
     if len(data) < _HEADER.itemsize:
         raise BtfError(f"BTF is cut short: {len(data)} bytes")
     header = np.frombuffer(data, _HEADER, 1)[0]
@@ -356,7 +362,7 @@ def _sizes(layout: bytes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """
     By kind, the words that follow a ``struct btf_type``, and those of each element.
 
-    Kinds of which nothing is known are negative, unless BTF describes its own kinds.
+    Unknown kinds are negative, unless BTF describes its own kinds.
     """
     extra, element = np.full(_KINDS, -1), np.zeros(_KINDS, np.int64)
     described = np.frombuffer(layout[: len(layout) // 4 * 4], _LAYOUT)[:_KINDS]
@@ -372,8 +378,8 @@ def _records(words: U32, extra: NDArray[np.int64], element: NDArray[np.int64]) -
     """
     The word at which each type begins.
 
-    How long a type is, it says itself: so for every word it is computed where the next type would
-    begin if one began there, and that chain is followed from the first.
+    Each type says how long it is.  So, for every word, compute where the next type would begin if
+    one began there; then follow that chain from the first word.
     """
     if len(words) < 3:
         return np.zeros(0, np.int64)
@@ -383,7 +389,7 @@ def _records(words: U32, extra: NDArray[np.int64], element: NDArray[np.int64]) -
     following = (info & np.uint32(0xFFFFFF)) * element[kind]
     following += 3 + known + np.arange(len(info))
     following[known < 0] = np.flatnonzero(known < 0)
-    # Of the many only those are looked at that the chain comes to: no list is made of them.
+    # The chain visits only some of the many words: do not make a list of them all.
     ahead = memoryview(following)
     starts: list[int] = []
     at, end = 0, len(words)
@@ -398,7 +404,9 @@ def _records(words: U32, extra: NDArray[np.int64], element: NDArray[np.int64]) -
 
 
 def _sound(make: Callable[P, T]) -> Callable[P, T]:
-    """What drgn refuses to make (a type of no size, a shift too far) is nonsense in BTF."""
+    """
+    Turn drgn's refusal to make something (a type of no size, a shift too far) into a BtfError.
+    """
 
     @functools.wraps(make)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -413,7 +421,7 @@ def _sound(make: Callable[P, T]) -> Callable[P, T]:
 
 
 class _Types:
-    """drgn's types, each made of BTF when it is first asked for."""
+    """drgn's types, each made from BTF when somebody first asks for it."""
 
     def __init__(self, prog: Program, btf: Btf, base: _Types | None = None) -> None:
         self._prog = prog
@@ -460,18 +468,18 @@ class _Types:
             return prog.typedef_type(record.name, inner)
         if record.kind == _ARRAY:
             count = int(record.more[2])
-            # What is a flexible array in C has 0 elements in BTF, as have those of 0 in C.
+            # A flexible array of C has 0 elements in BTF, like an array that has 0 elements in C.
             return prog.array_type(inner, count) if count else prog.array_type(inner)
         if record.kind == _FUNC_PROTO:
             return self._function(record, inner)
         if record.kind in _QUALIFIERS:
             return inner.qualified(inner.qualifiers | _QUALIFIERS[record.kind])
-        # A type tag says nothing that C would; a function is its prototype.
+        # A type tag means nothing in C; a function is its prototype.
         return inner
 
     def _function(self, record: _Record, returns: Type) -> Type:
         parameters = record.more.tolist()
-        # No name and no type: any others may follow.
+        # A last parameter without name and type means that any others may follow.
         variadic = bool(parameters) and parameters[-1] == [0, 0]
         return self._prog.function_type(
             returns,
@@ -518,7 +526,7 @@ class _Types:
         if flag:
             bits, offset = offset >> 24, offset & 0xFFFFFF
         elif number:
-            # How bit-fields were before: as integers of so many bits.
+            # The older form of bit-fields: integers of that many bits.
             record = self._record(number)
             if record.kind == _INT:
                 encoding = int(record.more[0])
@@ -539,15 +547,15 @@ class _Types:
 
     def _width(self, number: int, depth: int) -> int:
         """
-        Members of a structure, those of unnamed members counted, too.
+        How many members a structure has, including those of unnamed members.
 
-        drgn looks into unnamed members for a name: they must come to an end.
+        drgn looks for a name in unnamed members, so their nesting must end.
         """
         if depth > _NESTING:
             raise BtfError(f"unnamed members of type {number} are in one another without an end")
         known = self._widths.get(number)
         if known is None:
-            # Unnamed members are structures as they stand, or qualified.
+            # An unnamed member is a structure, plain or qualified.
             record = self._record(number)
             if record.kind in {*_QUALIFIERS, _TYPE_TAG, _TYPEDEF}:
                 return self._width(record.value, depth + 1)
@@ -587,7 +595,7 @@ class _Types:
         return self._prog.int_type(prefix + name, record.value, record.flag)
 
     def _forward(self, record: _Record) -> Type:
-        """What a forward declaration stands for, if that is here."""
+        """The type that a forward declaration stands for, if it is here."""
         kind = _UNION if record.flag else _STRUCT
         found = self.btf.named(record.name, [kind])
         if len(found) == 1:
@@ -607,7 +615,7 @@ class _Types:
 
     @_sound
     def forward(self, kinds: TypeKindSet, name: str) -> Type | None:
-        """One that is only declared."""
+        """A type of one of these kinds that is only declared here."""
         return self._first_of(self.btf.named(name, [_FWD]), kinds)
 
     def _first_of(self, numbers: Iterable[int], kinds: TypeKindSet) -> Type | None:
@@ -638,7 +646,7 @@ class _Types:
 
 @dataclass
 class _Finder:
-    """What drgn asks for types and objects."""
+    """Answers drgn's questions for types and objects."""
 
     kernel: _Types
     modules: _Modules | None
@@ -647,10 +655,10 @@ class _Finder:
     def type(
         self, prog: Program, kinds: TypeKindSet, name: str, filename: str | None
     ) -> Type | None:
-        # BTF does not know where what is declared.
+        # BTF does not know in which file anything is declared.
         if filename is not None:
             return None
-        # What the kernel has just declared a module may define.
+        # A module may define a type that the kernel only declares.
         found = self._first(f"{kinds}", name, lambda types: types.named(kinds, name))
         return self.kernel.forward(kinds, name) if found is None else found
 
@@ -687,7 +695,9 @@ class _Finder:
         return found
 
     def _first(self, what: str, name: str, find: Callable[[_Types], T | None]) -> T | None:
-        """The kernel's, or a module's; that there is none is remembered until one is loaded."""
+        """
+        The kernel's, or a module's.  If there is none, that is remembered until a module is loaded.
+        """
         found = find(self.kernel)
         if found is not None or self.modules is None:
             return found
@@ -703,9 +713,9 @@ class _Finder:
 
 def _address(prog: Program, name: str) -> int | None:
     """
-    Where the symbol is; None where there is none, or several, as static ones may be.
+    The address of a symbol; None: there is none, or several, as with static symbols.
 
-    What kind of symbol it is, kallsyms does not tell: some data are ``T``.
+    kallsyms does not tell what kind of symbol it is: some data are ``T``.
     """
     found = {symbol.address for symbol in prog.symbols(name)}
     return found.pop() if len(found) == 1 else None
@@ -713,7 +723,7 @@ def _address(prog: Program, name: str) -> int | None:
 
 class _Modules:
     """
-    The split BTF of a running kernel's modules, read when a name is looked for that the kernel
+    The split BTF of a running kernel's modules, read when somebody looks for a name that the kernel
     itself does not have.
     """
 
@@ -726,7 +736,7 @@ class _Modules:
         self._types: dict[str, _Types] = {}
 
     def look(self) -> bool:
-        """Read what was loaded since the last look; whether there was anything."""
+        """Read the modules that were loaded since the last look; say whether there were any."""
         changed = False
         for path in sorted(self._directory.glob("*")):
             if path.name == "vmlinux":
@@ -746,9 +756,9 @@ class _Modules:
         return changed
 
     def with_name(self, name: str) -> Iterator[_Types]:
-        """Those in which the name may stand."""
+        """The types of the modules that may have the name."""
         wanted = name.encode("ascii", "backslashreplace") + b"\0"
-        # Split BTF does not repeat the strings that it builds upon.
+        # Split BTF does not repeat the strings of the BTF that it builds upon.
         anywhere = bool(self._kernel.btf.offsets(name))
         for module, (_, data) in self._read.items():
             if wanted not in data and not anywhere:
@@ -756,7 +766,7 @@ class _Modules:
             try:
                 types = self._of(module, data)
             except BtfError:
-                # Of a broken module only those hear who ask for what is its own.
+                # Report a module's broken BTF only to lookups of that module's own names.
                 if wanted in data:
                     raise
                 continue
@@ -771,7 +781,7 @@ class _Modules:
 
 @contextlib.contextmanager
 def _unreadable(what: str) -> Iterator[None]:
-    """Turn what drgn raises where it cannot read into a BtfError."""
+    """Turn what drgn raises if it cannot read into a BtfError."""
     try:
         yield
     except BtfError:
@@ -791,20 +801,19 @@ _FAILURES: Final = (
 
 def register(prog: Program, data: bytes | None = None) -> tuple[str, str]:
     """
-    Have drgn find types, objects and symbols in a kernel's BTF and kallsyms; once is enough.
+    Let drgn find types, objects and symbols in a kernel's BTF and kallsyms; one call is enough.
 
-    :param prog: a Linux kernel, live or not, with or without other debug info, which is asked
-        first.
-    :param data: BTF to use, such as the ``.BTF`` section of the very vmlinux; None: what the
-        running kernel shows in sysfs, or what there is in the kernel's memory.
-    :return: whose reader of BTF is used, ``drgn`` or ``khoscope``, and where the BTF is from.
+    :param prog: a Linux kernel, live or not.  If it has other debug info, drgn asks that first.
+    :param data: BTF to use, such as the ``.BTF`` section of the very vmlinux; None: the BTF that
+        the running kernel shows in sysfs, or the BTF in the kernel's memory.
+    :return: which reader of BTF is used, ``drgn`` or ``khoscope``, and where the BTF is from.
     :raises BtfError: if there is none, or it cannot be read.
-    :raises SymbolsHidden: if it cannot be known where anything is.
+    :raises SymbolsHidden: if the kernel hides the addresses of its symbols.
     """
     if NAME in prog.cache:
         known: tuple[str, str] = prog.cache[NAME]
         return known
-    # Nothing is registered before all is there.
+    # Register nothing until everything is there.
     symbols = _symbols(prog)
     local = _is_this_host(prog) and SYSFS.is_dir()
     where = "given"
@@ -814,7 +823,7 @@ def register(prog: Program, data: bytes | None = None) -> tuple[str, str]:
     finder = _Finder(kernel, _Modules(prog, kernel, SYSFS) if local else None)
     reader = "khoscope"
     if hasattr(Module, "load_btf"):
-        # osandov/drgn pull request 625. What it lacks all the same are the global variables.
+        # osandov/drgn pull request 625. It still lacks the global variables.
         prog.main_module().load_btf(data)
         reader = "drgn"
     else:
@@ -843,8 +852,8 @@ def _by_pages(prog: Program) -> Program:
     """
     The same kernel's memory, read page by page and kept.
 
-    drgn reads the length of each of the kernel's names by itself, through the kernel's page tables:
-    that would be most of the time until the first result.
+    drgn reads the length of each of the kernel's names separately, through the kernel's page
+    tables.  That would take most of the time until the first result.
     """
     pages: dict[int, bytes] = {}
 
@@ -863,7 +872,7 @@ def _by_pages(prog: Program) -> Program:
 
 
 def _symbol(prog: Program, symbols: SymbolIndex, name: str) -> int:
-    """Its address; 0: it is not there, or hidden."""
+    """The address of a symbol; 0: it is not there, or hidden."""
     return next((symbol.address for symbol in symbols(prog, name, None, True)), 0)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-Find out, in one kernel, whose the preserved memory is: everything that the root FDT, LUO and the
-kernel's own vmalloc areas lead to.
+Find out who owns the preserved memory of one kernel: follow everything that the root FDT, LUO and
+the kernel's own vmalloc areas lead to.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Where:
     A kernel that is being read.
 
     :param ram: u64, shape (n, 2).
-    :param moves: it runs meanwhile: what cannot be read may be there at the next look.
+    :param moves: the kernel runs meanwhile: what cannot be read now may be readable at the next
+        look.
     """
 
     prog: Program
@@ -44,10 +45,10 @@ class Where:
 
 def with_clients(at: Where, side: Side, outgoing: Side | None) -> tuple[Side, list[str]]:
     """
-    The same with what its clients' structures say, and what of those could not be read.
+    The same side with what its clients' structures say, and which structures could not be read.
 
-    :param outgoing: of an incoming side, the other one with its clients; None: this is that one.
-        What LUO keeps of it in the kernel differs by direction.
+    :param outgoing: for an incoming side, the outgoing one with its clients; None: ``side`` is the
+        outgoing one.  What LUO keeps in the kernel differs by direction.
     """
     following = ClientWalker(at.abi, at.ram, at.read, keys=KeySet(at.abi, side.tree.leaves))
     following.subtrees(side.fdt, side.blobs)
@@ -74,7 +75,7 @@ def _luo(
         return unknown(following, handed), []
     if outgoing is None:
         return read_outgoing(at.prog, following, handed, at.moves)
-    # One kernel writes and takes the same ABI.
+    # A kernel accepts the same ABI that it writes.
     its = outgoing.luo
     if its is not None and its.raw is not None:
         return unknown(following, handed), []
@@ -83,10 +84,10 @@ def _luo(
 
 def with_vm_structs(at: Where, layout: PageLayout, side: Side) -> tuple[Side, list[str]]:
     """
-    The same with owners for preserved pages that are mapped by vmalloc, by who allocated the area;
-    and what could not be read.
+    The same side with owners for preserved pages that vmalloc maps, named by who allocated the
+    area; and what could not be read.
 
-    Whoever preserves such an area page by page leaves no trace of it but this.
+    If a client preserves such an area page by page, this is the only trace of it.
     """
     if not at.parts.vmalloc:
         return side, ["the areas of vmalloc: the debug info lacks their types"]
@@ -134,13 +135,13 @@ def _vm_structs(at: Where, layout: PageLayout) -> _VmStructs:
         try:
             vm = area.vm.read_()
             count = vm.nr_pages.value_() if vm else 0
-            # One that says to have more pages than it maps was written over.
+            # If an area says it has more pages than it maps, somebody wrote over it.
             if not 0 < count <= min(vm.size.value_() >> at.abi.page_shift, most):
                 continue
             raw = at.prog.read(vm.pages.value_(), 8 * count)
             callers.append(np.full(count, vm.caller.value_(), np.uint64))
         except FaultError:
-            # It went while it was looked at, or a vmcore lacks it.
+            # The area went away meanwhile, or a vmcore lacks it.
             unread += 1
             continue
         pages.append(np.frombuffer(raw, np.uint64))
@@ -155,8 +156,8 @@ def _vmap_areas(at: Where) -> tuple[list[Object], bool]:
     """
     Every ``struct vmap_area``, once, and whether these are all.
 
-    They hang on lists that move: an area that was taken off while it was looked at leads to itself
-    for ever. Then it is tried again, READS times, and what was seen last is what there is.
+    They hang on lists that move: an area that was taken off during the walk leads to itself for
+    ever.  Then khoscope walks again, READS times, and keeps what it saw last.
     """
     found: dict[int, Object] = {}
     for _ in range(READS if at.moves else 1):
@@ -174,7 +175,7 @@ def _vmap_areas(at: Where) -> tuple[list[Object], bool]:
 
 
 def _symbol(prog: Program, address: int) -> str:
-    """The function at an address; the module where debug info of modules is not loaded."""
+    """The function at an address; the address and its module if the symbol is not known."""
     try:
         return prog.symbol(address).name
     except LookupError:

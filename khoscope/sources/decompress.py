@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-Unpack the payload of a bzImage, piece by piece: never whole in memory, whatever it says.
+Unpack the payload of a bzImage, piece by piece: it is never whole in memory, whatever size it says.
 
 Kernel source: ``lib/decompress*.c``, whose functions these are named after, and ``size_append`` of
 ``scripts/Makefile.lib``: the payload's last four bytes are the unpacked size (gzip has it there
@@ -16,17 +16,17 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Final
 
-#: The most that a kernel is believed to unpack to, bytes.  Large ones have 100 MiB.
+#: The most bytes that a kernel may unpack to.  Large kernels have 100 MiB.
 LIMIT: Final = 512 << 20
-#: What is unpacked or read at once, bytes; LZ4's blocks are larger.
+#: How many bytes are unpacked or read at once; LZ4's blocks are larger.
 PIECE: Final = 1 << 20
-#: Of a decompressor's dictionary, bytes.
+#: The most memory for a decompressor's dictionary, bytes.
 _MEMORY: Final = 256 << 20
 
 #: ``LZ4_DEFAULT_UNCOMPRESSED_CHUNK_SIZE`` (decompress_unlz4.c).
 _LZ4_CHUNK: Final = 8 << 20
-#: What lzop writes.  No distribution packs its kernels so, and Python's library for it is a
-#: compiler's work: such a kernel is told by its vmlinux.
+#: What lzop writes.  No distribution packs its kernels like that, and Python's library for it needs
+#: a compiler: give the vmlinux of such a kernel instead.
 _LZO: Final = b"\x89L"
 
 _ENDS: Final = "its payload ends too early"
@@ -42,7 +42,7 @@ def decompress(payload: bytes) -> tuple[str, Iterator[bytes]]:
 
     :return: name of its format, and what is in it.
     :raises Damaged: here or later, if it is not whole.
-    :raises ModuleNotFoundError: if the Python package that its format takes is not there.
+    :raises ModuleNotFoundError: if the Python package for its format is not there.
     """
     if payload[:2] == _LZO:
         raise Damaged("its payload is compressed with LZO, which khoscope does not unpack")
@@ -56,7 +56,7 @@ def decompress(payload: bytes) -> tuple[str, Iterator[bytes]]:
 
 
 def _measured(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
-    """The pieces, if they come to a size and no further."""
+    """The pieces, if they add up to exactly this size."""
     left = size
     for piece in pieces:
         left -= len(piece)
@@ -123,13 +123,15 @@ def unzstd(data: bytes) -> Iterator[bytes]:
 
 
 def unlz4(data: bytes) -> Iterator[bytes]:
-    """The legacy format: blocks after their packed size, u32, and no end but that of the data."""
+    """
+    The legacy format: blocks, each after its packed size, u32.  Only the end of the data ends them.
+    """
     import lz4.block
 
     at, end = 4, len(data) - 4
     chunk = _LZ4_CHUNK
     while at < end:
-        # Blocks that may be small would be a way to keep us busy.
+        # Many small blocks would be a way to keep khoscope busy.
         if chunk < _LZ4_CHUNK:
             raise Damaged("a short block is not the last one")
         (packed,) = _fields("<I", data, at)

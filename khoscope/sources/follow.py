@@ -2,8 +2,8 @@
 """
 Follow the structures that KHO's clients hand over, and note whose memory they lead to.
 
-All of it is physical memory that may be stale, moving or hostile: nothing is followed that is not
-aligned and in RAM, chains end, and what is wrong becomes a problem in words.
+All of it is physical memory that may be stale, moving or hostile.  khoscope follows only addresses
+that are aligned and in RAM, bounds every chain, and notes what is wrong as a problem in words.
 Kernel sources: kexec_handover.c (vmalloc), kho_block.c, mm/memfd_luo.c, lib/test_kho.c and
 mm/memblock.c (reserve_mem).
 """
@@ -36,7 +36,7 @@ from ..facts.clients import Claims, Memfd, Owner, OwnerKind, Vmalloc
 from ..facts.tree import KeySet
 from .walk import READ_SIZE, ReadPhys, in_ranges
 
-#: Claims that are kept together: a snapshot file takes no chunk of any length.
+#: How many claims one chunk has: a snapshot file limits the size of chunks.
 CLAIMS_KEPT: Final = 1 << 20
 
 
@@ -45,12 +45,12 @@ class ClientWalker:
     """
     The memory of one side's clients.
 
-    What it takes is bounded by the size of RAM, whatever stands there: no page is followed twice,
-    and no more folios are looked at than RAM has pages.
+    The size of RAM bounds the work, whatever memory holds: no page is followed twice, and no more
+    folios are looked at than RAM has pages.
 
     :param ram: u64, shape (n, 2): where structures may be.
-    :param owners: those that were found.
-    :param keys: of the tree, which knows how large a folio is; None: it is not at hand.
+    :param owners: the owners that were found.
+    :param keys: of the tree, which knows how large a folio is; None: not available.
     """
 
     abi: Abi
@@ -60,7 +60,7 @@ class ClientWalker:
     vmallocs: list[Vmalloc] = field(default_factory=list)
     keys: KeySet | None = None
     _claims: list[Claims] = field(default_factory=list)
-    #: Pages of chains that were followed: none is in two of them, or twice in one.
+    #: Pages of chains that were followed: no page is in two chains, or twice in one.
     _followed: set[int] = field(default_factory=set)
     #: Folios of files that were looked at.
     _folios_seen: int = 0
@@ -77,7 +77,9 @@ class ClientWalker:
         return [joined[at : at + CLAIMS_KEPT] for at in range(0, len(joined), CLAIMS_KEPT)]
 
     def claim(self, owner: Owner, phys: int | U64, size: int | U64) -> None:
-        """Note whose memory this is; addresses and bytes.  Claims in a row may be of one owner."""
+        """
+        Note who owns this memory; addresses and bytes.  Successive claims may have the same owner.
+        """
         if not np.size(phys):
             return
         if not self.owners or self.owners[-1] != owner:
@@ -94,7 +96,7 @@ class ClientWalker:
         return None if raw is None else unpack(layout, raw)
 
     def bytes_at(self, phys: int, size: int) -> bytes | None:
-        """Memory that lies in RAM; None where it does not, or cannot be read."""
+        """The bytes at an address; None: they are not in RAM, or cannot be read."""
         return self.read(phys, size) if self.in_ram(phys, size) else None
 
     def in_ram(self, phys: int, size: int) -> bool:
@@ -105,11 +107,11 @@ class ClientWalker:
         return bool(in_ranges(self.ram, *span)[0])
 
     def page(self, phys: int) -> bytes | None:
-        """A page; None likewise, or if the address is not one of a page."""
+        """A page; None likewise, or if the address is not aligned to a page."""
         return None if phys % self.abi.page_size else self.bytes_at(phys, self.abi.page_size)
 
     def are_pages(self, phys: U64, size: int | U64) -> NDArray[np.bool_]:
-        """Which addresses are those of so much memory in RAM, aligned to pages."""
+        """Which addresses are aligned to pages and begin this much memory in RAM."""
         end = phys + np.asarray(size, np.uint64)
         return in_ranges(self.ram, phys, end) & (phys % np.uint64(self.abi.page_size) == 0)
 
@@ -119,9 +121,10 @@ class ClientWalker:
         """
         The pages of a chain, as far as it can be followed, each with its address.
 
-        :param first: ``phys_addr_t``; 0: there is none.  Each page begins with that of the next.
-        :param what: its pages are.
-        :param limit: pages that it may have.
+        :param first: ``phys_addr_t``; 0: there is none.  Each page begins with the address of the
+            next.
+        :param what: what its pages are, for problems.
+        :param limit: how many pages it may have.
         """
         at, count = first, 0
         while at:
@@ -146,9 +149,10 @@ class ClientWalker:
         """
         Follow a ``struct kho_vmalloc``, as ``kho_restore_vmalloc`` does.
 
-        :param phys: where it stands.
-        :param whose: it is; what it leads to gets owners of their own, named after this one.
-        :return: it, and the addresses that its chunks list, u64: up to the first that is no page.
+        :param phys: where the structure is.
+        :param whose: its owner; what it leads to gets owners of its own, named after this one.
+        :return: the area, and the addresses that its chunks list, u64, up to the first that is no
+            page.
         """
         first, total, order = (int(desc[name]) for name in ("first", "total_pages", "order"))
         problems: list[str] = []
@@ -190,10 +194,10 @@ class ClientWalker:
         """
         The chunks of a chain and what they list, as far as it can be followed.
 
-        :param entries: that it should have.
+        :param entries: how many entries it should have.
         """
         per_chunk = self.abi.page_size // 8 - 1
-        # The kernel adds a chunk as soon as one is full: the last may be empty.
+        # The kernel adds a chunk as soon as the last one is full, so the last may be empty.
         limit = min(entries, self.ram_pages) // per_chunk + 1
         chunks: dict[int, U64] = {}
         for at, raw in self._chain(first, "chunk", limit, problems):
@@ -213,8 +217,9 @@ class ClientWalker:
 
         :param head: ``phys_addr_t`` of the first; 0: there is none.
         :param layout: of its entries.
-        :param written: they are there: the kernel puts them there at the kexec, and none into none.
-        :return: addresses of the blocks, and the entries that they say to have.
+        :param written: the kernel has written the entries, as it does at the kexec; then no block
+            is empty.
+        :return: addresses of the blocks, and the entries that they say they have.
         """
         per_block = (self.abi.page_size - KHO_BLOCK_HEADER_SER.itemsize) // layout.itemsize
         blocks: dict[int, NDArray[Any]] = {}
@@ -233,7 +238,7 @@ class ClientWalker:
         """
         Follow a ``struct memfd_luo_ser``.
 
-        :return: it, or why there is none to see.
+        :return: the memfd, or why it cannot be read.
         """
         ser = self.structure(phys, MEMFD_LUO_SER)
         if ser is None or phys % self.abi.page_size:
@@ -268,11 +273,11 @@ class ClientWalker:
         """
         Claim the folios of a memfd.
 
-        :param listed: where their list is: areas of one size.
-        :return: their pages.
+        :param listed: addresses of the areas, all of one size, that hold the list of folios.
+        :return: how many pages they have.
         """
         number = int(ser["nr_folios"])
-        # No folio is in two files: all of them together have no more than RAM has pages.
+        # No folio is in two files, so all files together have no more folios than RAM has pages.
         looked = min(number, self.ram_pages - self._folios_seen)
         self._folios_seen += looked
         raw = self._contents(listed, size, looked * MEMFD_LUO_FOLIO_SER.itemsize)
@@ -285,7 +290,7 @@ class ClientWalker:
                 problems.append(f"its first folio is that of page {entries['index'][0]}")
             seen += len(entries)
             pfn = entries["pfn_and_flags"] & np.uint64((1 << MEMFD_PFN_BITS) - 1)
-            # The kernel steps over a pfn of 0.
+            # The kernel skips a pfn of 0.
             used = pfn != 0
             count = end - entries["index"]
             inside = entries["index"] < np.uint64(file_end)
@@ -312,12 +317,12 @@ class ClientWalker:
         self, raw: Iterable[bytes], number: int, file_end: int
     ) -> Iterator[tuple[NDArray[Any], U64]]:
         """
-        The folios of a memfd in groups, and the index behind each.
+        The folios of a memfd in groups, and the index at which each folio ends.
 
-        An entry does not say how large its folio is; but all of a file is there, so that each ends
-        where the next one begins.
+        An entry does not say how large its folio is.  But the list has all of a file, so each folio
+        ends where the next one begins.
 
-        :param number: of folios; if there are less in ``raw``, where the last ends is not known.
+        :param number: of folios; if ``raw`` has fewer, the end of the last one is not known.
         :param file_end: index behind the last page of the file.
         """
         waiting = np.zeros(0, MEMFD_LUO_FOLIO_SER)
@@ -335,7 +340,8 @@ class ClientWalker:
         """
         Pages of a file's last folio.
 
-        :param rest: pages of the file that are left for it: it may reach beyond the file's end.
+        :param rest: pages of the file that are left for it; the folio may reach beyond the file's
+            end.
         """
         at_least = 1 << max(rest - 1, 0).bit_length() if rest else 0
         size = 0 if self.keys is None else self.keys.folio(pfn << self.abi.page_shift)
@@ -343,7 +349,7 @@ class ClientWalker:
 
     def _contents(self, phys: U64, size: int, length: int) -> Iterator[bytes]:
         """
-        What stands in memory areas of one size, in their order; ends at one unreadable.
+        The contents of memory areas of one size, in their order, up to the first unreadable one.
 
         :param length: bytes that are wanted.
         """
@@ -360,11 +366,11 @@ class ClientWalker:
     # -- what the root FDT leads to ---------------------------------------------------------------
 
     def subtrees(self, fdt: Fdt, blobs: dict[str, bytes]) -> None:
-        """Claim the root FDT, the subtrees, and what those lead to that are known."""
+        """Claim the root FDT, the subtrees, and what known subtrees lead to."""
         if fdt.phys:
             self.claim(Owner(OwnerKind.FDT, "root FDT"), fdt.phys, self.abi.page_size)
         for subtree in fdt.subtrees:
-            # One that is not in RAM has nothing that could be preserved; bad-fdt speaks of it.
+            # A blob outside RAM has nothing that could be preserved; bad-fdt reports it.
             at, size = subtree.phys, subtree.size
             if at is not None and size and self.in_ram(at, size):
                 self.claim(Owner(OwnerKind.SUBTREE, f"subtree {subtree.name}"), at, size)
@@ -398,7 +404,7 @@ class ClientWalker:
 
 
 def _apart(phys: U64, size: int | U64) -> NDArray[np.bool_]:
-    """Which areas of memory begin behind the end of the one below them; all: none overlap."""
+    """Which areas of memory begin behind the end of the area below; if all do, none overlap."""
     by = np.argsort(phys, kind="stable")
     end = (phys + np.asarray(size, np.uint64))[by]
     apart = np.ones(len(phys), np.bool_)
@@ -407,7 +413,7 @@ def _apart(phys: U64, size: int | U64) -> NDArray[np.bool_]:
 
 
 def join(claims: Claims) -> Claims:
-    """The same with neighbours of one owner made one; sorted ones stay sorted."""
+    """Join neighbouring claims of one owner; sorted claims stay sorted."""
     if not len(claims):
         return claims
     end = claims.phys + claims.size

@@ -2,7 +2,7 @@
 """
 Find out what this host offers to khoscope.
 
-It must work where nothing else does: what cannot be read is a fact, too.
+It must work even if nothing else does: that something cannot be read is a fact, too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .bcc import import_bcc
 from .kernel import KernelSource
 from .open import ANOTHER_WAY, DebugInfo, debug_info, lockdown_mode
 
-#: Functions of the kernel that show it was built with something; any of them will do.
+#: Functions of the kernel that show that it was built with something; any one of them will do.
 BUILT: Final = {
     "KHO": ("kho_preserve_folio", "kho_preserve_pages"),
     "radix tree": ("kho_radix_add_page", "kho_radix_add_key"),
@@ -43,8 +43,8 @@ class HostProbe:
     """
     What could be seen of the running kernel.
 
-    :param unopened: why nothing could.
-    :param unread: why no more than its debug info could.
+    :param unopened: why nothing could be seen.
+    :param unread: why only its debug info could be seen.
     """
 
     debug_info: DebugInfo | None = None
@@ -67,15 +67,15 @@ class Host:
         self, open_kernel: Callable[[], Program], read: Callable[[Program], KernelSource]
     ) -> list[Fact]:
         """
-        All there is to say, what is needed first.
+        All facts about the host; those that all commands need come first.
 
         :param open_kernel: opens the running kernel, or raises why it cannot.
-        :param read: likewise, what it opened.
+        :param read: reads what ``open_kernel`` opened, or raises why it cannot.
         """
         seen = _look(open_kernel, read)
         kho = self._built("KHO", seen, "CONFIG_KEXEC_HANDOVER=y")
         luo = self._luo(seen)
-        # Where there is no KHO, all that is of it is missing: one line says so, and what to do.
+        # Without KHO, every part of KHO is missing: one line says so, and what to do.
         there = kho.state != State.NO
         tree = [self._built("radix tree", seen, "KHO's radix tree (Linux 7.2)")] if there else []
         return [
@@ -100,7 +100,7 @@ class Host:
     # -- what all commands need -------------------------------------------------------------------
 
     def _built(self, name: str, seen: HostProbe, what: str) -> Fact:
-        """Whether the kernel was built with something that no command can do without."""
+        """Whether the kernel was built with something that every command needs."""
         if seen.facts:
             return Fact(name, State.OK, "built in", "kho_out", needed=True)
         return replace(self._has(name, what), needed=True)
@@ -214,7 +214,7 @@ class Host:
         return Fact(name, State.NO, f"loaded by {how}, without the handover", where, hint)
 
     def _headers(self) -> Fact:
-        """What bcc compiles with."""
+        """The kernel headers that bcc compiles with."""
         name, build = "headers", host_files.MODULES / platform.release() / "build"
         if self._is_there(build):
             return Fact(name, State.OK, "installed", str(build))
@@ -266,14 +266,14 @@ class Host:
     # -- files ------------------------------------------------------------------------------------
 
     def _is_there(self, path: Path) -> bool:
-        """Also False where it leads to what is not for us."""
+        """False, too, if khoscope may not look there."""
         return os.path.exists(self._at(path))
 
     def _at(self, path: Path) -> Path:
         return self._root / path.relative_to("/")
 
     def _text(self, path: Path) -> str | None:
-        """What a file says; None: it is not there, or not for us."""
+        """What a file says; None: it is not there, or khoscope may not read it."""
         try:
             return self._at(path).read_text(errors="replace")
         except OSError:
@@ -281,7 +281,7 @@ class Host:
 
     @cached_property
     def _symbols(self) -> frozenset[str]:
-        """Names alone: the addresses may be hidden."""
+        """Only the names: the addresses may be hidden."""
         lines = (self._text(host_files.KALLSYMS) or "").splitlines()
         return frozenset(words[2] for line in lines if len(words := line.split()) >= 3)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where a host's kernel says what khoscope asks it: the one place for these paths."""
+"""The files in which a host's kernel answers khoscope: the one place for these paths."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEXEC_LOADED: Final = Path("/sys/kernel/kexec_loaded")
 LOCKDOWN: Final = Path("/sys/kernel/security/lockdown")
 #: Functions that ftrace can patch, so that a BPF trampoline can be attached to them.
 TRACEABLE: Final = Path("/sys/kernel/tracing/available_filter_functions")
-#: "0": kprobes are attached and never hit.
+#: "0": kprobes are attached but never hit.
 KPROBES_ENABLED: Final = Path("/sys/kernel/debug/kprobes/enabled")
 
 #: The Live Update Orchestrator's device.

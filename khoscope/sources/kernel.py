@@ -2,8 +2,8 @@
 """
 Read the facts of a kernel through drgn: the live one, a vmcore, or a QEMU guest over QMP.
 
-Nothing here decides what is right or wrong, and nothing depends on a kernel's version: types,
-members and symbols are asked for.
+This module does not decide what is right or wrong, and does not depend on a kernel's version: it
+asks for types, members and symbols.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ C = TypeVar("C", bound=Columns)
 @dataclass(frozen=True)
 class Layout:
     """
-    Where a program that runs in the kernel finds what KHO is about.
+    Where a program that runs in the kernel finds KHO's data.
 
     :param pages: ``struct page`` and where they are.
     :param direct_map: virtual address at which physical address 0 is mapped.
@@ -60,12 +60,12 @@ class Layout:
     root: int
 
 
-#: Told what is being read, how far it is, and of how much.
+#: Called with what is being read, how much of it is done, and the total.
 Progress = Callable[[str, int, int], None]
 
 
 def no_progress(what: str, done: int, total: int) -> None:
-    """Says nothing."""
+    """Report no progress."""
 
 
 @contextlib.contextmanager
@@ -73,7 +73,7 @@ def told() -> Iterator[None]:
     """
     Turn what drgn raises when a kernel cannot be read into a KhoscopeError.
 
-    That debug info lacks something is not among it: the probe has asked for all.
+    Missing debug info does not show up here: the probe has already asked for everything.
     """
     try:
         yield
@@ -150,7 +150,7 @@ class KernelSource:
     @told()
     def outline(self) -> Snapshot:
         """
-        What :meth:`tree` gives, whether KHO is on or off: without it, there is no tree.
+        What :meth:`tree` gives, even if KHO is off: then there is no tree.
         """
         return self._outline(self._begin())
 
@@ -172,8 +172,8 @@ class KernelSource:
     @told()
     def status(self) -> Snapshot:
         """
-        :meth:`clients`, how full scratch is, and what is stamped, which can be only after a KHO
-        boot: looking for it takes a scan of all struct pages.
+        :meth:`clients`, how full scratch is, and what is stamped.  There are stamps only after a
+        KHO boot: looking for them takes a scan of all struct pages.
         """
         reading = self._begin()
         facts = self._clients(reading)
@@ -214,7 +214,7 @@ class KernelSource:
         facts, tree = settle(walk_it, read)
         outgoing = replace(facts.outgoing, tree=tree)
         if tree.state.moved:
-            # Blocks that came or went meanwhile are not judged: their pages were in motion.
+            # Do not judge blocks that came or went meanwhile: their pages were in motion.
             stood = KeySet(self.abi, tree.leaves)
             every = facts.outgoing.blocks
             outgoing = replace(
@@ -264,7 +264,8 @@ class KernelSource:
     @told()
     def vmalloc(self, address: int) -> Snapshot:
         """
-        :meth:`outline`, and of the outgoing side's clients one ``struct kho_vmalloc`` alone.
+        :meth:`outline`, and a single ``struct kho_vmalloc`` in place of the outgoing side's
+        clients.
 
         :param address: physical, or kernel virtual.
         :raises KhoscopeError: if nothing can be read there.
@@ -292,7 +293,7 @@ class KernelSource:
     @told()
     def radix_tree(self, where: str) -> Tree:
         """
-        Any ``struct kho_radix_tree``, of KHO or of whoever else uses one, read until it settles.
+        Any ``struct kho_radix_tree``, KHO's or another user's, read until it settles.
 
         :param where: a symbol, with members if need be (``kho_out.radix_tree``), the virtual
             address of the tree, or the physical one of its root node.
@@ -307,7 +308,7 @@ class KernelSource:
         return settle(read, lambda _: None)[1] if self._moves else read()
 
     def _root_of(self, where: str) -> Callable[[], int]:
-        """What reads the physical address of a tree's root node."""
+        """A function that reads the physical address of a tree's root node."""
         try:
             address = int(where, 0)
         except ValueError:
@@ -321,7 +322,7 @@ class KernelSource:
     def _named_tree(self, where: str) -> Object:
         name, *members = where.split(".")
         try:
-            # A kernel's debug info may know the symbol alone: of a module's it does.
+            # Debug info may know only the symbol but not its type, as for a module's variables.
             found = (
                 self.prog[name]
                 if name in self.prog
@@ -344,7 +345,7 @@ class KernelSource:
         return found
 
     def _address(self, name: str) -> int:
-        """Where a symbol is, of the kernel or of one of its modules."""
+        """The address of a symbol of the kernel or of one of its modules."""
         try:
             return self.prog.symbol(name).address
         except LookupError:
@@ -355,7 +356,7 @@ class KernelSource:
             raise
 
     def _physical(self, address: int) -> int:
-        """Where a physical or kernel virtual address is."""
+        """The physical address of a physical or kernel virtual address."""
         if address < 1 << 63:
             return address
         return int(follow_phys(self.prog["init_mm"].address_of_(), address).value_())
@@ -371,12 +372,15 @@ class KernelSource:
 
     @told()
     def arguments(self, function: str) -> int | None:
-        """How many arguments a kernel function has; None: there is none that could be probed."""
+        """
+        How many arguments a kernel function has; None: there is no such function that could be
+        probed.
+        """
         try:
             self.prog.symbol(function)
             return len(self.prog.function(function).type_.parameters or ())
         except LookupError:
-            # No symbol: the compiler has inlined it, or made another one of it.
+            # No symbol: the compiler has inlined the function, or made another one of it.
             return None
 
     def _require_kho(self) -> None:
@@ -387,7 +391,7 @@ class KernelSource:
             )
 
     def _begin(self) -> Reading:
-        """RAM comes and goes, and so do faults: whoever reads begins anew."""
+        """Begin a new reading: RAM comes and goes, and so do faults."""
         return Reading.begin(self.prog, self._parts)
 
     def _page_reader(self, ram: U64) -> PageReader:
@@ -417,14 +421,18 @@ class KernelSource:
         if not phys:
             return None
         fdt, blobs = reading.fdt(phys, outgoing=False)
-        # Its pages went back to the page allocator after the boot: no second look can agree.
+        # The tree's pages went back to the page allocator after the boot, so a second read cannot
+        # agree.
         root = reading.fact(
             "the root of the incoming tree (kho_in)", lambda: self._incoming_root(fdt), 0
         )
         return Side(fdt, walk(self.abi, root, reading.ram, reading.read_phys), blobs)
 
     def _incoming_root(self, fdt: Fdt) -> int:
-        """Where the kernel found the tree; before linux 7.3 it did not keep what the FDT says."""
+        """
+        Where the kernel found the tree; before linux 7.3 it did not keep the address, so take it
+        from the FDT.
+        """
         if self._parts.incoming_tree:
             return self.phys(self._kho_in.radix_tree.root)
         return fdt.memory_map or 0
@@ -459,13 +467,13 @@ class KernelSource:
 
     def _leaves_now(self, reading: Reading, recorded: Tree, lost: _Count) -> Iterator[Leaves]:
         """
-        What stands where the leaves of another kernel's tree stood.
+        What memory holds now where the leaves of another kernel's tree were.
 
-        :param lost: is set to how many of them cannot be read.
+        :param lost: is set to how many of these pages cannot be read.
         """
         lost.value = 0
         for nodes in recorded.nodes:
-            # The addresses come out of a file.
+            # The addresses come from a file: check them.
             size = np.uint64(self.abi.page_size)
             sound = in_ranges(reading.ram, nodes.phys, nodes.phys + size) & (nodes.phys % size == 0)
             every = nodes[(nodes.level == 0) & (nodes.used > 0) & sound]
@@ -483,7 +491,7 @@ class KernelSource:
 
     def _scratch_free(self, facts: Snapshot) -> list[int | None]:
         """Pages of each scratch area that the buddy allocator holds; None: they cannot be read."""
-        # Nothing of a corrupt area beyond RAM.
+        # A corrupt area may reach beyond RAM: read nothing there.
         end = int(facts.ram[-1, 1])
         reader = self._page_reader(facts.ram)
         return [self._free(reader, at, min(at + size, end)) for at, size in facts.scratch.tolist()]
@@ -509,14 +517,14 @@ class KernelSource:
 
 @dataclass
 class _Count:
-    """A number that is known after a stream was read."""
+    """A number that is known only after a stream was read."""
 
     value: int = 0
 
 
 @dataclass
 class _Lazy(Generic[C]):
-    """A stream that asks the kernel anew at each iteration."""
+    """A stream that reads the kernel anew at each iteration."""
 
     make: Callable[[], Iterator[C]]
 

@@ -2,8 +2,8 @@
 """
 Read what the Live Update Orchestrator hands over and was handed.
 
-Sessions that a kernel knows of are read from its own lists (``luo_session_global``); those that it
-was handed and has not looked at yet from their serialized form.
+Sessions that a kernel knows of are read from its own lists (``luo_session_global``); sessions that
+it was handed but has not looked at yet are read from their serialized form.
 Kernel sources: ``kernel/liveupdate/luo_*.c``, ``include/linux/kho/abi/luo.h``.
 """
 
@@ -42,7 +42,7 @@ LIST_OF_SESSIONS: Final = Owner(OwnerKind.LUO, "LUO: list of sessions")
 @dataclass(frozen=True)
 class Handed:
     """
-    The blob of LUO's subtree, a ``struct luo_ser`` where its ABI is known.
+    The blob of LUO's subtree, a ``struct luo_ser`` if its ABI is known.
 
     :param phys: ``phys_addr_t``.
     :param blob: its bytes, as far as they could be read.
@@ -56,9 +56,10 @@ def read_outgoing(
     prog: Program, following: ClientWalker, handed: Handed, moves: bool
 ) -> tuple[Luo, list[str]]:
     """
-    What LUO would hand over, and what of it could not be read.
+    What LUO would hand over, and which parts could not be read.
 
-    :param moves: the kernel runs meanwhile: what cannot be read may be there at the next look.
+    :param moves: the kernel runs meanwhile: what cannot be read now may be readable at the next
+        look.
     """
     phys = handed.phys
     ser = following.structure(phys, LUO_SER)
@@ -92,9 +93,9 @@ def read_incoming(
     prog: Program, following: ClientWalker, handed: Handed, moves: bool
 ) -> tuple[Luo, list[str]]:
     """
-    What LUO was handed, as far as it is still there, and what of it could not be read.
+    What LUO was handed, as far as it is still there, and which parts could not be read.
 
-    The page of the blob was given back early in the boot.
+    The kernel gave the page of the blob back early in the boot.
     """
     lists = _Lists(following, prog=prog, moves=moves)
     header = prog["luo_session_global"].incoming
@@ -120,7 +121,7 @@ def read_incoming(
     lists.try_to("LUO's sessions", read_sessions)
     lists.try_to("LUO's number of live updates", read_number)
     lists.try_to("LUO's FLBs", read_flbs)
-    # The kernel takes no other ABI than its own: it would not have booted.
+    # The kernel accepts only its own ABI: with another one, it would not have booted.
     luo = Luo(
         handed.phys,
         LUO_COMPATIBLE if number else None,
@@ -134,7 +135,7 @@ def read_incoming(
 
 
 def unknown(following: ClientWalker, handed: Handed) -> Luo:
-    """An ABI that is not known: its first bytes, and no guess."""
+    """For an ABI that is not known: the first bytes, but no guess."""
     phys = handed.phys
     raw = following.bytes_at(phys, LUO_SER.itemsize)
     if raw is None:
@@ -150,7 +151,8 @@ class Serialized:
     """
     What one kernel has serialized for the next, as far as it is sound.
 
-    :param problems: what is wrong with it, in words, but for what is a session's or a file's own.
+    :param problems: what is wrong with it, in words, except the problems of single sessions and
+        files.
     """
 
     following: ClientWalker
@@ -190,7 +192,7 @@ class Serialized:
     def _entries(
         self, head: int, layout: np.dtype[np.void], whose: Owner, problems: list[str]
     ) -> NDArray[Any]:
-        """The entries of a chain of blocks, which are claimed."""
+        """The entries of a chain of blocks; claims the blocks."""
         blocks, entries = self.following.block_set(head, layout, problems, written=True)
         self.following.claim(whose, blocks, self.following.abi.page_size)
         return self._kept(entries, problems)
@@ -206,7 +208,7 @@ class Serialized:
         self, session: str, handler: str, token: int, data: int, status: int | None
     ) -> LuoFile:
         found: Memfd | str | None = None
-        # What was retrieved is a file again: what described it has been given back.
+        # A retrieved memfd is a file again: the kernel has given back the memory that described it.
         if handler == MEMFD_COMPATIBLE and not status:
             whose = Owner(OwnerKind.FILE, f"memfd {token:#x} of session {session}", session, token)
             found = self.following.memfd(data, whose)
@@ -240,10 +242,10 @@ class Serialized:
 @dataclass
 class _Lists(Serialized):
     """
-    A kernel's own lists, too.
+    Also reads a kernel's own lists.
 
     :param moves: the kernel runs meanwhile.
-    :param unread: what could not be read, in words: of a kernel that stands still.
+    :param unread: what could not be read of a kernel that stands still, in words.
     """
 
     prog: Program = field(kw_only=True)
@@ -258,7 +260,7 @@ class _Lists(Serialized):
             if self.moves:
                 self.problems.append(f"{what} cannot be read ({error}): they moved, or are corrupt")
             else:
-                # A vmcore may lack pages, and nothing is wrong with them.
+                # A vmcore may lack pages although nothing is wrong with them.
                 self.unread.append(what)
 
     def listed(self, header: Object) -> list[LuoSession]:
@@ -318,7 +320,7 @@ class _Lists(Serialized):
         self.following.claim(whose, blocks, self.following.abi.page_size)
 
     def listed_flbs(self) -> list[Flb]:
-        """What would be handed over of ``luo_flb_global.list``."""
+        """The FLBs on ``luo_flb_global.list`` that would be handed over."""
         head = self.prog["luo_flb_global"].list
         found = []
         for flb in self._walk("struct liveupdate_flb", head, "private.list", self.problems):
@@ -331,7 +333,9 @@ class _Lists(Serialized):
 
 @dataclass
 class _Once:
-    """What names one thing: whatever comes under the same name again is left out, and told."""
+    """
+    Names that must be unique: whatever comes under the same name again is left out and reported.
+    """
 
     what: str
     problems: list[str]
@@ -354,5 +358,5 @@ def _list_of_files(session: str) -> Owner:
 
 
 def _string(characters: Object) -> bytes:
-    """A ``char`` array of the kernel's, whole."""
+    """All of a ``char`` array of the kernel."""
     return bytes(characters.string_())

@@ -30,7 +30,7 @@ _PLACES: Final = [
     *("boot/vmlinuz-*", "lib/modules/*/vmlinuz", "usr/lib/modules/*/vmlinuz"),
     *("usr/lib/debug/boot/vmlinux-*", "usr/lib/debug/lib/modules/*/vmlinux"),
 ]
-#: Images in one directory that are looked into; different strings of a kind in one image.
+#: The most images in one directory, and the most different strings of a kind in one image.
 _MANY: Final = 16
 
 #: The boot sector and the setup header up to payload_length; an ELF header is shorter.
@@ -40,14 +40,14 @@ _HINT: Final = (
     "give a bzImage (vmlinuz), an arm64 Image or a vmlinux, or a directory with one kernel in it"
 )
 
-#: Each as a C string, but for the release, which is in the middle of one.
+#: Each is a C string, except the release, which is in the middle of one.
 _STRINGS: Final = {
     "release": re.compile(rb"Linux version ([!-~]{1,64}) \("),
     **{
         name: re.compile(rb"(%b-v[0-9]{1,9})\0" % name.encode()) for name in ("kho", "luo", "memfd")
     },
 }
-#: No match is longer, nor with the byte before it.
+#: No match is longer, even with the byte before it.
 _LONGEST: Final = 128
 
 
@@ -75,7 +75,7 @@ def read_image(path: Path) -> NextKernel:
 
 @contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """Whatever keeps a file from being read, in two lines."""
+    """Turn whatever keeps a file from being read into two lines."""
     try:
         yield
     except OSError as error:
@@ -126,7 +126,7 @@ def _payload(file: IO[bytes], start: bytes) -> bytes:
     (version,) = struct.unpack_from("<H", start, 0x206)
     if version < 0x0208:
         raise Damaged(f"boot protocol {version:#06x} does not say where the payload is")
-    # setup_sects, of which 0 means 4; the boot sector is not counted.
+    # setup_sects, where 0 means 4, does not count the boot sector.
     setup = ((start[0x1F1] or 4) + 1) * 512
     offset, length = struct.unpack_from("<II", start, 0x248)
     if length > LIMIT:
@@ -135,9 +135,9 @@ def _payload(file: IO[bytes], start: bytes) -> bytes:
 
 
 def _segments(file: IO[bytes], start: bytes) -> Iterator[bytes]:
-    """What an ELF file has to load: not its debug info."""
-    # 64 bit, little endian, ET_EXEC or ET_DYN: no object file, and no dump of memory, which has
-    # everybody's strings.
+    """What an ELF file loads, without its debug info."""
+    # 64 bit, little endian, ET_EXEC or ET_DYN: not an object file, and not a memory dump, which
+    # contains the strings of everybody.
     if start[4:6] != b"\2\1" or start[16:18] not in (b"\2\0", b"\3\0") or len(start) < 64:
         raise Damaged("an ELF file, but no 64-bit little-endian vmlinux")
     (table,) = struct.unpack_from("<Q", start, 32)
@@ -180,7 +180,7 @@ def _range(file: IO[bytes], offset: int, length: int) -> Iterator[bytes]:
 
 
 def _strings(pieces: Iterable[bytes]) -> dict[str, tuple[str, ...]]:
-    """The strings that tell about a kernel, each once, by what they are."""
+    """The strings that tell about a kernel, each once, by kind."""
     found: dict[str, set[str]] = {name: set() for name in _STRINGS}
     before = b"\0"
     for piece in pieces:
@@ -196,5 +196,7 @@ def _strings(pieces: Iterable[bytes]) -> dict[str, tuple[str, ...]]:
 
 
 def _begins(text: bytes, at: int) -> bool:
-    """Whether a string begins there; at the very start it has been seen with what is before it."""
+    """
+    Whether a string begins there; one at the very start was already seen with what precedes it.
+    """
     return at > 0 and not 0x20 <= text[at - 1] < 0x7F

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Open a kernel with drgn and find its debug info, or say in two lines why not."""
+"""Open a kernel with drgn and find its debug info, or say in two lines why that failed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..facts.files import require_regular
 from ..words.errors import KhoscopeError
 from . import btf, host_files
 
-# What drgn logs about missing debug info is in the error that it raises, too.
+# The error that drgn raises repeats what drgn logs about missing debug info.
 logging.getLogger("drgn").setLevel(logging.CRITICAL)
 
 #: The longest wait for one answer of QEMU.
@@ -28,7 +28,7 @@ ANSWER_SECONDS = 10.0
 #: How the running kernel is read.
 LIVE = "live kernel, /proc/kcore"
 
-#: What to do where the kernel's memory is denied even to root.
+#: What to do if the kernel denies its memory even to root.
 ANOTHER_WAY = (
     "boot without lockdown (and without a seccomp or container policy that hides kernel memory),"
     " or look at a vmcore or from the host with --qemu"
@@ -37,16 +37,16 @@ ANOTHER_WAY = (
 #: What drgn raises over the headers and notes of a damaged vmcore.
 _DAMAGED = (BadDataError, ValueError, RuntimeError)
 
-#: Under this name in ``Program.cache``.
+#: The key of the debug info in ``Program.cache``.
 _CACHED = "khoscope_debug_info"
 
 
 @dataclass(frozen=True)
 class DebugInfo:
     """
-    What a program knows types by.
+    The debug info that a program gets its types from.
 
-    :param kind: ``DWARF``, ``BTF (drgn)`` or ``BTF (khoscope)``: by whose reader.
+    :param kind: ``DWARF``, ``BTF (drgn)`` or ``BTF (khoscope)``, by the reader.
     :param where: the file, or the kernel's memory.
     """
 
@@ -58,7 +58,7 @@ class DebugInfo:
 
 
 def debug_info(prog: Program) -> DebugInfo:
-    """What was found when the program was opened here, or what a program of others has."""
+    """What was found when khoscope opened the program, or what a program opened by others has."""
     if _CACHED not in prog.cache:
         prog.cache[_CACHED] = _debug_info_of_others(prog)
     found: DebugInfo = prog.cache[_CACHED]
@@ -70,7 +70,7 @@ def _debug_info_of_others(prog: Program) -> DebugInfo:
         path = prog.main_module().debug_file_path
     except LookupError:
         path = None
-    # BTF is asked after other debug info.
+    # drgn asks BTF only after other debug info.
     if path is None and btf.NAME in prog.cache:
         reader, where = prog.cache[btf.NAME]
         return DebugInfo(f"BTF ({reader})", where)
@@ -84,7 +84,9 @@ def is_this_host(prog: Program) -> bool:
 
 
 def how_it_is_read(prog: Program) -> tuple[str, bool]:
-    """Of a program that others have opened: how it is read, and whether it runs meanwhile."""
+    """
+    For a program that others have opened: how it is read, and whether the kernel runs meanwhile.
+    """
     if is_this_host(prog):
         ask_for_boot_id()
         return LIVE, True
@@ -94,7 +96,7 @@ def how_it_is_read(prog: Program) -> tuple[str, bool]:
 
 
 def ask_for_boot_id() -> None:
-    """The running kernel makes its boot id when it is first asked for it."""
+    """The running kernel makes its boot id only when somebody first asks for it."""
     if host_files.BOOT_ID.exists():
         host_files.BOOT_ID.read_text()
 
@@ -103,7 +105,7 @@ def open_live(vmlinux: Path | None = None) -> Program:
     """
     The running kernel, through ``/proc/kcore``.
 
-    :raises KhoscopeError: without the permission, ``/proc/kcore`` or debug info.
+    :raises KhoscopeError: if the permission, ``/proc/kcore`` or debug info is missing.
     """
     prog = Program()
     ask_for_boot_id()
@@ -129,7 +131,7 @@ def open_qemu(address: str, vmlinux: Path | None = None) -> Program:
     A QEMU guest, from the host, over QMP.
 
     :param address: path of QEMU's QMP socket, or HOST:PORT.
-    :raises KhoscopeError: if nothing answers there, or without debug info.
+    :raises KhoscopeError: if nothing answers there, or debug info is missing.
     """
     prog = Program()
     try:
@@ -147,12 +149,12 @@ def open_qemu(address: str, vmlinux: Path | None = None) -> Program:
 
 def _connect(address: str) -> int:
     """
-    A connection to a QMP server, for drgn, on which no wait is for ever.
+    Connect to a QMP server, for drgn; no wait on the connection lasts for ever.
 
-    QEMU serves one client at a time and leaves the next one waiting; a QEMU that is stopped
-    leaves everybody waiting.
+    QEMU serves one client at a time and leaves the next one waiting.  A stopped QEMU leaves
+    everybody waiting.
 
-    :raises OSError: if there is nobody to connect to.
+    :raises OSError: if nobody listens there.
     """
     host, colon, port = address.rpartition(":")
     if colon and not address.startswith(("/", ".")) and port.isdecimal():
@@ -173,7 +175,7 @@ def _connect(address: str) -> int:
 
 
 def _is_silence(error: Exception) -> bool:
-    """Whether a wait on the connection came to its end."""
+    """Whether a wait on the connection timed out."""
     return isinstance(error, TimeoutError) or getattr(error, "errno", None) == errno.EAGAIN
 
 
@@ -181,7 +183,7 @@ def open_core(path: Path, vmlinux: Path | None = None) -> Program:
     """
     A vmcore: ELF or kdump-compressed, or QEMU's dump-guest-memory.
 
-    :raises KhoscopeError: if it is no whole vmcore, or without debug info.
+    :raises KhoscopeError: if it is not a whole vmcore, or debug info is missing.
     """
     require_regular(path, "name a vmcore that you can read")
     prog = Program()
@@ -192,7 +194,7 @@ def open_core(path: Path, vmlinux: Path | None = None) -> Program:
             f"{path}: {error.strerror or error}", "name a vmcore that you can read"
         ) from error
     except Exception as error:
-        # libkdumpfile's refusals are bare Exceptions, libelf's and drgn's own of these types.
+        # libkdumpfile refuses with bare Exceptions, libelf and drgn itself with these types.
         if not isinstance(error, _DAMAGED) and type(error) is not Exception:
             raise
         raise KhoscopeError(
@@ -205,7 +207,7 @@ def open_core(path: Path, vmlinux: Path | None = None) -> Program:
 
 
 def _load_debug_info(prog: Program, vmlinux: Path | None, whose: str) -> None:
-    """DWARF that drgn finds, else BTF."""
+    """Load the DWARF that drgn finds, else BTF."""
     if vmlinux is not None:
         require_regular(vmlinux, "name the vmlinux with --vmlinux")
         if not os.access(vmlinux, os.R_OK):
@@ -229,7 +231,7 @@ def _load_debug_info(prog: Program, vmlinux: Path | None, whose: str) -> None:
                 " use a kernel with CONFIG_DEBUG_INFO_BTF=y",
             ) from unusable
     except (BadDataError, FaultError) as error:
-        # Without a VMCOREINFO drgn takes a vmcore for that of a process, and misses more.
+        # Without a VMCOREINFO, drgn takes a vmcore for that of a process, and then misses more.
         raise KhoscopeError(
             f"{whose} cannot be made out ({error})",
             "give a whole vmcore, with its VMCOREINFO: this one is damaged, or not of a kernel",
@@ -242,7 +244,7 @@ def _load_debug_info(prog: Program, vmlinux: Path | None, whose: str) -> None:
 
 
 def _refuse_another(prog: Program, vmlinux: Path | None, whose: str) -> None:
-    """Where drgn has found the right one elsewhere, it says nothing of a wrong one."""
+    """drgn silently ignores a wrong --vmlinux if it found the right one elsewhere."""
     module = prog.main_module()
     taken = [path for path in (module.loaded_file_path, module.debug_file_path) if path]
     if vmlinux is not None and not any(os.path.samefile(path, vmlinux) for path in taken):
@@ -254,9 +256,9 @@ def _refuse_another(prog: Program, vmlinux: Path | None, whose: str) -> None:
 
 def _load_btf(prog: Program, vmlinux: Path | None) -> DebugInfo:
     """
-    BTF: of the vmlinux, where one was named, else of the kernel itself.
+    Load the BTF of the vmlinux if one was named, else that of the kernel itself.
 
-    :raises btf.BtfError: if there is none that can be used.
+    :raises btf.BtfError: if there is no BTF that can be used.
     """
     data = None if vmlinux is None else _btf_section(vmlinux, prog)
     reader, where = btf.register(prog, data)
@@ -265,7 +267,7 @@ def _load_btf(prog: Program, vmlinux: Path | None) -> DebugInfo:
 
 def _btf_section(vmlinux: Path, prog: Program) -> bytes:
     """
-    The BTF of a vmlinux without DWARF, if it is the one of this kernel.
+    The BTF of a vmlinux without DWARF, if that is the vmlinux of this kernel.
 
     :raises btf.BtfError: if it is not, or has none.
     """
@@ -291,7 +293,7 @@ def _btf_section(vmlinux: Path, prog: Program) -> bytes:
             ]
             data = None if section is None else bytes(section.data())
     except Exception as error:
-        # What pyelftools raises on a corrupt file is no closed set: MemoryError is among it.
+        # pyelftools may raise anything on a corrupt file, even MemoryError.
         said = str(error) or type(error).__name__
         raise btf.BtfError(f"no BTF can be read from it ({said})") from error
     build_id = prog.main_module().build_id

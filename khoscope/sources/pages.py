@@ -27,8 +27,8 @@ ReadVirt = Callable[[int, int], bytes | None]
 WINDOW: Final = 1 << 15
 #: Blocks closer than this many pages are read in one go.
 GAP: Final = 1 << 10
-#: Single pages of which the free list is asked for, per chunk of blocks: each costs a read or two,
-#: and only a page without references in front of which no free block begins gets there.
+#: How many single pages per chunk of blocks are looked up on a free list.  Each look costs a read
+#: or two; only a page without references that lies in no free buddy block needs it.
 LIST_LOOKS: Final = 1024
 
 
@@ -103,7 +103,8 @@ class StructPages:
 
     def compound_order(self) -> NDArray[np.int8]:
         """i8 for each page but the last: order of the compound page that starts there."""
-        # No order is that high, but memory may hold anything; below 0 it would mean something else.
+        # No order is that high, but memory may hold anything; an order below 0 would mean something
+        # else.
         order = np.minimum(self.flags[1:] & np.uint64(0xFF), np.uint64(127)).astype(np.int8)
         head = np.where(self.is_head[:-1] & self.is_tail[1:], order, Pages.NOT_COMPOUND)
         return np.where(self.is_tail[:-1], Pages.COMPOUND_TAIL, head).astype(np.int8)
@@ -113,7 +114,7 @@ class PageReader:
     """
     Reads struct pages of one kernel.
 
-    :param ram_end: the first pfn behind RAM; nothing above is asked for.
+    :param ram_end: the first pfn behind RAM; nothing above it is read.
     """
 
     def __init__(self, abi: Abi, layout: PageLayout, read: ReadVirt, ram_end: int) -> None:
@@ -131,8 +132,8 @@ class PageReader:
         Every page that carries a stamp, by looking at all struct pages.
 
         :param ram: u64, shape (n, 2), physical.
-        :param progress: called with the number of pages that were looked at, and after it the
-            number that could not be read, as a negative number.
+        :param progress: called for each part, with the number of pages that were looked at, or with
+            the number that could not be read, as a negative number.
         """
         waiting: list[Blocks] = []
         rows = 0
@@ -155,7 +156,7 @@ class PageReader:
         """
         The pages [start, end), pfns, each a row; window by window.
 
-        What is a free block is marked at its first page only: windows are whole regions of
+        The kernel marks a free block only at its first page.  So windows are whole regions of
         MAX_PAGE_ORDER, which no free block crosses.
         """
         region = 1 << self._abi.max_page_order
@@ -200,11 +201,11 @@ class PageReader:
     def _readable(
         self, start: int, end: int, progress: Callable[[int], None]
     ) -> Iterator[tuple[int, bytes]]:
-        """The struct pages of [start, end), around those that cannot be read."""
+        """The struct pages of [start, end), without those that cannot be read."""
         if start >= end:
             return
         raw = self._read_pages(start, end)
-        # Struct pages are there, or not, by the page that holds them.
+        # Struct pages that share a page are all there, or none of them is.
         together = self._abi.page_size // self._layout.size
         if raw is not None:
             progress(end - start)
@@ -226,10 +227,10 @@ class PageReader:
         facts.compound[:] = Pages.NOT_COMPOUND
         shift = np.uint64(self._abi.page_shift)
         start = (blocks.phys >> shift).astype(np.int64)
-        # What lies beyond RAM has no struct page.  A bad order has no pages.
+        # Memory beyond RAM has no struct pages.  A block of a bad order has no pages.
         length = np.minimum(blocks.page_count, np.uint64(1) << np.uint64(40)).astype(np.int64)
         end = np.minimum(start + length, self._ram_end)
-        # Room is left for pages of RAM that cannot be read.
+        # The cap leaves room to add pages of RAM that cannot be read.
         facts.unread[:] = np.minimum(start + length - np.maximum(end, start), 2**31)
         rows = np.flatnonzero(end > start)
         if len(rows):
@@ -242,8 +243,8 @@ class PageReader:
         """
         Mark blocks that lie in the middle of a free buddy block, or hang on a per-cpu free list.
 
-        Neither shows at the page itself: the buddy allocator marks the first page of its block
-        only, the per-cpu lists mark nothing.
+        The page itself shows neither: the buddy allocator marks only the first page of its block,
+        and the per-cpu lists mark nothing.
         """
         typed = (facts.page_type >> np.uint32(24)) < self._layout.untyped
         suspect = rows[
@@ -274,7 +275,8 @@ class PageReader:
         self, start: int, end: int, parts: list[tuple[int, StructPages]]
     ) -> NDArray[np.int8]:
         """
-        Of which order the free block is that holds each page; ``PageRuns.ALLOCATED``: none does.
+        The order of the free block that holds each page; ``PageRuns.ALLOCATED``: no free block
+        does.
 
         :param start: of a region of MAX_PAGE_ORDER, pfn; ``end`` likewise.
         :param parts: all that can be read of it.
@@ -332,9 +334,9 @@ class _Gather:
         self._rows = rows
         self._start = start
         self._end = end
-        # Blocks of a corrupt tree may overlap: all that reach into a window stand between the
-        # first whose predecessors' furthest end is beyond its start, and the last that begins
-        # before its end.
+        # Blocks of a corrupt tree may overlap.  All that reach into a window lie between the first
+        # block at which the furthest end so far is beyond the window's start, and the last block
+        # that begins before the window's end.
         self._reach = np.maximum.accumulate(end)
 
     def run(self) -> None:
@@ -348,7 +350,7 @@ class _Gather:
 
     def _window(self, low: int, high: int, carry: np.int32 | None) -> np.int32 | None:
         """
-        Add what the pages [low, high) say.
+        Add the facts of the pages [low, high).
 
         :param carry: the refcount of page ``low - 1``, if it is in the same run.
         :return: the refcount of page ``high - 1``.
@@ -357,7 +359,7 @@ class _Gather:
         j = int(np.searchsorted(self._start, high, "left"))
         hit = np.arange(i, j)[self._end[i:j] > low]
         reader = self._reader
-        # One more than asked for: a compound page's order stands in its second page.
+        # Read one more page than asked for: a compound page's order is in its second page.
         raw = reader._read_pages(low, high + 1) or reader._read_pages(low, high)
         if raw is None and high - low > 1:
             middle = (low + high) // 2

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-What a kernel is, from its debug info: asked once, before anything of it is read.
+Ask a kernel's debug info what the kernel is: once, before khoscope reads any of its memory.
 
-Here alone a type, a member or a symbol may be missing.  What khoscope cannot do without is refused;
-what not all kernels have is one of the :class:`Parts`, and is there or not.
+Only here may a type, a member or a symbol be missing.  khoscope refuses a kernel that lacks what it
+needs; what only some kernels have is one of the :class:`Parts`, which is there or not.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from ..abi.serialized import text
 from ..words.errors import KhoscopeError
 from .pages import PageLayout
 
-#: What drgn raises where debug info has no such type, member, symbol or value.
+#: What drgn raises if debug info has no such type, member, symbol or value.
 _LACKING: Final = (LookupError, AttributeError, TypeError, ObjectAbsentError)
 
-#: Variables, types and members by which KHO and the small facts are read: all kernels with KHO
-#: have them.
+#: Variables, types and members by which khoscope reads KHO and the small facts: all kernels with
+#: KHO have them.
 _NEEDED: Final = (
     "kho_enable",
     "kho_in.fdt_phys",
@@ -103,7 +103,7 @@ _SESSIONS: Final = (
     "struct liveupdate_flb.private.outgoing.count.refs.counter",
     "struct liveupdate_flb.private.outgoing.data",
 )
-#: By drgn's get_printk_records(), too.
+#: drgn's get_printk_records() needs these, too.
 _LOG: Final = (
     "LOG_CONT",
     "desc_committed",
@@ -140,7 +140,9 @@ _NODES: Final = (
 
 
 class Parts:
-    """What not every kernel has, or not every debug info describes; asked when it is wanted."""
+    """
+    What only some kernels have, or only some debug info describes; looked up when it is needed.
+    """
 
     def __init__(self, prog: Program) -> None:
         self._prog = prog
@@ -152,7 +154,7 @@ class Parts:
 
     @cached_property
     def image(self) -> bool:
-        """``kexec_image``, with the members that KHO is about."""
+        """``kexec_image``, with the members that concern KHO."""
         return self._has(_IMAGE)
 
     @cached_property
@@ -203,7 +205,7 @@ class Overrides:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """What debug info lacks becomes a KhoscopeError; for what asks debug info alone."""
+    """Turn what debug info lacks into a KhoscopeError; for code that asks only debug info."""
     try:
         yield
     except _LACKING as error:
@@ -215,9 +217,9 @@ def guarded() -> Iterator[None]:
 
 def refuse_platform(prog: Program) -> None:
     """
-    Everything that is read is taken for 64 bit and little endian.
+    Require a 64-bit little-endian kernel: all code that reads relies on it.
 
-    :raises KhoscopeError: if it is not.
+    :raises KhoscopeError: if the kernel is not one.
     """
     known = PlatformFlags.IS_64_BIT | PlatformFlags.IS_LITTLE_ENDIAN
     if prog.platform is None or prog.platform.flags & known != known:
@@ -231,7 +233,8 @@ def probe(prog: Program) -> Parts:
     """
     Look up all types, members and variables that are going to be used.
 
-    :raises KhoscopeError: if there is no KHO that khoscope knows, or the debug info lacks some.
+    :raises KhoscopeError: if there is no KHO that khoscope knows, or the debug info lacks any of
+        them.
     """
     try:
         tree = prog["kho_out"].type_
@@ -255,7 +258,7 @@ def _works(ask: Callable[[], object]) -> bool:
     try:
         ask()
     except FaultError:
-        # Then it knew where to read.
+        # Then debug info knew where to read.
         return True
     except _LACKING:
         return False
@@ -266,8 +269,8 @@ def _look_up(prog: Program, path: str) -> None:
     """
     Look up a variable, or a type, and its members.
 
-    :param path: as in C, but that what is behind a pointer or in an array has dots, too.
-    :raises LookupError: if something of it is not there.
+    :param path: as in C, but with dots for members behind a pointer or in an array, too.
+    :raises LookupError: if any part of it is not there.
     """
     name, *members = path.split(".")
     if " " in name:
@@ -314,7 +317,7 @@ def probe_abi(prog: Program, compatible: str | None, overrides: Overrides) -> Ab
         _probe_type_shift(prog, constants, order_0, compatible, overrides, stamp, decided),
         stamp,
         compatible,
-        # Trees of bare keys (linux 7.3) have it, and have lost KHO_ORDER_0_LOG2.
+        # Trees of bare keys (linux 7.3) have this width, but no longer KHO_ORDER_0_LOG2.
         constants.get("KHO_RADIX_KEY_WIDTH"),
         decided,
     )
@@ -381,7 +384,8 @@ def page_layout(prog: Program) -> PageLayout:
             "use a kernel that was built with CONFIG_SPARSEMEM_VMEMMAP=y",
         ) from None
     if not page.has_member("compound_info"):
-        # There, struct pages in the middle of an optimised hugetlb folio read like its head.
+        # In such a kernel, struct pages in the middle of an optimised hugetlb folio read like its
+        # head.
         raise KhoscopeError(
             "this kernel's struct page is older than linux 7.1 (no compound_info)",
             "use khoscope on kernels whose struct page has compound_info",
@@ -417,7 +421,7 @@ def direct_map(prog: Program) -> int:
 
 
 def module_at(prog: Program, address: int) -> str:
-    """The module that an address belongs to, in brackets; nothing where that cannot be told."""
+    """The module that an address belongs to, in brackets; empty if that cannot be told."""
     try:
         module = address_to_module(prog, address)
         return f" [{text(bytes(module.name.string_()))}]" if module else ""
@@ -426,7 +430,7 @@ def module_at(prog: Program, address: int) -> str:
 
 
 def enumerators(prog: Program, name: str) -> dict[str, int]:
-    """The constants of an enum; none where the kernel has no such enum."""
+    """The constants of an enum; empty if the kernel has no such enum."""
     try:
         found = prog.type(name).enumerators
     except LookupError:

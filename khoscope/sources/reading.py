@@ -3,7 +3,7 @@
 One reading of a kernel: where its RAM is, and all small facts.
 
 Each fact is there, or is named as unreadable: a vmcore may lack any page, and memory may hold
-anything.  Both belong to the reading: the next one looks anew.
+anything.  The facts and the faults belong to one reading: the next reading looks anew.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ HANDLER_LIMIT: Final = 1 << 8
 #: More than any command line has, bytes.
 COMMAND_LINE_LIMIT: Final = 1 << 16
 #: The largest log that can be configured has 2^25 bytes (CONFIG_LOG_BUF_SHIFT), or what
-#: log_buf_len= says: more records than this are a corrupt ring.
+#: log_buf_len= says: a ring with more records than this is corrupt.
 LOG_COUNT_BITS: Final = 26
 
 #: What a kernel says when KHO or the page allocator finds something broken.
@@ -51,14 +51,14 @@ TROUBLE = re.compile(
     r"|(WARNING|kernel BUG).*(kexec_handover|kho_)",
     re.IGNORECASE,
 )
-#: Lines of it that are kept: the newest.
+#: How many of these lines are kept: the newest.
 TROUBLE_KEPT: Final = 64
 
 T = TypeVar("T")
 
 
 class _Corrupt(Exception):
-    """What stands there can be read, and is no such thing; says why."""
+    """Memory can be read, but does not hold what it should; says why."""
 
 
 @dataclass
@@ -77,13 +77,13 @@ class Reading:
 
     @classmethod
     def begin(cls, prog: Program, parts: Parts) -> Reading:
-        """A new one, which knows where RAM is."""
+        """A new reading that knows where RAM is."""
         reading = cls(prog, parts)
         reading.ram = reading._read_ram()
         return reading
 
     def attempt(self) -> Reading:
-        """The same to go on from: what is unreadable in an attempt that is thrown away is not."""
+        """A copy to go on from: if the attempt is thrown away, so is what was unreadable in it."""
         return Reading(self.prog, self.parts, self.ram, list(self.unreadable))
 
     def cannot(self, what: str) -> None:
@@ -92,7 +92,7 @@ class Reading:
             self.unreadable.append(what)
 
     def fact(self, what: str, read: Callable[[], T], otherwise: T) -> T:
-        """What can be read, or is named."""
+        """Read a fact; if that fails, name it as unreadable and return ``otherwise``."""
         try:
             return read()
         except FaultError:
@@ -111,7 +111,7 @@ class Reading:
         for flag, bit in enumerators(prog, "enum pageflags").items():
             flags.setdefault(bit, flag.removeprefix("PG_"))
         return Kernel(
-            # Without it nothing else would be of use.
+            # Without the release, nothing else would be of use.
             text(bytes(name.release.string_())),
             self.fact(
                 "the kernel's version (init_uts_ns)",
@@ -155,12 +155,14 @@ class Reading:
         return list(kept)
 
     def _check_log(self) -> None:
-        """drgn goes from one descriptor to the other, however many a corrupt ring has."""
+        """
+        Refuse a corrupt ring: drgn would walk all of its descriptors, however many it says it has.
+        """
         ring = self.prog["prb"].desc_ring
         bits = ring.count_bits.value_()
         if bits > LOG_COUNT_BITS or self.prog["prb"].text_data_ring.size_bits.value_() > 32:
             raise _Corrupt("its ring buffer is corrupt")
-        # The two highest bits are no part of a descriptor's id (DESC_ID_MASK).
+        # The two highest bits are not part of a descriptor's id (DESC_ID_MASK).
         first, last = ring.tail_id.counter.value_(), ring.head_id.counter.value_()
         if (last - first) % (1 << 62) >= 1 << bits or max(first, last) >> 62 or first < 0:
             raise _Corrupt("its ring buffer is corrupt")
@@ -171,8 +173,8 @@ class Reading:
         """
         System RAM from ``iomem_resource``, adjacent ranges joined.
 
-        Resources are in the kernel's heap, of which vmcores may lack pages: then what nodes span,
-        with the holes in it.
+        Resources are in the kernel's heap, and a vmcore may lack pages of it.  Then take what nodes
+        span, including the holes.
         """
         what = "where RAM is (iomem_resource): what nodes span is taken for it"
         ranges = self.fact(what, self._resources, None)
@@ -192,7 +194,7 @@ class Reading:
         return np.array(joined, np.uint64)
 
     def _resources(self) -> list[tuple[int, int]] | None:
-        """As drgn's :func:`for_each_resource` has them; those of a corrupt tree end, too."""
+        """Like drgn's :func:`for_each_resource`, but it stops at a corrupt tree."""
         found: list[tuple[int, int]] = []
         waiting = [self.prog["iomem_resource"].address_of_()]
         seen: set[int] = set()
@@ -234,7 +236,7 @@ class Reading:
         )
 
     def incoming_fdt(self) -> int:
-        """Where the FDT is that came, ``phys_addr_t``; 0: there is none."""
+        """Where the incoming FDT is, ``phys_addr_t``; 0: there is none."""
         what = "how this kernel came to be (kho_in)"
         return self.fact(what, lambda: int(self.prog["kho_in"].fdt_phys.value_()), 0)
 
@@ -242,7 +244,7 @@ class Reading:
         """
         ``kho_scratch``: u64, shape (n, 2), address and size of each area.
 
-        :param enabled: KHO is on: then there are some.
+        :param enabled: KHO is on, so there must be some.
         """
         nothing: list[tuple[int, int]] = []
         what = "the scratch areas (kho_scratch)"
@@ -262,7 +264,7 @@ class Reading:
             yield areas[i].addr.value_(), areas[i].size.value_()
 
     def image(self) -> KexecImage | None:
-        """``kexec_image``; None: this kernel has none of its members that KHO is about."""
+        """``kexec_image``; None: this kernel lacks it, or one of its members that concern KHO."""
         if not self.parts.image:
             return None
         return self.fact("the loaded kexec image (kexec_image)", self._image, None)
@@ -306,7 +308,7 @@ class Reading:
         """
         A root FDT and the blobs: itself as "fdt", subtrees by name as far as readable.
 
-        :param outgoing: its blobs must be there; those that came may have been given back since,
+        :param outgoing: its blobs must be there.  Incoming blobs may have been given back since,
             and a vmcore without free pages lacks them.
         """
         fdt, blob = self.root_fdt(phys)
@@ -318,7 +320,7 @@ class Reading:
                 np.array([subtree.phys], np.uint64),
                 np.array([min(subtree.phys + subtree.size, 2**64 - 1)], np.uint64),
             )
-            # bad-fdt speaks of one that is not in RAM.
+            # bad-fdt reports a blob that is not in RAM.
             if not in_ranges(self.ram, *span)[0]:
                 continue
             kept = min(subtree.size, budget.BLOB, budget.BLOBS - sum(map(len, blobs.values())))
@@ -335,7 +337,7 @@ class Reading:
             return Fdt(0, problems=["there is none"]), None
         size = self.prog["PAGE_SIZE"].value_()
         blob = self.read_phys(phys, size)
-        # kho_add_subtree() moves things about in it.
+        # kho_add_subtree() may be moving things in the FDT: read until two reads agree.
         for _ in range(READS):
             again = self.read_phys(phys, size)
             if again == blob:

@@ -25,11 +25,11 @@ from ..facts.tree import NodeProblem, Tree, TreeState
 #: Reads ``size`` bytes at a physical address; None: that memory cannot be read.
 ReadPhys = Callable[[int, int], bytes | None]
 
-#: Problems that are kept with their address; all are counted.
+#: How many problems are kept with their address; all are counted.
 PROBLEMS_KEPT: Final = 256
 #: Bytes read at once, at most.
 READ_SIZE: Final = 1 << 20
-#: How often a tree that moves is read again before we give up.
+#: How often khoscope reads a moving tree again before it gives up.
 READS: Final = 3
 
 T = TypeVar("T")
@@ -159,7 +159,7 @@ class _Walk:
             leaves = Leaves(key[at], raw)
             used = leaves.counts()
             self._keep(0, phys[at], key[at], used)
-            # Deleting clears bits and frees nothing: empty leaves are normal.
+            # Deleting clears bits but frees nothing: empty leaves are normal.
             if used.any():
                 self._leaves.append(leaves if used.all() else leaves[used > 0])
 
@@ -171,7 +171,7 @@ class _Walk:
         self, level: int, phys: U64
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
         """
-        The bytes of nodes, in groups of READ_SIZE, neighbours in memory with one read.
+        The bytes of nodes, in groups of READ_SIZE; one read gets all neighbours in memory.
 
         :return: pairs of rows of ``phys`` and their bytes, shape (n, PAGE_SIZE).  A node that
             cannot be read is a problem and is left out.
@@ -211,9 +211,9 @@ def settle(walk_once: Callable[[], Tree], use: Callable[[Tree], T]) -> tuple[T, 
     Read a tree that may move, until it is the same before and after its use, READS times at most.
 
     :param walk_once: reads the tree.
-    :param use: what is read on the strength of the tree.
-    :return: what ``use`` gave, and the tree.  Where the tree never held still, the tree holds only
-        what stood there before and after, and says how many blocks moved.
+    :param use: reads what depends on the tree.
+    :return: what ``use`` gave, and the tree.  If the tree never held still, it holds only what was
+        there both before and after, and says how many blocks moved.
     """
     tree = walk_once()
     reads = 1

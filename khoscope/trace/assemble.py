@@ -3,7 +3,7 @@
 From the records of bpf/kho_trace.c to facts.
 
 The kernel reports each block when the function that touched it returns, and each outermost call
-when that returns: so the blocks of a call come before the call.
+when it returns.  So the blocks of a call come before the call.
 """
 
 from __future__ import annotations
@@ -45,14 +45,15 @@ _HEADER = [
 #: Offset of ``is_call``, bytes.
 _IS_CALL = 74
 
-#: Touches that wait for their calls to return: one that preserves a whole host must not be kept.
+#: How many touches may wait for their calls to return: one call may preserve the memory of a whole
+#: host.
 WAITING = 1 << 18
-#: Calls that the kernel follows at once (``MAX_TASKS`` in bpf/kho_trace.c).
+#: How many calls the BPF program follows at once (``MAX_TASKS`` in bpf/kho_trace.c).
 MOST_CALLS = 1024
 
 _VOID, _INT = (np.array([f.returns == kind for f in FUNCTIONS]) for kind in ("void", "int"))
 _ACTIONS = np.array([f.action for f in FUNCTIONS], np.int8)
-# Where kho_restore_page is no function of its own, these report the blocks.
+# If kho_restore_page is inlined, these functions report the blocks.
 _ACTIONS[[NUMBERS["kho_restore_folio"], NUMBERS["kho_restore_pages"]]] = Action.RESTORE
 _TREE = np.array([f.kind == CallKind.TREE for f in FUNCTIONS])
 _OF_KIND = {
@@ -60,7 +61,7 @@ _OF_KIND = {
     CallKind.UNPRESERVE: Action.DELETE,
     CallKind.RESTORE: Action.RESTORE,
 }
-#: Which of its touches make up what a call was asked for, by its function.
+#: By function: the action of the touches that make up what a call was asked for.
 _MEANT = [_OF_KIND.get(f.kind, f.action) for f in FUNCTIONS]
 
 
@@ -100,7 +101,7 @@ def record_size(frames: int, page_size: int) -> int:
 
 class Assembler:
     """
-    Makes batches of records.
+    Turns records into batches.
 
     :param frames: stack frames in each ``struct call``.
     """
@@ -111,12 +112,13 @@ class Assembler:
         self._call = call_dtype(frames)
         self._block = block_dtype(layout.pages.size)
         self._waiting = Touches.empty()
-        #: By call, the tally of touches that could not wait for it; what was touched last is last.
+        #: By call: the tally of touches that could not wait for it.  The call that was active last
+        #: comes last.
         self._gone: dict[int, U64] = {}
 
     def feed(self, records: NDArray[np.uint8]) -> Batch:
         """
-        The calls among the records, with their touches; what has to wait is kept.
+        The calls among the records, with their touches.  Touches whose call has not returned wait.
 
         :param records: u8, shape (n, :func:`record_size`).
         """
@@ -135,12 +137,14 @@ class Assembler:
         return Batch(self._calls(call, mine, row[done]), Touches.concatenate([mine, loose]))
 
     def end(self) -> Batch:
-        """What has waited in vain."""
+        """The touches that are still waiting for their calls."""
         rest, self._waiting = self._waiting, Touches.empty()
         return Batch(Calls.empty(), rest)
 
     def _remember(self, loose: Touches) -> None:
-        """Keep what they add to their calls, until those return: of as many as can be open."""
+        """
+        Keep the tally of these touches until their calls return, for as many calls as can be open.
+        """
         calls, last, row = np.unique(loose.call[::-1], return_index=True, return_inverse=True)
         tally = _tally(loose[::-1], row, len(calls))
         for i in np.argsort(-last, kind="stable").tolist():
@@ -151,7 +155,7 @@ class Assembler:
 
     def _touches(self, raw: NDArray[np.void]) -> Touches:
         action = _ACTIONS[raw["function"]]
-        # Other trees of the same kind have keys that are no blocks.
+        # Other trees of the same kind have keys that do not stand for blocks.
         raw = raw[(action == Action.RESTORE) | (raw["order"] != NO_ORDER)]
         function = raw["function"]
         action = _ACTIONS[function]
@@ -182,7 +186,7 @@ class Assembler:
         key = key.astype(np.uint64)
         phys, order, kind = abi.kho_radix_decode_keys(key)
         if abi.type_shift is not None and abi.type_is_refused:
-            # What the tree did not take had a type all the same.
+            # A key that the tree refused still had a type.
             split = (raw["key"] >> np.uint64(abi.type_shift)) & np.uint64(1)
             refused = ~restored & (split != 0)
             kind = np.where(refused, KHO_PAGE_SPLIT, kind).astype(np.int8)
@@ -198,14 +202,14 @@ class Assembler:
         pages = StructPages(self._layout.pages, raw["pages"].tobytes())
         head = pages.refcount[0::2]
         looked = raw["looked"].astype(np.int64)
-        # The kernel counts the first page among the others, which it reads once more: it may have
-        # changed in between.
+        # The counts include the first page.  The kernel reads that page a second time for them, and
+        # its refcount may have changed in between.
         tails = np.maximum(looked - 1, 0)
         some = looked > 0
         zeros = np.clip(raw["zeros"].astype(np.int64) - (some & (head == 0)), 0, tails)
         ones = np.clip(raw["ones"].astype(np.int64) - (some & (head == 1)), 0, tails - zeros)
         page_type = pages.page_type[0::2]
-        # One block has two struct pages, the order of a compound page stands in the second.
+        # Each block comes with two struct pages: the second one holds the order of a compound page.
         compound = pages.compound_order()[0::2] if len(raw) else np.zeros(0, np.int8)
         return Pages(
             private=np.where(restored, raw["stamp"], pages.private[0::2]),
@@ -222,7 +226,10 @@ class Assembler:
         )
 
     def _asked(self, raw: NDArray[np.void], by_page: NDArray[np.bool_]) -> NDArray[np.uint8]:
-        """The order by the arithmetic of ``kho_restore_pages``, where that is what called."""
+        """
+        The order by the arithmetic of ``kho_restore_pages``, if that was the caller; else
+        ``NO_ORDER``.
+        """
         pages = NUMBERS["kho_restore_pages"]
         inner = by_page & (raw["outer"] == pages)
         args = np.where(inner[:, None], raw["outer_args"], raw["args"][:, :2])
@@ -268,7 +275,9 @@ class Assembler:
         )
 
     def _named(self, names: tuple[str, ...], args: U64) -> tuple[U64, U64 | None]:
-        """The address and the number of pages that the arguments name; None: they do not."""
+        """
+        The address and the number of pages that the arguments name; None: they name no number.
+        """
         shift = np.uint64(self._abi.page_shift)
         by_name = dict(zip(names, args.T, strict=False))
         phys = np.full(len(args), NO_PHYS, np.uint64)
@@ -291,18 +300,20 @@ class Assembler:
 
 
 def _viewed(records: NDArray[np.uint8], dtype: np.dtype[np.void]) -> NDArray[np.void]:
-    """Records as what they are; all have the size of the largest."""
+    """View records as their own type; each has the size of the largest type."""
     return np.ascontiguousarray(records[:, : dtype.itemsize]).view(dtype)[:, 0]
 
 
 def _returned(function: NDArray[np.uint8], ret: U64) -> NDArray[np.int64]:
-    """What came back, by the C type that the function returns."""
+    """The return value, by the C type that the function returns."""
     signed = ret.astype(np.uint32).view(np.int32).astype(np.int64)
     return np.select([_VOID[function], _INT[function]], [0, signed], ret.view(np.int64))
 
 
 def _tally(touches: Touches, of: NDArray[np.int64], rows: int) -> U64:
-    """u64, shape (rows, actions, 2): blocks and their pages, by the row that each is of."""
+    """
+    u64, shape (rows, actions, 2): blocks and their pages, by the row that each block belongs to.
+    """
     at = of * len(Action) + touches.action
     blocks = np.bincount(at, minlength=rows * len(Action)).astype(np.uint64)
     pages = np.zeros_like(blocks)

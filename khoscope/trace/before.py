@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the blocks that are restored were in the kernel that handed them over."""
+"""What restored blocks were in the kernel that handed them over."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..facts.columns import Blocks, Pages
 from ..facts.snapshot import Snapshot, rows
 from ..words.errors import KhoscopeError
 
-#: Blocks of a snapshot that are kept in memory, 67 bytes each.
+#: How many blocks of a snapshot may be kept in memory, 67 bytes each.
 MOST = 1 << 24
 
 
@@ -20,7 +20,7 @@ class Before:
     """
     The recorded blocks of a snapshot, by key.
 
-    :raises KhoscopeError: if it holds no struct pages, or too many blocks.
+    :raises KhoscopeError: if the snapshot holds no struct pages, or too many blocks.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
@@ -45,7 +45,9 @@ class Before:
         return self._abi.page_size
 
     def join(self, touches: Touches) -> Touches:
-        """The same touches; those that restore a recorded block know what it was."""
+        """
+        The same touches; for each restore of a recorded block, ``was`` says what the block was.
+        """
         known = np.zeros(len(touches), np.bool_)
         was = Pages.blank(len(touches))
         restores = np.flatnonzero(touches.action == Action.RESTORE)
@@ -59,7 +61,7 @@ class Before:
                 keys = self._abi.kho_radix_encode_keys(phys[order == each], each, page_type)
                 at = np.searchsorted(self._blocks.key, keys)
                 at = np.minimum(at, len(self._blocks) - 1)
-                # A key has no room for what makes an address unfit for its order.
+                # A key drops the address bits below its order: compare the addresses, too.
                 found = self._blocks.key[at] == keys
                 found &= self._blocks.phys[at] == phys[order == each]
                 known[of_order[found]] = True

@@ -34,7 +34,7 @@ class CallFilter:
         return None if self.comm is None else os.fsencode(self.comm)[:15]
 
     def apply(self, batch: Batch) -> Batch:
-        """The batch with only what is asked for."""
+        """The batch without the calls and touches that were not asked for."""
         calls, touches = batch.calls, batch.touches
         if self.kinds != frozenset(CallKind):
             kinds = np.array([function.kind in self.kinds for function in FUNCTIONS])
@@ -43,7 +43,7 @@ class CallFilter:
             calls = calls[calls.tgid == self.tgid]
         if self.comm_bytes is not None:
             calls = calls[calls.comm == self.comm_bytes]
-        # What has no call here has none that was left out: it has not returned yet.
+        # Keep touches whose call is not in this batch: that call has not returned yet.
         left_out = batch.calls.call[~np.isin(batch.calls.call, calls.call)]
         touches = touches[~np.isin(touches.call, left_out)]
         if self.min_order:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who preserved what, by a recording."""
+"""Who preserved what, according to a recording."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def preservers(recording: Recording) -> Preservers:
     """
     The callers of the preserve calls whose blocks were preserved when the recording ended.
 
-    16 bytes in memory for each block that was preserved or unpreserved meanwhile.
+    This takes 16 bytes of memory for each block that was preserved or unpreserved meanwhile.
     """
     stacks = Callers(recording.symbols)
     numbers: dict[str, int] = {}
@@ -29,13 +29,13 @@ def preservers(recording: Recording) -> Preservers:
         touches = touches[(touches.action != Action.RESTORE) & touches.succeeded]
         callers, which = stacks.of(batch.calls)
         number = [numbers.setdefault(caller.client, len(numbers)) for caller in callers]
-        # The last: of calls that had not returned.
+        # The last entry is for calls that had not returned.
         by_call = np.append(np.array(number, np.int64)[which], UNKNOWN)
         owner = by_call[rows_of(batch.calls.call, touches.call)]
         keys.append(touches.blocks.key)
         owners.append(np.where(touches.action == Action.ADD, owner, UNKNOWN))
     key, owner = np.concatenate(keys), np.concatenate(owners)
-    # Of each key what was done last: the first one from the end.
+    # Keep what was done last to each key: its first entry from the end.
     last, at = np.unique(key[::-1], return_index=True)
     owner = owner[::-1][at]
     known = owner != UNKNOWN

@@ -32,12 +32,12 @@ from .assemble import record_size
 from .call_filter import CallFilter
 from .ring import Ring
 
-#: Stack frames that are kept of a call: enough to find the client, or the whole stack.  The
-#: innermost ones are the BPF program's, its trampoline's and KHO's own.
+#: Stack frames kept of each call: enough to find the client, or the whole stack.  The innermost
+#: frames belong to the BPF program, its trampoline and KHO itself.
 CLIENT_FRAMES, STACK_FRAMES = 8, 40
 #: Bytes of the ring buffer.
 BUFFER: Final = 16 << 20
-#: Records that are taken out at once; then it is time to show them.
+#: How many records are taken out at once, before they are shown.
 ENOUGH: Final = 1 << 15
 
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
@@ -51,8 +51,8 @@ class Counters:
 
     :param made: events.
     :param lost: events for which the buffer had no room.
-    :param missed: calls that could not be followed from entry to return, those that had begun
-        before tracing began among them.
+    :param missed: calls that could not be followed from entry to return, including those that had
+        begun before tracing began.
     :param open: calls that have not returned.
     """
 
@@ -64,7 +64,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class _Probe:
-    """A function to attach to: how, and what it does to blocks there."""
+    """A function to attach to, how to attach, and what the function does to blocks."""
 
     function: Function
     how: str
@@ -72,7 +72,7 @@ class _Probe:
     use: Use
 
     def source(self) -> str:
-        """The lines of C that make its programs."""
+        """The lines of C that define its BPF programs."""
         f = self.function
         number = NUMBERS[f.name]
         kind = 1 << _KINDS.index(f.kind)
@@ -86,16 +86,16 @@ class _Probe:
 
 class Probes:
     """
-    The probes in the running kernel, from ``with`` to its end.  The kernel holds them for this
-    process only: however it ends, nothing is left behind.
+    The probes in the running kernel, from ``with`` to its end.  The kernel holds them only for this
+    process: however the process ends, nothing is left behind.
 
     :param source: the running kernel.
-    :param how: ``fentry`` or ``kprobe`` for all functions; None: fentry where the kernel can.
+    :param how: ``fentry`` or ``kprobe`` for all functions; None: fentry if the kernel supports it.
     :param frames: stack frames kept of each call.
     :param buffer: bytes.
     :param verbose: show what the compiler and the verifier say.
-    :raises KhoscopeError: without bcc, kernel headers or the right to do this, or where the kernel
-        does not take the programs.
+    :raises KhoscopeError: if bcc, kernel headers or the permission are missing, or if the kernel
+        refuses the programs.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Probes:
         self._symbols: dict[int, str] = {}
         self._symbol_cache: Any = None
         self._modules = ""
-        #: What is to be said when stderr is heard again.
+        #: A note to print once stderr is restored.
         self._note = ""
         #: ``fentry`` or ``kprobe`` by function, and why others are left out.
         self.attached: dict[str, str] = {}
@@ -197,14 +197,14 @@ class Probes:
 
     @cached_property
     def _btf(self) -> bytes:
-        """The kernel's BTF, in which all names are; empty where fentry is not to be had."""
+        """The kernel's BTF, which has all names; empty if fentry is not available."""
         if not host_files.BTF.exists() or not self._bcc.BPF.support_kfunc():
             return b""
         return host_files.BTF.read_bytes()
 
     @cached_property
     def _traceable(self) -> frozenset[str]:
-        """Empty: the kernel does not say."""
+        """Functions that ftrace can patch; empty: the kernel does not say."""
         if not os.access(host_files.TRACEABLE, os.R_OK):
             return frozenset()
         return frozenset(line.split()[0] for line in host_files.TRACEABLE.read_text().splitlines())
@@ -217,7 +217,7 @@ class Probes:
             fentry = any(probe.how == "fentry" for probe in probes)
             if self._how or not fentry or not refused.what.startswith(_VERIFIER):
                 raise refused from error
-            # A trampoline may be refused where a kprobe is not.
+            # The kernel may refuse a trampoline but accept a kprobe.
             self._note = f"{refused.what}; kprobes are used"
             probes = [replace(probe, how="kprobe") for probe in probes]
             try:
@@ -238,7 +238,7 @@ class Probes:
             )
 
     def _compile(self, probes: list[_Probe]) -> Any:
-        """Compile; what is attached by fentry, bcc loads and attaches at once."""
+        """Compile.  bcc loads and attaches fentry programs right away."""
         text = resources.files("khoscope").joinpath("bpf/kho_trace.c").read_text()
         text += "".join(probe.source() for probe in probes)
         flags = [f"-D{name}={value}" for name, value in self._defines().items()]
@@ -248,7 +248,7 @@ class Probes:
             with _bcc_errors():
                 bpf.__init__(text=text, cflags=flags, debug=debug)
         except BaseException:
-            # Some may be attached already.
+            # Some programs may be attached already.
             bpf.cleanup()
             raise
         return bpf
@@ -298,14 +298,14 @@ class Probes:
             )
         name = probe.function.name
         try:
-            # The return first: a call that is seen to begin is then seen to end.
+            # Attach the return first: then every call that is seen to begin is also seen to end.
             with _bcc_errors():
                 self._bpf.attach_kretprobe(event=name, fn_name=f"leave_{name}")
             try:
                 with _bcc_errors():
                     self._bpf.attach_kprobe(event=name, fn_name=f"enter_{name}")
             except _BccError:
-                # Every return would count as one of which the beginning was missed.
+                # Otherwise every return would count as a call whose beginning was missed.
                 self._bpf.detach_kretprobe(event=name)
                 raise
         except _BccError as error:
@@ -317,9 +317,9 @@ class Probes:
     @contextmanager
     def _listening(self) -> Iterator[Callable[[], str]]:
         """
-        Keep what libbcc and the compiler write; ``-v`` shows it, on stderr.
+        Capture what libbcc and the compiler write; ``-v`` shows it on stderr.
 
-        Some of it they write to stdout, where our own data goes.
+        They write some of it to stdout, where khoscope's own data goes.
         """
         sys.stdout.flush()
         sys.stderr.flush()
@@ -355,11 +355,13 @@ class Probes:
             ) from error
 
     def arm(self, on: bool) -> None:
-        """Begin to follow calls, or only those to their end that have begun."""
+        """
+        Begin to follow calls; or, if not ``on``, follow only calls that have begun to their end.
+        """
         self._bpf["armed"][ctypes.c_int(0)] = ctypes.c_uint(int(on))
 
     def poll(self, milliseconds: int) -> NDArray[np.uint8]:
-        """The records that have come, waiting for the first of them: u8, shape (n, size)."""
+        """The records that have come, u8, shape (n, size); wait if there are none yet."""
         assert self._ring is not None
         records = self._ring.take(milliseconds, ENOUGH)
         self._taken += len(records)
@@ -378,7 +380,7 @@ class Probes:
         """Calls that somebody asked for and that have not returned."""
         table = self._bpf["tasks"]
         count = 0
-        # While tasks come and go it might begin again and again.
+        # While tasks come and go, the iteration might begin again and again.
         for tid in islice(table, table.max_entries):
             try:
                 task = table[tid]
@@ -390,20 +392,20 @@ class Probes:
     def drained(self) -> Counters:
         """The counters at the end, when all records have been taken."""
         counters = self.counters()
-        # Nothing else can lose a record, and nothing may go unsaid.
+        # A record that was made but not taken is lost, even if the kernel did not count it as lost.
         lost = max(counters.lost, counters.made - self._taken)
         return Counters(counters.made, lost, counters.missed, counters.open)
 
     # -- symbols ----------------------------------------------------------------------------------
 
     def learn(self, batch: Batch) -> None:
-        """Look up the addresses of a batch's stacks while their modules are there."""
+        """Look up the addresses of a batch's stacks while their modules are loaded."""
         new = set(np.unique(batch.calls.stack).tolist()) - self._symbols.keys() - {0}
         if not new:
             return
         modules = host_files.LOADED_MODULES.read_text()
         if self._symbol_cache is None or modules != self._modules:
-            # bcc reads them once.
+            # A cache of bcc reads the symbols of modules only once.
             self._symbol_cache = self._bcc.SymbolCache(-1)
             self._modules = modules
         for address in new:
@@ -436,7 +438,7 @@ class _BccError(Exception):
 
 @contextmanager
 def _bcc_errors() -> Iterator[None]:
-    """bcc raises a bare Exception, whatever it cannot do; anything else is a bug."""
+    """bcc raises a bare Exception for whatever it cannot do; any other type is a bug."""
     try:
         yield
     except Exception as error:
@@ -450,7 +452,7 @@ _UNPROBED = "cannot be probed (notrace, inlined, or kprobes are blocked)"
 
 
 def _refusal(error: _BccError, said: str, verbose: bool) -> KhoscopeError:
-    """What bcc's exception, and what it wrote to stderr, mean."""
+    """Explain bcc's exception, by what it says and what bcc wrote to stderr."""
     text = str(error)
     if "Unable to find kernel headers" in said or "chdir(/lib/modules" in said:
         return KhoscopeError(
@@ -488,7 +490,7 @@ def _refusal(error: _BccError, said: str, verbose: bool) -> KhoscopeError:
 
 
 def _recursion_misses(program: Any) -> int:
-    """How often the kernel did not run a program: it was running on that CPU already."""
+    """How often the kernel did not run a program because it was already running on that CPU."""
     info = Path(f"/proc/self/fdinfo/{program.fd}").read_text()
     lines = (line.partition(":") for line in info.splitlines())
     return sum(int(value) for name, _, value in lines if name == "recursion_misses")

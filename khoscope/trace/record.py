@@ -5,9 +5,10 @@ The recording of a trace, ``.khotrace``: a zip like the snapshot file (:mod:`kho
 - ``facts/…``: the snapshot of the traced kernel, member by member as in a snapshot file.
 - ``calls/NNNNNN.COLUMN.npy`` and ``touches/NNNNNN.COLUMN.npy``: the columns of
   :class:`~khoscope.facts.calls.Calls` and :class:`~khoscope.facts.calls.Touches`, chunk by chunk;
-  without ``known`` and ``was``, which are for another kernel's snapshot to say.  A chunk may lack
-  either.
-- ``batches/NNNNNN.calls.npy`` and ``….touches.npy``: how many rows of the chunk are of each batch.
+  without ``known`` and ``was``, which come from another kernel's snapshot.  A chunk may lack
+  calls or touches.
+- ``batches/NNNNNN.calls.npy`` and ``….touches.npy``: how many rows of the chunk belong to each
+  batch.
 - ``meta.json``: everything else.
 """
 
@@ -44,11 +45,11 @@ from ..facts.columns import CHUNK_BLOCKS, Columns, Pages
 from ..facts.files import NewFile, open_file
 from ..facts.snapshot import Snapshot
 
-#: A chunk is written when it has as many calls or touches, or batches: each member costs memory
-#: until the file is finished, so that small batches share them.
+#: A chunk is written when it has this many calls, touches or batches.  Each member costs memory
+#: until the file is finished, so small batches share members.
 ENOUGH: Final = CHUNK_BLOCKS
 ENOUGH_BATCHES: Final = 1 << 12
-#: No chunk has more.  What is traced at once is less, so that batches are cut only in theory.
+#: No chunk has more.  A trace takes fewer at once, so batches are cut only in theory.
 MOST_CALLS: Final = CHUNK_BLOCKS
 MOST_TOUCHES: Final = 16 * CHUNK_BLOCKS
 #: The kernel records no deeper stack (``PERF_MAX_STACK_DEPTH``).
@@ -69,7 +70,8 @@ class Recording:
 
     :param batches: as they were recorded, read from the file and checked whenever they are
         iterated; ``known`` is False and ``was`` blank.
-    :param symbols: of the traced kernel; ``[unknown]`` for what is no stack address of the trace.
+    :param symbols: of the traced kernel; ``[unknown]`` for addresses that are in no stack of the
+        trace.
     """
 
     tracing: Tracing
@@ -110,16 +112,16 @@ class _Meta:
 
 class Recorder:
     """
-    Writes a recording, mode 0600, all of it or nothing: what is not finished at the end of
-    ``with`` leaves nothing behind.
+    Writes a recording, mode 0600, all of it or nothing: if it is not finished at the end of
+    ``with``, nothing is left behind.
 
     :param facts: of the kernel that is traced.
-    :raises KhoscopeError: if the file cannot be written, from here on and from every method.
+    :raises KhoscopeError: if the file cannot be written; every method may raise it.
     """
 
     def __init__(self, path: Path, facts: Snapshot) -> None:
         self._facts = facts
-        #: What waits for its chunk, and how many rows that are.
+        #: The batches that wait for their chunk, and how many rows they have.
         self._batches: list[Batch] = []
         self._calls = self._touches = 0
         self._chunks = 0
@@ -142,16 +144,16 @@ class Recorder:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        # A zip that is not closed tries to be whole when it is forgotten.  It cannot be closed
-        # while the disk is full, or after an interrupt in the middle of a member (ValueError).
+        # A zip that is not closed tries to finish itself when it is collected.  Closing it fails if
+        # the disk is full, or after an interrupt in the middle of a member (ValueError).
         with self._new, contextlib.suppress(OSError, ValueError):
             self._zip.close()
 
     def add(self, batch: Batch) -> None:
         """
-        Append a batch; one without any row says nothing and is not kept.
+        Append a batch.  A batch without rows is not kept.
 
-        :raises ValueError: if its stacks are not as deep as those before.
+        :raises ValueError: if its stacks are not as deep as those of earlier batches.
         """
         if len(batch.calls):
             frames = batch.calls.stack.shape[1]
@@ -218,8 +220,8 @@ class Recorder:
 
 def _cut(batch: Batch) -> Iterator[Batch]:
     """
-    Parts of a batch that fit into a chunk.  Of a call with too many touches some come before it,
-    as those of a call that has not returned yet.
+    Cut a batch into parts that fit into a chunk.  If a call has too many touches, some come before
+    it, like those of a call that has not returned yet.
     """
     starts = batch.starts()
     call, touch = 0, 0
@@ -243,7 +245,8 @@ def load(path: Path) -> Recording:
     """
     Open a recording.  Its batches are read, and checked, when they are iterated.
 
-    :raises KhoscopeError: if it is not there, damaged, hostile, of a newer schema or no recording.
+    :raises KhoscopeError: if the file is missing, damaged, hostile, of a newer schema or not a
+        recording.
     """
     hint = "name a file that `khoscope trace --record` wrote"
     return _load(open_file(path, hint), str(path))
@@ -269,7 +272,7 @@ def _load(file: IO[bytes], name: str) -> Recording:
 
 
 def _check(meta: _Meta) -> None:
-    """Refuse what khoscope would not write, and text that would write elsewhere on a terminal."""
+    """Refuse what khoscope would not write, and text that would control a terminal."""
     numbers = [meta.started, meta.frames, meta.chunks, *vars(meta.losses).values()]
     names = [function.name for function in FUNCTIONS]
     texts = [meta.buffer, *meta.missing.values(), *meta.symbols.values()]
@@ -354,7 +357,10 @@ def _touches(archive: Archive, prefix: str, rows: int) -> Touches:
 
 
 def _check_order(batch: Batch, name: str) -> None:
-    """Calls are there once, their touches in their order, the touches of other calls behind."""
+    """
+    Require that each call is there once, that touches come in the order of their calls, and that
+    touches of other calls come last.
+    """
     call, of = batch.calls.call, batch.touches.call
     starts = batch.starts()
     owner = np.repeat(call, np.diff(starts))

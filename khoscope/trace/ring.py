@@ -2,8 +2,8 @@
 """
 A BPF ring buffer (kernel/bpf/ringbuf.c) read as an array.
 
-bcc and libbpf call back for each record, which in Python costs more than making the record costs
-the kernel.  Records of one size are an array in memory already.
+bcc and libbpf call back for each record.  In Python, that costs more than it costs the kernel to
+make the record.  Records of one size already are an array in memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-#: ``BPF_RINGBUF_HDR_SZ``: u32 length with the two bits, u32 that is the kernel's own.
+#: ``BPF_RINGBUF_HDR_SZ``: u32 length with the two flag bits, and u32 for the kernel's own use.
 _HEADER: Final = 8
 #: ``BPF_RINGBUF_BUSY_BIT``: being written.
 _BUSY: Final = 1 << 31
@@ -24,7 +24,7 @@ _BUSY: Final = 1 << 31
 
 class Ring:
     """
-    The consumer's side of a ring buffer; there is one only.
+    The consumer's side of a ring buffer; a ring buffer has only one consumer.
 
     :param fd: of the ``BPF_MAP_TYPE_RINGBUF`` map.
     :param size: its ``max_entries``, bytes.
@@ -37,7 +37,7 @@ class Ring:
         self._record = record
         page = mmap.PAGESIZE
         consumer = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        # The data are there twice, one behind the other, so that no record is in two parts.
+        # The kernel maps the data twice in a row, so no record is in two parts.
         producer = mmap.mmap(fd, page + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
         self._consumed = np.frombuffer(consumer, np.uint64, 1)
         self._produced = np.frombuffer(producer, np.uint64, 1)
@@ -47,18 +47,18 @@ class Ring:
 
     def take(self, milliseconds: int, most: int) -> NDArray[np.uint8]:
         """
-        The records that have come, waiting for the first of them.
+        The records that have come; wait if there are none yet.
 
-        :param most: not more than so many.
+        :param most: take no more than this many.
         :return: u8, shape (n, record).
-        :raises ValueError: if one has another size.
+        :raises ValueError: if a record has another size.
         """
         start = int(self._consumed[0])
         if start == int(self._produced[0]):
             self._events.poll(milliseconds)
         slots, length = self._whole(start, most)
         if not len(slots) and start != int(self._produced[0]):
-            # The first one is being written, which takes no longer than a program runs.
+            # The kernel is writing the first record.  That takes no longer than a program runs.
             time.sleep(milliseconds / 1000)
             slots, length = self._whole(start, most)
         if (length != self._record).any():
@@ -73,7 +73,7 @@ class Ring:
         count = min((int(self._produced[0]) - start) // stride, most)
         at = start % self._size
         slots = self._data[at : at + count * stride].reshape(count, stride)
-        # A length is read once: the kernel clears the bit when the record is whole.
+        # Read each length only once: the kernel clears the bit when the record is whole.
         length = np.ascontiguousarray(slots[:, :4]).view(np.uint32)[:, 0]
         busy = np.flatnonzero(length & np.uint32(_BUSY))
         end = int(busy[0]) if len(busy) else count

@@ -48,7 +48,7 @@ class TraceSession:
     A trace.
 
     :param before: snapshot of the kernel that handed over.
-    :raises KhoscopeError: if that has pages of another size.
+    :raises KhoscopeError: if that kernel has pages of another size.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class TraceSession:
         Follow the running kernel until Ctrl-C.
 
         :param duration: seconds until it ends by itself.
-        :param interval: seconds after which the view is told that time has passed.
+        :param interval: seconds between two calls of the view's ``interval``.
         """
         self._view.start(self._tracing)
         began = time.monotonic()
@@ -101,7 +101,7 @@ class TraceSession:
                     due = now + step
                     self._count(probes.counters())
                     self._view.interval(self._losses)
-            # What has begun is followed to its end, if that comes soon.
+            # Follow calls that have begun to their end, if they end soon.
             probes.arm(False)
             while len(records := probes.poll(POLL)):
                 take(assembler.feed(records))
@@ -131,13 +131,13 @@ class TraceSession:
             self._view.batch(batch, found)
 
     def _look(self, batch: Batch) -> None:
-        """Count what the kernel did not look at."""
+        """Count the blocks of which the kernel did not look at every page."""
         touches, calls = batch.touches, batch.calls
         judged = touches.succeeded & (touches.action != Action.DELETE)
         pages = touches.blocks.page_count
         sampled = int((judged & touches.sampled).sum())
         if "kho_restore_page" in self._tracing.missing:
-            # Of what kho_restore_pages() restores, only the first block is seen.
+            # The trace sees only the first block that kho_restore_pages() restores.
             starts = batch.starts()
             total = np.concatenate([np.zeros(1, np.uint64), np.cumsum(pages, dtype=np.uint64)])
             touched = total[starts[1:]] - total[starts[:-1]]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-What many calls come to: who calls, which blocks are alike, sums by client, latencies.
+Sum up many calls: who calls, which blocks are alike, sums by client, latencies.
 
-A load makes 10^5 calls a second.  Sums are made of whole columns; an object stands for a client, a
-stack or a kind of block, never for each call or each block.
+A load makes 10^5 calls a second.  So khoscope sums whole columns: an object stands for a client, a
+stack or a kind of block, never for a single call or block.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..facts.calls import (
     frames,
 )
 
-#: The client of blocks whose call has not returned, so that nobody knows who made it.
+#: The client of blocks whose call has not returned: who made the call is not known yet.
 NOT_RETURNED = "[not returned]"
 
 
@@ -55,7 +55,7 @@ def distinct(columns: Sequence[NDArray[Any]]) -> tuple[NDArray[np.int64], NDArra
 def _sums(
     columns: Sequence[NDArray[Any]], weights: U64 | None = None
 ) -> Iterator[tuple[tuple[Any, ...], int]]:
-    """How many rows, or how much of the weights, each combination of values has."""
+    """For each combination of values, how many rows have it, or the sum of their weights."""
     first, kind = distinct(columns)
     if weights is None:
         sums = np.bincount(kind, minlength=len(first)).tolist()
@@ -93,10 +93,10 @@ class Callers:
         """
         The callers of a batch.
 
-        :return: the distinct ones, and which of them made each call.
+        :return: the distinct callers, and which of them made each call.
         """
         first, which = distinct(list(calls.stack.T))
-        # In the order in which they appear: so they are numbered.
+        # Number the stacks in the order in which they appear.
         callers = {row: self._caller(calls.stack[row]) for row in sorted(first.tolist())}
         return [callers[row] for row in first.tolist()], which
 
@@ -105,7 +105,7 @@ class Callers:
         known = self._callers.get(key)
         if known is None:
             addresses = stack.tolist()
-            # Stacks that differ in what traces only, or in KHO's own functions, are one.
+            # Stacks that differ only in frames of the tracing or of KHO count as one.
             above = tuple(frames(addresses, self._symbols))
             number = self._numbers.setdefault(above, len(self._numbers) + 1)
             known = self._callers[key] = Caller(client(addresses, self._symbols), above, number)
@@ -115,7 +115,7 @@ class Callers:
 @dataclass(frozen=True)
 class Alike:
     """
-    The blocks of a batch, those of one call that look the same told once.
+    The blocks of a batch; blocks of one call that look the same are folded into one.
 
     :param examples: a row of the touches for each kind of block.
     :param groups: for each call, the kinds that it touched and how many blocks of each, in the
@@ -165,7 +165,7 @@ def alike(batch: Batch) -> Alike:
 
 
 def findings_by_call(batch: Batch, found: BatchFindings) -> list[list[Finding]]:
-    """The findings of each call and its blocks; the last: of blocks whose call is not there."""
+    """The findings of each call and its blocks; the last entry is for blocks without a call."""
     findings: list[list[Finding]] = [[] for _ in range(len(batch.calls) + 1)]
     for row, some in found.calls.items():
         findings[row] += some
@@ -177,7 +177,7 @@ def findings_by_call(batch: Batch, found: BatchFindings) -> list[list[Finding]]:
 
 
 def cut_short(found: BatchFindings) -> set[str]:
-    """Rules of which a batch has as many findings as are made, and maybe more."""
+    """Rules that reached the limit of findings in a batch, and may have more."""
     every = (*found.calls.values(), *found.touches.values())
     counts = Counter(finding.rule for some in every for finding in some)
     return {rule for rule, count in counts.items() if count >= KEPT}
@@ -186,13 +186,13 @@ def cut_short(found: BatchFindings) -> set[str]:
 @dataclass
 class Balance:
     """
-    What adds and deletes of one order and type come to.
+    Sums of the adds and deletes of one order and type.
 
     :param added: blocks that were added with success.
     :param deleted: blocks that were deleted, whether they were there or not.
     :param set: adds that set a bit of the tree that was clear.
     :param cleared: deletes that cleared a bit that was set.
-    :param unknown: adds and deletes of which the bit could not be read before or after.
+    :param unknown: adds and deletes whose bit could not be read before or after.
     """
 
     added: int = 0
@@ -208,19 +208,19 @@ class Balance:
 
     @property
     def distinct(self) -> int:
-        """By how many the blocks in the tree have become more, each counted once."""
+        """How many more blocks the tree holds, each counted once."""
         return self.set - self.cleared
 
 
 @dataclass
 class Sums:
     """
-    Of one client, or of all.
+    The sums of one client, or of all.
 
     :param calls: by function.
     :param failed: calls by function and what came back: a negative errno, or 0 for NULL.
-    :param pages: that were asked for, by function.
-    :param blocks: by action, order and type; those that failed are not among them.
+    :param pages: pages that were asked for, by function.
+    :param blocks: by action, order and type, without those that failed.
     :param latency: calls by bucket, see :func:`bucket`.
     :param rules: findings by rule.
     """
@@ -241,7 +241,7 @@ class Sums:
 
 
 def pages(order: int, blocks: int) -> int:
-    """Pages of some blocks; of those whose key or stamp is nonsense none are known."""
+    """Pages of some blocks; 0 if their key or stamp is nonsense."""
     return blocks << order if order != BAD_ORDER else 0
 
 
@@ -260,11 +260,11 @@ class Summary:
     """
     Sums over the calls of a trace, by client.
 
-    What fails or is found is counted with the client whose call it was; blocks whose call has not
-    returned stand under ``NOT_RETURNED``.
+    Failures and findings count for the client that made the call.  Blocks whose call has not
+    returned count for ``NOT_RETURNED``.
 
-    ``cut_short`` names the rules whose findings may be more than are counted here; a
-    :class:`~khoscope.checks.Report` has them all.
+    ``cut_short`` names the rules that may have more findings than are counted here; a
+    :class:`~khoscope.checks.Report` counts them all.
     """
 
     def __init__(self, callers: Callers) -> None:
@@ -288,7 +288,7 @@ class Summary:
     def add(self, batch: Batch, found: BatchFindings) -> None:
         """Count a batch in."""
         callers, which = self._callers.of(batch.calls)
-        # Several stacks may be of one client; the last: of blocks whose call is not there.
+        # Several stacks may belong to one client.  The last name is for blocks without a call.
         names = [*(caller.client for caller in callers), NOT_RETURNED]
         self._calls(batch.calls, which, lambda number: self._sums(names[number]))
         self._touches(batch, which, lambda number: self._sums(names[number]))
