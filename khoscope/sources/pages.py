@@ -43,7 +43,7 @@ class PageLayout:
     :param untyped: the lowest top byte of ``page_type`` that means "no type".
     :param head_bit: ``PG_head``.
     :param compound: offset of the word whose bit 0 says "tail of a compound page"
-        (``compound_info``, before ``compound_head``).
+        (``compound_info``; ``compound_head`` before linux 7.1).
     :param lru: offset of ``lru``, where a page on a free list hangs.
     """
 
