@@ -13,13 +13,13 @@ import errno
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import Any, ClassVar, Final
+from typing import Annotated, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..abi.keys import U64
-from .columns import Blocks, Columns, Pages
+from .columns import NOT_KEPT, Blocks, Columns, Pages
 from .snapshot import Snapshot
 
 
@@ -174,7 +174,7 @@ class Calls(Columns):
     function: NDArray[np.uint8]
     tid: NDArray[np.uint32]
     tgid: NDArray[np.uint32]
-    comm: NDArray[np.bytes_]
+    comm: Annotated[NDArray[np.bytes_], "|S16"]
     enter: U64
     leave: U64
     args: U64
@@ -182,25 +182,8 @@ class Calls(Columns):
     phys: U64
     pages: U64
     blocks: U64
-    name: NDArray[np.bytes_]
+    name: Annotated[NDArray[np.bytes_], "|S32"]
     stack: U64
-
-    DTYPES: ClassVar[dict[str, str]] = {
-        "call": "<u8",
-        "function": "|u1",
-        "tid": "<u4",
-        "tgid": "<u4",
-        "comm": "|S16",
-        "enter": "<u8",
-        "leave": "<u8",
-        "args": "<u8",
-        "ret": "<i8",
-        "phys": "<u8",
-        "pages": "<u8",
-        "blocks": "<u8",
-        "name": "|S32",
-        "stack": "<u8",
-    }
 
     @classmethod
     def empty(cls) -> Calls:
@@ -249,20 +232,8 @@ class Touches(Columns):
     asked: NDArray[np.uint8]
     looked: NDArray[np.uint32]
     blocks: Blocks
-    known: NDArray[np.bool_]
+    known: Annotated[NDArray[np.bool_], NOT_KEPT]
     was: Pages
-
-    DTYPES: ClassVar[dict[str, str]] = {
-        "call": "<u8",
-        "function": "|u1",
-        "action": "|i1",
-        "ret": "<i8",
-        "before": "|u1",
-        "after": "|u1",
-        "as_folio": "|b1",
-        "asked": "|u1",
-        "looked": "<u4",
-    }
 
     @classmethod
     def empty(cls) -> Touches:

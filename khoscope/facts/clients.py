@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,8 +75,6 @@ class Claims(Columns):
     phys: U64
     size: U64
     owner: NDArray[np.uint32]
-
-    DTYPES: ClassVar[dict[str, str]] = {"phys": "<u8", "size": "<u8", "owner": "<u4"}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Final, Self, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +22,39 @@ from ..abi.keys import U64
 CHUNK_BLOCKS = 1 << 15
 
 
-class Columns:
-    """Base of column sets.  ``DTYPES`` names the columns in the order in which they are kept."""
+#: In the annotation of a column: the column is not kept in files.
+NOT_KEPT: Final = "not kept"
 
-    DTYPES: ClassVar[dict[str, str]]
+
+class _Dtypes:
+    """The columns of a set and their dtypes, as the annotations have them."""
+
+    def __get__(self, instance: Columns | None, owner: type[Columns]) -> dict[str, str]:
+        hints = get_type_hints(owner, include_extras=True)
+        found = {name: _dtype(hint) for name, hint in hints.items()}
+        owner.DTYPES = {name: dtype for name, dtype in found.items() if dtype}
+        return owner.DTYPES
+
+
+def _dtype(hint: Any) -> str:
+    """As numpy writes it: of ``NDArray[np.uint32]``, or as ``Annotated`` has it; else empty."""
+    if get_origin(hint) is Annotated:
+        (said,) = hint.__metadata__
+        return "" if said == NOT_KEPT else str(said)
+    if get_origin(hint) is not np.ndarray:
+        return ""
+    (scalar,) = get_args(get_args(hint)[1])
+    return np.dtype(scalar).str
+
+
+class Columns:
+    """
+    Base of column sets.
+
+    ``DTYPES`` has the dtypes of the columns that are kept in files, by name and in that order.
+    """
+
+    DTYPES: ClassVar[dict[str, str]] = _Dtypes()  # type: ignore[assignment]
 
     def __len__(self) -> int:
         return len(getattr(self, next(iter(self.DTYPES))))
@@ -93,20 +122,6 @@ class Pages(Columns):
     NOT_COMPOUND: ClassVar[int] = -1
     COMPOUND_TAIL: ClassVar[int] = -2
 
-    DTYPES: ClassVar[dict[str, str]] = {
-        "private": "<u8",
-        "head": "<i4",
-        "zeros": "<u4",
-        "ones": "<u4",
-        "others": "<u4",
-        "odd": "<u4",
-        "free": "<u4",
-        "flags": "<u8",
-        "page_type": "<u4",
-        "compound": "|i1",
-        "unread": "<u4",
-    }
-
     @classmethod
     def blank(cls, rows: int) -> Pages:
         """Writable columns of zeros."""
@@ -130,13 +145,6 @@ class Blocks(Columns):
     order: NDArray[np.uint8]
     type: NDArray[np.int8]
     pages: Pages | None = None
-
-    DTYPES: ClassVar[dict[str, str]] = {
-        "key": "<u8",
-        "phys": "<u8",
-        "order": "|u1",
-        "type": "|i1",
-    }
 
     @property
     def facts(self) -> Pages:
@@ -171,8 +179,6 @@ class Leaves(Columns):
     key: U64
     bitmap: NDArray[np.uint8]
 
-    DTYPES: ClassVar[dict[str, str]] = {"key": "<u8", "bitmap": "|u1"}
-
     def counts(self) -> NDArray[np.int64]:
         """Blocks in each leaf."""
         words = self.bitmap.view(np.uint64)
@@ -194,13 +200,6 @@ class Nodes(Columns):
     phys: U64
     key: U64
     used: NDArray[np.uint32]
-
-    DTYPES: ClassVar[dict[str, str]] = {
-        "level": "|u1",
-        "phys": "<u8",
-        "key": "<u8",
-        "used": "<u4",
-    }
 
 
 def aligned(a: Iterable[Blocks], b: Iterable[Blocks]) -> Iterator[tuple[Blocks, Blocks]]:

@@ -87,22 +87,6 @@ class PageRuns(Columns):
     ALLOCATED: ClassVar[int] = -1
     FREE: ClassVar[int] = -2
 
-    DTYPES: ClassVar[dict[str, str]] = {
-        "phys": "<u8",
-        "pages": "<u8",
-        "seen": "|u1",
-        "stamp": "<u8",
-        "flags": "<u8",
-        "refcount": "<i4",
-        "page_type": "|u1",
-        "compound": "|i1",
-        "buddy": "|i1",
-        "key": "<u8",
-        "order": "|u1",
-        "type": "|i1",
-        "owner": "<i4",
-    }
-
     @classmethod
     def nothing(cls, phys: U64, seen: PageKnowledge) -> PageRuns:
         """Single pages about which nothing is known, as writable columns."""

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, ClassVar, Final, Self
+from typing import IO, Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,8 +86,6 @@ class _Sizes(Columns):
 
     calls: NDArray[np.uint32]
     touches: NDArray[np.uint32]
-
-    DTYPES: ClassVar[dict[str, str]] = {"calls": "<u4", "touches": "<u4"}
 
 
 @dataclass(frozen=True)
