@@ -10,18 +10,18 @@ import sys
 
 
 def _is_started() -> bool:
-    """Whether this process is ``khoscope``, and not somebody's who imports it."""
+    """Whether this process runs ``khoscope`` itself, rather than a program that imports it."""
     if sys.argv[:1] == ["-m"]:
-        # Python looks for the module to run, and has not named it yet.
+        # Python is still looking for the module to run, and has not put its name there yet.
         return ("-m", __name__) in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
     return sys.argv[:1] != [] and sys.argv[0].rpartition("/")[2] == __name__
 
 
 if _is_started():
-    # Until all is imported there is nothing to tidy up: Ctrl-C just ends it, without a traceback.
-    # A shell has the jobs that a script starts in the background ignore it; whoever sends it to
-    # such a job wants it to end like any other.
-    # What is built in takes no time to import; signal itself does.
+    # Until everything is imported there is nothing to tidy up, so Ctrl-C just ends the process,
+    # without a traceback. If a script starts a job in the background, the shell makes the job
+    # ignore SIGINT. Whoever sends SIGINT to such a job still wants the job to end.
+    # _signal is built in and takes no time to import; signal does.
     import _signal  # type: ignore[import-not-found]
 
     if _signal.getsignal(_signal.SIGINT) in (_signal.default_int_handler, _signal.SIG_IGN):
@@ -38,7 +38,7 @@ DRGN_COMMAND = "kho"
 
 
 def __getattr__(name: str) -> "Any":
-    # On first use: looking at a snapshot file needs no drgn.
+    # drgn is imported on first use, because looking at a snapshot file does not need it.
     if name == "btf":
         import importlib
 

@@ -7,7 +7,8 @@ import sys
 
 def main() -> int:
     """Import the command line, and run it."""
-    # As khoscope/__init__.py, if somebody else has imported that: the command line sets it again.
+    # khoscope/__init__.py does this, too, unless another program imported it. The command line
+    # sets its own handlers later.
     if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_IGN):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:

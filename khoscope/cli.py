@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The command line: parse, and run what :mod:`khoscope.commands` has for it."""
+"""The command line: parse it, and run the command from :mod:`khoscope.commands`."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     if sys.stderr is None:
-        # Closed: what others write there must not come into a file that is opened meanwhile.
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it stays
+        # stderr is closed. Without this, a file that is opened later could get its number, and
+        # other libraries would write their messages into that file.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it stays open
     if sys.stdout is None:
         say("cannot write: stdout is closed", "see where the output goes")
         return UNABLE
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Ended(BaseException):
-    """A signal that ends us has come: what is open is put in order on the way out."""
+    """A signal has come that ends khoscope; open files are put in order on the way out."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -59,10 +60,14 @@ class Ended(BaseException):
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt, SIGTERM and SIGHUP :class:`Ended`; ignored ones nothing."""
+    """
+    Ctrl-C raises KeyboardInterrupt; SIGTERM and SIGHUP raise :class:`Ended`.
+
+    Signals that are ignored stay ignored.
+    """
 
     def end(number: int, frame: FrameType | None) -> None:
-        # A second one does not wait for us.
+        # A second signal ends khoscope at once.
         signal.signal(number, signal.SIG_DFL)
         raise Ended(number)
 
@@ -78,8 +83,9 @@ def _signals() -> Iterator[None]:
 
 
 def _bug() -> int:
-    """Say where an exception came from that nobody has expected."""
-    # Of the lines of a traceback the last ones may be anybody's: none begins like one of ours.
+    """Say where an unexpected exception came from."""
+    # The last lines of a traceback may hold any text. The indent keeps them from looking like
+    # khoscope's own lines.
     say(*(f"  {line}" for line in traceback.format_exc().splitlines()))
     say(
         "this is a bug in khoscope",
@@ -89,7 +95,11 @@ def _bug() -> int:
 
 
 def _settle() -> None:
-    """What cannot be written is not tried again: Python would make a status of its own of it."""
+    """
+    Flush the streams, and discard what cannot be written.
+
+    Python would try again at exit, fail, and set an exit status of its own.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -98,7 +108,7 @@ def _settle() -> None:
 
 
 def _discard(stream: IO[str]) -> None:
-    """What is still buffered has nobody to go to."""
+    """Send what is still buffered nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -106,8 +116,8 @@ def perform(top: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """
     Parse, and run the command.
 
-    :return: the exit status; what could not be done has been said on stderr.
-    :raises SystemExit: for what argparse does by itself: usage errors, and help.
+    :return: the exit status; if the command failed, stderr already says why.
+    :raises SystemExit: if argparse ends the program by itself, for usage errors and help.
     :raises BrokenPipeError: if nobody reads what is printed.
     """
     try:
@@ -123,7 +133,7 @@ def perform(top: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        # What reads and writes files says so itself: this is what we print to.
+        # Code that reads and writes files reports its own errors. This one is about stdout.
         say(f"cannot write: {error.strerror or error}", "see where the output goes")
         return UNABLE
 
@@ -139,7 +149,7 @@ def _any_character(out: IO[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        # It may be a session's, which goes on.
+        # The stream may belong to a drgn session, which goes on.
         out.reconfigure(errors=errors)
 
 
@@ -153,7 +163,7 @@ def _parse(top: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse
 
 
 def _die_of(number: signal.Signals) -> int:
-    """End as the signal would have ended us, so that a shell sees what happened."""
+    """End as the signal would have ended khoscope, so that a shell sees what happened."""
     _discard(sys.stdout)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
@@ -161,16 +171,16 @@ def _die_of(number: signal.Signals) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """As argparse's, but for what it does of errors: those of users, and those of writing."""
+    """argparse's parser, with its own handling of usage errors and of help it cannot write."""
 
     def error(self, message: str) -> NoReturn:
-        """Words that nobody knows may be anything."""
+        """Report a usage error; the words that the user typed may hold any character."""
         super().error(printable(message))
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         is_data = file is sys.stdout
         if is_data:
-            # Help that cannot be written is said like anything else that cannot.
+            # If help cannot be written, khoscope reports that as for any other output.
             sys.stdout.write(message)
             sys.stdout.flush()
         else:
@@ -188,37 +198,41 @@ examples:
   sudo khoscope status                        is KHO on, and what is there?
   sudo khoscope tree                          what this kernel would hand over
   sudo khoscope verify --next vmlinuz         is it safe to kexec into that?
-  sudo khoscope carry &                       hand a snapshot over, kexec, then
+  sudo khoscope carry &                       hand over a snapshot, then kexec
   sudo khoscope verify --before carried       did everything arrive?
-  sudo khoscope snapshot before.khosnap       the same by a file
-  sudo khoscope trace                         calls of KHO as they happen
+  sudo khoscope snapshot before.khosnap       write it to a file instead
+  sudo khoscope trace                         show calls of KHO as they happen
   khoscope --qemu guest.qmp --vmlinux vmlinux tree
   khoscope --core vmcore --vmlinux vmlinux verify
 
-exit status: 0 fine, 1 verify or trace --check found an error, 2 could not do it,
-3 no verdict: nothing wrong was found, and not everything could be seen""",
+exit status: 0 fine, 1 verify or trace --check found an error, 2 khoscope could
+not do it, 3 no verdict: khoscope found nothing wrong, but could not see
+everything""",
     )
     source = top.add_mutually_exclusive_group()
     source.add_argument(
-        "--live", action="store_true", help="the running kernel, /proc/kcore (default)"
+        "--live", action="store_true", help="read the running kernel, /proc/kcore (default)"
     )
     source.add_argument(
-        "--qemu", metavar="SOCKET", type=common.given, help="a QEMU guest, by its QMP socket"
+        "--qemu",
+        metavar="SOCKET",
+        type=common.given,
+        help="read a QEMU guest through its QMP socket",
     )
-    source.add_argument("--core", metavar="FILE", type=common.path, help="a vmcore")
-    source.add_argument("--snapshot", metavar="FILE", type=common.path, help="a .khosnap file")
-    top.add_argument("--vmlinux", metavar="FILE", type=common.path, help="debug info of the kernel")
+    source.add_argument("--core", metavar="FILE", type=common.path, help="read a vmcore")
+    source.add_argument("--snapshot", metavar="FILE", type=common.path, help="read a .khosnap file")
+    top.add_argument("--vmlinux", metavar="FILE", type=common.path, help="the kernel's debug info")
     top.set_defaults(program=None)
     _add_commands(top, COMMANDS)
     return top
 
 
 def parser_for(prog: Program) -> argparse.ArgumentParser:
-    """The options and commands of ``%kho`` in a drgn session, which look at its program."""
+    """The options and commands of ``%kho``, which looks at the program of a drgn session."""
     top = _Parser(
         prog=f"%{DRGN_COMMAND}",
-        description="khoscope's command line, on the program of this drgn session.",
-        epilog="khoscope COMMAND --help and man khoscope tell more.",
+        description="Run khoscope's commands on the program of this drgn session.",
+        epilog="For more, see khoscope COMMAND --help and man khoscope.",
     )
     for option in ("--live", "--qemu", "--core", "--snapshot", "--vmlinux"):
         top.add_argument(option, action=_Refused, nargs=int(option != "--live"))
@@ -228,7 +242,7 @@ def parser_for(prog: Program) -> argparse.ArgumentParser:
 
 
 class _Refused(argparse.Action):
-    """An option that picks a source: in a drgn session there is one."""
+    """An option that picks a source; `%kho` refuses it, because a session has a source."""
 
     def __init__(self, **more: Any) -> None:
         super().__init__(**more, help=argparse.SUPPRESS)
@@ -246,13 +260,16 @@ class _Refused(argparse.Action):
 def _add_commands(top: argparse.ArgumentParser, commands: Sequence[ModuleType]) -> None:
     top.add_argument("--version", action="version", version=f"khoscope {__version__}")
     top.add_argument(
-        "-v", "--verbose", action="store_true", help="say on stderr what types are known by"
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="print on stderr which debug info khoscope uses",
     )
     top.add_argument(
         "--type-shift",
         metavar="BIT",
         type=_type_shift,
-        help="key bit of the page type, or 'none': overrides what debug info says",
+        help="the key bit of the page type, or 'none'; overrides the debug info",
     )
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")
     for command in commands:

@@ -2,8 +2,8 @@
 """
 drgn's plugin: ``%kho``, khoscope's command line on the program of a drgn session.
 
-drgn imports this whenever it opens a program of any kind: nothing else of ours is imported before
-the command is used.
+drgn imports this module whenever it opens a program of any kind. The module imports the rest of
+khoscope only when the command is used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _has_kho(prog: Program) -> bool:
     try:
         return bool(prog.flags & ProgramFlags.IS_LINUX_KERNEL) and "kho_out" in prog
     except ValueError:
-        # BTF that makes no sense (BtfError): the command says so when it is used.
+        # The BTF makes no sense (BtfError). The command says so when it is used.
         return True
 
 
@@ -30,11 +30,12 @@ def _has_kho(prog: Program) -> bool:
     description="what Kexec HandOver carries across a kexec, and whether it is right (khoscope)",
     usage=f"**{DRGN_COMMAND}** [**-h**] *COMMAND* ...",
     long_description=f"""
-    khoscope's command line on the program of this session: the same commands, options and output.
-    %{DRGN_COMMAND} -h lists the commands, %{DRGN_COMMAND} *COMMAND* -h the options of one.
+    Run khoscope's command line on the program of this session, with the same commands, options and
+    output. %{DRGN_COMMAND} -h lists the commands; %{DRGN_COMMAND} *COMMAND* -h lists the options of
+    one command.
 
-    Return the exit status: 0 fine, 1 verify found an error, 2 could not do it, 3 verify has no
-    verdict: it found nothing wrong, and could not see everything.
+    Return the exit status: 0 fine, 1 verify found an error, 2 khoscope could not do it, 3 no
+    verdict: verify found nothing wrong, but could not see everything.
     """,
     parse=parse_shell_command,
     enabled=_has_kho,

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Kernels with KHO in a virtual machine: building them, booting them, exercising KHO in them."""
+"""Kernels with KHO in a virtual machine: build them, boot them, and exercise KHO in them."""

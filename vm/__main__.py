@@ -20,7 +20,7 @@ from vm.shell import shell
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and do what it says; the exit status."""
+    """Parse the command line, run the command, and return the exit status."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     arguments = _parser().parse_args(argv)
@@ -56,20 +56,22 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         choices=[*build.NAMES, []],
         metavar="KERNEL",
-        help=f"which of {', '.join(build.NAMES)} (those that the environment's KERNELS names, "
-        "each or by its series; without it all)",
+        help=f"one or more of {', '.join(build.NAMES)} (default: the kernels and series that the "
+        "environment variable KERNELS names, or all if it is not set)",
     )
     builder.add_argument(
         "--source",
         type=Path,
-        help=f"a tree of linux {' or '.join(kernel.SERIES)}, a tarball or Debian's package of one; "
-        "remembered for later builds of that series "
-        f"(at first: the newest {kernel.PACKAGE}SERIES of {kernel.SUITE})",
+        help=f"a tree of linux {' or '.join(kernel.SERIES)}, a tarball of one, or Debian's package "
+        "of one. It is remembered for later builds of that series "
+        f"(initial default: the newest {kernel.PACKAGE}SERIES of {kernel.SUITE})",
     )
 
     boots = argparse.ArgumentParser(add_help=False)
     boots.add_argument(
-        "--accel", choices=["kvm", "tcg"], help="kvm where a guest can run on it, else tcg"
+        "--accel",
+        choices=["kvm", "tcg"],
+        help="the accelerator (default: kvm if a guest can run on it, else tcg)",
     )
 
     def one(names: Sequence[str]) -> argparse.ArgumentParser:
@@ -86,20 +88,20 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         parents=[any_kernel],
         usage="%(prog)s [--accel {kvm,tcg}] KERNEL -- COMMAND [ARGUMENT ...]",
-        help="boot, run one command, pass its output and exit status on",
+        help="boot, run one command, and pass on its output and exit status",
     )
     runner.add_argument("words", nargs="+", metavar="COMMAND")
     scenarios = commands.add_parser(
         "scenario",
         parents=[one(kernel.NAMES)],
-        help="take each kind of memory across a kexec: the table",
+        help="take each kind of memory across a kexec, and print a table of what happened",
     )
     scenarios.add_argument(
         "name",
         nargs="*",
         choices=[*SCENARIOS, []],
         metavar="NAME",
-        help=f"which of {', '.join(SCENARIOS)} (all)",
+        help=f"one or more of {', '.join(SCENARIOS)} (default: all)",
     )
     commands.add_parser("record", parents=[boots], help="make the snapshots of khoscope demo")
     return parser
@@ -113,7 +115,7 @@ def _run(name: str, words: Sequence[str], accel: str | None) -> int:
         result = machine.run(words, timeout=math.inf)
     for stream, text in ((sys.stdout, result.stdout), (sys.stderr, result.stderr)):
         stream.buffer.write(text.encode(errors="surrogateescape"))
-    # As a shell has it.
+    # A shell reports a signal the same way.
     return 128 - result.returncode if result.returncode < 0 else result.returncode
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Kernels for arm64, of 4 and 64 KiB pages, and guests to boot them in: under TCG, that is.
+"""Kernels for arm64 with 4 and 64 KiB pages, and guests to boot them in, under TCG.
 
     with Arm64("7.2-arm64-64k") as guest:
         guest.ask("load", guest.command_line(2))
         guest.kexec()
 
-They are as small as kernels with KHO can be, and a guest is an initramfs with one program
-(vm/guest-arm64/init.c): no root, no modules. Everything is looked at from the host.
+The kernels are as small as kernels with KHO can be. A guest is an initramfs with one program
+(vm/guest-arm64/init.c), without a root file system or modules. khoscope looks at it from the host.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from vm.cache import Log
 from vm.kernel import Kernel
 from vm.machine import GuestDied, GuestError, GuestHung, MachineError, start_qemu
 
-#: All that are built.
+#: All arm64 kernels that are built.
 NAMES = list(kernel.ARM64)
 
-#: Booting takes seconds; TCG on a busy host needs many of them.
+#: Seconds. A boot takes only a few, but under TCG on a busy host it takes many.
 TIMEOUT = 240.0
 
-# Part of every kernel's key: count up when the recipe below makes something else.
+# Part of every kernel's key: increase it when the recipe below changes what it makes.
 _RECIPE = "1"
 
 _PREFIX = "aarch64-linux-gnu-"
@@ -52,7 +52,7 @@ _CONSOLE_TAIL = 40
 
 
 def find(name: str) -> Kernel | None:
-    """The kernel as its sources are now, or None if that is not built."""
+    """The kernel built from its current sources, or None if it is not built."""
     source = kernel.source_of(kernel.series(name))
     if source is None:
         return None
@@ -61,7 +61,7 @@ def find(name: str) -> Kernel | None:
 
 
 def build(name: str) -> Kernel:
-    """The kernel, built now if it is not there. Call it inside `cache.locked()`."""
+    """The kernel, which is built now if it is missing. Call this inside `cache.locked()`."""
     series = kernel.series(name)
     archive = kernel.source_of(series) or kernel.fetch(series)
     entry, init = _entry(name, archive), _init_entry()
@@ -74,7 +74,7 @@ def build(name: str) -> Kernel:
 
 
 def clean() -> None:
-    """Forget the work directory; worth it when nothing is left to build."""
+    """Remove the work directory. Do so when nothing is left to build."""
     if _work().exists():
         cache.remove(_work())
 
@@ -97,13 +97,13 @@ def _patches(name: str) -> dict[str, bytes]:
 
 
 def _wanted(name: str) -> str:
-    """What the kernel is configured with, on top of tinyconfig."""
+    """The kernel's configuration on top of tinyconfig."""
     suffix = name.partition("-")[2]
     option = kernel.ARM64[name][1]
     return f'{_CONFIG.read_text()}{option}\nCONFIG_LOCALVERSION="-khoscope-{suffix}"\n'
 
 
-# The other kernels are made in a tree that holds what was compiled for x86: a tree of its own.
+# These kernels have a work tree of their own, because the other tree holds objects for x86.
 
 
 def _work() -> Path:
@@ -129,7 +129,7 @@ def _compile_init(to: Path, log: Log) -> None:
 
 
 def cpio(files: dict[str, tuple[int, bytes]]) -> bytes:
-    """An initramfs, in the format "newc": files by name, each with its mode."""
+    """An initramfs in the format "newc", made from files by name, each with its mode."""
     out = bytearray()
     entries = {**files, "TRAILER!!!": (0, b"")}
     for number, (name, (mode, content)) in enumerate(entries.items(), 1):
@@ -146,7 +146,8 @@ class Arm64:
 
     :param name: the kernel to boot
     :param append: more words for its command line
-    :param memory: of the guest, in MiB: scratch areas of 64 KiB pages are multiples of 512 MiB
+    :param memory: the guest's memory in MiB. With 64 KiB pages, scratch areas are multiples of
+        512 MiB
     """
 
     def __init__(self, name: str, append: str = "", memory: int = 4096) -> None:
@@ -185,11 +186,11 @@ class Arm64:
         return f"{words} {self._append} khoscope_boot={boot}"
 
     def console(self) -> str:
-        """Its text since the first boot."""
+        """The console's text since the first boot."""
         return self._read.decode(errors="replace").replace("\r", "")
 
     def ask(self, word: str, rest: str = "", timeout: float = TIMEOUT) -> int:
-        """What the guest's init answers to a command; see vm/guest-arm64/init.c."""
+        """Send a command to the guest's init, and return its answer; see vm/guest-arm64/init.c."""
         self._send(f"{word} {rest}".strip())
         return self._answer(word, timeout)
 
@@ -202,7 +203,7 @@ class Arm64:
         started = time.monotonic()
         directory = Path(tempfile.mkdtemp(prefix="khoscope-arm64-"))
         self._cleanup.callback(shutil.rmtree, directory)
-        #: QMP for other programs: ``khoscope --qemu``. Accepts one at a time.
+        #: QMP for other programs, such as ``khoscope --qemu``. It accepts one at a time.
         self.qmp_socket = directory / "qmp"
         initramfs = directory / "initramfs"
         initramfs.write_bytes(self._initramfs())
@@ -211,7 +212,7 @@ class Arm64:
         # fmt: off
         arguments = [
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-            # The smallest processor with all page sizes: its emulation is the fastest.
+            # This is the smallest processor with all page sizes, so its emulation is the fastest.
             "-machine", "virt,gic-version=3", "-cpu", "cortex-a57", "-accel", "tcg",
             "-smp", "1", "-m", str(self._memory),
             "-kernel", str(self.kernel.share / "Image"), "-initrd", str(initramfs),
@@ -230,7 +231,7 @@ class Arm64:
         self.boot_seconds = time.monotonic() - started
 
     def _initramfs(self) -> bytes:
-        """The init, and for the kexec the kernel and the next kernel's own initramfs."""
+        """The init and, for the kexec, the kernel and the next kernel's own initramfs."""
         init = (stat.S_IFREG | 0o755, (_init_entry() / "init").read_bytes())
         directory = (stat.S_IFDIR | 0o755, b"")
         plain = stat.S_IFREG | 0o644
@@ -239,7 +240,7 @@ class Arm64:
         return cpio({**both, "Image": (plain, image), "next": (plain, cpio(both))})
 
     def _send(self, line: str) -> None:
-        # Whether anybody is there turns out when the answer is read.
+        # If nobody is there, that shows when the answer is read.
         with contextlib.suppress(BrokenPipeError):
             self._serial.sendall(line.encode() + b"\n")
 
@@ -260,7 +261,7 @@ class Arm64:
         raise self._error(GuestHung, f"{word}: no answer after {timeout:g} s")
 
     def _lines(self, timeout: float) -> Iterator[str]:
-        """Whole lines of the console as they come, each once, until the time is over."""
+        """Yield whole lines of the console as they come, each once, until the time is over."""
         end = time.monotonic() + timeout
         while True:
             at = self._read.find(b"\n", self._seen)

@@ -25,9 +25,10 @@ def kernels() -> int:
 
 
 def build(names: Sequence[str], source: Path | None) -> int:
-    """Build the named kernels, or those that the environment's KERNELS says, and the guest's root.
+    """Build kernels and the guest's root.
 
-    A source is for the kernels of its series; without names, these are built.
+    Without names, this builds the kernels that the environment variable KERNELS names. A source
+    applies to the kernels of its series; with a source but no names, only those are built.
     """
     wanted = list(names) or kernel.chosen(NAMES)
     if source is not None:
@@ -54,7 +55,7 @@ def _find(name: str) -> kernel.Kernel | None:
 
 
 def _maker(name: str) -> ModuleType:
-    """The module that makes the kernel."""
+    """The module that builds the kernel."""
     return stock if name == kernel.STOCK else arm64 if name in arm64.NAMES else kernel
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the builders keep: directories named by a hash of all that went into them.
+"""The builders' cache: directories that are named by a hash of everything that went into them.
 
-An entry appears whole or not at all. It is filled under a name that starts with
-``PARTIAL`` and renamed when it is finished. One build at a time works on a cache: whoever
-holds the lock may take every partial entry for the remains of a build that was killed.
+An entry appears complete or not at all: a builder fills it under a name that starts with
+``PARTIAL``, and renames it when it is finished. Only one build at a time works on a cache. So the
+build that holds the lock can assume that a killed build left every partial entry behind.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class BuildError(Exception):
-    """A step failed; the text says which, why, and what to do."""
+    """A step failed. The text says which step, why, and what to do."""
 
 
 def directory() -> Path:
-    """Where the cache is; it need not exist yet."""
+    """The cache's directory, which need not exist yet."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "khoscope"
 
@@ -60,12 +60,12 @@ def digest(*parts: str | bytes | Path | Mapping[str, bytes]) -> str:
 
 
 def entry(name: str, key: str) -> Path:
-    """The path of the entry `name` made of what `key` hashes, there or not."""
+    """The path of the entry `name` with this key, whether it exists or not."""
     return directory() / f"{name}-{key}"
 
 
 def make(final: Path, fill: Callable[[Path], None]) -> Path:
-    """The entry, made by `fill(directory)` if it is not there. Call it inside `locked()`."""
+    """The entry, which `fill(directory)` makes if it is missing. Call this inside `locked()`."""
     if final.exists():
         return final
     with scratch(final.name) as partial:
@@ -76,7 +76,7 @@ def make(final: Path, fill: Callable[[Path], None]) -> Path:
 
 @contextlib.contextmanager
 def scratch(name: str) -> Iterator[Path]:
-    """A directory in the cache that is gone afterwards, unless it was renamed."""
+    """A directory in the cache that is removed afterwards, unless it was renamed."""
     path = directory() / f"{PARTIAL}{name}"
     path.mkdir()
     try:
@@ -114,7 +114,7 @@ _lock_fd = -1
 
 @contextlib.contextmanager
 def locked() -> Iterator[None]:
-    """Hold the cache; wait for another build first. SIGTERM ends the block like Ctrl-C."""
+    """Lock the cache, after any other build has ended. SIGTERM ends the block like Ctrl-C."""
     global _lock_fd
     root = directory()
     root.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 class Log:
-    """The output of one step's commands, in a file; the terminal sees what and how long."""
+    """A file with the output of a build's commands; the terminal shows each step and its time."""
 
     def __init__(self, name: str) -> None:
         self.path = directory() / "log" / f"{name}.log"
@@ -159,7 +159,7 @@ class Log:
 
     @contextlib.contextmanager
     def step(self, what: str) -> Iterator[None]:
-        """Print what is being done and for how long it was; on a terminal, for how long so far."""
+        """Print the step and how long it took; on a terminal, also the time so far."""
         if not self._start:
             print(f"{self._name}: the log is {self.path}", file=sys.stderr)
         self._what, self._start = f"{self._name}: {what} … ", time.monotonic()
@@ -199,14 +199,15 @@ class Log:
     ) -> None:
         """Run a command, its output into the log (or its stdout into a file).
 
-        It gets a process group of its own, which ends with this call however it ends. It
-        also gets the lock: if this process is killed, the next build waits for it.
+        The command gets a process group of its own, which ends with this call, however the call
+        ends. The command also inherits the lock: if this process is killed, the next build waits
+        until the command has ended.
         """
         self._file.write(f"$ {' '.join(map(str, command))}\n".encode())
         self._file.flush()
         with contextlib.ExitStack() as stack:
             out = stack.enter_context(stdout.open("wb")) if stdout else self._file
-            # An interrupt inside Popen would leave a command that nobody knows of.
+            # An interrupt inside Popen would leave a command behind that nobody would end.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDINGS)
             try:
                 process = subprocess.Popen(
@@ -218,7 +219,7 @@ class Log:
                     stderr=self._file,
                     process_group=0,
                     pass_fds=[_lock_fd] if _lock_fd >= 0 else [],
-                    # Safe: nothing here has threads.
+                    # This is safe, because nothing here has threads.
                     preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),
                 )
             except BaseException:
@@ -242,12 +243,12 @@ class Log:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process group: politely at first, since mmdebstrap has mounts to undo."""
+    """End a process group, with SIGTERM first, because mmdebstrap has mounts to undo."""
     try:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(10)
     except (ProcessLookupError, subprocess.TimeoutExpired):
-        pass  # gone already, or deaf
+        pass  # it has ended already, or ignores SIGTERM
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -255,7 +256,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """Ours without what a make that called us left in it, and with messages in English."""
+    """Our environment without the variables of a make that called us, and with English output."""
     dropped = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return {**kept, "LC_ALL": "C.UTF-8"}

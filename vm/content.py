@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the tests write into memfds, so that they know each page when they see it again."""
+"""What the tests write into memfds, so that they recognise each page later."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import numpy as np
 
 def content(token: int, size: int, offset: int = 0) -> bytes:
     """
-    `size` bytes of the file with this token: each of its u64 is the token's low half, then its
-    own number in the file.
+    `size` bytes of the file with this token, from `offset` on.
+
+    Each u64 of the file has the token's low half in its upper half, and its own number in the file
+    in its lower half.
 
     :param offset: in bytes, a multiple of 8.
     """

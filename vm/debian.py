@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Debian as this machine knows it: its mirror, its keyring, and what must be installed."""
+"""Debian as this machine knows it: its mirror, its keyring, and the packages to install."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 APT = Path("/etc/apt")
 PACKAGES = Path(__file__).with_name("packages.txt")
 
-# Any of these, from a source with the component main, is the Debian archive itself and
-# not somebody's repository for it ("bookworm-pgdg", "cloud-sdk-bookworm", …).
+# A source with one of these suites and the component main is the Debian archive itself, and not
+# a third party's repository for it ("bookworm-pgdg", "cloud-sdk-bookworm", …).
 _SUITES = {"oldoldstable", "oldstable", "stable", "testing", "unstable", "sid", "bullseye"}
 _SUITES |= {"bookworm", "trixie", "forky", "duke"}
 
@@ -36,7 +36,7 @@ def mirror() -> str:
 
 
 def transport() -> str:
-    """What this machine's apt is told about reaching mirrors (proxies, dated archives)."""
+    """This machine's apt settings for reaching mirrors (proxies, dated archives)."""
     command = ["apt-config", "dump", "--no-empty", "--format", '%F "%v";%n']
     dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return "".join(re.findall(r"(?mi)^Acquire::(?:Check-|https?::).*\n", dump))
@@ -47,10 +47,10 @@ def bootstrap(
 ) -> None:
     """Install a small Debian with these packages on top of mmdebstrap's essential variant.
 
-    :param options: of mmdebstrap, besides
-    :param target: the archive to make of it, or /dev/null
+    :param options: more options of mmdebstrap
+    :param target: the archive to make, or /dev/null
     """
-    # An ordinary user gets a range of user ids of their own from unshare (package uidmap).
+    # unshare gives an ordinary user a range of user ids of their own (package uidmap).
     mode = "root" if os.geteuid() == 0 else "unshare"
     with cache.scratch("apt") as to:
         (settings := to / "apt.conf").write_text(transport())
@@ -60,7 +60,7 @@ def bootstrap(
 
 
 def _sources() -> list[tuple[str, list[str], list[str]]]:
-    """Address, suites and components of each `deb` entry, in both formats of apt."""
+    """Address, suites and components of each `deb` entry, in both of apt's formats."""
     found = []
     for path in [APT / "sources.list", *sorted((APT / "sources.list.d").glob("*"))]:
         if path.suffix == ".sources":
@@ -85,7 +85,7 @@ def _fields(block: str) -> dict[str, str]:
 
 
 def require(commands: Sequence[str], headers: Sequence[str] = ()) -> None:
-    """Stop with the packages to install when a command or a C header is missing."""
+    """Stop, and name the packages to install, if a command or a C header is missing."""
     missing = [command for command in commands if shutil.which(command) is None]
     if "gcc" not in missing:
         missing += [header for header in headers if not _compiles(f"#include <{header}>\n")]

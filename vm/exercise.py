@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The host's side of the exercise module, vm/kmod: makes scenarios, reads the report."""
+"""The host's side of the exercise module, vm/kmod: it makes scenarios and reads the report."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any, Literal
 
 from vm.machine import Machine
 
-#: The scenarios that `python -m vm scenario` takes across a kexec. The module knows more:
+#: The scenarios that `python -m vm scenario` takes across a kexec. The module has more:
 #:
-#: - ``scratch`` needs an address of the running kernel, and all kernels but 7.2-nodebug refuse it;
-#: - ``huge`` is a block above MAX_PAGE_ORDER;
-#: - ``vmalloc-pages`` are the pages of an area, without ``kho_preserve_vmalloc()``;
-#: - ``slab`` is the page of an object of ``kmalloc()``;
-#: - ``blob`` is the blob of a subtree, ``blob-lost`` one that nobody has preserved, and ``blob-at``
-#:   one at an address of the running kernel.
+#: - ``scratch`` preserves at an address that only the running kernel tells, and all kernels but
+#:   7.2-nodebug refuse it;
+#: - ``huge`` preserves a block above MAX_PAGE_ORDER;
+#: - ``vmalloc-pages`` preserves the pages of an area, without ``kho_preserve_vmalloc()``;
+#: - ``slab`` preserves the page of an object of ``kmalloc()``;
+#: - ``blob`` adds a subtree with a blob, ``blob-lost`` adds one with a blob that nobody preserved,
+#:   and ``blob-at`` adds one with a blob at an address that only the running kernel tells.
 SCENARIOS = (
     "contig",
     "split",
@@ -37,9 +38,9 @@ SCENARIOS = (
     "many",
 )
 
-#: What :meth:`Exercise.damage` can do to a ``struct kho_vmalloc`` and its chunks: the last one
-#: leads to the first, or to where no memory is; the first page that is listed is not preserved; a
-#: page is listed that ``total_pages`` does not count, or the other way round.
+#: What :meth:`Exercise.damage` can do to a ``struct kho_vmalloc`` and its chunks: the last chunk
+#: points to the first, or to an address without memory; the first listed page is not preserved; the
+#: chunks list more pages than ``total_pages`` says, or fewer.
 Damage = Literal["loop", "outside-ram", "unpreserved", "too-many", "too-few"]
 
 _DEBUGFS = "/sys/kernel/debug/kho_exercise"
@@ -52,11 +53,11 @@ class ExerciseError(Exception):
 
 
 class Unsupported(ExerciseError):
-    """The running kernel has not what the scenario needs."""
+    """The running kernel lacks something that the scenario needs."""
 
 
 class WriterDied(ExerciseError):
-    """The kernel killed the writer: an oops."""
+    """The kernel killed the writer with an oops."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,12 @@ class Piece:
     compound: bool
     #: Run lengths of the pages' reference counts: (value, count).
     refs: tuple[tuple[int, int], ...]
-    #: Physical ranges, as (first byte, first byte after); none where the pages are scattered and
-    #: too many for the report.
+    #: Physical ranges, as (first byte, first byte after). There are none if the pages are scattered
+    #: and too many for the report.
     ranges: tuple[tuple[int, int], ...]
-    #: Physical address of the ``struct kho_vmalloc`` of an area that was preserved as such.
+    #: Physical address of the ``struct kho_vmalloc``, for an area preserved as a vmalloc area.
     descriptor: int | None
-    #: The name of the subtree whose blob it is.
+    #: The name of the subtree, if this is the blob of one.
     subtree: str | None
 
     @classmethod
@@ -106,7 +107,7 @@ class Piece:
 
     @property
     def shape(self) -> str:
-        """The reference counts, head/tails: ``1/0``, ``1/1``, ``1``; else each run of them."""
+        """The reference counts as head/tails (``1/0``, ``1/1``, ``1``), or else every run."""
         match self.refs:
             case ((head, 1),):
                 return f"{head}"
@@ -119,18 +120,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class Timing:
-    """What KHO took to preserve and unpreserve a block again and again."""
+    """How long KHO took to preserve and unpreserve a block again and again."""
 
     order: int
     rounds: int
-    #: The mean of a call of ``kho_preserve_pages()``, in nanoseconds; the clock's cost included.
+    #: The mean of a ``kho_preserve_pages()`` call in nanoseconds, including the clock's own cost.
     preserve_ns: float
-    #: The same of ``kho_unpreserve_pages()``.
+    #: The same for ``kho_unpreserve_pages()``.
     unpreserve_ns: float
 
 
 class Exercise:
-    """The module in one machine; :meth:`load` it in each kernel."""
+    """The module in one machine. Call :meth:`load` in each kernel."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -139,33 +140,34 @@ class Exercise:
         self.machine.run(("insmod", "/kernel/kho_exercise.ko"), check=True)
 
     def preserve(self, scenario: str, number: int | None = None, *, timeout: float = 60.0) -> None:
-        """Makes a scenario; what KHO returned for each of its pieces is in the report.
+        """Makes a scenario. The report has what KHO returned for each of its pieces.
 
-        :param number: how many blocks, of the scenario's orders in turn (without it one of each);
-            how many pages, for ``many``, ``vmalloc`` and ``vmalloc-pages``; how many subtrees, for
-            ``blob``, which ends with the first that KHO refuses; the physical address, for
-            ``scratch`` (a multiple of four pages) and ``blob-at`` (of one page)
+        :param number: how many blocks to make, of the scenario's orders in turn (without it, one of
+            each order). For ``many``, ``vmalloc`` and ``vmalloc-pages`` it is the number of pages.
+            For ``blob`` it is the number of subtrees; the scenario ends with the first subtree that
+            KHO refuses. For ``scratch`` and ``blob-at`` it is the physical address, a multiple of
+            four pages or of one page
         """
         words = scenario if number is None else f"{scenario} {number}"
         self._write("preserve", words, timeout)
 
     def damage(self, scenario: str, how: Damage) -> None:
-        """Writes to what describes the scenario's preserved vmalloc areas.
+        """Damages the structures that describe the scenario's preserved vmalloc areas.
 
-        :meth:`free` mends them first. A kexec does not: then the next kernel gets them.
+        :meth:`free` mends them first. A kexec does not: the next kernel gets them damaged.
         """
         self._write("break", f"{scenario} {how}")
 
     def mend(self, scenario: str) -> None:
-        """Takes back all that :meth:`damage` has done."""
+        """Undoes everything that :meth:`damage` has done."""
         self._write("break", f"{scenario} mend")
 
     def restore(self, scenario: str) -> None:
-        """Restores it, after the kexec; what KHO returned is in the report."""
+        """Restores the scenario after the kexec. The report has what KHO returned."""
         self._write("restore", scenario)
 
     def free(self, scenario: str, *, timeout: float = 60.0) -> None:
-        """Frees its memory as its owner would; where that is an oops, the writer dies of it."""
+        """Frees the scenario's memory as its owner would. An oops kills the writer."""
         self._write("free", scenario, timeout)
 
     def report(self) -> list[Piece]:
@@ -173,9 +175,9 @@ class Exercise:
         return [Piece.parse(line) for line in text.splitlines()]
 
     def scratch_areas(self) -> list[tuple[int, int]]:
-        """The running kernel's scratch, as (first byte, first byte after), in the kernel's order.
+        """The running kernel's scratch areas, as (first byte, first byte after), in its order.
 
-        Areas of size 0 are left out: what is at their address is not scratch.
+        This leaves out areas of size 0, because the memory at their address is not scratch.
         """
         starts, sizes = (self._scratch(file) for file in ("phys", "len"))
         pairs = zip(starts, sizes, strict=True)
@@ -188,7 +190,7 @@ class Exercise:
     def time(self, order: int, rounds: int, *, timeout: float = 60.0) -> Timing:
         """Has the module preserve and unpreserve one block of 2 ** `order` pages, `rounds` times.
 
-        :raise CommandTimeout: it was not done in `timeout` seconds
+        :raise CommandTimeout: if this takes longer than `timeout` seconds
         """
         self._write("time", f"{order} {rounds}", timeout)
         text = self.machine.run(("cat", f"{_DEBUGFS}/time"), check=True).stdout
@@ -201,7 +203,7 @@ class Exercise:
         )
 
     def _write(self, file: str, words: str, timeout: float = 60.0) -> None:
-        # Not sh: dash's echo does not say which error it was.
+        # This needs bash, because dash's echo does not say which error it was.
         write = ("bash", "-c", 'echo "$1" >"$2"', "bash", words, f"{_DEBUGFS}/{file}")
         result = self.machine.run(write, timeout=timeout, env={"LC_ALL": "C"})
         if result.returncode < 0:
@@ -215,7 +217,7 @@ class KernelLog:
     """What the guest's kernel has said since :meth:`mark`."""
 
     _COMPLAINTS = (
-        # The first that fits says it all: an oops comes with warnings, a bad page with "BUG:".
+        # The first match counts: an oops also prints warnings, and a bad page also prints "BUG:".
         ("oops", re.compile(r"kernel BUG at|Oops: ")),
         ("bad page", re.compile(r"BUG: Bad page")),
         ("WARN", re.compile(r"WARNING: ")),
@@ -242,7 +244,7 @@ class KernelLog:
         return after
 
     def complaint(self) -> str | None:
-        """``oops``, ``bad page``, ``WARN`` or ``BUG``, or None where the kernel said none of it."""
+        """``oops``, ``bad page``, ``WARN`` or ``BUG``, or None if the kernel logged none."""
         text = self.since()
         return next((name for name, sign in self._COMPLAINTS if sign.search(text)), None)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A program that runs in a guest beside what the guest is told to do."""
+"""A program that runs in a guest in the background, beside other commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from vm.machine import Machine, MachineError, Result
 
-# What a shell starts in the background ignores SIGINT, unless it is told otherwise.
+# A shell makes background commands ignore SIGINT and SIGQUIT; env sets the default again.
 _START = """
 directory=$1; shift
 mkdir "$directory" && cd "$directory" || exit
@@ -28,41 +28,44 @@ _UNTIL_ENDED = "until [ -e status ]; do sleep 0.2; done; cat status"
 
 class Job:
     """
-    A program that has been started. That it prints something is the sign that it is on.
+    A program that has been started. It counts as on as soon as it prints something.
 
-    :param directory: in the guest, where its output goes; it must be new.
-    :param words: what to run.
+    :param directory: a new directory in the guest, for the program's output.
+    :param words: the command to run.
     """
 
     def __init__(self, machine: Machine, directory: str, words: Sequence[str]) -> None:
         self.machine = machine
         self.directory = directory
         self.words = tuple(words)
-        #: The exit status, when it has ended: 128 + N if signal N has killed it.
+        #: The exit status once the program has ended: 128 + N if signal N killed it.
         self.status: int | None = None
         machine.run(("bash", "-c", _START, "bash", directory, *words), check=True)
 
     def until_on(self, timeout: float) -> None:
-        """:raise MachineError: it has ended instead."""
+        """Waits until the program is on.
+
+        :raise MachineError: if the program ends instead
+        """
         if self._shell(_UNTIL_ON, timeout).returncode:
             raise MachineError(f"{shlex.join(self.words)} is not on:\n{self.errors()}")
 
     def end(self, signal: str = "INT", *, timeout: float = 300.0) -> int:
-        """Sends it a signal and waits until it has ended; returns its exit status."""
+        """Sends the program a signal, waits until it has ended, and returns its exit status."""
         self.machine.run(f"kill -{signal} $(cat {self.directory}/pid)", check=True)
         return self.wait(timeout=timeout)
 
     def wait(self, *, timeout: float = 300.0) -> int:
-        """Waits until it has ended by itself; returns its exit status."""
+        """Waits until the program has ended by itself, and returns its exit status."""
         self.status = int(self._shell(_UNTIL_ENDED, timeout).stdout)
         return self.status
 
     def output(self) -> str:
-        """What it has printed."""
+        """What the program has printed."""
         return self._shell("cat out").stdout
 
     def errors(self) -> str:
-        """What it has printed to stderr."""
+        """What the program has printed to stderr."""
         return self._shell("cat err").stdout
 
     def _shell(self, script: str, timeout: float = 60.0) -> Result:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The guest kernels: fetch the source, patch, configure, compile, and the module on top."""
+"""The guest kernels: fetch the source, patch, configure and compile it, and build the module."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pathlib import Path
 from vm import cache, debian
 from vm.cache import BuildError, Log
 
-#: The kernels, SERIES-WHAT, and the directories below kernel-patches/ whose patches they carry, in
-#: order.
+#: The kernels, named SERIES-WHAT. For each, the directories below kernel-patches/ whose patches it
+#: carries, in order.
 KERNELS: dict[str, list[str]] = {
     "7.2-base": [],
     "7.2-rfc": ["7.2/rfc"],
@@ -26,22 +26,24 @@ KERNELS: dict[str, list[str]] = {
     "7.3-fixed": ["7.3/rfc", "7.3/fix"],
 }
 
-#: Kernels that let happen what those refuse: the one of them that each is but for these options.
+#: Kernels that permit what the kernels above refuse. Each is one of KERNELS with these options
+#: changed.
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "7.2-nodebug": ("7.2-fixed", ["CONFIG_KEXEC_HANDOVER_DEBUG=n"]),
 }
 
-#: The kernels of vm/arm64.py: the one of KERNELS that has the same patches, and the page size.
+#: The kernels of vm/arm64.py. For each, the one of KERNELS that has the same patches, and its page
+#: size.
 ARM64: dict[str, tuple[str, str]] = {
     "7.2-arm64-64k-rfc": ("7.2-rfc", "CONFIG_ARM64_64K_PAGES=y"),
     "7.2-arm64-64k": ("7.2-fixed", "CONFIG_ARM64_64K_PAGES=y"),
     "7.2-arm64-4k": ("7.2-fixed", "CONFIG_ARM64_4K_PAGES=y"),
 }
 
-#: The kernel of vm/stock.py: Debian's own, of no series, on which nothing is to be seen.
+#: The kernel of vm/stock.py. It is Debian's own, belongs to no series, and has no KHO to look at.
 STOCK = "debian"
 
-#: What a series has to be configured with besides, or instead of, vm/kernel.config.
+#: Options of a series that add to, or replace, those of vm/kernel.config.
 SERIES: dict[str, list[str]] = {
     "7.2": [],
     # The same option under another name.
@@ -50,7 +52,7 @@ SERIES: dict[str, list[str]] = {
 
 
 def series(name: str) -> str:
-    """The one of SERIES whose source the kernel is made from."""
+    """The one of SERIES from whose source the kernel is built."""
     return name.partition("-")[0]
 
 
@@ -59,18 +61,20 @@ def what(name: str) -> str:
     return name.partition("-")[2]
 
 
-#: All kernels; those of a series follow each other, as going to another unpacks its source.
+#: All kernels, ordered by series, because a build that changes the series unpacks another source.
 NAMES = sorted([*KERNELS, *VARIANTS], key=lambda name: list(SERIES).index(series(name)))
 
-#: Where the source of a series, PACKAGE and its name, comes from when nobody says otherwise.
+#: The default source of a series: the package PACKAGE plus the series' name, from this suite.
 SUITE = "trixie-backports"
 PACKAGE = "linux-source-"
 
 
 def chosen(names: Sequence[str] = NAMES) -> list[str]:
-    """Those of `names` that the environment's KERNELS names, each or by its series; without it all.
+    """The kernels of `names` that the environment variable KERNELS selects.
 
-    :raise BuildError: it names what there is not
+    KERNELS holds names of kernels and of series. If it is not set, all kernels are selected.
+
+    :raise BuildError: if KERNELS names a kernel or series that does not exist
     """
     words = os.environ.get("KERNELS", "").split() or ["all"]
     for word in words:
@@ -83,11 +87,11 @@ def chosen(names: Sequence[str] = NAMES) -> list[str]:
 
 
 def under_test() -> list[str]:
-    """The kernels that a test of all kernels runs on: what is chosen of KERNELS."""
+    """The kernels on which a test of all kernels runs: the chosen ones in KERNELS."""
     return [name for name in chosen() if name in KERNELS]
 
 
-# Part of every kernel's key: count up when the recipe below makes something else.
+# Part of every kernel's key: increase it when the recipe below changes what it makes.
 _RECIPE = "1"
 
 _HERE = Path(__file__).parent
@@ -111,12 +115,12 @@ class Kernel:
 
 
 def patched_as(name: str) -> str:
-    """The one of KERNELS that it is, or is a variant of."""
+    """The one of KERNELS that has the same patches: the kernel itself, unless it is a variant."""
     return VARIANTS[name][0] if name in VARIANTS else name
 
 
 def find(name: str) -> Kernel | None:
-    """The kernel as its sources are now, or None if that is not built."""
+    """The kernel built from its current sources, or None if it is not built."""
     source = source_of(series(name))
     if source is None:
         return None
@@ -125,7 +129,7 @@ def find(name: str) -> Kernel | None:
 
 
 def build(name: str) -> Kernel:
-    """The kernel, built now if it is not there. Call it inside `cache.locked()`."""
+    """The kernel, which is built now if it is missing. Call this inside `cache.locked()`."""
     archive = source_of(series(name)) or fetch(series(name))
     patches = patches_of(name)
     module = _module_files()
@@ -145,18 +149,18 @@ def build(name: str) -> Kernel:
 
 
 def fetch(series: str) -> Path:
-    """Choose Debian's newest package of the series. Call it inside `cache.locked()`."""
+    """Choose Debian's newest package of the series. Call this inside `cache.locked()`."""
     with Log("source") as log:
         return _choose(_fetch(series, log), series)
 
 
 def select(source: Path) -> str:
-    """Choose a kernel tree, a tarball of one, or Debian's package of one; the series that it is of.
+    """Choose a kernel tree, a tarball of one, or Debian's package of one, and return its series.
 
-    The choice stays until the next: `find()` and `build()` mean it for all kernels of the series.
-    Call it inside `cache.locked()`.
+    The choice holds until the next one: `find()` and `build()` use it for all kernels of the
+    series. Call this inside `cache.locked()`.
 
-    :raise BuildError: it is of no series that there are kernels of
+    :raise BuildError: if the source is of a series without kernels here
     """
     with Log("source") as log:
         entry = _take(source, log)
@@ -175,14 +179,14 @@ def _kernel(name: str, share: Path) -> Kernel:
 
 
 def clean() -> None:
-    """Forget the work directory; worth it when nothing is left to build."""
+    """Remove the work directory. Do so when nothing is left to build."""
     if _work().exists():
         cache.remove(_work())
 
 
-# Entries: source-KEY holds an archive; kernel-NAME-KEY what was compiled from it, with what
-# the module needs to be compiled against it; share-NAME-KEY is what the guest sees. Files are
-# read once, for the key and for the work, since someone may be editing them.
+# Entries: source-KEY holds an archive. kernel-NAME-KEY holds the kernel that was compiled from it,
+# and the files to compile the module against it. share-NAME-KEY is what the guest sees. Each file
+# is read once, for both the key and the build, because someone may be editing it.
 
 _Files = dict[str, bytes]
 
@@ -198,7 +202,7 @@ def _share_entry(kernel: Path, module: _Files) -> Path:
 
 
 def patches_of(name: str) -> _Files:
-    """What one of KERNELS or VARIANTS carries, in order: file name and content."""
+    """The patches of a kernel in KERNELS or VARIANTS, in order: file name and content."""
     found: _Files = {}
     for directory in KERNELS[patched_as(name)]:
         patches = sorted((_PATCHES / directory).glob("*.patch"))
@@ -209,12 +213,12 @@ def patches_of(name: str) -> _Files:
 
 
 def _options(name: str) -> list[str]:
-    """What the kernel is configured with besides, or instead of, vm/kernel.config."""
+    """The kernel's options that add to, or replace, those of vm/kernel.config."""
     return [*SERIES[series(name)], *(VARIANTS[name][1] if name in VARIANTS else [])]
 
 
 def _wanted(name: str) -> str:
-    """What the kernel is configured with, on top of tinyconfig."""
+    """The kernel's configuration on top of tinyconfig."""
     options = _options(name)
     replaced = {option.partition("=")[0] for option in options}
     lines = _CONFIG.read_text().splitlines()
@@ -224,7 +228,7 @@ def _wanted(name: str) -> str:
 
 
 def _module_files() -> _Files:
-    """The module's sources, and not what a compiler may have left next to them."""
+    """The module's sources, but not the files that a compiler may have left next to them."""
     return {
         file.name: file.read_bytes()
         for file in sorted(_MODULE.glob("*"))
@@ -234,7 +238,7 @@ def _module_files() -> _Files:
 
 @lru_cache
 def compiler(prefix: str = "") -> str:
-    """What the compiler says it is, or "none"."""
+    """The compiler's own version text, or "none" if there is no compiler."""
     gcc = f"{prefix}gcc"
     if shutil.which(gcc) is None:
         return "none"
@@ -245,12 +249,12 @@ def compiler(prefix: str = "") -> str:
 
 
 def _link(series: str) -> Path:
-    """What leads to the source that was chosen for the series."""
+    """The link to the source that was chosen for the series."""
     return cache.directory() / f"source-{series}"
 
 
 def source_of(series: str) -> Path | None:
-    """The entry of the source that was chosen for the series."""
+    """The entry of the source that was chosen for the series, or None."""
     link = _link(series)
     return link.resolve() if link.exists() else None
 
@@ -264,7 +268,7 @@ def _choose(entry: Path, series: str) -> Path:
 
 
 def _series_of(entry: Path, log: Log) -> str:
-    """The series that a source says in its Makefile that it is of; "?" where it says nothing."""
+    """The series according to the source's Makefile, with "?" for a number that it lacks."""
     with cache.scratch("makefile") as to:
         (makefile := to / "Makefile").touch()
         pattern = ["--occurrence=1", "--wildcards", "--no-wildcards-match-slash", "*/Makefile"]
@@ -275,7 +279,7 @@ def _series_of(entry: Path, log: Log) -> str:
 
 
 def _fetch(series: str, log: Log) -> Path:
-    """Debian's newest package, through an apt of our own: the machine's stays as it is."""
+    """Fetch Debian's newest package with apt settings of our own; the machine's stay unchanged."""
     name = PACKAGE + series
     debian.require(["apt-get", "dpkg-deb"])
     with cache.scratch("fetched") as to:
@@ -339,7 +343,7 @@ def _take(source: Path, log: Log) -> Path:
 
 
 def _tree(tree: Path) -> list[str]:
-    """The files of a kernel tree: what git would take where it is git's, else all of them."""
+    """The files of a kernel tree: those that git would take if it is a git tree, else all."""
     if (tree / ".git").exists():
         command = ["git", "-C", str(tree), "ls-files", "-z", "--cached", "--others"]
         output = subprocess.run([*command, "--exclude-standard"], check=True, capture_output=True)
@@ -352,8 +356,8 @@ def _tree(tree: Path) -> list[str]:
     )
 
 
-# Compiling. All kernels are made in one work directory, one after the other: going from one
-# patch set to the next compiles only what the patches touch. Another series starts anew.
+# Compiling. All kernels are built in one work directory, one after the other. From one patch set
+# to the next, make compiles only what the patches touch. Another series starts from scratch.
 
 
 def _work() -> Path:
@@ -372,28 +376,28 @@ def _compile(name: str, source: Path, patches: _Files, to: Path, log: Log) -> No
         keep(tree, "arch/x86/boot/bzImage", to)
         script = f"$(srctree)/scripts/package/install-extmod-build {to / 'build'}"
         make("run-command", f"KBUILD_RUN_COMMAND={script}")
-        # For the module's BTF, which builds upon the kernel's.
+        # The module's BTF builds upon the kernel's BTF, which is in vmlinux.
         (to / "build/vmlinux").symlink_to("../vmlinux")
 
 
 def kbuild(tree: Path, log: Log, *variables: str, prefix: str = "") -> Callable[..., None]:
-    """What makes targets of a kernel tree.
+    """A function that makes targets of a kernel tree.
 
-    :param variables: of make's, besides
-    :param prefix: of the compiler's name
+    :param variables: more variables for make
+    :param prefix: prefix of the compiler's name
     """
     flags = [
-        # The same inputs give the same kernel, and ccache knows them again.
+        # With these, the same inputs give the same kernel, and ccache recognises them.
         "KBUILD_BUILD_USER=khoscope",
         "KBUILD_BUILD_HOST=khoscope",
         "KBUILD_BUILD_TIMESTAMP=Thu, 1 Jan 2026 00:00:00 +0000",
         f"CC=ccache {prefix}gcc",
         "HOSTCC=ccache gcc",
-        # Given, if only as nothing: else the state of a git around the cache goes in.
+        # This is set, although empty, so that a git tree around the cache has no influence.
         "LOCALVERSION=",
         *variables,
     ]
-    # Depend mode: a first compilation does not preprocess everything twice.
+    # In depend mode, a first compilation does not preprocess everything twice.
     env = {"CCACHE_DIR": str(cache.directory() / "ccache"), "CCACHE_MAXSIZE": "2G"}
     env["CCACHE_DEPEND"] = "1"
 
@@ -404,9 +408,9 @@ def kbuild(tree: Path, log: Log, *variables: str, prefix: str = "") -> Callable[
 
 
 def configure(make: Callable[..., None], tree: Path, name: str, wanted: str, log: Log) -> None:
-    """Give a tree its configuration: tinyconfig, and what is wanted on top of it.
+    """Configure a tree with tinyconfig, and with the wanted options on top of it.
 
-    :raise BuildError: it is not what came out
+    :raise BuildError: if the resulting configuration lacks a wanted option
     """
     with log.step("configuring"):
         make("tinyconfig")
@@ -421,7 +425,7 @@ def configure(make: Callable[..., None], tree: Path, name: str, wanted: str, log
 
 
 def keep(tree: Path, image: str, to: Path) -> None:
-    """Copy from a tree what boots, what debuggers read, and the kernel's release."""
+    """Copy the image, the vmlinux for debuggers, and the kernel's release from a tree."""
     for file in (image, "vmlinux"):
         shutil.copy(tree / file, to)
     shutil.copy(tree / "include/config/kernel.release", to / "release")
@@ -430,8 +434,9 @@ def keep(tree: Path, image: str, to: Path) -> None:
 def prepare(source: Path, patches: _Files, log: Log, work: Path) -> None:
     """Bring a work directory to this source with these patches.
 
-    `ready` names the source and is there only while the tree is known to hold exactly that
-    source with the patches in `applied`. A build that ended in between starts from nothing.
+    The file `ready` names the source. It exists only while the tree is known to hold exactly that
+    source with the patches in `applied`. If a build ended in between, the next one starts from
+    scratch.
     """
     tree, applied, ready = work / "linux", work / "applied", work / "ready"
     if not ready.exists() or ready.read_text() != source.name:
@@ -466,7 +471,7 @@ def prepare(source: Path, patches: _Files, log: Log, work: Path) -> None:
 
 
 def unmet(wanted: str, config: str) -> list[str]:
-    """The lines of `wanted` that `config` does not fulfil; an option set to n may be absent."""
+    """The lines of `wanted` that `config` does not satisfy. An option set to n may be absent."""
     have = set(config.splitlines())
     named = {line.partition("=")[0] for line in have}
     return [
@@ -478,7 +483,7 @@ def unmet(wanted: str, config: str) -> list[str]:
 
 
 def _compile_module(kernel: Path, module: _Files, to: Path, log: Log) -> None:
-    """Fill a share entry: the kernel's files and the exercise module made for it."""
+    """Fill a share entry with the kernel's files and the exercise module built for it."""
     for name in ("bzImage", "vmlinux", "release"):
         os.link(kernel / name, to / name)
     build = to / "kmod"

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-LUO sessions in a guest, real ones: memfds of known content, across a kexec.
+Real LUO sessions in a guest: memfds of known content that go across a kexec.
 
     held = hold(machine, "vm", {1: Memfd(4096), 2: Memfd(64 << 20, thp=True)})
     machine.load_kexec()
     machine.execute_kexec()
     assert retrieve(machine, "vm", [1, 2])[2].same
 
-vm/sessions.py does it, inside.
+vm/sessions.py does the work inside the guest.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from vm.machine import Machine
 
 _SESSIONS = ("env", "PYTHONPATH=/khoscope", "python3", "-m", "vm.sessions")
 
-#: Writing and comparing 64 MiB under TCG takes seconds.
+#: Seconds. Under TCG, it takes several to write and compare 64 MiB.
 _TIMEOUT = 300.0
 
 
 @dataclass(frozen=True)
 class Memfd:
-    """A memfd to be made."""
+    """A memfd to make."""
 
     #: In bytes.
     size: int
-    #: Of transparent huge pages, where the kernel has some; else of single pages.
+    #: Use transparent huge pages if the kernel has some; else use single pages.
     thp: bool = False
 
 
@@ -42,19 +42,19 @@ class File:
     size: int
     #: Is the content :func:`vm.content.content` of its token?
     same: bool
-    #: Where its pages are, as (first byte, first byte after), in the file's order.
+    #: Physical ranges of its pages, as (first byte, first byte after), in the file's order.
     ranges: tuple[tuple[int, int], ...]
 
 
 class Held(Job):
-    """A session and the process that holds it, until it is let go or the kexec takes over."""
+    """A session and the process that holds it, until :meth:`let_go` or the kexec."""
 
     def __init__(self, machine: Machine, name: str, files: Mapping[int, Memfd]) -> None:
         words = [
             f"{token}:{file.size}:{'always' if file.thp else 'never'}"
             for token, file in files.items()
         ]
-        # A name may be that of a session before the kexec, and any text that fits.
+        # A session before the kexec may have had the same name, and a name may be any text.
         directory = f"/root/luo-{machine.boots}-{name.encode().hex()}"
         super().__init__(machine, directory, (*_SESSIONS, "hold", name, *words))
         self.until_on(_TIMEOUT)
@@ -62,22 +62,22 @@ class Held(Job):
         self.files = _parse(self.output())
 
     def let_go(self) -> None:
-        """Ends the process, and with it the session: it will not be there after a kexec."""
+        """Ends the process and thus the session, which will not be there after a kexec."""
         self.end("TERM")
 
 
 def hold(machine: Machine, name: str, files: Mapping[int, Memfd]) -> Held:
     """Makes an outgoing session with these memfds by token, and holds it.
 
-    :raise MachineError: LUO refused; its last lines say what
+    :raise MachineError: if LUO refuses; the message ends in the error
     """
     return Held(machine, name, files)
 
 
 def retrieve(machine: Machine, name: str, tokens: Iterable[int]) -> dict[int, File]:
-    """Retrieves these files of an incoming session, by token; finishes it.
+    """Retrieves files of an incoming session by token, and finishes the session.
 
-    :raise CommandFailed: LUO refused; its last lines say what
+    :raise CommandFailed: if LUO refuses; the message ends in the error
     """
     words = (*_SESSIONS, "retrieve", name, *map(str, tokens))
     return _parse(machine.run(words, timeout=_TIMEOUT, check=True).stdout)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A guest of ours: QEMU, its monitor, the guest agent, and a kexec between two kernels.
+"""A guest of our own: QEMU, its monitor, the guest agent, and a kexec between two kernels.
 
     with Machine("7.2-fixed") as machine:
         machine.run("khoscope tree", check=True)
         machine.load_kexec()
         machine.execute_kexec()
 
-Commands and files go through QEMU's guest agent, events and memory dumps through QMP; nothing
-reads the console but people (``Machine.console()``). Every wait has a deadline, and a guest that is
-gone ends the wait at once: QEMU exits when its guest panics, resets or powers off, and every
-operation watches for that.
+Commands and files go through QEMU's guest agent; events and memory dumps go through QMP. Only
+people read the console (``Machine.console()``). Every wait has a deadline. If the guest is gone,
+the wait ends at once: QEMU exits when its guest panics, resets or powers off, and every operation
+watches for that.
 """
 
 from __future__ import annotations
@@ -42,32 +42,32 @@ T = TypeVar("T")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-#: The kernels that a machine may have.
+#: The kernels that a machine can boot.
 NAMES = [*kernels.NAMES, kernels.STOCK]
 
-#: Longest wait for one answer of the agent; a guest silent for longer has hung. Generous: under TCG
-#: on a busy host the agent may wait for seconds for its turn.
+#: Longest wait for one answer of the agent; a guest that is silent for longer has hung. The value
+#: is generous, because under TCG on a busy host the agent may wait for seconds for its turn.
 REPLY_TIMEOUT = 30.0
 BOOT_TIMEOUT = 120.0
 KEXEC_TIMEOUT = 120.0
 
-#: The agent keeps this much of a command's output (GUEST_EXEC_MAX_OUTPUT in QEMU).
+#: The agent keeps at most this much of a command's output (GUEST_EXEC_MAX_OUTPUT in QEMU).
 MAX_OUTPUT = 16 << 20
 _CHUNK = 1 << 20
 _AGENT_NAME = "org.qemu.guest_agent.0"
 _TEMPORARY = "khoscope-vm-"
 _CONSOLE_TAIL = 40
 
-# The library logs what it raises, and the late answers that are dropped here on purpose.
+# The library logs the errors that it raises, and the late answers that we drop on purpose.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
 
 class MachineError(Exception):
-    """The machine cannot start, or was asked for what it cannot do."""
+    """The machine cannot start, or was asked for something that it cannot do."""
 
 
 class GuestError(MachineError):
-    """Something in the guest went wrong; carries the last lines of its console."""
+    """Something in the guest went wrong. The error has the last lines of the console."""
 
     def __init__(self, message: str, console: str) -> None:
         super().__init__(message)
@@ -79,7 +79,7 @@ class GuestError(MachineError):
 
 
 class GuestDied(GuestError):
-    """There is no guest any more: it panicked, reset, powered off, or QEMU ended."""
+    """The guest is gone: it panicked, reset or powered off, or QEMU ended."""
 
 
 class GuestHung(GuestError):
@@ -87,7 +87,7 @@ class GuestHung(GuestError):
 
 
 class CommandTimeout(GuestError):
-    """A command in the guest ran for too long and was killed; ``result`` has its output."""
+    """A command in the guest ran for too long and was killed. ``result`` has its output."""
 
     def __init__(self, message: str, console: str, result: Result) -> None:
         super().__init__(message, console)
@@ -95,7 +95,7 @@ class CommandTimeout(GuestError):
 
 
 class CommandFailed(GuestError):
-    """A command run with ``check=True`` failed; ``result`` has its status and output."""
+    """A command that was run with ``check=True`` failed. ``result`` has its status and output."""
 
     def __init__(self, message: str, console: str, result: Result) -> None:
         super().__init__(message, console)
@@ -108,9 +108,9 @@ class CommandFailed(GuestError):
 
 @dataclass(frozen=True)
 class Result:
-    """What a command in the guest did; ``returncode`` is negative where a signal ended it.
+    """What a command in the guest did. ``returncode`` is negative if a signal ended the command.
 
-    The output is decoded as UTF-8 with ``surrogateescape``: other bytes survive a round trip.
+    The output is decoded as UTF-8 with ``surrogateescape``, so other bytes survive a round trip.
     """
 
     command: tuple[str, ...]
@@ -120,9 +120,9 @@ class Result:
 
 
 def accelerator() -> str:
-    """``kvm`` where a guest really runs on it, else ``tcg``.
+    """``kvm`` if a guest can really run on it, else ``tcg``.
 
-    /dev/kvm may be there, and open, on a machine that cannot run a guest.
+    A machine that cannot run a guest may still have a /dev/kvm, and let us open it.
     """
     flags = Path("/proc/cpuinfo").read_text().split()
     return "kvm" if os.access("/dev/kvm", os.W_OK) and {"vmx", "svm"} & set(flags) else "tcg"
@@ -131,12 +131,12 @@ def accelerator() -> str:
 def start_qemu(
     target: str, arguments: Sequence[str], fds: Sequence[int], directory: Path
 ) -> subprocess.Popen[bytes]:
-    """Starts QEMU, to die with the thread that started it (PR_SET_PDEATHSIG), SIGKILL or not.
+    """Starts QEMU. It dies with the thread that started it (PR_SET_PDEATHSIG), even by SIGKILL.
 
-    :param fds: that it inherits
-    :param directory: where it says in ``qemu.log`` what is wrong
+    :param fds: descriptors that QEMU inherits
+    :param directory: directory of ``qemu.log``, into which QEMU writes its errors
 
-    :raise MachineError: it is not installed
+    :raise MachineError: if QEMU or setpriv is not installed
     """
     qemu, setpriv = shutil.which(f"qemu-system-{target}"), shutil.which("setpriv")
     if qemu is None or setpriv is None:
@@ -152,9 +152,9 @@ def start_qemu(
             stdout=log,
             stderr=log,
             pass_fds=fds,
-            # Its overlay of a disk is an unlinked file there.
+            # QEMU keeps its overlay of a disk there, in an unlinked file.
             env={**os.environ, "TMPDIR": str(directory)},
-            # Ctrl-C is for us: we end QEMU in good order.
+            # Ctrl-C must not reach QEMU, because we end QEMU in good order.
             start_new_session=True,
         )
 
@@ -163,11 +163,11 @@ class Machine:
     """One virtual machine, running from ``__enter__`` to ``__exit__``.
 
     :param kernel: the kernel to boot, or its name
-    :param others: kernels that :meth:`load_kexec` may load besides it
-    :param accel: ``kvm`` or ``tcg``; chosen by :func:`accelerator` where it is None
+    :param others: further kernels that :meth:`load_kexec` may load
+    :param accel: ``kvm`` or ``tcg``; if None, :func:`accelerator` chooses
     :param append: more words for the kernel's command line
-    :param memory: of the guest, in MiB
-    :param la57: under TCG its page tables have five levels
+    :param memory: the guest's memory in MiB
+    :param la57: under TCG, give the guest page tables of five levels
 
     Start and use a machine in one thread: see :func:`start_qemu`.
     """
@@ -185,7 +185,8 @@ class Machine:
         self.kernels = {k.name: k for k in (self.kernel, *map(_built, others))}
         self.accel = accel or accelerator()
         self.boot_seconds = 0.0
-        #: How many kernels this machine has started; the running one has ``khoscope.boot=`` this.
+        #: How many kernels this machine has started. The running one has this number in
+        #: ``khoscope.boot=``.
         self.boots = 0
         root = roots.find()
         if root is None:
@@ -198,7 +199,7 @@ class Machine:
 
     @property
     def source(self) -> tuple[str, ...]:
-        """The options with which khoscope looks into the guest from here."""
+        """The options with which khoscope reads the guest from the host."""
         vmlinux = self.kernel.share / "vmlinux"
         return ("--qemu", str(self.qmp_socket), "--vmlinux", str(vmlinux))
 
@@ -221,14 +222,14 @@ class Machine:
         self.close()
 
     def close(self) -> None:
-        """Ends the guest and removes everything of it. May be called again."""
+        """Ends the guest and removes its files. A second call does nothing."""
         self._cleanup.close()
 
     def _start(self) -> None:
         started = time.monotonic()
         self.directory = self._make_directory()
         self.console_log = self.directory / "console"
-        #: QMP for other programs: ``khoscope --qemu``, ``drgn --qemu``. Accepts one at a time.
+        #: QMP for other programs: ``khoscope --qemu``, ``drgn --qemu``. It accepts one at a time.
         self.qmp_socket = self.directory / "qmp"
         self._agent_socket = self.directory / "agent"
 
@@ -256,7 +257,7 @@ class Machine:
         command_line = " ".join(
             (
                 "console=ttyS0 root=/dev/vda rw init=/usr/sbin/khoscope-init panic=-1",
-                # They cost dearly, and guard against processors that TCG's is none of.
+                # Mitigations cost much time, and TCG's processor does not need them.
                 "mitigations=off",
                 f"kho=on liveupdate=on khoscope.kernel={self.kernel.name} khoscope.boot=1",
                 self._append,
@@ -264,7 +265,7 @@ class Machine:
         ).strip()
         shares = {"khoscope": REPOSITORY} | {k.name: k.share for k in self.kernels.values()}
         # fmt: off
-        # QEMU 7.2's AVX2 is wrong: with it numpy's argsort gives wrong orders. A fifth level of
+        # QEMU 7.2 emulates AVX2 wrongly: numpy's argsort then gives wrong orders. A fifth level of
         # page tables takes a fifth of the time.
         tcg = "max,-avx2" if self._la57 else "max,-avx2,-la57"
         arguments = [
@@ -272,7 +273,7 @@ class Machine:
             "-machine", f"q35,accel={self.accel}",
             "-cpu", "host" if self.accel == "kvm" else tcg,
             "-smp", "2", "-m", f"{self._memory}",
-            # A panic (pvpanic), a reset and a power-off all end QEMU. A kexec is none of them.
+            # A panic (pvpanic), a reset and a power-off each end QEMU. A kexec does not.
             "-no-reboot", "-device", "pvpanic-pci",
             "-kernel", str(self.kernel.share / "bzImage"), "-append", command_line,
             "-drive", f"file={_escape(self._root)},format=raw,if=none,id=root,snapshot=on",
@@ -299,14 +300,14 @@ class Machine:
         return arguments
 
     def _make_directory(self) -> Path:
-        """A directory that is ours while the lock on it is held; also removes dead ones.
+        """Makes a directory that is ours while we hold its lock, and removes stale ones.
 
-        Only a SIGKILL leaves one behind: it takes the lock with it.
+        Only SIGKILL leaves a stale directory behind. It releases the lock on the directory.
         """
         for stale in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*"):
             with contextlib.suppress(FileNotFoundError, PermissionError):
                 status = stale.stat()
-                # Younger ones may be between their mkdir and their flock.
+                # A younger directory may be between its mkdir and its flock.
                 if status.st_uid == os.getuid() and status.st_mtime < time.time() - 5:
                     _remove_unlocked(stale)
         directory = Path(tempfile.mkdtemp(prefix=_TEMPORARY))
@@ -325,7 +326,7 @@ class Machine:
             raise MachineError(f"QEMU did not start: {log or error}") from error
 
     async def _until_dead(self) -> str:
-        """Returns why, as soon as QEMU has ended: with -no-reboot the guest's end is its end."""
+        """Waits until QEMU has ended, and returns why. With -no-reboot it ends with the guest."""
         while self._control.runstate == Runstate.RUNNING:
             await self._control.runstate_changed()
         events: dict[Any, Any] = {e["event"]: e.get("data") for e in self._control.events.history}
@@ -344,7 +345,7 @@ class Machine:
         async def end() -> None:
             for client in (self._control, self._agent):
                 if client.runstate != Runstate.IDLE:
-                    # Raises what ended the connection: that QEMU has been killed.
+                    # This raises the error that ended the connection: QEMU has been killed.
                     with contextlib.suppress(QMPError, OSError, EOFError):
                         await client.disconnect()
             tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -359,7 +360,7 @@ class Machine:
     # -- waiting ----------------------------------------------------------------------------------
 
     def _do(self, work: Coroutine[Any, Any, T], timeout: float, what: str) -> T:
-        """Runs `work` to its end, the guest's end or the deadline, whichever is first."""
+        """Runs `work` until it ends, the guest ends or the deadline passes, whichever is first."""
         return self._loop.run_until_complete(self._watched(work, timeout, what))
 
     async def _watched(self, work: Coroutine[Any, Any, T], timeout: float, what: str) -> T:
@@ -373,7 +374,7 @@ class Machine:
         except ExecuteError as error:
             raise self._error(GuestError, f"{what}: {error}") from error
         except (QMPError, OSError, EOFError) as error:
-            # The agent's channel often breaks a moment before we hear that QEMU is gone.
+            # The agent's channel often breaks a moment before QMP reports that QEMU is gone.
             await asyncio.wait({self._dead}, timeout=5)
             if not self._dead.done():
                 raise self._error(GuestError, f"{what}: the agent's channel broke") from error
@@ -384,7 +385,7 @@ class Machine:
         raise self._error(GuestHung, f"{what}: no end after {timeout:g} s{await self._where()}")
 
     async def _where(self) -> str:
-        """Where each processor of a guest that hangs is, as far as QEMU still says it."""
+        """Where each processor of a hung guest is, if QEMU still answers."""
         question = {"command-line": "info registers -a"}
         try:
             answer = self._control.execute("human-monitor-command", question)
@@ -407,13 +408,13 @@ class Machine:
     async def _connect_agent(self, ports: EventListener) -> None:
         """Waits until the agent opens its port, then synchronises with it.
 
-        No answer to a request of before a kexec disturbs: its id is one that nobody waits for.
+        A late answer to a request from before a kexec does no harm: nobody waits for its id.
         """
         await _until_port(ports, is_open=True)
         if self._agent.runstate != Runstate.RUNNING:
             if self._agent.runstate == Runstate.DISCONNECTING:
                 with contextlib.suppress(QMPError, OSError, EOFError):
-                    await self._agent.disconnect()  # raises again what broke the connection
+                    await self._agent.disconnect()  # raises the error that broke the connection
             await self._agent.connect(str(self._agent_socket))
         number = self.boots + 1
         if await self._ask("guest-sync", id=number) != number:
@@ -441,7 +442,7 @@ class Machine:
         return int(answer["pid"])
 
     async def _wait(self, pid: int, timeout: float) -> dict[str, Any] | None:
-        """The agent's account of the process that has ended, or None at the deadline."""
+        """Waits for a process; returns the agent's report on its end, or None at the deadline."""
         deadline = time.monotonic() + timeout
         pause = 0.01
         while True:
@@ -454,7 +455,7 @@ class Machine:
             pause = min(pause * 1.5, 0.25)
 
     async def _execute(self, command: tuple[str, ...], input: bytes | None, limit: float) -> Result:
-        # A session of its own: at the deadline the whole of it is killed.
+        # The command gets a session of its own, which is killed as a whole at the deadline.
         pid = await self.spawn(("setsid", "--wait", *command), input)
         status = await self._wait(pid, limit)
         if status is not None:
@@ -488,18 +489,18 @@ class Machine:
         env: dict[str, str] | None = None,
         check: bool = False,
     ) -> Result:
-        """Runs a command (a string: with the shell) in the guest, as root, in ``/root``.
+        """Runs a command in the guest, as root, in ``/root``. The shell runs a string.
 
-        Holds up to 16 MiB each of output and errors; for more, redirect to a file and
-        :meth:`copy_out` it.
+        The result holds up to 16 MiB each of output and errors. For more, redirect them to a file
+        and :meth:`copy_out` the file.
 
-        :raise CommandTimeout: it did not end in time, and was killed
-        :raise CommandFailed: with `check`, and its exit status is not 0
+        :raise CommandTimeout: if the command did not end in time, and was killed
+        :raise CommandFailed: with `check`, if the exit status is not 0
         """
         words = ("sh", "-c", command) if isinstance(command, str) else tuple(command)
         settings = [f"{name}={value}" for name, value in (env or {}).items()]
         words = ("env", "--chdir=/root", *settings, *words)
-        # Answers and the killing have limits of their own: this one is the last resort.
+        # The agent's answers and the kill have limits of their own. This one is the last resort.
         result = self._do(
             self._execute(words, input, timeout),
             timeout + 4 * REPLY_TIMEOUT,
@@ -554,12 +555,11 @@ class Machine:
     def load_kexec(
         self, kernel: str | None = None, append: str = "", *, handover: bool = True
     ) -> None:
-        """Loads the next kernel with kexec_file_load, which is what hands KHO's tree over.
+        """Loads the next kernel with kexec_file_load, which hands over KHO's tree.
 
-        :param kernel: name of the kernel, one that this machine was made with; the running one
-            where it is None
+        :param kernel: name of a kernel that this machine was made with; None for the running kernel
         :param append: more words for its command line
-        :param handover: False for kexec_load, with which all that is preserved is lost
+        :param handover: False for kexec_load, which loses everything that is preserved
         """
         words = [w for w in self.command_line() if not w.startswith("khoscope.boot=")]
         image = "/kernel/bzImage"
@@ -584,21 +584,21 @@ class Machine:
         loaded = self.run(("cat", "/sys/kernel/kexec_loaded"), check=True).stdout.strip()
         if loaded != "1":
             raise MachineError("no kernel is loaded for the kexec: call load_kexec first")
-        # What the second boot finds on disk is what was synced.
+        # The second boot finds on disk only what was synced.
         self.run(("sync",), check=True)
         self._leave(("kexec", "-e"))
 
     def load_crash_kernel(self) -> None:
-        """Loads the running kernel's image for :meth:`crash`; needs ``crashkernel=`` at boot."""
+        """Loads the running kernel's image for :meth:`crash`. It needs ``crashkernel=`` at boot."""
         mine = ("khoscope.boot=", "kho=", "liveupdate=", "crashkernel=")
         words = [w for w in self.command_line() if not w.startswith(mine)]
-        # One processor: the others are wherever the crash has left them.
+        # Use one processor, because the others are wherever the crash has left them.
         words += [f"khoscope.boot={self.boots + 1}", "nr_cpus=1", "reset_devices"]
         load = ("kexec", "-s", "-p", "/kernel/bzImage", f"--command-line={' '.join(words)}")
         self.run(load, check=True)
 
     def crash(self) -> None:
-        """Panics, and waits until the crash kernel's guest agent answers: it has /proc/vmcore."""
+        """Panics, and waits for the guest agent of the crash kernel, which has /proc/vmcore."""
         loaded = self.run(("cat", "/sys/kernel/kexec_crash_loaded"), check=True).stdout.strip()
         if loaded != "1":
             raise MachineError("no crash kernel is loaded: call load_crash_kernel first")
@@ -606,13 +606,13 @@ class Machine:
         self._leave(("sh", "-c", "echo c > /proc/sysrq-trigger"))
 
     def _leave(self, command: tuple[str, ...]) -> None:
-        """Runs what ends this kernel and starts the next."""
+        """Runs a command that ends this kernel and starts the next."""
         with self._control.listener("VSERPORT_CHANGE") as ports:
             self._do(self._jump(command, ports), KEXEC_TIMEOUT, "kexec")
         self._check_boot(self.boots + 1)
 
     async def _jump(self, command: tuple[str, ...], ports: EventListener) -> None:
-        # The jump may come before the answer: the sign that counts is that the port closes.
+        # The jump may come before the agent's answer, so we wait until the port closes.
         kexec = self._loop.create_task(self.spawn(command))
         try:
             await asyncio.wait_for(_until_port(ports, is_open=False), REPLY_TIMEOUT)
@@ -634,7 +634,7 @@ class Machine:
     # -- QMP --------------------------------------------------------------------------------------
 
     def qmp(self, request: str, *, timeout: float = REPLY_TIMEOUT, **arguments: object) -> object:
-        """One QMP command over our own channel."""
+        """Runs one QMP command over our own channel."""
         return self._do(self._control.execute(request, arguments), timeout, request)
 
     def dump(self, path: Path, *, timeout: float = 300.0) -> None:
@@ -651,9 +651,9 @@ class Machine:
             raise
 
     def wait(self, meanwhile: Coroutine[Any, Any, None]) -> str:
-        """Waits, without a deadline, until the guest has ended; returns why.
+        """Waits, without a deadline, until the guest has ended, and returns why.
 
-        :param meanwhile: runs until then, and ends the wait if it fails
+        :param meanwhile: runs until then; if it fails, the wait ends
         """
 
         async def both() -> str:
@@ -689,12 +689,12 @@ def _built(kernel: kernels.Kernel | str) -> kernels.Kernel:
 
 
 def _escape(value: object) -> str:
-    """For QEMU's comma-separated options."""
+    """Escapes a value for QEMU's comma-separated options."""
     return str(value).replace(",", ",,")
 
 
 def _lock(directory: Path) -> int:
-    """Locks a directory; closing the descriptor, or dying, unlocks it."""
+    """Locks a directory. The lock ends when the descriptor is closed or the process dies."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -708,6 +708,6 @@ def _remove_unlocked(directory: Path) -> None:
     try:
         descriptor = _lock(directory)
     except BlockingIOError:
-        return  # its process lives
+        return  # its process is still alive
     shutil.rmtree(directory)
     os.close(descriptor)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The subcommand `record`: makes the snapshots that `khoscope demo` shows, from real guests."""
+"""The subcommand `record`: make the snapshots of `khoscope demo` from real guests."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from vm.scenario import preserve, restore
 
 DEMO = REPOSITORY / "khoscope" / "demo"
 
-#: Memory with which nothing is wrong, if the kernel keeps its type.
+#: Scenarios with healthy memory, provided that the kernel keeps the memory's type.
 HEALTHY = ("contig", "split", "folio", "dma", "vmalloc", "vmalloc-huge", "helper", "many")
 
-#: The prefix of files in the demo, the kernel, and what is preserved there.
+#: By the prefix of the demo's files: the kernel, and the scenarios that are preserved on it.
 RECORDED: dict[str, tuple[str, Sequence[str]]] = {
     "rfc": ("7.2-rfc", HEALTHY),
     "fixed": ("7.2-fixed", HEALTHY),
     "odd": ("7.2-fixed", SCENARIOS),
 }
 
-#: What loads a kernel's debug information under TCG takes its time.
+#: Seconds. It takes long to load a kernel's debug info under TCG.
 TIMEOUT = 300.0
 
 #: A LUO session, and its memfds by token.
@@ -38,7 +38,7 @@ FILES = {1: Memfd(64 << 10), 2: Memfd(2 << 20, thp=True)}
 
 
 def record(accel: str | None = None) -> int:
-    """Record all, then replace the demo's files: a run that fails leaves them as they were."""
+    """Record everything, then replace the demo's files. A run that fails leaves them unchanged."""
     with tempfile.TemporaryDirectory(prefix="khoscope-record-") as made:
         directory = Path(made)
         for prefix in RECORDED:
@@ -51,7 +51,7 @@ def record(accel: str | None = None) -> int:
         (directory / "findings.json").write_text(json.dumps(findings, indent=1) + "\n")
         DEMO.mkdir(exist_ok=True)
         for file in sorted(directory.iterdir()):
-            # Snapshots are made 0600, as they hold addresses; these are for everybody.
+            # khoscope makes snapshots 0600, because they hold addresses. These are for everybody.
             file.chmod(0o644)
             shutil.copy(file, DEMO)
             print(f"{file.stat().st_size:8} {(DEMO / file.name).relative_to(REPOSITORY)}")
@@ -59,12 +59,13 @@ def record(accel: str | None = None) -> int:
 
 
 def _snapshots(prefix: str, directory: Path, accel: str | None) -> None:
-    """Two snapshots of one guest: all preserved, and all taken back but what nobody claims."""
+    """Take two snapshots of one guest: all memory preserved, then all but the leak restored."""
     kernel, scenarios = RECORDED[prefix]
     before, after = (f"{prefix}-{stage}.khosnap" for stage in ("before", "after"))
     with Machine(kernel, accel=accel) as machine:
         exercise = Exercise(machine)
-        # With all its files in memory it allocates nothing that has been freed to be seen so.
+        # This brings khoscope's files into memory. Otherwise, the snapshot would allocate pages
+        # that a scenario has freed so that khoscope sees them free.
         _khoscope(machine, "verify", "--json")
         names = preserve(exercise, scenarios)
         hold(machine, SESSION, FILES)
@@ -80,14 +81,14 @@ def _snapshots(prefix: str, directory: Path, accel: str | None) -> None:
 
 
 def _khoscope(machine: Machine, *words: str) -> None:
-    """Runs it in the guest; 1 is the exit status of a verify that found something."""
+    """Run khoscope in the guest. A verify that found something has the exit status 1."""
     result = machine.run(("khoscope", *words), timeout=TIMEOUT)
     if result.returncode not in (0, 1):
         raise MachineError(f"khoscope {' '.join(words)} failed:\n{result.stderr}")
 
 
 def _findings(directory: Path, prefix: str, stage: str) -> dict[str, Any]:
-    """What `khoscope verify` says of a snapshot, on the host."""
+    """What `khoscope verify` finds in a snapshot. It runs on the host."""
     command = [sys.executable, "-m", "khoscope"]
     command += ["--snapshot", str(directory / f"{prefix}-{stage}.khosnap"), "verify", "--json"]
     if stage == "after":
@@ -96,6 +97,6 @@ def _findings(directory: Path, prefix: str, stage: str) -> dict[str, Any]:
     if result.returncode not in (0, 1):
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
     document: dict[str, Any] = json.loads(result.stdout)
-    # Not the explanations: rewording one changes nothing that was found.
+    # Explanations are left out, because rewording one does not change what was found.
     findings = [{k: v for k, v in f.items() if k != "explain"} for f in document["findings"]]
     return {"verdict": document["verdict"], "findings": findings}

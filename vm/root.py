@@ -11,7 +11,7 @@ from vm.cache import Log
 
 SUITE = "testing"
 
-# mmdebstrap's essential variant has dpkg, bash and coreutils; these come on top.
+# These packages come on top of mmdebstrap's essential variant, which has dpkg, bash and coreutils.
 PACKAGES = [
     *("hostname", "kexec-tools", "kmod", "makedumpfile", "mount", "procps", "qemu-guest-agent"),
     *("python3", "python3-bpfcc", "python3-drgn", "python3-libfdt", "python3-lz4"),
@@ -19,20 +19,20 @@ PACKAGES = [
     *("python3-zstandard", "tar", "util-linux", "xz-utils"),
 ]
 
-# Nobody reads documentation in there.
+# Nobody reads documentation in the guest.
 _EXCLUDED = ["/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*"]
 
 _FREE_MIB = 300
 
-# Part of the key: count up when the recipe below makes something else.
+# Part of the key: increase it when the recipe below changes what it makes.
 _RECIPE = "1"
 
 _GUEST = Path(__file__).with_name("guest")
 _COMMANDS = ["apt-config", "mmdebstrap", "mke2fs", "debugfs", "tar", "unshare", "sh"]
 
-# Runs where it may make files of any owner. For an ordinary user that is a user namespace,
-# and what is made there goes on a tmpfs, since afterwards the user could not delete it.
-# /dev stays empty: the kernel fills it.
+# This runs where it may make files of any owner. For an ordinary user that is a user namespace.
+# There, the files go on a tmpfs, because the user could not delete them afterwards.
+# /dev stays empty, because the kernel fills it.
 _PACK = """
 set -eu
 mkdir root
@@ -47,13 +47,13 @@ rm -rf root root.tar
 
 
 def find() -> Path | None:
-    """The image as its recipe is now, or None if that is not built."""
+    """The image built from the current recipe, or None if it is not built."""
     image = _root_entry(_guest_files()) / "root.ext4"
     return image if image.exists() else None
 
 
 def build() -> Path:
-    """The image, built now if it is not there. Call it inside `cache.locked()`."""
+    """The image, which is built now if it is missing. Call this inside `cache.locked()`."""
     guest = _guest_files()
     entry = _root_entry(guest)
     if not entry.exists():
@@ -64,8 +64,8 @@ def build() -> Path:
     return entry / "root.ext4"
 
 
-# Entries: debian-KEY is the root without our own files, root-KEY the whole. So a change to
-# a file of vm/guest/ costs seconds and no mirror.
+# Entries: debian-KEY is the root without our own files; root-KEY is the whole root. So after a
+# change to a file of vm/guest/, the build takes only seconds and needs no mirror.
 
 
 def _debian_entry() -> Path:
@@ -78,7 +78,7 @@ def _root_entry(guest: dict[str, bytes]) -> Path:
 
 
 def _guest_files() -> dict[str, bytes]:
-    """The files of vm/guest/ by the path that they get in the guest."""
+    """The files of vm/guest/ by their paths in the guest."""
     return {
         "/usr/sbin/khoscope-init"
         if file.name == "init"
@@ -106,7 +106,7 @@ def _add_guest(guest: dict[str, bytes], to: Path, log: Log) -> None:
         for path, content in guest.items():
             file = to / "file"
             file.write_bytes(content)
-            # debugfs needs no mount. It says what failed, but not by its exit status.
+            # debugfs needs no mount. Its exit status does not tell whether it failed, so check.
             request = f"write {file} {path}\nsif {path} mode 0100755\nsif {path} uid 0\n"
             (to / "request").write_text(f"{request}sif {path} gid 0\ndump {path} {to / 'check'}\n")
             log.run(["debugfs", "-w", "-f", to / "request", image])

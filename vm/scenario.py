@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The subcommand `scenario`: each kind of memory across a kexec, and what khoscope says of it."""
+"""The subcommand `scenario`: take each kind of memory across a kexec, and show the findings."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from vm.exercise import (
 from vm.kernel import patched_as
 from vm.machine import REPOSITORY, Machine, MachineError
 
-#: Pages of the scenario ``many``: not too many for the module to report each address, without
-#: which nobody knows which finding is on them.
+#: Pages of the scenario ``many``. The module must be able to report the address of each; otherwise
+#: nobody could tell which findings are about these pages.
 MANY = 64
 
-#: What each kernel is known to do.
+#: The known results of each kernel.
 EXPECTED = Path(__file__).with_name("expected.md")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One scenario as it went. Reference counts are head/tails."""
+    """The result of one scenario. Reference counts are head/tails."""
 
     scenario: str
-    #: The reference counts when it had been preserved.
+    #: The reference counts after the preserve.
     before: str
-    #: The types that the tree has for its blocks, and the errors with which KHO refused others.
+    #: The types of its blocks in the tree, and the errors with which KHO refused other blocks.
     recorded: str
-    #: The reference counts, or what became of it, when it had been restored in the next kernel.
+    #: The reference counts after the restore in the next kernel, or what happened instead.
     restored: str
-    #: What the next kernel said when its owner freed it.
+    #: What the next kernel said when the owner freed the memory.
     freeing: str
-    #: The rules of khoscope that fired: before the kexec, after it, and after restoring.
+    #: The khoscope rules that fired before the kexec, after the kexec, and after the restore.
     rules: str
     rules_handed_over: str
     rules_restored: str
@@ -66,7 +66,7 @@ _HEADERS = {
 
 
 def scenario(kernel: str, names: Sequence[str], accel: str | None = None) -> int:
-    """Run the scenarios, all by default, and print the table; 1 where it is not as expected."""
+    """Run the scenarios (default: all) and print the table. Return 1 if it is not as expected."""
     names = [name for name in SCENARIOS if name in (names or SCENARIOS)]
     with Machine(kernel, accel=accel) as machine:
         _say(f"{kernel} booted in {machine.boot_seconds:.1f} s with {machine.accel}")
@@ -86,7 +86,7 @@ def scenario(kernel: str, names: Sequence[str], accel: str | None = None) -> int
 
 
 def expected(kernel: str) -> dict[str, Row]:
-    """The rows that the kernel is known to have, by scenario; a variant differs in none of them."""
+    """The expected rows of a kernel, by scenario. A variant has the rows of its base kernel."""
     _, _, section = EXPECTED.read_text().partition(f"\n## {patched_as(kernel)}\n")
     lines = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
@@ -121,18 +121,18 @@ def _say(message: str) -> None:
 
 
 class Run:
-    """One run: two kernels, and what is known of each scenario so far."""
+    """One run: a kernel, the kernel after it, and what is known about each scenario so far."""
 
     def __init__(self, machine: Machine, names: Sequence[str]) -> None:
         self.machine = machine
         self.exercise = Exercise(machine)
         self.log = KernelLog(machine)
         self.names = list(names)
-        #: Findings on no scenario's memory, by the stage.
+        #: Findings that are not about any scenario's memory, by stage.
         self.elsewhere: dict[str, list[str]] = {}
 
     def rows(self) -> list[Row]:
-        """Runs it all."""
+        """Run everything."""
         made = preserve(self.exercise, self.names)
         self.names = [name for name in self.names if name in made]
         memory = by_scenario(self.exercise.report())
@@ -187,7 +187,7 @@ class Run:
     # -- khoscope on the guest --------------------------------------------------------------------
 
     def _recorded(self, memory: dict[str, list[Piece]]) -> dict[str, str]:
-        """The types that the tree has for the blocks of each scenario, and how others failed."""
+        """The types of each scenario's blocks in the tree, and the errors of refused blocks."""
         found = {name: set(map(_error, filter(_refused, memory[name]))) for name in memory}
         for line in khoscope(self.machine, "tree", "--jsonl").splitlines():
             block: dict[str, Any] = json.loads(line)
@@ -215,10 +215,10 @@ class Run:
 
 
 def khoscope(machine: Machine, *words: str) -> str:
-    """What khoscope prints of the guest; 1 is the exit status of a verify that found something.
+    """What khoscope prints about the guest. A verify that found something has the exit status 1.
 
-    It runs on the host, over QMP: in the guest it would take memory that has just been freed, and
-    twenty times as long.
+    khoscope runs on the host, over QMP. In the guest it would allocate memory that a scenario has
+    just freed, and take twenty times as long.
     """
     _say(f"khoscope {' '.join(words)}")
     result = subprocess.run(
@@ -234,10 +234,9 @@ def khoscope(machine: Machine, *words: str) -> str:
 
 
 def preserve(exercise: Exercise, names: Iterable[str]) -> list[str]:
-    """Loads the module and preserves the scenarios; returns those that this kernel has.
+    """Load the module, preserve the scenarios, and return those that this kernel supports.
 
-    What is free must not be allocated again before khoscope has seen it: nothing is made after
-    ``freed``.
+    ``freed`` comes last. Its free memory must not be allocated again before khoscope has seen it.
     """
     exercise.load()
     made = []
@@ -253,7 +252,7 @@ def preserve(exercise: Exercise, names: Iterable[str]) -> list[str]:
 
 
 def restore(exercise: Exercise, names: Iterable[str]) -> dict[str, str]:
-    """Restores all but the one that nobody claims; returns what the kernel complained of."""
+    """Restore all scenarios but ``leak``, and return the kernel's complaints."""
     said = {}
     log = KernelLog(exercise.machine)
     for name in names:
@@ -288,6 +287,6 @@ def _shapes(pieces: Sequence[Piece]) -> str:
 
 
 def _outcome(pieces: Sequence[Piece]) -> str:
-    """The reference counts of what was restored, or the state of what was not."""
+    """The reference counts of restored pieces, and the state of the others."""
     outcomes = (p.shape if p.state == "restored" else p.state for p in pieces)
     return ", ".join(dict.fromkeys(outcomes))

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-Inside the guest: a LUO session that holds memfds of known content. Driven by vm/luo.py.
+A LUO session with memfds of known content. vm/luo.py runs this inside the guest.
 
-    python3 -m vm.sessions hold NAME TOKEN:SIZE:THP ...      until it is killed, or the kexec
+    python3 -m vm.sessions hold NAME TOKEN:SIZE:THP ...      hold it until a signal or the kexec
     python3 -m vm.sessions retrieve NAME TOKEN ...           and finish the session
 
-THP is what of transparent huge pages the memfd is made with, a word for `shmem_enabled`. Both
-print one line of JSON, an object with each token and
+THP says how the memfd uses transparent huge pages; it is a word for `shmem_enabled`. Both commands
+print one line of JSON, an object that has for each token
 
-    size    of the file, in bytes
+    size    the size of the file, in bytes
     same    is the content what was written?
-    ranges  where its pages are, in the file's order: [[first byte, first byte after], ...]
+    ranges  its physical ranges, in the file's order: [[first byte, first byte after], ...]
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from khoscope.carry.liveupdate import LiveUpdate
 from vm.content import content
 
 PAGE = mmap.PAGESIZE
-#: So much of a file is in memory at once: huge pages of our own take TCG a second each.
+#: How much of a file is in memory at once. A huge page of our own takes TCG a second.
 CHUNK = 1 << 20
 SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
-# Of an entry of /proc/PID/pagemap.
+# The bits of an entry of /proc/PID/pagemap that hold the page frame number.
 _PFN = np.uint64((1 << 55) - 1)
 
 
@@ -51,9 +51,9 @@ def describe(fd: int, token: int) -> dict[str, Any]:
     size = os.fstat(fd).st_size
     if not size:
         return {"size": 0, "same": True, "ranges": []}
-    # Not through mmap.mmap(): it would hold the file, and be held by the array.
+    # Do not use mmap.mmap() here: the mmap would hold the file, and the array would hold the mmap.
     data = np.memmap(os.fdopen(os.dup(fd), "rb"), np.uint8, "r")
-    # Comparing brings every page into the page table: all of them are.
+    # The comparison brings every page into the page table, even after one that differs.
     same = [
         data[at : at + CHUNK].tobytes() == content(token, min(CHUNK, size - at), at)
         for at in range(0, size, CHUNK)
@@ -62,7 +62,7 @@ def describe(fd: int, token: int) -> dict[str, Any]:
 
 
 def ranges(data: np.memmap[Any, Any]) -> list[tuple[int, int]]:
-    """The physical ranges of what is mapped, in its order."""
+    """The physical ranges of mapped data, in the order of the data."""
     first = data.ctypes.data // PAGE
     count = -(-data.size // PAGE)
     with open("/proc/self/pagemap", "rb") as file:
@@ -84,7 +84,7 @@ def hold(name: str, *files: str) -> None:
         token, size, thp = word.split(":")
         fd = make(int(token), int(size), thp)
         session.preserve_fd(fd, int(token))
-        # Not before: to be preserved they may have moved.
+        # Pages may move when they are preserved, so describe the file only now.
         described[int(token)] = describe(fd, int(token))
     say(described)
     signal.pause()

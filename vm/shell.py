@@ -19,11 +19,11 @@ from vm.machine import GuestError, Machine, MachineError
 
 
 def shell(kernel: kernels.Kernel | str, accel: str | None = None) -> None:
-    """Boots, and returns when the shell, and with it the VM, has ended."""
+    """Boots a root shell, and returns when the shell, and thus the VM, has ended."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise MachineError("shell needs a terminal; for one command there is: python -m vm run")
     size = os.get_terminal_size()
-    # Read by vm/guest/init; kexec keeps it, so the next kernel has a shell here, too.
+    # vm/guest/init reads this. kexec keeps it, so the next kernel has a shell here, too.
     append = f"khoscope.shell={os.environ.get('TERM', 'dumb')},{size.lines},{size.columns}"
     with Machine(kernel, accel=accel, append=append) as machine:
         vmlinux = shlex.quote(str(machine.kernel.share / "vmlinux"))
@@ -38,7 +38,7 @@ def shell(kernel: kernels.Kernel | str, accel: str | None = None) -> None:
         )
         with _raw(sys.stdin.fileno()):
             end = machine.wait(_relay(machine))
-    # The shell's end resets the guest, which is the regular end.
+    # When the shell ends, the guest resets. That is the regular end.
     if "guest-reset" not in end and "guest-shutdown" not in end:
         raise MachineError(end)
 
@@ -54,7 +54,7 @@ def _raw(terminal: int) -> Iterator[None]:
 
 
 async def _relay(machine: Machine) -> None:
-    """Carries bytes, and changes of the window's size, until it is cancelled."""
+    """Relays bytes and changes of the window's size until it is cancelled."""
     loop = asyncio.get_running_loop()
     machine.terminal.setblocking(False)
     typed: asyncio.Queue[bytes] = asyncio.Queue()
@@ -91,6 +91,6 @@ async def _resize(machine: Machine, resized: asyncio.Event) -> None:
         resized.clear()
         size = os.get_terminal_size()
         command = f"stty -F /dev/hvc0 rows {size.lines} cols {size.columns}".split()
-        # Fails while the guest is between two kernels: the window's next change comes through.
+        # This fails while the guest is between two kernels. The next change will get through.
         with contextlib.suppress(GuestError):
             await machine.spawn(command)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The kernel that Debian's users run, as it is: from Debian's package, with Debian's initramfs."""
+"""The unmodified kernel that Debian's users run, from Debian's package, with its initramfs."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from vm.root import SUITE
 
 PACKAGES = ["initramfs-tools", "linux-image-amd64", "zstd"]
 
-#: What the guest's init asks of it that Debian builds as modules. The root has none: the initramfs
+#: Modules of Debian's kernel that the guest's init needs. The root has no modules, so the initramfs
 #: loads them.
 MODULES = [
     *("virtio_blk", "ext4", "9p", "9pnet_virtio", "virtio_rng"),
-    # By which a guest says where its vmcoreinfo is.
+    # A guest uses this to say where its vmcoreinfo is.
     "qemu_fw_cfg",
     "pvpanic-pci",
 ]
 
-# Part of the key: count up when the recipe below makes something else.
+# Part of the key: increase it when the recipe below changes what it makes.
 _RECIPE = "1"
 
-# Before initramfs-tools is there: it makes the initramfs as soon as there is a kernel.
+# This must run before initramfs-tools is installed, which makes the initramfs as soon as there is a
+# kernel.
 _HOOK = f"""
 to=$1/usr/share/initramfs-tools
 mkdir -p $to/conf.d $to/modules.d
@@ -36,13 +37,13 @@ _COMMANDS = ["apt-config", "mmdebstrap"]
 
 
 def find(name: str = STOCK) -> Kernel | None:
-    """The kernel, or None if it is not fetched."""
+    """The kernel, or None if it has not been fetched."""
     entry = _entry()
     return _kernel(name, entry) if entry.exists() else None
 
 
 def build(name: str = STOCK) -> Kernel:
-    """The kernel, fetched now if it is not there. Call it inside `cache.locked()`."""
+    """The kernel, which is fetched now if it is missing. Call this inside `cache.locked()`."""
     entry = _entry()
     if not entry.exists():
         debian.require(_COMMANDS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``khoscope trace`` in a guest, beside what the guest is told to do."""
+"""``khoscope trace`` in the background of a guest, beside other commands."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Self
 from vm.job import Job
 from vm.machine import Machine
 
-#: Compiling under TCG takes half a minute, several times that on a busy host.
+#: Seconds. Compiling under TCG takes half a minute, or several times that on a busy host.
 START_TIMEOUT = 400.0
 
 
 class Trace(Job):
     """
-    A trace that has been started, and follows calls from ``with`` on until it is ended.
+    A trace that has been started. It follows calls from the start of ``with`` until it is ended.
 
-    Its views say at once what is attached, but for ``--jsonl``: that it prints is the sign that it
-    is on.
+    A trace counts as on as soon as it prints something. All views but ``--jsonl`` print at once
+    what is attached.
 
-    :param name: of its directory in the guest, /root/trace-NAME, which must be new.
-    :param options: of ``khoscope trace``.
-    :param command: what to run instead, if it says something when it is on, too.
+    :param name: the trace's new directory in the guest is /root/trace-NAME.
+    :param options: options of ``khoscope trace``.
+    :param command: what to run instead; it must print something as soon as it is on.
     """
 
     def __init__(
@@ -35,7 +35,10 @@ class Trace(Job):
         super().__init__(machine, f"/root/trace-{name}", (*command, *options))
 
     def __enter__(self) -> Self:
-        """:raise MachineError: it has ended instead."""
+        """Waits until the trace is on.
+
+        :raise MachineError: if the trace ends instead
+        """
         self.until_on(START_TIMEOUT)
         return self
 

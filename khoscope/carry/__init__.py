@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The exception to read-only: a memfd of khoscope's own that the kernel preserves."""
+"""The exception to read-only: khoscope creates a memfd and asks the kernel to preserve it."""

@@ -2,9 +2,10 @@
 """
 /dev/liveupdate, the Live Update Orchestrator's (LUO's) uapi: ``include/uapi/linux/liveupdate.h``.
 
-A session holds files by token.  Its file descriptor is all that keeps it: the old kernel
-unpreserves a session that is closed before the kexec, the new one finishes it (both
-``luo_session_release()``).  Errors of the system come as they are, as :class:`OSError`.
+A session holds files by token.  A session lives only as long as its file descriptor.  If the
+descriptor is closed before the kexec, the old kernel unpreserves the session; if it is closed after
+the kexec, the new kernel finishes the session (both ``luo_session_release()``).  System errors are
+passed on unchanged, as :class:`OSError`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, Self
 from ..sources import host_files
 
 LIVEUPDATE_IOCTL_TYPE = 0xBA
-#: With the 0 at the end.
+#: Bytes, including the 0 at the end.
 LIVEUPDATE_SESSION_NAME_LENGTH = 64
 
 # _IO(type, nr): neither a direction nor a size.
@@ -44,7 +45,7 @@ class _Descriptor:
     """
     A file descriptor of LUO's.
 
-    :param fd: open, and ours from now on.
+    :param fd: an open descriptor; this object owns and closes it.
     """
 
     def __init__(self, fd: int) -> None:
@@ -62,13 +63,13 @@ class _Descriptor:
         self.close()
 
     def close(self) -> None:
-        """May be called again."""
+        """Close the descriptor; a second call does nothing."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
     def _ioctl(self, request: int, layout: struct.Struct, *members: int | bytes) -> tuple[Any, ...]:
-        """:return: the structure's members without its size, as the kernel has left them."""
+        """:return: the structure's members without its size, as the kernel left them."""
         argument = bytearray(layout.pack(layout.size, *members))
         fcntl.ioctl(self._fd, request, argument)
         return layout.unpack(argument)[1:]
@@ -81,8 +82,8 @@ class Session(_Descriptor):
         """
         ``luo_preserve_file()``: outgoing sessions only.
 
-        :param fd: a memfd, or what else a LUO file handler of the kernel takes.
-        :param token: u64, new in this session.
+        :param fd: a memfd, or another file for which the kernel has a LUO file handler.
+        :param token: u64, not used yet in this session.
         """
         self._ioctl(LIVEUPDATE_SESSION_PRESERVE_FD, _FD, fd, token)
 
@@ -90,13 +91,13 @@ class Session(_Descriptor):
         """
         ``luo_retrieve_file()``: incoming sessions only.
 
-        :return: a new file descriptor, the caller's.
+        :return: a new file descriptor, which the caller owns.
         """
         fd, _ = self._ioctl(LIVEUPDATE_SESSION_RETRIEVE_FD, _FD, -1, token)
         return int(fd)
 
     def finish(self) -> None:
-        """``luo_file_finish()``: incoming sessions only; what was not retrieved is gone."""
+        """``luo_file_finish()``: incoming sessions only; files that were not retrieved are gone."""
         self._ioctl(LIVEUPDATE_SESSION_FINISH, _FINISH, 0)
 
     def name(self) -> str:
@@ -106,22 +107,22 @@ class Session(_Descriptor):
 
 class LiveUpdate(_Descriptor):
     """
-    The device: open in one process at a time.  Sessions live on when it is closed.
+    The device.  Only one process can have it open at a time.  Sessions outlive it.
 
-    The first open after a kexec takes apart all that was handed over
-    (``luo_session_deserialize()``).  If the file handler of one of the files is in a module that
-    is not loaded by then, this and every later open fails with EIO.
+    At the first open after a kexec, the kernel deserializes everything that was handed over
+    (``luo_session_deserialize()``).  If a file's handler is in a module that is not loaded by then,
+    this open and every later one fail with EIO.
     """
 
     def __init__(self) -> None:
         super().__init__(os.open(host_files.LIVEUPDATE, os.O_RDWR | os.O_CLOEXEC))
 
     def create_session(self, name: str) -> Session:
-        """``luo_session_create()``: an outgoing session of that name, at most 63 bytes."""
+        """``luo_session_create()``: a new outgoing session; its name has at most 63 bytes."""
         return self._session(LIVEUPDATE_IOCTL_CREATE_SESSION, name)
 
     def retrieve_session(self, name: str) -> Session:
-        """``luo_session_retrieve()``: the incoming session of that name, once."""
+        """``luo_session_retrieve()``: the incoming session of that name; this works once."""
         return self._session(LIVEUPDATE_IOCTL_RETRIEVE_SESSION, name)
 
     def _session(self, request: int, name: str) -> Session:

@@ -2,9 +2,9 @@
 """
 Evidence without a disk: a snapshot in a memfd that LUO hands to the next kernel.
 
-All else in khoscope only reads.  This is the exception: :func:`carry` has the kernel preserve one
-memfd of khoscope's own, for as long as khoscope keeps the session open, and :func:`retrieve` takes
-it out of LUO again.  What comes back is a snapshot file like any other, and believed as little.
+khoscope is read-only, with this exception: :func:`carry` creates a memfd and asks the kernel to
+preserve it for as long as khoscope keeps the session open.  :func:`retrieve` takes the memfd out of
+LUO again.  khoscope trusts the retrieved snapshot as little as any other file.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from ..sources import host_files
 from ..words.errors import KhoscopeError
 from .liveupdate import LiveUpdate, Session
 
-#: The session's name.
+#: The name of the LUO session.
 SESSION = "khoscope"
-#: u64, the memfd's token in it: the same in ASCII.
+#: u64, the memfd's token in the session: the session's name in ASCII.
 TOKEN = int.from_bytes(b"khoscope", "big")
 
-#: What :func:`retrieve` keeps, for this boot: a session is retrieved once.
+#: Where :func:`retrieve` keeps the snapshot for this boot: a session can be retrieved only once.
 DIRECTORY = Path("/run/khoscope")
 
-#: ``include/uapi/linux/memfd.h``; Python has no name for it.  Asked for on hardened systems
+#: ``include/uapi/linux/memfd.h``; Python has no name for this flag.  Hardened systems ask for it
 #: (``vm.memfd_noexec``), and LUO preserves the seal.
 MFD_NOEXEC_SEAL = 0x0008
 
-#: Bytes, enough for most snapshots: only a larger one is taken twice.
+#: Bytes, enough for most snapshots. Only a larger snapshot has to be taken twice.
 SLACK = 256 << 10
-#: Times that a memfd may turn out to be too small.
+#: How many times a memfd may turn out to be too small.
 ATTEMPTS = 3
 
 Said = Mapping[int | None, tuple[str, str]]
@@ -111,9 +111,9 @@ class Carried:
     """
     What the next kernel will get.
 
-    :param facts: read back from the memfd.
-    :param size: of the snapshot, bytes.
-    :param room: of the memfd, bytes.
+    :param facts: the snapshot, read back from the memfd.
+    :param size: size of the snapshot in bytes.
+    :param room: size of the memfd in bytes.
     """
 
     facts: Snapshot
@@ -127,11 +127,12 @@ def carry(take: Callable[[], Snapshot]) -> Iterator[Carried]:
     Preserve a snapshot for as long as the context lasts.
 
     The memfd is preserved first and written afterwards, so that the snapshot holds the memfd's own
-    blocks, too: a preserved memfd keeps its size and its folios, but may be written
-    (``shmem_freeze()``).
+    blocks, too.  This works because a preserved memfd keeps its size and its folios, but may still
+    be written (``shmem_freeze()``).
 
-    :param take: takes a snapshot, anew each time.
-    :raises KhoscopeError: if LUO does not take it, or the tree grows faster than it is read.
+    :param take: takes a new snapshot each time it is called.
+    :raises KhoscopeError: if LUO does not take the memfd, or if the tree grows faster than khoscope
+        reads it.
     """
     size = 0
     for _ in range(ATTEMPTS):
@@ -157,8 +158,11 @@ def carry(take: Callable[[], Snapshot]) -> Iterator[Carried]:
 
 
 def _room(size: int) -> int:
-    """Bytes for a snapshot that had `size` last time: a larger memfd is more blocks, and others
-    may come to it."""
+    """
+    How many bytes a memfd needs for a snapshot that had `size` bytes last time.
+
+    A larger memfd has more blocks itself, and other clients may preserve more meanwhile.
+    """
     page = os.sysconf("SC_PAGE_SIZE")
     return -(-(size * 5 // 4 + SLACK) // page) * page
 
@@ -174,7 +178,7 @@ def _device() -> LiveUpdate:
 
 
 def _memfd(room: int) -> IO[bytes]:
-    """A memfd of that size; LUO gives its holes pages of zeros when it preserves it."""
+    """A memfd of that size. When LUO preserves the memfd, it fills holes with pages of zeros."""
     with _told("cannot make a memfd", _PRESERVE):
         fd = os.memfd_create(SESSION, os.MFD_CLOEXEC | MFD_NOEXEC_SEAL)
         memfd = open(fd, "r+b")  # noqa: SIM115 - the caller closes it
@@ -186,7 +190,7 @@ def _fill(memfd: IO[bytes], at: int, file: IO[bytes]) -> None:
     """
     Write the file so that it ends where the memfd ends.
 
-    A zip's directory is at its end, and what is before its beginning is nobody's business.
+    A zip's directory is at its end, and readers ignore bytes in front of the zip.
     """
     file.seek(0)
     memfd.seek(at)
@@ -199,17 +203,17 @@ def retrieve() -> Path:
     """
     The snapshot file that the previous kernel's :func:`carry` handed to this one.
 
-    The first time it is taken out of LUO, which it leaves for good, and kept in
+    The first call takes the file out of LUO, where it is then gone for good.  khoscope keeps it in
     :data:`DIRECTORY`, mode 0600, until this kernel ends.
 
-    :raises KhoscopeError: if there is none, or LUO does not give it.
+    :raises KhoscopeError: if there is no such file, or LUO does not hand it out.
     """
     path = DIRECTORY / f"carried-{host_files.BOOT_ID.read_text().strip()}.khosnap"
     with _told(f"cannot keep anything in {DIRECTORY}", _DIRECTORY):
         there = path.exists()
     if not there:
-        # What the kernel has handed back it does not hand back again: first a place for it.  Of
-        # those who have the device open there is one.
+        # The kernel hands the memfd back only once, so the place for the file is made before the
+        # session is retrieved.  Only one process can have the device open, so only one gets here.
         with _device() as device, _directory(), NewFile(path) as new:
             _copy(device, new)
     return path
@@ -217,12 +221,12 @@ def retrieve() -> Path:
 
 @contextlib.contextmanager
 def _directory() -> Iterator[None]:
-    """:data:`DIRECTORY`, which goes again if it was made for nothing."""
+    """Make :data:`DIRECTORY`, and remove it again if nothing was put into it."""
     with _told(f"cannot keep anything in {DIRECTORY}", _DIRECTORY):
         was_there = DIRECTORY.is_dir()
         DIRECTORY.mkdir(exist_ok=True)
         if not was_there:
-            # Whatever the umask is.
+            # The mode must not depend on the umask.
             DIRECTORY.chmod(0o700)
     try:
         yield
@@ -238,7 +242,7 @@ def _copy(device: LiveUpdate, new: NewFile) -> None:
         with _told("cannot retrieve the snapshot", _RETRIEVE_FD):
             fd = session.retrieve_fd(TOKEN)
         with open(fd, "rb") as memfd, _told("cannot copy the snapshot", _COPY):
-            # It comes with the position that it had when it was handed over.
+            # The memfd still has the file position that it had when it was handed over.
             memfd.seek(0)
             shutil.copyfileobj(memfd, new.file)
             new.file.flush()
@@ -250,10 +254,10 @@ def _copy(device: LiveUpdate, new: NewFile) -> None:
 @contextlib.contextmanager
 def _told(what: str, said: Said) -> Iterator[None]:
     """
-    What the system says becomes two clear lines.
+    Turn a system error into two clear lines.
 
-    :param what: could not be done.
-    :param said: by errno, what it means and what to do.
+    :param what: what could not be done.
+    :param said: for each errno, what it means and what to do.
     """
     try:
         yield

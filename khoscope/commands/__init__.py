@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-The commands, a module each: ``add`` describes its options, and sets what runs it (``run``, which
-returns the exit status) and, where options may contradict each other, what says so (``refuse``).
+The commands, one module for each.
+
+A module's ``add`` describes the command's options. It sets ``run``, which runs the command and
+returns the exit status. If options may contradict each other, it also sets ``refuse``, which says
+so.
 """
 
 from __future__ import annotations
@@ -34,8 +37,8 @@ COMMANDS: Final[tuple[ModuleType, ...]] = (
     *(verify, checks, snapshot, carry, diff, trace, shell, doctor, demo),
 )
 
-#: Those that look at the program of a drgn session: the others are about this host, make something,
-#: or are what one has there.
+#: The commands that look at the program of a drgn session. The others are about this host, create
+#: something, or start a session.
 IN_DRGN: Final[tuple[ModuleType, ...]] = tuple(
     command for command in COMMANDS if command not in (carry, trace, shell, doctor, demo)
 )

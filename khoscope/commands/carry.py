@@ -23,21 +23,23 @@ def add(commands: common.Commands) -> None:
         "carry",
         help="hand a snapshot to the next kernel, in memory",
         description="""\
-Take a snapshot into a memfd, have LUO preserve that, and stay until the kexec.
-After it, `khoscope verify --before carried` has the snapshot, without any disk.
+Write a snapshot into a memfd, ask LUO to preserve the memfd, and keep running
+until the kexec. In the next kernel, `khoscope verify --before carried` reads
+that snapshot. No disk is involved.
 
-All other commands only read. This one has the kernel preserve one memfd of its
-own. It needs /dev/liveupdate: CONFIG_LIVEUPDATE, and kho=on liveupdate=on.""",
+khoscope is read-only, with this one exception: carry creates a memfd and asks
+the kernel to preserve it. carry needs /dev/liveupdate: a kernel with
+CONFIG_LIVEUPDATE, booted with kho=on liveupdate=on.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""\
 examples:
-  khoscope carry &                     wait for what it prints, then
-  kexec -e                             and in the next kernel
-  khoscope verify --before carried
+  khoscope carry &                     wait for its last line
+  kexec -e
+  khoscope verify --before carried     in the next kernel
 
-The session lives as long as khoscope does. `kexec -e` ends no process;
-`systemctl kexec` ends all, but for a service that has DefaultDependencies=no
-and SurviveFinalKillSignal=yes.""",
+The LUO session ends when carry ends, and the snapshot is then not carried.
+`kexec -e` ends no process. `systemctl kexec` ends every process except those of
+a service with DefaultDependencies=no and SurviveFinalKillSignal=yes.""",
     )
     command.set_defaults(run=_run, refuse=_refuse)
     command.add_argument("--json", action="store_true", help="one JSON document")
@@ -65,7 +67,7 @@ def _run(args: argparse.Namespace) -> int:
                 signal.pause()
     except _Stopped as stopped:
         say("nothing is carried any more")
-        # Once more, without us in between.
+        # Raise the signal again, now without our handler.
         signal.raise_signal(stopped.number)
     return common.FINE
 
@@ -78,7 +80,7 @@ class _Stopped(Exception):
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise :class:`_Stopped`, once; a SIGTERM that is ignored stays so."""
+    """Ctrl-C and SIGTERM raise :class:`_Stopped` once; an ignored signal stays ignored."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:

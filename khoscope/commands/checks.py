@@ -13,10 +13,14 @@ from . import common
 
 
 def add(commands: common.Commands) -> None:
-    command = commands.add_parser("checks", help="what verify and trace look for, and why")
+    command = commands.add_parser(
+        "checks", help="list what verify and trace look for, or explain one check"
+    )
     command.set_defaults(run=_run)
     command.add_argument("--json", action="store_true", help="one JSON document")
-    command.add_argument("rule", nargs="?", type=rule_name, metavar="RULE", help="explain this one")
+    command.add_argument(
+        "rule", nargs="?", type=rule_name, metavar="RULE", help="explain this check"
+    )
 
 
 def rule_name(text: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What commands have in common: their options, the kernel or file that they read, exit statuses."""
+"""What commands share: options, the kernel or file that they read, and exit statuses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-#: Exit statuses: fine; found an error; could not do it; found nothing wrong, and could not see
+#: Exit statuses: fine; found an error; could not do it; found nothing wrong, but could not see
 #: everything.
 FINE, FOUND, UNABLE, NO_VERDICT = 0, 1, 2, 3
 
@@ -34,7 +34,7 @@ _STATUSES: Final = {
     Verdict.INCOMPLETE: NO_VERDICT,
 }
 
-#: Instead of a file after --before; a file of that name is ``./carried``.
+#: This word stands for the carried snapshot after --before. A file of that name is ``./carried``.
 CARRIED = "carried"
 
 
@@ -50,21 +50,25 @@ def output(
         type=_limit,
         default=LIMIT,
         metavar="N",
-        help=f"rows of each list as text, 0 for all (default {LIMIT})",
+        help=f"show at most N rows of each list as text, 0 for all (default {LIMIT})",
     )
     return kind
 
 
 def _limit(text: str) -> int | None:
     number = int(text)
-    # Python's lists are no longer than that.
+    # Python's lists cannot be longer.
     if not 0 <= number < 1 << 63:
         raise ValueError(text)
     return number or None
 
 
 def given(text: str) -> str:
-    """Anything but nothing, which an unset variable gives, and which would mean something else."""
+    """
+    Any text but an empty one.
+
+    A shell variable that is not set gives an empty text, which would mean something else.
+    """
     if not text:
         raise argparse.ArgumentTypeError("it is empty: give a value, or leave the option out")
     return text
@@ -76,22 +80,22 @@ def path(text: str) -> Path:
 
 
 def judged(report: Report) -> int:
-    """The exit status that says what a report comes to."""
+    """The exit status for a report's verdict."""
     return _STATUSES[report.verdict]
 
 
 def before_option(command: argparse.ArgumentParser, help: str) -> None:
-    """``--before FILE``, or the one that ``khoscope carry`` handed over."""
+    """Add ``--before FILE``, where FILE may be the snapshot that ``khoscope carry`` handed over."""
     command.add_argument(
         "--before",
         metavar="FILE",
         type=given,
-        help=f"{help}; {CARRIED!r}: the one that khoscope carry handed over",
+        help=f"{help}; {CARRIED!r} means the snapshot that khoscope carry handed over",
     )
 
 
 def load_before(args: argparse.Namespace) -> Snapshot | None:
-    """The snapshot that ``--before`` names, if it was given."""
+    """The snapshot that ``--before`` names, or None if the option was not given."""
     if args.before is None:
         return None
     if args.before != CARRIED:
@@ -125,7 +129,7 @@ def physical_range(text: str) -> tuple[int, int]:
 
 
 def is_file(args: argparse.Namespace) -> bool:
-    """Whether what was asked for cannot change: a snapshot, or a vmcore."""
+    """Whether the source is a file, a snapshot or a vmcore, and cannot change."""
     if args.program is None:
         return bool(args.snapshot or args.core)
     from drgn import ProgramFlags
@@ -134,7 +138,7 @@ def is_file(args: argparse.Namespace) -> bool:
 
 
 def _program(args: argparse.Namespace) -> tuple[Program, str, bool]:
-    """The kernel that was asked for, how it is read, and whether it runs meanwhile."""
+    """The kernel that was asked for, how khoscope reads it, and whether it runs meanwhile."""
     from ..sources.open import LIVE, debug_info, how_it_is_read, open_core, open_live, open_qemu
 
     if args.program:
@@ -159,9 +163,9 @@ def kernel(args: argparse.Namespace, progress: Progress) -> KernelSource:
 
 def facts(args: argparse.Namespace, read: Callable[[KernelSource], Snapshot]) -> Snapshot:
     """
-    The snapshot file that was asked for, or what is read of the kernel.
+    Load the snapshot file that was asked for, or read the facts from the kernel.
 
-    :param read: as much of it as the command shows.
+    :param read: reads as much of the kernel as the command shows.
     """
     if args.snapshot:
         return store.load_file(args.snapshot)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``khoscope demo``: what khoscope shows, on recorded guests."""
+"""``khoscope demo``: show khoscope at work on recorded guests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from . import common
 
 
 def add(commands: common.Commands) -> None:
-    demo = commands.add_parser("demo", help="what khoscope shows; needs no root and no KHO")
+    demo = commands.add_parser(
+        "demo", help="run the checks on snapshots of real guests; needs no root and no KHO"
+    )
     demo.set_defaults(run=_run)
     demo.add_argument("--json", action="store_true", help="one JSON document")
 

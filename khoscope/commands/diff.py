@@ -13,7 +13,7 @@ from . import common
 
 
 def add(commands: common.Commands) -> None:
-    diff = commands.add_parser("diff", help="what changed between two snapshots")
+    diff = commands.add_parser("diff", help="show what changed between two snapshots")
     diff.set_defaults(run=_run)
     common.output(diff, "block")
     diff.add_argument("a", metavar="A", type=common.path)

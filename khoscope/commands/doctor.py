@@ -16,15 +16,15 @@ from . import common
 def add(commands: common.Commands) -> None:
     command = commands.add_parser(
         "doctor",
-        help="what this host offers, and what to do about the rest",
+        help="show what this host offers, and what to do about what is missing",
         description="""\
-What this host offers: a line for each thing that khoscope, or a part of it, can
-use; where it was looked for, and what to do if it is not there. Needs nothing
-itself: without root it says what it can.""",
+Show what this host offers: one line for each thing that khoscope can use, where
+khoscope looked for it, and what to do if it is missing. doctor has no
+requirements of its own: without root it says what it can.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""\
-exit status: 0 if all is there that the commands that read this kernel need,
-2 otherwise: the first thing that is missing is on stderr""",
+exit status: 0 if this host has everything that commands need in order to read
+this kernel, 2 otherwise; stderr then names the first thing that is missing""",
     )
     command.set_defaults(run=_run, refuse=_refuse)
     command.add_argument("--json", action="store_true", help="one JSON document")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``khoscope fdt``: the root FDT and what its subtrees lead to."""
+"""``khoscope fdt``: the root FDT and what its subtrees point to."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from ..words.errors import KhoscopeError
 from ..words.printable import printable
 from . import common
 
-#: The sides as users name them, and in words.
+#: The two sides: as users name them, and in words.
 SIDES = {"out": "outgoing", "in": "incoming"}
 
 
 def add(commands: common.Commands) -> None:
     fdt = commands.add_parser(
         "fdt",
-        help="the root FDT and the subtrees, decoded",
-        description="The root FDT, then what its subtrees lead to. FDTs are device-tree source, "
-        "their values bytes as they stand in memory with what they mean in comments; known "
-        "structures are decoded; of anything else the bytes are shown.",
+        help="show the root FDT and its subtrees, decoded",
+        description="Show the root FDT, then what its subtrees point to. FDTs are printed as "
+        "device-tree source. Their values are bytes as they stand in memory; comments say what "
+        "the bytes mean. Known structures are decoded. Anything else is printed as bytes.",
     )
     fdt.set_defaults(run=_run, refuse=_refuse)
     fdt.add_argument(
         "side",
         nargs="?",
         metavar="in|out",
-        help="what this kernel was handed, or what it is about to hand over (default)",
+        help="in: what this kernel was handed; out: what it will hand over (default)",
     )
-    fdt.add_argument("subtree", nargs="?", metavar="SUBTREE", help="only this one")
+    fdt.add_argument("subtree", nargs="?", metavar="SUBTREE", help="show only this subtree")
     common.output(fdt).add_argument(
-        "--raw", action="store_true", help="write the bytes of the root FDT, or of the subtree"
+        "--raw", action="store_true", help="write the bytes of the root FDT or of the subtree"
     )
 
 
 def _asked(args: argparse.Namespace) -> tuple[str, str | None]:
-    """Side and subtree: either may be left out."""
+    """The side and the subtree; the user may leave out either."""
     return (args.side, args.subtree) if args.side in SIDES else ("out", args.side)
 
 
@@ -96,7 +96,7 @@ def _subtree(blobs: Blobs, side: str, name: str) -> Blob:
 
 
 def _write(blob: Blob) -> None:
-    """The bytes; what is missing of them is said."""
+    """Write the bytes, and raise an error if some of them are missing."""
     if blob.raw:
         sys.stdout.flush()
         sys.stdout.buffer.write(blob.raw)

@@ -12,7 +12,7 @@ from . import common
 
 
 def add(commands: common.Commands) -> None:
-    luo = commands.add_parser("luo", help="live update sessions, their files and memory")
+    luo = commands.add_parser("luo", help="show live update sessions, their files and their memory")
     luo.set_defaults(run=_run)
     common.output(luo)
 

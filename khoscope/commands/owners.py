@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``khoscope owners``: whose the preserved blocks are."""
+"""``khoscope owners``: who owns the preserved blocks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import common
 
 def add(commands: common.Commands) -> None:
     owners = commands.add_parser(
-        "owners", help="whose the preserved blocks are, as far as memory can tell"
+        "owners", help="name the owner of each preserved block, as far as memory can tell"
     )
     owners.set_defaults(run=_run)
     common.output(owners, "block")
@@ -23,7 +23,7 @@ def add(commands: common.Commands) -> None:
         "--trace",
         metavar="FILE",
         type=common.path,
-        help="a recording of khoscope trace: who preserved what nothing else tells of",
+        help="attribute unknown blocks to the callers in a recording of khoscope trace",
     )
 
 

@@ -21,24 +21,26 @@ from . import common
 def add(commands: common.Commands) -> None:
     command = commands.add_parser(
         "pages",
-        help="the struct pages of a range of memory",
+        help="show the struct pages of a range of memory",
         description="""\
-The struct pages of a range of memory: refcount, flags, stamp, whether it is free,
-and which preserved block covers it. Pages of which all is equal are one row.
+Show the struct pages of a range of memory: refcount, flags, stamp, whether the
+page is free, and which preserved block covers it. A run of equal pages is one
+row.
 
-A page on a per-cpu free list looks allocated. A snapshot file has the pages of
-blocks only: all of the first one, of the others the refcount, where they agree.""",
+A page on a per-cpu free list looks allocated. A snapshot file holds only the
+pages of blocks: the whole struct page of a block's first page, and the refcount
+of the other pages if they all have the same one.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""\
 examples:
   khoscope pages 0x3a200000                  the page that holds this address
-  khoscope pages 0x3a200000..0x3a400000      those of 2 MiB
-  khoscope pages 0..0x40000000 --jsonl       those of 1 GiB, a run a line""",
+  khoscope pages 0x3a200000..0x3a400000      the pages of 2 MiB
+  khoscope pages 0..0x40000000 --jsonl       1 GiB, one run per line""",
     )
     command.set_defaults(run=_run)
     common.output(command, "run of equal pages")
     command.add_argument(
-        "range", metavar="PHYS[..PHYS]", type=common.physical_range, help="first address, and end"
+        "range", metavar="PHYS[..PHYS]", type=common.physical_range, help="first address and end"
     )
 
 
@@ -71,7 +73,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _require_few(facts: Snapshot, first: int, end: int) -> None:
-    """Of a file, RAM may be said to be anywhere."""
+    """Refuse a range with too much RAM; a file may claim that RAM is anywhere."""
     low, high = (np.clip(facts.ram, first, end).T).tolist()
     pages = sum(end - start for start, end in zip(low, high, strict=True)) >> facts.abi.page_shift
     if pages > budget.PAGES:
@@ -81,7 +83,7 @@ def _require_few(facts: Snapshot, first: int, end: int) -> None:
 
 
 def _cleared(found: Iterator[PageRuns], progress: Progress) -> Iterator[PageRuns]:
-    """Runs are read while they are shown: the bar must not stand where they go."""
+    """Clear the progress bar before each part, because runs are read while they are shown."""
     for part in found:
         progress.clear()
         yield part

@@ -12,7 +12,9 @@ from . import common
 
 
 def add(commands: common.Commands) -> None:
-    shell = commands.add_parser("shell", help="drgn session with prog and the kho_* helpers")
+    shell = commands.add_parser(
+        "shell", help="start a drgn session with prog and the kho_* helpers"
+    )
     shell.set_defaults(run=_run)
 
 

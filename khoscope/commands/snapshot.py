@@ -17,7 +17,7 @@ def add(commands: common.Commands) -> None:
     snapshot.set_defaults(run=_run, refuse=_refuse)
     common.output(snapshot)
     snapshot.add_argument("file", metavar="FILE", type=common.path)
-    common.before_option(snapshot, "also look at the pages that FILE recorded")
+    common.before_option(snapshot, "also record the pages of the blocks in this earlier snapshot")
 
 
 def _refuse(args: argparse.Namespace) -> str | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``khoscope status``: the state of KHO in one screen."""
+"""``khoscope status``: the state of KHO on one screen."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from . import common
 def add(commands: common.Commands) -> None:
     command = commands.add_parser(
         "status",
-        help="the state of KHO in one screen",
+        help="show the state of KHO on one screen",
         description="""\
-The state of KHO in one screen: whether it is on and why, what is preserved, and
-what was handed over. Each line says where in the kernel it was read.
+Show the state of KHO on one screen: whether KHO is on and why, what is
+preserved, and what was handed over. Each line names the kernel variable that it
+was read from.
 
-After a KHO boot all struct pages are looked at, for what nobody has claimed.""",
+After a KHO boot, status looks at all struct pages to find the blocks that
+nobody has claimed yet.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(run=_run)

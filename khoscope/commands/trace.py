@@ -26,77 +26,81 @@ def add(commands: common.Commands) -> None:
         "trace",
         help="follow preserve, unpreserve, split and restore as they happen",
         description="""\
-Follow KHO's calls as they happen, and check every block: the refcounts of its
-pages against the type that is recorded or stamped.""",
+Follow KHO's calls as they happen, and check every block: do the refcounts of
+its pages fit the type that is recorded or stamped?""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""\
 examples:
   khoscope trace                       one line per call, until Ctrl-C
-  khoscope trace --check -d 30         for 30 seconds, then say how it went
-  khoscope trace --stacks -c kexecd    with kernel stacks, of one command only
+  khoscope trace --check -d 30         trace for 30 seconds, then give a verdict
+  khoscope trace --stacks -c kexecd    show kernel stacks, of one command only
   khoscope trace --summary -i 1        totals and latencies, every second
   khoscope trace --only restore --before before.khosnap
-                                       after the kexec: against what was there
-                                       before it
-  khoscope trace --record a.khotrace   keep it
-  khoscope trace --replay a.khotrace   show and check it, anywhere
+                                       after the kexec: compare with what was
+                                       there before it
+  khoscope trace --record a.khotrace   keep the events
+  khoscope trace --replay a.khotrace   show and check them, on any machine
 
-exit status: 0 fine, 1 --check found an error, 2 could not do it, 3 --check has
-no verdict: nothing was wrong, and something was missed""",
+exit status: 0 fine, 1 --check found an error, 2 khoscope could not do it, 3 no
+verdict: --check found nothing wrong, but something was missed""",
     )
     trace.set_defaults(run=_run, refuse=_refuse)
     kind = common.output(trace, "call")
-    kind.add_argument("--summary", action="store_true", help="totals by client, not each call")
-    trace.add_argument(
-        "--check", action="store_true", help="exit status 1 if anything was wrong, 3 if missed"
+    kind.add_argument(
+        "--summary", action="store_true", help="print totals by client instead of each call"
     )
-    trace.add_argument("--stacks", action="store_true", help="the kernel stack of each call")
     trace.add_argument(
-        "-d", "--duration", type=_seconds, metavar="SECONDS", help="end after so long"
+        "--check",
+        action="store_true",
+        help="exit with status 1 if there was an error, or 3 if something was missed",
+    )
+    trace.add_argument("--stacks", action="store_true", help="print the kernel stack of each call")
+    trace.add_argument(
+        "-d", "--duration", type=_seconds, metavar="SECONDS", help="end after this many seconds"
     )
     trace.add_argument(
         "-i",
         "--interval",
         type=_seconds,
         metavar="SECONDS",
-        help="with --summary: print it every so often",
+        help="with --summary: print a summary at this interval",
     )
-    trace.add_argument("-p", "--pid", type=_pid, help="only calls by this process")
+    trace.add_argument("-p", "--pid", type=_pid, help="follow only calls by this process")
     trace.add_argument(
-        "-c", "--comm", type=common.given, help="only calls by processes of this name"
+        "-c", "--comm", type=common.given, help="follow only calls by processes with this name"
     )
     trace.add_argument(
         "--only",
         type=_kinds,
         metavar="KIND,…",
-        help=f"only calls that {', '.join(CallKind)}",
+        help=f"follow only these kinds of calls: {', '.join(CallKind)}",
     )
     trace.add_argument(
         "--min-order",
         type=_order,
         default=0,
         metavar="N",
-        help="only blocks of this order and above",
+        help="show only blocks of this order and above",
     )
-    common.before_option(trace, "snapshot of the kernel that handed over")
+    common.before_option(trace, "compare with this snapshot of the kernel that handed over")
     files = trace.add_mutually_exclusive_group()
     files.add_argument(
-        "--record", metavar="FILE", type=common.path, help="write the events to a file, too"
+        "--record", metavar="FILE", type=common.path, help="also write the events to a file"
     )
     files.add_argument("--replay", metavar="FILE", type=common.path, help="show recorded events")
-    trace.add_argument("--probe", choices=["fentry", "kprobe"], help="this kind of probe only")
+    trace.add_argument("--probe", choices=["fentry", "kprobe"], help="use only this kind of probe")
     trace.add_argument(
         "--buffer",
         type=_kibibytes,
         metavar="KIB",
-        help="size of the event buffer, a power of two (default 16384)",
+        help="size of the event buffer, rounded down to a power of two (default 16384)",
     )
     trace.add_argument(
         "-v",
         "--verbose",
         action="store_true",
-        default=argparse.SUPPRESS,  # or as it was given before the command
-        help="also what the compiler and the verifier say",
+        default=argparse.SUPPRESS,  # without it, the option before the command counts
+        help="also print what the compiler and the verifier say",
     )
 
 
@@ -174,7 +178,7 @@ def _run(args: argparse.Namespace) -> int:
     assembler = Assembler(source.abi, source.layout, frames)
     interval = args.interval or (None if args.summary else 1.0)
     with contextlib.ExitStack() as stack:
-        # A file that cannot be written is found out before anything is attached.
+        # If the file cannot be written, khoscope fails before it attaches anything.
         recorder = stack.enter_context(Recorder(args.record, facts)) if args.record else None
         stack.enter_context(probes)
         started = time.clock_gettime_ns(CLOCK)

@@ -17,34 +17,34 @@ from . import common
 
 
 def add(commands: common.Commands) -> None:
-    tree = commands.add_parser("tree", help="what the radix tree holds")
+    tree = commands.add_parser("tree", help="show what the radix tree holds")
     tree.set_defaults(run=_run, refuse=_refuse)
     common.output(tree, "block")
-    tree.add_argument("--order", type=int, help="only blocks of this order")
-    tree.add_argument("--type", choices=["contig", "split"], help="only blocks of this type")
+    tree.add_argument("--order", type=int, help="show only blocks of this order")
+    tree.add_argument("--type", choices=["contig", "split"], help="show only blocks of this type")
     tree.add_argument(
         "--phys",
         type=common.physical_range,
         metavar="ADDR[..END]",
-        help="only blocks that share this memory",
+        help="show only blocks that overlap this range",
     )
-    tree.add_argument("--nodes", action="store_true", help="show the tree's own nodes, too")
+    tree.add_argument("--nodes", action="store_true", help="also show the tree's own nodes")
     tree.add_argument(
         "--incoming",
         action="store_true",
-        help="the tree that this kernel was handed, as far as it is still there",
+        help="show the tree that this kernel was handed, as far as it still exists",
     )
     tree.add_argument(
         "--root",
         metavar="TREE",
         type=common.given,
-        help="any struct kho_radix_tree: a symbol (with members: kho_out.radix_tree), its virtual"
-        " address, or the physical address of a root node",
+        help="show any other struct kho_radix_tree, named by a symbol (with members, such as"
+        " kho_out.radix_tree), its virtual address, or the physical address of its root node",
     )
     tree.add_argument(
         "--raw-keys",
         action="store_true",
-        help="show keys as they are, for trees whose keys are no blocks",
+        help="show undecoded keys, for trees whose keys do not stand for blocks",
     )
 
 
@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _read(args: argparse.Namespace) -> tuple[Snapshot, Tree, str]:
-    """The facts about the kernel, the tree that was asked for, and what it is called."""
+    """The facts about the kernel, the tree that was asked for, and the tree's name."""
     if args.root:
         with Progress(sys.stderr) as progress:
             source = common.kernel(args, progress)

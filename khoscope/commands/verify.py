@@ -24,32 +24,32 @@ from .checks import rule_name
 def add(commands: common.Commands) -> None:
     verify = commands.add_parser(
         "verify",
-        help="run the checks",
+        help="run the checks, and say whether it is safe to kexec",
         description="""\
-Run the checks (khoscope checks lists them), and say whether it is safe to kexec;
-with --before, in the new kernel, whether everything arrived.""",
+Run the checks (khoscope checks lists them), and say whether it is safe to
+kexec. In the new kernel, with --before, say whether everything arrived.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""\
 examples:
-  khoscope verify                                is it safe to kexec?
-  khoscope verify --next /boot/vmlinuz-7.2.1     into this kernel?
+  khoscope verify                              is it safe to kexec?
+  khoscope verify --next /boot/vmlinuz-7.2.1   is it safe into this kernel?
   khoscope verify --fail-on warning --skip kernel-tainted
   khoscope verify --only blob-not-preserved,broken-vmalloc
-  khoscope verify --watch 10                     tell what changes, until Ctrl-C
-  khoscope verify --before before.khosnap        after the kexec
+  khoscope verify --watch 10                   print what changes, until Ctrl-C
+  khoscope verify --before before.khosnap      compare, after the kexec
 
-exit status: 0 fine, 1 a check failed, 2 could not do it, 3 no verdict: nothing
-wrong was found, and not everything could be seen""",
+exit status: 0 fine, 1 a check failed, 2 khoscope could not do it, 3 no verdict:
+khoscope found nothing wrong, but could not see everything""",
     )
     verify.set_defaults(run=_run, refuse=_refuse)
     common.output(verify)
-    common.before_option(verify, "snapshot of the kernel that handed over")
+    common.before_option(verify, "compare with this snapshot of the kernel that handed over")
     verify.add_argument(
         "--next",
         metavar="FILE",
         type=common.path,
-        help="the kernel that is to be booted: a bzImage, an arm64 Image, a vmlinux, or a "
-        "directory with one",
+        help="compare with the kernel that you are going to boot: a bzImage, an arm64 Image, a "
+        "vmlinux, or a directory with one of them. LZ4 and Zstandard images need khoscope[images]",
     )
     verify.add_argument("--only", type=_rules, metavar="RULE,…", help="run only these checks")
     verify.add_argument("--skip", type=_rules, metavar="RULE,…", help="run all but these checks")
@@ -59,13 +59,13 @@ wrong was found, and not everything could be seen""",
         choices=[checks.Severity.ERROR, checks.Severity.WARNING],
         default=checks.Severity.ERROR,
         metavar="SEVERITY",
-        help="what makes the exit status 1: error (default), or warning and error",
+        help="the severity that makes the exit status 1: error (default), or warning for both",
     )
     verify.add_argument(
         "--watch",
         type=_seconds,
         metavar="SECONDS",
-        help="run the checks again every so often, and print what changes, until Ctrl-C",
+        help="run the checks again at this interval until Ctrl-C, and print what changes",
     )
 
 
@@ -97,7 +97,7 @@ def _refuse(args: argparse.Namespace) -> str | None:
 
 
 def _possible(args: argparse.Namespace) -> frozenset[str]:
-    """The rules that have something to look at."""
+    """The rules that can run with the options given."""
     scopes = checks.ONE_KERNEL | (checks.ACROSS if args.before else checks.KEXEC)
     return frozenset(checks.of_scopes(scopes | (checks.NEXT if args.next else set())))
 
@@ -139,9 +139,9 @@ def _watch(
     next_kernel: NextKernel | None,
     report: Callable[[Snapshot], checks.Report],
 ) -> int:
-    """Run the checks again and again; a kernel that cannot be read any more ends it."""
+    """Run the checks again and again, until Ctrl-C or until the kernel cannot be read any more."""
     view = watch_view.Lines(sys.stdout) if args.json else watch_view.Watch(sys.stdout, args.limit)
-    # Nobody wants to see a bar every few seconds.
+    # Nobody wants to see a progress bar every few seconds.
     source = common.kernel(args, Progress(io.StringIO()))
     last: checks.Report | None = None
     try:

@@ -19,14 +19,16 @@ _ONE_RULE = checks.RuleSelection(frozenset({"broken-vmalloc"}))
 
 
 def add(commands: common.Commands) -> None:
-    vmalloc = commands.add_parser("vmalloc", help="a struct kho_vmalloc and its chain of chunks")
+    vmalloc = commands.add_parser(
+        "vmalloc", help="show a struct kho_vmalloc and its chain of chunks"
+    )
     vmalloc.set_defaults(run=_run)
     common.output(vmalloc)
     vmalloc.add_argument(
         "address",
         metavar="ADDR",
         type=common.address,
-        help="of the structure, physical or kernel virtual",
+        help="address of the structure, physical or kernel virtual",
     )
 
 
@@ -41,7 +43,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _facts(args: argparse.Namespace) -> Snapshot:
-    """A snapshot whose outgoing side has this area alone."""
+    """A snapshot whose outgoing side has only this area."""
     if not args.snapshot:
         with Progress(sys.stderr) as progress:
             return common.kernel(args, progress).vmalloc(args.address)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-The demo: snapshots of real guests that ship with khoscope, checked before your eyes.
+The demo: it runs the checks on snapshots of real guests that ship with khoscope.
 
-``python -m vm record`` made them, before and after a kexec: the same healthy memory on a kernel
-with the patch series as posted and on one with the repaired series, and then whatever the exercise
-module can do wrong.
+``python -m vm record`` made the snapshots, before and after a kexec.  First, they show the same
+healthy memory on two kernels: one with the patch series as posted, one with the repaired series.
+Then they show everything that the exercise module can do wrong.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Scene:
     """
     One kernel on one side of a kexec.
 
-    :param name: of the snapshot file, without its ending.
-    :param before: name of the scene that the kexec came from, or None.
-    :param story: what there is to see.
+    :param name: name of the snapshot file, without its ending.
+    :param before: name of the scene before the kexec, or None if this scene is before it.
+    :param story: what the scene shows.
     """
 
     name: str
@@ -91,7 +91,7 @@ def command(scene: Scene) -> str:
 
 
 def show(out: IO[str], as_json: bool) -> None:
-    """All scenes, on one page of text or as one document (schema khoscope.demo/1)."""
+    """Show all scenes, as text or as one document (schema khoscope.demo/1)."""
     if as_json:
         scenes = []
         for scene in SCENES:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-KHO helpers for drgn sessions and scripts, a module for each of the kernel's files, as in
-``drgn.helpers.linux``; and :mod:`khoscope.helpers.facts`, which is khoscope's own.
+KHO helpers for drgn sessions and scripts.
 
-``khoscope shell`` has them loaded; elsewhere ``import khoscope``.
+As in ``drgn.helpers.linux``, there is a module for each of the kernel's files.
+:mod:`khoscope.helpers.facts` is khoscope's own.
+
+``khoscope shell`` loads the helpers.  Elsewhere, use ``import khoscope``.
 """
 
 from . import facts, kexec_handover, luo

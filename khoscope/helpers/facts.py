@@ -22,7 +22,7 @@ def kho_for_each_stamped(prog: Program) -> Iterator[KhoBlock]:
     """
     Iterate over all blocks that were handed over and that nobody has restored yet.
 
-    All of the kernel's ``struct page`` are searched for ``KHO_PAGE_MAGIC``: about 16 MiB are read
+    This searches every ``struct page`` of the kernel for ``KHO_PAGE_MAGIC``, and reads about 16 MiB
     for each GiB of RAM.
     """
     for chunk in _source(prog).stamps():

@@ -6,10 +6,10 @@ Kexec HandOver
 Helpers for Kexec HandOver (KHO): ``kernel/liveupdate/kexec_handover.c``,
 ``include/linux/kho_radix_tree.h`` and ``include/linux/kho/abi/kexec_handover.h``.
 
-This module uses drgn alone.  Like drgn's own helpers, it takes no lock, and raises
-:class:`drgn.FaultError` for memory that cannot be read.  KHO hands over memory that may be anything
-by the time that it is looked at, so that what is followed here is also validated: whatever stands
-there, every iteration ends.
+This module depends on nothing but drgn.  Like drgn's own helpers, it takes no lock, and raises
+:class:`drgn.FaultError` for memory that cannot be read.  By the time somebody looks at memory that
+KHO handed over, the memory may hold anything.  These helpers therefore validate each pointer before
+they follow it, and every iteration ends whatever the memory holds.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ __all__ = (
     "kho_vmalloc_for_each_page",
 )
 
-# A #define in kernel/liveupdate/kexec_handover.c, "KHOP": debug info does not have it.
+# "KHOP", a #define in kernel/liveupdate/kexec_handover.c, which debug info does not have.
 _KHO_PAGE_MAGIC = 0x4B484F50
 
 
 class KhoBlock(NamedTuple):
-    """A block of pages that KHO preserves: ``1 << order`` pages that begin at *phys*."""
+    """A block of pages that KHO preserves: ``1 << order`` pages, beginning at *phys*."""
 
     phys: int
     """Physical address: ``phys_addr_t``"""
@@ -70,8 +70,10 @@ def is_kho_boot(prog: Program) -> bool:
 @takes_program_or_default
 def kho_scratch_for_each(prog: Program) -> Iterator[Object]:
     """
-    Iterate over the scratch areas, which a kernel that is booted with KHO allocates from until it
-    has seen what is preserved.
+    Iterate over the scratch areas.
+
+    A kernel that is booted with KHO allocates from these areas until it has seen which memory is
+    preserved.
 
     >>> for scratch in kho_scratch_for_each():
     ...     print(hex(scratch.addr), hex(scratch.size))
@@ -103,11 +105,11 @@ def kho_radix_tree_for_each(tree: Object) -> Iterator[KhoBlock]:
     ...
 
     :param tree: ``struct kho_radix_tree *`` (or the ``struct kho_radix_tree`` itself)
-    :return: Iterator of blocks, by descending order, then by ascending address; of a kernel with
-        types, those that are not split first.
-    :raises ValidationError: if a table leads to no page or to one that was there before, or if a
-        key is not that of a block. Some radix trees have other keys; see
-        :func:`kho_radix_tree_for_each_key()`.
+    :return: Iterator of blocks, by descending order, then by ascending address. If the kernel has
+        types, blocks that are not split come first.
+    :raises ValidationError: if a table points to an address that is not a page's, or to a page that
+        was visited before, or if a key does not stand for a block. Some radix trees have other
+        keys; see :func:`kho_radix_tree_for_each_key()`.
     """
     for key in kho_radix_tree_for_each_key(tree):
         try:
@@ -121,7 +123,8 @@ def kho_radix_tree_for_each_key(tree: Object) -> Iterator[int]:
     Iterate over the keys in a KHO radix tree, in ascending order.
 
     :param tree: ``struct kho_radix_tree *`` (or the ``struct kho_radix_tree`` itself)
-    :raises ValidationError: if a table leads to no page or to one that was there before
+    :raises ValidationError: if a table points to an address that is not a page's, or to a page that
+        was visited before
     """
     root = tree.root.read_()
     if root:
@@ -136,23 +139,23 @@ def _radix_geometry(prog: Program) -> tuple[int, int, int]:
     try:
         depth = prog.constant("KHO_TREE_MAX_DEPTH").value_()
     except LookupError:
-        # Enumerators that no code uses may be missing. This is the kernel's own arithmetic, which
-        # gives each key of an order-0 block a level.
+        # Debug info may lack enumerators that no code uses. This is the kernel's own arithmetic,
+        # which gives the tree enough levels for each key of an order-0 block.
         bits = _order_0_log2(prog) + 1 - bitmap_log2
         depth = -(-bits // table_log2) + 1
     return depth, table_log2, bitmap_log2
 
 
 def _order_0_log2(prog: Program) -> int:
-    # KHO_ORDER_0_LOG2 up to Linux 7.2; it has not been an enumerator of its own since.
+    # This is KHO_ORDER_0_LOG2 up to Linux 7.2. Later kernels have no such enumerator.
     return 64 - prog["PAGE_SHIFT"].value_()
 
 
 def _radix_keys(
     node: Object, level: int, base: int, table_log2: int, bitmap_log2: int, seen: set[int]
 ) -> Iterator[int]:
-    # A page at a time, and each page at most once: the number of pages bounds this whatever the
-    # tables hold.
+    # This visits a page at a time, and each page at most once. So the number of pages bounds the
+    # walk, whatever the tables hold.
     prog = node.prog_
     type_name = "struct kho_radix_node" if level > 1 else "struct kho_radix_leaf"
     shift = bitmap_log2 + (level - 1) * table_log2
@@ -173,7 +176,7 @@ def _radix_keys(
 
 
 def _set_bits(bitmap: Object, base: int) -> Iterator[int]:
-    # for_each_set_bit() would make an object of each word.
+    # for_each_set_bit() would create an object for each word.
     bits = 8 * sizeof(bitmap[0])
     for i, word in enumerate(bitmap.value_()):
         while word:
@@ -187,7 +190,7 @@ def kho_decode_radix_key(prog: Program, key: IntegerLike) -> KhoBlock:
     Return the block of pages that a key of a KHO radix tree stands for.
 
     :param key: ``u64``
-    :raises ValueError: if it stands for none
+    :raises ValueError: if the key stands for no block
     """
     key = encoded = int(key)
     order_0_log2 = _order_0_log2(prog)
@@ -195,7 +198,8 @@ def kho_decode_radix_key(prog: Program, key: IntegerLike) -> KhoBlock:
     try:
         name = "enum kho_page_type"
         type = Object(prog, prog.type(name), 0)
-        # Without it, the type is in a bit that the tree does not store: what comes out is 0.
+        # Without this constant, the type is in a bit that the tree does not store, so the type that
+        # is read is 0.
         shift = prog.constant("KHO_KEY_TYPE_SHIFT").value_()
         type = Object(prog, prog.type(name), encoded >> shift & 1)
         encoded &= ~(1 << shift)
@@ -211,8 +215,8 @@ def kho_decode_radix_key(prog: Program, key: IntegerLike) -> KhoBlock:
 
 def kho_page_info(page: Object) -> Object | None:
     """
-    Return what KHO has noted in the first page of a block that was handed to this kernel, and that
-    nobody has restored since.
+    Return KHO's note in a page, if the page is the first of a block that was handed to this kernel
+    and that nobody has restored since.
 
     >>> kho_page_info(phys_to_page(0x2d694000))
     (union kho_page_info){
@@ -224,22 +228,23 @@ def kho_page_info(page: Object) -> Object | None:
     :param page: ``struct page *``
     :return: ``union kho_page_info``, or ``None`` if the page has none
     """
-    # Once: the page may be restored meanwhile.
+    # Read the note only once, because somebody may restore the page meanwhile.
     info = reinterpret("union kho_page_info", page.private).read_()
     return info if info.magic == _KHO_PAGE_MAGIC else None
 
 
 def kho_restored(page: Object) -> bool:
     """
-    Return whether the first page of a block that was handed to this kernel looks as if the block
-    had been restored: it is in use, and KHO's note is gone.
+    Return whether a block that was handed to this kernel looks restored: its first page is in use,
+    and KHO's note is gone.
 
-    Restoring leaves no trace.  A restored page is like any other page that is in use: of one that
-    was not the first of a block that was handed over, this says nothing.  It is false for a block
-    that was restored and has been freed since, and true again when another owner has allocated it.
-    A block is not restored yet for certain if it has a :func:`kho_page_info()`.
+    Restoring leaves no trace, and a restored page looks like any other page that is in use.  So the
+    answer means nothing for a page that was not the first page of a handed-over block.  The answer
+    is false if the block was restored and has been freed since, and true again after another owner
+    has allocated the page.  A block with a :func:`kho_page_info()` has certainly not been restored
+    yet.
 
-    :param page: ``struct page *``
+    :param page: ``struct page *``, the first page of the block
     """
     return kho_page_info(page) is None and page._refcount.counter.value_() > 0
 
@@ -254,8 +259,8 @@ def kho_vmalloc_for_each_page(desc: Object) -> Iterator[Object]:
 
     :param desc: ``struct kho_vmalloc *`` (or the ``struct kho_vmalloc`` itself)
     :return: Iterator of ``struct page *`` objects.
-    :raises ValidationError: if a chunk is no page or was there before, or if the chunks do not list
-        as many pages as the area has
+    :raises ValidationError: if a chunk is not at the address of a page, or was visited before, or
+        if the chunks do not list as many pages as the area has
     """
     prog = desc.prog_
     total, order = desc.total_pages.value_(), desc.order.value_()

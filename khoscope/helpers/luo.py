@@ -4,7 +4,7 @@ Live Update Orchestrator
 ------------------------
 
 Helpers for the Live Update Orchestrator (LUO): ``kernel/liveupdate/luo_session.c`` and
-``kernel/liveupdate/luo_internal.h``.  This module uses drgn alone.
+``kernel/liveupdate/luo_internal.h``.  This module depends on nothing but drgn.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ def luo_session_for_each(prog: Program, *, incoming: bool = False) -> Iterator[O
     ...
     b'vm1' 2
 
-    :param incoming: Iterate over the sessions that this kernel was handed and that nobody has
-        finished, instead.  The kernel has none before ``/dev/liveupdate`` is opened for the first
-        time.
+    :param incoming: Iterate instead over the sessions that this kernel was handed and that nobody
+        has finished.  The list is empty until ``/dev/liveupdate`` is opened for the first time.
     :return: Iterator of ``struct luo_session *`` objects.
-    :raises ValidationError: if the list is not valid, or changes meanwhile
+    :raises ValidationError: if the list is not valid, or changes during the iteration
     """
     sessions = prog["luo_session_global"]
     header = sessions.incoming if incoming else sessions.outgoing

@@ -12,7 +12,7 @@ from .. import DRGN_COMMAND, helpers
 
 
 def run(prog: Program) -> None:
-    """Until the user leaves."""
+    """Run the session until the user leaves."""
 
     def banner(text: str) -> str:
         names = ", ".join(helpers.__all__)

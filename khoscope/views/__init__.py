@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Views render facts and findings.  No view computes."""
+"""Views render facts and findings. They compute nothing."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which blocks a person asked to see."""
+"""Which blocks the user asked to see."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class BlockFilter:
         return (self.order, self.type, self.phys) != (None, None, None)
 
     def apply(self, stream: Iterable[Blocks], page_shift: int) -> Iterator[Blocks]:
-        """The chunks of a stream with only the blocks that were asked for."""
+        """Yield the chunks of a stream, reduced to the blocks that were asked for."""
         for blocks in stream:
             wanted = np.ones(len(blocks), np.bool_)
             if self.order is not None:

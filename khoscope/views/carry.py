@@ -11,7 +11,7 @@ from .text import Text
 
 
 def write_text(carried: Carried, text: Text) -> None:
-    """What is carried, and what keeps it."""
+    """Print what is carried, and what would end that."""
     facts = carried.facts
     text.header(facts)
     text.totals(facts.outgoing.tree, facts.abi)

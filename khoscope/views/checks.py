@@ -11,15 +11,15 @@ from ..checks import Rule
 from . import documents
 from .text import SEVERITY_COLOURS, Text
 
-#: Widths of the columns that have sentences in them.
+#: Widths of the columns that hold sentences.
 _SENTENCE, _READS = 25, 20
 
 
 class Checks(Text):
-    """The catalogue as text."""
+    """Prints the catalogue as text."""
 
     def overview(self, rules: Iterable[Rule]) -> None:
-        """All of them in a table."""
+        """Print all checks in a table."""
         self.table(
             (
                 [
@@ -37,7 +37,7 @@ class Checks(Text):
         self.line("khoscope checks CHECK explains one.")
 
     def explain(self, rule: Rule) -> None:
-        """One of them, with all that is known of it."""
+        """Print one check, with everything that is known about it."""
         severity = self.paint(SEVERITY_COLOURS[rule.severity], str(rule.severity))
         self.line(f"{self.paint('bold', rule.name)}, {severity}")
         self.line()
@@ -52,7 +52,7 @@ class Checks(Text):
 
 
 def write_checks(rules: Iterable[Rule], out: IO[str]) -> None:
-    """As JSON, schema khoscope.checks/1."""
+    """Write the checks as JSON, schema khoscope.checks/1."""
     documents.write(
         {
             "schema": "khoscope.checks/1",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``khoscope doctor``: a line for each thing, and what to do about it."""
+"""``khoscope doctor``: one line for each fact, and what to do about it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..words.printable import printable
 from . import documents
 from .text import WIDTH, Text
 
-#: Columns of the state, and of the name after it.
+#: Widths of the state column and of the name column after it.
 STATE, NAME = 4, 15
 
 _COLOURS = {State.OK: "green", State.NO: "red", State.UNKNOWN: "yellow"}
 
 
 def write_json(facts: list[Fact], release: str, out: IO[str]) -> None:
-    """Schema khoscope.doctor/1."""
+    """``doctor --json``, schema khoscope.doctor/1."""
     document = {
         "schema": "khoscope.doctor/1",
         "khoscope": __version__,
@@ -41,7 +41,7 @@ def write_json(facts: list[Fact], release: str, out: IO[str]) -> None:
 
 
 class DoctorText(Text):
-    """The same for people."""
+    """Prints the facts as text."""
 
     def doctor(self, facts: list[Fact], release: str) -> None:
         self.line(self.paint("bold", f"{release}, khoscope {__version__}"))
@@ -56,14 +56,14 @@ class DoctorText(Text):
             self.wrapped(f"this kernel cannot be looked at: see {first.name} above")
 
     def _fact(self, fact: Fact) -> None:
-        """What was found, with where at the right, and what to do below."""
+        """Print what was found, its source at the right, and what to do below."""
         indent = " " * (STATE + NAME)
         state = self.paint(_COLOURS[fact.state], f"{fact.state:<{STATE}}")
         source = f"[{fact.read_from}]"
         lines = textwrap.wrap(printable(fact.value), WIDTH - len(indent)) or [""]
         if len(lines[-1]) + len(source) >= WIDTH - len(indent):
             lines.append("")
-        # A long path stands alone, and sticks out.
+        # A long path gets a line of its own, which may be wider than the others.
         room = max(WIDTH - len(indent) - len(source), 0)
         lines[-1] = f"{lines[-1]:<{room}}{self.paint('dim', source)}"
         for i, line in enumerate(lines):

@@ -2,7 +2,7 @@
 """
 JSON views: one document with a schema, or one line per block.
 
-Addresses and keys are "0x…" strings, counts are numbers.  Lists of blocks are written as they
+Addresses and keys are "0x…" strings; counts are numbers.  Lists of blocks are written while they
 are read.
 """
 
@@ -25,7 +25,7 @@ from .block_filter import BlockFilter
 
 
 def block_rows(blocks: Blocks) -> Iterator[dict[str, Any]]:
-    """One dict per block, for rows that somebody asked to see."""
+    """One dict per block, for the rows that the user asked to see."""
     pages = blocks.page_count
     for key, phys, order, kind, count in zip(
         blocks.key.tolist(),
@@ -46,7 +46,7 @@ def block_rows(blocks: Blocks) -> Iterator[dict[str, Any]]:
 
 
 def about(facts: Snapshot) -> dict[str, Any]:
-    """What was read, when and how."""
+    """What khoscope read, when and how."""
     abi = facts.abi
     return {
         "taken": {
@@ -100,7 +100,7 @@ def counts(totals: Mapping[tuple[int, int], int], abi: Abi) -> list[dict[str, An
 
 
 def key_rows(blocks: Blocks) -> Iterator[dict[str, Any]]:
-    """The bare keys."""
+    """One dict per key, undecoded."""
     for key in blocks.key.tolist():
         yield {"key": f"{key:#x}"}
 
@@ -114,7 +114,7 @@ def write_tree(
     raw_keys: bool,
     out: IO[str],
 ) -> None:
-    """``tree --json``, schema khoscope.tree/1; raw keys have no totals by order."""
+    """``tree --json``, schema khoscope.tree/1. With raw keys, there are no totals by order."""
     state = tree.state
     head = {
         "schema": "khoscope.tree/1",
@@ -168,13 +168,13 @@ def _tree_rows(
 def write_block_lines(
     facts: Snapshot, tree: Tree, wanted: BlockFilter, raw_keys: bool, out: IO[str]
 ) -> None:
-    """``tree --jsonl``: one block, or key, a line."""
+    """``tree --jsonl``: one block or key per line."""
     for row in _tree_rows(facts, tree, wanted, raw_keys):
         out.write(json.dumps(row) + "\n")
 
 
 def finding(f: Finding) -> dict[str, Any]:
-    """A finding; address and order only where they apply."""
+    """A finding, with address and order if they apply."""
     row: dict[str, Any] = {"rule": f.rule, "severity": str(f.severity)}
     if f.phys is not None:
         row["phys"] = f"{f.phys:#x}"
@@ -184,7 +184,7 @@ def finding(f: Finding) -> dict[str, Any]:
 
 
 def verdict(report: Report) -> dict[str, Any]:
-    """The part of ``verify --json`` that says how it went."""
+    """The part of ``verify --json`` with the verdict and the findings."""
     return {
         "verdict": str(report.verdict),
         "incomplete": report.incomplete,
@@ -198,7 +198,7 @@ def verdict(report: Report) -> dict[str, Any]:
 
 
 def verify(facts: Snapshot, report: Report, next_kernel: NextKernel | None) -> dict[str, Any]:
-    """What ``verify --json`` says, schema khoscope.verify/1."""
+    """The document of ``verify --json``, schema khoscope.verify/1."""
     document = {"schema": "khoscope.verify/1", **about(facts)}
     if next_kernel is not None:
         document["next"] = vars(next_kernel)
@@ -246,7 +246,7 @@ def write_diff(a: Snapshot, b: Snapshot, out: IO[str]) -> None:
 
 
 def write_diff_lines(a: Snapshot, b: Snapshot, out: IO[str]) -> None:
-    """``diff --jsonl``: one changed block a line."""
+    """``diff --jsonl``: one changed block per line."""
     for change in diff.blocks(a, b):
         for row in _change_rows(change):
             out.write(json.dumps(row) + "\n")
@@ -260,7 +260,7 @@ def write(document: dict[str, Any], out: IO[str]) -> None:
 def write_document(
     head: dict[str, Any], lists: dict[str, Iterable[dict[str, Any]]], out: IO[str]
 ) -> None:
-    """A document whose lists are written as they come, a thousand rows at a time."""
+    """Write a document; its lists are written as they come, a thousand rows at a time."""
     out.write(json.dumps(head, indent=1)[:-2])
     for name, rows in lists.items():
         out.write(f',\n "{name}": [')

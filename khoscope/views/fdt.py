@@ -2,9 +2,9 @@
 """
 Views of ``khoscope fdt``.
 
-A tree is device-tree source that dtc makes the same properties of.  Numbers are byte strings, as
-they stand in memory, with what they mean in a comment: ``<…>`` would be big endian, which KHO's
-values are not.  What is said about a tree is a ``//`` comment, too.
+A tree is printed as device-tree source, from which dtc makes the same properties.  Numbers are
+printed as byte strings, as they stand in memory, and a comment says what they mean: ``<…>`` would
+be big endian, but KHO's values are not.  Remarks about a tree are ``//`` comments, too.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from . import documents
 from .text import WIDTH, Text, counted
 
 _INDENT = " " * 4
-#: Bytes of a line of a dump, or of a byte string.
+#: Bytes in one line of a dump or of a byte string.
 _ROW = 16
-#: No character of a name; a backslash begins one that fdt.py has escaped.
+#: Characters that a name may not have. A backslash begins a character that fdt.py has escaped.
 _NO_NAME = re.compile(r"[^0-9A-Za-z,._+*#?@\\-]")
 
 
@@ -42,7 +42,7 @@ class FdtText(Text):
             self.blob(blob)
 
     def blob(self, blob: Blob) -> None:
-        """A blob, with what is wrong with it first."""
+        """Print a blob; its problems come first."""
         self.wrapped(_title(blob), "//   ", "// ", "bold")
         if blob.preserved is False:
             self.line(self.paint("red", "// not preserved: the next kernel may find anything"))
@@ -99,13 +99,13 @@ class FdtText(Text):
             self.line(source)
 
     def _byte_rows(self, name: str, rows: list[str], indent: str) -> None:
-        """A byte string, each row in a line of its own, below the name."""
+        """Print a byte string below its name, each row on a line of its own."""
         self.line(f"{name} =")
         for i, row in enumerate(rows):
             self.line(f"{indent}{' ' if i else '['}{row}{'];' if i == len(rows) - 1 else ''}")
 
     def dump(self, raw: bytes) -> None:
-        """Bytes, in hex and as text."""
+        """Print bytes in hex and as text."""
         rows = -(-len(raw) // _ROW)
         for i, row in enumerate(islice(_rows(raw), self._limit)):
             text = "".join(chr(c) if 0x20 <= c < 0x7F else "." for c in row)
@@ -113,7 +113,7 @@ class FdtText(Text):
         self._more(rows, rows, f"rows of {_ROW} bytes")
 
     def area(self, area: Area) -> None:
-        """A vmalloc area and its chain."""
+        """Print a vmalloc area and its chain."""
         what = f"{area.where}: struct kho_vmalloc"
         if area.chain is None:
             self.line(f"// {what}, its chain was not followed")
@@ -123,7 +123,7 @@ class FdtText(Text):
         self.problems(area.chain.problems)
 
     def problems(self, problems: list[str]) -> None:
-        """What is wrong."""
+        """Print the problems."""
         for problem in islice(problems, self._limit):
             self.wrapped(problem, "//   ", self.paint("red", "// problem: "))
         self._more(len(problems), len(problems), "problems")
@@ -139,12 +139,12 @@ def _title(blob: Blob) -> str:
 
 
 def _name(text: str) -> str:
-    """A name as dtc takes it: any other character would mean something in device-tree source."""
+    """A name that dtc accepts; other characters would mean something in device-tree source."""
     return _NO_NAME.sub(lambda c: f"\\x{ord(c[0]):02x}", text)
 
 
 def _comment(text: str) -> str:
-    """Text that does not end the comment that it is in."""
+    """The text, changed so that it cannot end the comment around it."""
     return text.replace("*/", "*\\x2f")
 
 
@@ -153,11 +153,11 @@ def _rows(raw: bytes) -> Iterable[bytes]:
 
 
 def _strings(raw: bytes, value: Value | None) -> str:
-    """A value as strings of device-tree source; empty: it is none."""
+    """A value as strings of device-tree source, or empty text if the value is not strings."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or "".join(f"{text}\0" for text in texts).encode() != raw:
         return ""
-    # Bytes instead of what would be escaped: dtc has escapes of its own.
+    # If a character needed an escape, print bytes instead: dtc has escapes of its own.
     if any(printable(text) != text for text in texts):
         return ""
     quoted = (text.replace("\\", r"\\").replace('"', r"\"") for text in texts)
@@ -191,7 +191,7 @@ def write_json(facts: Snapshot, which: str, blobs: list[Blob], out: IO[str]) -> 
 
 
 def _row(blob: Blob) -> dict[str, Any]:
-    """A blob; its bytes where they are nothing that is known."""
+    """A blob; with its bytes if they are not an FDT."""
     return {
         "phys": _address(blob.phys),
         "size": blob.size,
@@ -207,7 +207,7 @@ def _row(blob: Blob) -> dict[str, Any]:
 
 
 def _tree_row(node: Node, values: dict[int, Value]) -> dict[str, Any]:
-    """A node; of names that are there twice the first, as the kernel finds it."""
+    """A node. If a name is there twice, the first one counts, as in the kernel."""
     row: dict[str, Any] = {"properties": {}, "nodes": {}}
     for found in node.properties:
         value = {"raw": found.value.hex(), "decoded": values.get(found.offset)}

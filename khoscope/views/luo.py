@@ -16,10 +16,10 @@ from .vmalloc import VmallocText, area_row, range_rows
 
 
 class LuoText(VmallocText):
-    """Writes what LUO hands over as text."""
+    """Prints what LUO hands over as text."""
 
     def luo(self, facts: Snapshot) -> None:
-        """Both directions."""
+        """Print the outgoing and the incoming side."""
         self.header(facts)
         if facts.liveupdate is not None:
             on = "on" if facts.liveupdate.enabled else "off (liveupdate=on turns it on)"

@@ -16,10 +16,10 @@ from .text import Text, human
 
 
 class OwnersText(Text):
-    """Writes owners as text."""
+    """Prints owners as text."""
 
     def owners(self, facts: Snapshot, holders: BlockOwners) -> None:
-        """Totals by owner, then the blocks."""
+        """Print totals by owner, then the blocks."""
         self.header(facts)
         self.line()
         totals = holders.totals()
@@ -65,7 +65,7 @@ def _name(owner: Owner | None) -> str:
 
 
 def _row(owner: Owner | None) -> dict[str, Any]:
-    """An owner; session and token only where it has them."""
+    """An owner, with session and token if the owner has them."""
     if owner is None:
         return {"kind": "unknown", "owner": None}
     row: dict[str, Any] = {"kind": str(owner.kind), "owner": str(owner)}
@@ -102,6 +102,6 @@ def write_json(facts: Snapshot, holders: BlockOwners, out: IO[str]) -> None:
 
 
 def write_lines(holders: BlockOwners, out: IO[str]) -> None:
-    """``owners --jsonl``: one block a line."""
+    """``owners --jsonl``: one block per line."""
     for row in _block_rows(holders):
         out.write(json.dumps(row) + "\n")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Views of ``khoscope pages``: a run of equal pages a row."""
+"""Views of ``khoscope pages``: each run of equal pages is a row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..facts.snapshot import Snapshot
 from . import documents
 from .text import Text, counted
 
-#: Why there is nothing to say of a page.
+#: Why khoscope can say nothing about a page.
 SILENT = {
     PageKnowledge.UNREAD: "its struct page cannot be read",
     PageKnowledge.UNRECORDED: "not in the snapshot",
@@ -24,7 +24,7 @@ SILENT = {
 
 
 def run_rows(facts: Snapshot, runs: PageRuns) -> Iterator[dict[str, Any]]:
-    """One dict per run; None where something is not so, or not known."""
+    """One dict per run. None means that something does not apply or is not known."""
     for i in range(len(runs)):
         run = {name: int(getattr(runs, name)[i]) for name in runs.DTYPES}
         seen = PageKnowledge(run["seen"])
@@ -57,14 +57,14 @@ def _page_type(facts: Snapshot, page_type: int) -> str | None:
 
 
 def _compound(compound: int) -> str | int | None:
-    """Order of the compound page that begins here; "tail": it began before; None: there is none."""
+    """The order of the compound page that begins here, "tail" inside one, or None outside."""
     if compound == Pages.COMPOUND_TAIL:
         return "tail"
     return None if compound == Pages.NOT_COMPOUND else compound
 
 
 def _free(buddy: int) -> str | int | None:
-    """Order of the free block; "yes": it is not known; None: the page is allocated."""
+    """The order of the free block, "yes" if it is not known, or None if the page is allocated."""
     if buddy == PageRuns.FREE:
         return "yes"
     return None if buddy == PageRuns.ALLOCATED else buddy
@@ -85,7 +85,7 @@ def _block(run: dict[str, int]) -> dict[str, Any]:
 def write_json(
     facts: Snapshot, span: tuple[int, int], runs: Iterable[PageRuns], out: IO[str]
 ) -> None:
-    """Schema khoscope.pages/1."""
+    """``pages --json``, schema khoscope.pages/1."""
     head = {
         "schema": "khoscope.pages/1",
         **documents.about(facts),
@@ -97,14 +97,14 @@ def write_json(
 
 
 def write_lines(facts: Snapshot, runs: Iterable[PageRuns], out: IO[str]) -> None:
-    """A run a line."""
+    """``pages --jsonl``: one run per line."""
     for part in runs:
         for row in run_rows(facts, part):
             out.write(json.dumps(row) + "\n")
 
 
 class PagesText(Text):
-    """The same for people."""
+    """Prints the runs as text."""
 
     def pages(self, facts: Snapshot, runs: Iterable[PageRuns]) -> None:
         self.header(facts)
@@ -128,7 +128,7 @@ class PagesText(Text):
 
 
 def _words(row: dict[str, Any]) -> Iterator[str]:
-    """What there is to say of a run, in words."""
+    """What khoscope can say about a run, in words."""
     seen = PageKnowledge[row["seen"].upper()]
     if seen in SILENT:
         yield SILENT[seen]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A progress bar on stderr, on a terminal only, for what takes longer than a second."""
+"""A progress bar on stderr, shown on a terminal for work that takes longer than a second."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import IO, Self
 
 
 class Progress:
-    """Call it with what is being done, how far it is, and of how much."""
+    """Call it with a description of the work, how much is done, and how much there is in all."""
 
     WIDTH = 30
 
@@ -30,7 +30,7 @@ class Progress:
         self._err.flush()
 
     def clear(self) -> None:
-        """Make room for what else is written to the terminal."""
+        """Remove the bar before other output goes to the terminal."""
         if self._drawn:
             self._err.write("\r\033[K")
             self._err.flush()

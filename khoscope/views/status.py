@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``khoscope status``: one screen, and on each line where it was read."""
+"""``khoscope status``: one screen, on which each line says where it was read."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..words.printable import printable
 from . import documents
 from .text import WIDTH, Text, counted, human, types_in_words, word
 
-#: Columns of the name of a fact.
+#: Width of the column with a fact's name.
 NAME = 12
 NOT_RECORDED = "not recorded"
 
 
 def write_json(facts: Snapshot, status: Status, out: IO[str]) -> None:
-    """Schema khoscope.status/1."""
+    """``status --json``, schema khoscope.status/1."""
     incoming = facts.incoming
     live = facts.liveupdate
     totals = documents.counts
@@ -88,7 +88,7 @@ def _image(image: KexecImage | None) -> dict[str, Any] | None:
 
 
 class StatusText(Text):
-    """The same for people."""
+    """Prints the status as text."""
 
     def status(self, facts: Snapshot, status: Status) -> None:
         self.line(self.paint("bold", f"{word(facts.kernel.release)}, {facts.taken.source}"))
@@ -106,11 +106,11 @@ class StatusText(Text):
         self.fact("tainted", taint, "taint")
 
     def fact(self, name: str, value: str, read_from: str) -> None:
-        """A fact, and at the right where it was read."""
+        """Print a fact, with its source at the right."""
         self.facts(name, [value], read_from)
 
     def facts(self, name: str, values: list[str], read_from: str) -> None:
-        """What was read in one place, a fact a line."""
+        """Print facts from one source, one fact per line."""
         source = f"[{READ_FROM[read_from]}]"
         lines = [
             line
@@ -155,7 +155,7 @@ class StatusText(Text):
         self.facts("scratch", self._some(areas, "areas") or ["none"], "scratch")
 
     def _some(self, values: list[str], what: str) -> list[str]:
-        """As many as are to be shown."""
+        """The values, cut to the limit."""
         shown = list(islice(values, self._limit))
         if len(values) > len(shown):
             hidden = f"{len(values) - len(shown):,} more {what}"

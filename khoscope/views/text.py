@@ -2,8 +2,8 @@
 """
 Text views: 80 columns, tables by tabulate, colour only on a terminal.
 
-Facts may come from anywhere, and say anything: what reaches the stream goes through
-:func:`khoscope.words.printable.printable`, line by line.
+Facts may come from anywhere and may hold any text. Every line goes through
+:func:`khoscope.words.printable.printable` before it reaches the stream.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from ..words.printable import printable
 from .block_filter import BlockFilter
 
 WIDTH = 80
-#: Rows of a list that are shown unless --limit says otherwise.
+#: Rows shown of each list unless --limit says otherwise.
 LIMIT = 20
 
 _COLOURS = {"red": "31", "yellow": "33", "green": "32", "bold": "1", "dim": "2"}
 SEVERITY_COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.INFO: "dim"}
 
 
-#: What to do about a verdict that is none; of a trace, and of a kernel.
+#: What to do if there is no verdict: for a trace (True), and for a kernel (False).
 _WAY_OUT = {
     True: "trace less at a time (--only, -p, -c), or with a larger --buffer, and run it again",
     False: "let the clients of KHO come to rest, give a source that has all of the kernel's "
@@ -52,20 +52,20 @@ class Text:
         self._out = out
         self._limit = limit
         self._colour = out.isatty()
-        # Where a colour begins and ends, until the line is escaped.  No text from elsewhere can
-        # have it, as it is drawn anew each time.
+        # This marks where a colour begins and ends, until the line is escaped.  No text from
+        # elsewhere can contain the marker, because it is random and new for each stream.
         marker = secrets.token_hex(8)
         self._mark = f"<{marker}:{{}}>"
         self._marks = re.compile(f"<{marker}:([0-9]*)>")
 
     def paint(self, colour: str, text: str) -> str:
-        """Text in a colour, for :meth:`line` and the first words of :meth:`wrapped`."""
+        """Mark text with a colour, for :meth:`line` and for the start of :meth:`wrapped`."""
         if not self._colour:
             return text
         return f"{self._mark.format(_COLOURS[colour])}{text}{self._mark.format('')}"
 
     def line(self, text: str = "") -> None:
-        """One line, whatever the text holds."""
+        """Print exactly one line, whatever the text holds."""
         text = printable(text)
         if self._colour:
             text = self._marks.sub("\033[\\1m", text)
@@ -79,10 +79,10 @@ class Text:
         colour: str | None = None,
     ) -> None:
         """
-        A paragraph.
+        Print a paragraph.
 
-        :param first: the first line begins so, instead of by the indent.
-        :param colour: of the lines, but for what they begin with.
+        :param first: what the first line begins with, instead of the indent.
+        :param colour: of the lines, without the indent or `first`.
         """
         start = printable(indent if first is None else first)
         plain = self._marks.sub("", start)
@@ -99,14 +99,14 @@ class Text:
             self.line(before + (self.paint(colour, words) if colour else words))
 
     def table(self, rows: Iterable[Iterable[Any]], headers: list[str], align: list[str]) -> None:
-        """A table; a cell that is a list has these lines."""
+        """Print a table. If a cell is a list, its items are the cell's lines."""
         cells = [[_cell(cell) for cell in row] for row in rows]
         table = tabulate(cells, headers, tablefmt="simple", colalign=align, disable_numparse=True)
         for line in table.split("\n"):
             self.line(line)
 
     def header(self, facts: Snapshot) -> None:
-        """Which kernel, read when and how, and how it came to be."""
+        """Print which kernel khoscope read, when and how, and how that kernel was booted."""
         self.line(self.paint("bold", f"{word(facts.kernel.release)}, {facts.taken.source}"))
         self.line(f"read {facts.taken.time} by khoscope {facts.taken.khoscope}")
         boot = f"boot {facts.kernel.boot_id}" if facts.kernel.boot_id else "boot without an id yet"
@@ -170,11 +170,11 @@ class Text:
             self.blocks(stream)
 
     def totals(self, tree: Tree, abi: Abi) -> None:
-        """A tree's blocks by order and type."""
+        """Print the counts of a tree's blocks by order and type."""
         self.counts(tree.totals(abi), abi)
 
     def counts(self, totals: Mapping[tuple[int, int], int], abi: Abi) -> None:
-        """Blocks by order and type."""
+        """Print counts of blocks by order and type."""
         rows: list[list[Any]] = []
         blocks = pages = 0
         for (order, kind), count in sorted(totals.items()):
@@ -193,7 +193,7 @@ class Text:
         )
 
     def nodes(self, tree: Tree) -> None:
-        """The structure of the tree itself."""
+        """Print the tree's own nodes."""
         rows = (
             [level, f"{phys:#014x}", f"{key:#018x}", used]
             for chunk in tree.nodes
@@ -214,7 +214,7 @@ class Text:
         self._more(total, total, "nodes")
 
     def blocks(self, stream: Iterable[Blocks]) -> None:
-        """Blocks, one a row."""
+        """Print blocks, one per row."""
         rows: list[list[Any]] = []
         total = 0
         for chunk in stream:
@@ -229,7 +229,7 @@ class Text:
         self._more(total, total, "blocks")
 
     def keys(self, stream: Iterable[Blocks]) -> None:
-        """Bare keys, one a row."""
+        """Print undecoded keys, one per row."""
         total = 0
         for chunk in stream:
             room = None if self._limit is None else max(self._limit - total, 0)
@@ -255,7 +255,7 @@ class Text:
         self.conclusion(report)
 
     def _owners(self, report: Report) -> None:
-        """What became of whose blocks."""
+        """Print what became of each owner's blocks."""
         names = list(report.fates or ())
         room = WIDTH - sum(len(name) + 4 for name in names)
         rows = [
@@ -267,7 +267,7 @@ class Text:
         self._more(len(report.owners), len(report.owners), "owners")
 
     def conclusion(self, report: Report) -> None:
-        """What was found, what was not seen, and what that comes to."""
+        """Print the findings, what khoscope could not see, and the verdict."""
         self.findings(report)
         self.line()
         for reason in report.incomplete:
@@ -280,9 +280,9 @@ class Text:
         self, name: str, story: str, facts: Snapshot, report: Report, explained: set[str]
     ) -> None:
         """
-        One scene of the demo: the tree's totals, and what the rules say, without addresses.
+        Print one scene of the demo: the tree's totals, and the findings without addresses.
 
-        :param explained: rules that need no explanation any more; those of this scene are added.
+        :param explained: rules that were explained already; this scene's rules are added.
         """
         self.line()
         self.line(self.paint("bold", f"{name} {'─' * (WIDTH - len(name) - 1)}"))
@@ -311,7 +311,7 @@ class Text:
         self.verdict(report)
 
     def findings(self, report: Report) -> None:
-        """Findings by rule, with the rule's explanation once."""
+        """Print the findings by rule, and explain each rule once."""
         by_rule: dict[str, list[Finding]] = {}
         for found in report.findings:
             if not found.follows:
@@ -326,7 +326,7 @@ class Text:
             self.wrapped(found_list[0].explain, "    ", "  → ")
             if name in report.follows:
                 self.line(f"  and so: {_consequences(report.follows[name])}")
-                # What befalls one block by several rules is one line: the first, which says why.
+                # If several rules fire on one block, print one line: the first, which says why.
                 follow = {
                     (found.phys, found.order): found
                     for found in reversed(report.findings)
@@ -336,16 +336,16 @@ class Text:
 
     def _rows(self, found: list[Finding], count: int) -> None:
         """
-        A line for each finding.
+        Print a line for each finding.
 
-        :param count: how many there are, kept or not.
+        :param count: how many findings there are, including those that were not kept.
         """
         for each in islice(found, self._limit):
             self.wrapped(each.message, "      ", f"  {where(each)}")
         self._more(len(found), count, "")
 
     def verdict(self, report: Report) -> None:
-        """The last line, whole however long it is: what to do, and why."""
+        """Print the last line, unwrapped however long it is: the verdict, and the reason."""
         word = str(report.verdict).upper()
         counts = f"{counted(report.errors, 'error')}, {counted(report.warnings, 'warning')}"
         if report.left_out:
@@ -385,9 +385,10 @@ class Text:
 
     def _more(self, kept: int, total: int, what: str) -> None:
         """
-        The last line of a list that is longer than what is shown.
+        Print the last line of a list if the list is longer than what is shown.
 
-        :param kept: how much of it there is to show; ``total`` is how long it really is.
+        :param kept: how many rows khoscope has.
+        :param total: how many rows there really are.
         """
         shown = kept if self._limit is None else min(kept, self._limit)
         if total > shown:
@@ -401,22 +402,26 @@ def _cell(cell: Any) -> str:
 
 
 def word(text: str) -> str:
-    """A name that has no blanks, if it is what it should be: others must not look like a line."""
+    """
+    A name as it is, or quoted if it is empty or has blanks.
+
+    A proper name has no blanks. Any other text must not look like a line of khoscope's own.
+    """
     return text if text and " " not in text else repr(text)
 
 
 def counted(number: int, what: str) -> str:
-    """A number of things."""
+    """A number and a noun, in the plural if needed."""
     return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
 def shortened(text: str, room: int) -> str:
-    """As much of a line as there is room for."""
+    """The text, cut to the room there is."""
     return text if len(text) <= room else text[: room - 1].rstrip() + "…"
 
 
 def _verdict(report: Report) -> str:
-    """What a report comes to, in words."""
+    """The verdict of a report, in words."""
     reason = report.reason
     if reason is not None:
         return f"{_failure(report, reason)}{reason.rule}"
@@ -443,7 +448,7 @@ def _failure(report: Report, reason: Finding) -> str:
 
 
 def _consequences(follow: Mapping[str, int]) -> str:
-    """What follows from a finding: how often which rule was broken."""
+    """What follows from a finding: how often each rule fired because of it."""
     return ", ".join(f"{count:,} × {name}" for name, count in follow.items())
 
 
@@ -453,7 +458,7 @@ def _fates(report: Report) -> str:
 
 
 def types_in_words(abi: Abi) -> str:
-    """What the kernel does about page types."""
+    """What the kernel does with page types, in words."""
     if not abi.has_types:
         return "no page types"
     if abi.type_is_stored:
@@ -485,7 +490,7 @@ def _block_rows(blocks: Blocks) -> list[list[Any]]:
 
 
 def where(finding: Finding) -> str:
-    """Address and order, where a finding has them, in front of its message."""
+    """The address and order to print before a finding's message, if the finding has them."""
     if finding.phys is None:
         return ""
     at = f"{finding.phys:#014x} "

@@ -17,10 +17,10 @@ from .text import Text, counted
 
 
 class VmallocText(Text):
-    """Writes vmalloc areas as text."""
+    """Prints vmalloc areas as text."""
 
     def vmalloc(self, facts: Snapshot, findings: Iterable[Finding]) -> None:
-        """The one area of the outgoing side."""
+        """Print the one area of the outgoing side."""
         self.header(facts)
         memory = ClaimsByOwner(facts.outgoing, facts.abi.page_shift)
         for area in facts.outgoing.vmallocs:
@@ -32,7 +32,7 @@ class VmallocText(Text):
             self.wrapped(f"{found.rule}: {at}{found.message}", "    ", self.paint("red", "error: "))
 
     def _area(self, memory: ClaimsByOwner, area: Vmalloc) -> None:
-        """What the descriptor says, the chunks, and the pages that they list."""
+        """Print what the descriptor says, the chunks, and the pages that the chunks list."""
         flags = " ".join(bits(area.flags, KHO_VMALLOC_FLAGS)) or "none"
         self.line(
             f"  {counted(area.total_pages, 'page')} of order {area.order}, flags {flags}, "
@@ -46,7 +46,7 @@ class VmallocText(Text):
             self.ranges(part, "    ")
 
     def ranges(self, claims: Claims, indent: str) -> None:
-        """Ranges of memory, one a line."""
+        """Print ranges of memory, one per line."""
         for phys, size in islice(
             zip(claims.phys.tolist(), claims.size.tolist(), strict=True), self._limit
         ):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``khoscope verify --watch``: what there is, and then what changes."""
+"""``khoscope verify --watch``: print all findings first, and then what changes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .text import SEVERITY_COLOURS, Text, where
 
 
 class Watch(Text):
-    """As text: first everything, then a paragraph for each time that something has changed."""
+    """Prints text: everything first, then a paragraph each time that something has changed."""
 
     def start(self, facts: Snapshot, report: Report, next_kernel: NextKernel | None) -> None:
-        """The first round."""
+        """Show the first round."""
         self.verify(facts, report, next_kernel)
 
     def changed(self, taken: Provenance, report: Report, changes: Changes) -> None:
-        """Another round."""
+        """Show what changed in another round."""
         self.line()
         self.line(self.paint("bold", taken.time))
         self._findings("+", changes.came)
@@ -43,23 +43,23 @@ class Watch(Text):
 
 class Lines:
     """
-    As JSON, one object a line.
+    Writes JSON, one object per line.
 
-    The first is that of ``verify --json``. Those that follow have ``time`` and ``change``: ``"+"``
-    or ``"-"`` with a finding that came or went; ``"count"`` with ``rule``, ``was`` and ``now``
-    where a rule has more findings than are kept; ``"verdict"`` with what ``verify --json`` has of
-    it, but for the findings.
+    The first object is the document of ``verify --json``. The objects after it have ``time`` and
+    ``change``. A ``change`` of ``"+"`` or ``"-"`` comes with a finding that appeared or went away.
+    ``"count"`` comes with ``rule``, ``was`` and ``now``, if a rule has more findings than are kept.
+    ``"verdict"`` comes with the verdict of ``verify --json``, but without the findings.
     """
 
     def __init__(self, out: IO[str]) -> None:
         self._out = out
 
     def start(self, facts: Snapshot, report: Report, next_kernel: NextKernel | None) -> None:
-        """The first round."""
+        """Show the first round."""
         self._write([documents.verify(facts, report, next_kernel)])
 
     def changed(self, taken: Provenance, report: Report, changes: Changes) -> None:
-        """Another round."""
+        """Show what changed in another round."""
         for sign, findings in (("+", changes.came), ("-", changes.went)):
             self._changes(taken, sign, map(documents.finding, findings))
         counts = (

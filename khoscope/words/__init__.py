@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How khoscope says what it cannot do, and shows text that is not its own."""
+"""How khoscope reports what it cannot do, and how it shows text that is not its own."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The one exception that means: could not do it (exit status 2); and how that is said."""
+"""The one exception that means "could not do it" (exit status 2), and how it is reported."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class KhoscopeError(Exception):
     """
 
     def __init__(self, what: str, hint: str) -> None:
-        # Part of it may be another library's words, or a file's name, which may hold anything.
+        # The text may quote another library or a file's name, which may hold any character.
         self.what = printable(" ".join(what.split()))
         self.hint = printable(" ".join(hint.split()))
         super().__init__(self.what)
 
 
 def say(*lines: str) -> None:
-    """Lines on stderr, if anybody can hear them."""
-    # What is closed is None, for which print() would take stdout.
+    """Print lines to stderr, if stderr is open."""
+    # A closed stderr is None, and print() would then write to stdout.
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             for line in lines:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Views of ``khoscope trace``, by what they print while it goes on."""
+"""Views of ``khoscope trace``, one module for each kind of output."""

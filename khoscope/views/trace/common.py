@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the views of a trace have in common: calls as rows, how a text begins and ends."""
+"""What the views of a trace share: calls as rows, and how a text begins and ends."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ACTION_NAMES = {int(action): action.name.lower() for action in Action}
 
 
 def returned(returns: str, ret: int) -> str:
-    """What came back of a function, in a word."""
+    """The return value of a function, in a word."""
     if returns == "void":
         return "-"
     if returns == "pointer":
@@ -38,7 +38,7 @@ def returned(returns: str, ret: int) -> str:
 
 
 class CallRows:
-    """A batch as rows, for those who show each call."""
+    """A batch as rows, for the views that show each call."""
 
     def __init__(self, batch: Batch, found: BatchFindings, callers: Callers) -> None:
         calls = batch.calls
@@ -64,14 +64,14 @@ def _decoded(name: bytes) -> str:
 
 
 def _by_value(functions: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """What is said of functions, and of which."""
+    """Yield each value once, with the names of its functions."""
     for value in dict.fromkeys(functions.values()):
         names = [name.removeprefix("kho_") for name, said in functions.items() if said == value]
         yield value, ", ".join(names)
 
 
 class TraceText(Text):
-    """What both text views say at the start and at the end."""
+    """What both text views print at the start and at the end."""
 
     def __init__(self, out: IO[str], symbols: Symbols, limit: int | None) -> None:
         super().__init__(out, limit)
@@ -80,7 +80,7 @@ class TraceText(Text):
         self._shown = Losses()
 
     def start(self, tracing: Tracing) -> None:
-        """Which kernel, what is attached and how, what is not and why."""
+        """Print which kernel it is, what is attached and how, and what is left out and why."""
         self.header(tracing.facts)
         for how, names in _by_value(tracing.attached):
             self.wrapped(f"{how}: {names}", "  ", "")
@@ -91,7 +91,7 @@ class TraceText(Text):
         self._began = tracing.started
 
     def losses(self, losses: Losses) -> None:
-        """What was not seen until now, if that has become more."""
+        """Print what has been missed so far, if it has become more."""
         said = [
             f"{counted(losses.lost, 'event')} lost" if losses.lost else "",
             f"{counted(losses.missed, 'call')} not followed to the end" if losses.missed else "",
@@ -102,7 +102,7 @@ class TraceText(Text):
         self._out.flush()
 
     def close(self, report: Report, losses: Losses) -> None:
-        """Totals, and what is to be said of them."""
+        """Print the totals and the conclusion."""
         total = self._sums.total
         touched = sum(pages(order, count) for (_, order, _), count in total.blocks.items())
         self.line(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""JSON: a line for each call, or one document."""
+"""JSON views of a trace: a line for each call, or one document."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class JsonLines:
     """
     ``--jsonl``: one object per call, and one at the end.
 
-    All have ``"call"``.  It is null where there is no call: for blocks whose call has not returned
-    yet, and at the end, with ``"verdict"``.
+    Every object has ``"call"``.  It is null if the object is not a call: for blocks whose call has
+    not returned yet, and in the last object, which has ``"verdict"``.
     """
 
     def __init__(self, out: IO[str], symbols: Symbols, stacks: bool = False) -> None:
@@ -52,12 +52,12 @@ class JsonLines:
         self._stacks = stacks
 
     def start(self, tracing: Tracing) -> None:
-        """Remember what the calls do not say by themselves."""
+        """Remember what the rows need but the calls do not hold."""
         self._began = tracing.started
         self._page_shift = tracing.facts.abi.page_shift
 
     def batch(self, batch: Batch, found: BatchFindings) -> None:
-        """Calls that have returned."""
+        """Write calls that have returned."""
         self._sums.add(batch, found)
         calls = CallRows(batch, found, self._callers)
         touched = _touch_rows(batch.touches)
@@ -69,17 +69,17 @@ class JsonLines:
         self._out.flush()
 
     def interval(self, losses: Losses) -> None:
-        """Nothing is shown before the end."""
+        """Write nothing: losses are shown at the end."""
 
     def end(self, report: Report, losses: Losses) -> None:
-        """The trace is over."""
+        """Write the last object."""
         self._out.write(json.dumps({"call": None, **self._tail(report, losses)}) + "\n")
         self._out.flush()
 
     def _object(
         self, head: dict[str, Any], blocks: Iterator[dict[str, Any]], findings: list[Finding]
     ) -> None:
-        """One object in a line; its blocks may be many."""
+        """Write one object on a line, block by block, because there may be many blocks."""
         self._out.write(self._before_object() + json.dumps(head)[:-1] + ', "blocks": [')
         separator = ""
         while some := list(islice(blocks, 1000)):
@@ -132,7 +132,7 @@ class JsonView(JsonLines):
     _after_object = ""
 
     def start(self, tracing: Tracing) -> None:
-        """The head of the document."""
+        """Write the head of the document."""
         super().start(tracing)
         head = {
             "schema": "khoscope.trace/1",
@@ -146,7 +146,7 @@ class JsonView(JsonLines):
         self._out.flush()
 
     def end(self, report: Report, losses: Losses) -> None:
-        """The tail of the document."""
+        """Write the tail of the document."""
         tail = json.dumps(self._tail(report, losses), indent=1)
         self._out.write(f"],{tail[1:]}\n")
         self._out.flush()
@@ -156,12 +156,12 @@ class JsonView(JsonLines):
         return separator
 
 
-#: Arguments that count something; the others are addresses and keys.
+#: Arguments that are numbers. The others are addresses and keys.
 _NUMBERS = {"nr_pages": _U64, "size": _U64, "order": 2**32 - 1, "type": 2**32 - 1}
 
 
 def _arguments(function: Function, values: list[int], name: str) -> dict[str, Any]:
-    """What was passed, by the C types of the arguments."""
+    """The arguments that were passed, converted by their C types."""
     arguments: dict[str, Any] = {}
     for argument, value in zip(function.arguments, values, strict=False):
         if argument == "name":
@@ -186,7 +186,7 @@ def _errno(returns: str, ret: int) -> str | None:
 
 
 def _touch_rows(touches: Touches) -> Iterator[dict[str, Any]]:
-    """What became of each block."""
+    """One dict per touched block, with what became of the block."""
     facts = touches.blocks.facts
     columns = (
         touches.action.tolist(),
@@ -222,7 +222,7 @@ def _touch_rows(touches: Touches) -> Iterator[dict[str, Any]]:
 
 
 def _summary(summary: Summary, page_shift: int) -> dict[str, Any]:
-    """The sums as an object; with those of all clients together."""
+    """The sums as an object: the total, and one entry for each client."""
     return {
         "total": _sums(summary.total, page_shift),
         "cut_short": sorted(summary.cut_short),

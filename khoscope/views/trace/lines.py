@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Lines of text, one or more for each call, as they happen."""
+"""Text lines, one or more for each call, printed as the calls happen."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from ...words.printable import printable
 from ..text import LIMIT, SEVERITY_COLOURS, WIDTH, where
 from .common import CallRows, TraceText, returned
 
-#: Where the columns of a line are: the first character of a left-aligned one, the last but one of
-#: a right-aligned one.
+#: Positions of a line's columns: the first character of a left-aligned column, the last but one of
+#: a right-aligned column.
 _TIME, _CALL, _ADDRESS, _PAGES, _US, _RET, _BLOCKS = 8, 9, 28, 49, 56, 57, 64
 _HEADINGS = ("TIME", "CALL", "ADDRESS", "PAGES", "US", "RET")
 
 
 class Lines(TraceText):
     """
-    One line per call, with what is wrong with it below.
+    Prints one line per call, with its findings below.
 
-    :param stacks: show the stack of each call, once.
+    :param stacks: print the kernel stack of each call; each stack is printed once.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Lines(TraceText):
         self._out.flush()
 
     def batch(self, batch: Batch, found: BatchFindings) -> None:
-        """Calls that have returned."""
+        """Print calls that have returned."""
         self._sums.add(batch, found)
         calls = CallRows(batch, found, self._callers)
         folded = alike(batch)
@@ -77,16 +77,16 @@ class Lines(TraceText):
         self._out.flush()
 
     def interval(self, losses: Losses) -> None:
-        """Some time has passed."""
+        """Print losses, after some time has passed."""
         self.losses(losses)
 
     def end(self, report: Report, losses: Losses) -> None:
-        """The trace is over."""
+        """Print the conclusion."""
         self.line()
         self.close(report, losses)
 
     def _caller(self, calls: CallRows, i: int) -> None:
-        """Who called, if it is another one than before."""
+        """Print the caller, if it is not the same as before."""
         caller = calls.caller[i]
         now = calls.comm[i], calls.tgid[i], caller.number if self._stacks else caller.client
         if now == self._last:
@@ -119,7 +119,8 @@ class Lines(TraceText):
         shown = groups[: self._limit]
         if len(shown) < len(groups):
             shown.append(f"and {len(groups) - len(shown)} more")
-        # Nobody asked for these, or the call had too many to keep them until it returned.
+        # The user did not ask for these blocks, or there were too many to keep them until the call
+        # returned.
         untold = calls.blocks[i] - (calls.starts[i + 1] - calls.starts[i])
         if untold > 0:
             shown.append(f"{untold} not shown")
@@ -127,7 +128,7 @@ class Lines(TraceText):
             self.line(self.paint("yellow", line) if calls.failed[i] else line)
 
     def _found(self, findings: list[Finding]) -> None:
-        """Below a line, what is wrong with it; explained at the end."""
+        """Print findings below a call's line; the explanations come at the end."""
         by_rule: dict[str, list[Finding]] = {}
         for finding in findings:
             by_rule.setdefault(finding.rule, []).append(finding)
@@ -144,7 +145,7 @@ def _columns(time: str, call: str, address: str, pages: str, us: str, ret: str) 
     """
     A line up to its blocks.
 
-    What is too long for its column takes from the blanks in front of those behind it.
+    If a text is too long for its column, it takes blanks from the columns behind it.
     """
     text = f"{time:>{_TIME}} {call}"
     text = f"{text:<{_ADDRESS - 1}} {address}"
@@ -155,7 +156,7 @@ def _columns(time: str, call: str, address: str, pages: str, us: str, ret: str) 
 
 
 def _wrapped_groups(start: str, groups: list[str]) -> Iterator[str]:
-    """A line and its blocks, and as many more lines as these need."""
+    """A line with its blocks, and as many more lines as the blocks need."""
     line = start
     for i, group in enumerate(groups):
         word = group + ("," if i < len(groups) - 1 else "")
@@ -168,17 +169,17 @@ def _wrapped_groups(start: str, groups: list[str]) -> Iterator[str]:
 
 
 def _address(function: Function, args: list[int], phys: int) -> str:
-    """What the call was about."""
+    """The address that the call was about."""
     if function.arguments[0] in ("ptr", "preservation"):
         return f"{args[0]:#x}"
     return f"{phys:#014x}" if phys != NO_PHYS else "-"
 
 
 def _block_words(touches: Touches, row: int) -> tuple[str, bool]:
-    """A block in a word or two, like ``4c 1/0``; and whether it was deleted."""
+    """A block in a word or two, like ``4c 1/0``, and whether the block was deleted."""
     blocks = touches.blocks
     order, kind = int(blocks.order[row]), TYPE_NAMES[int(blocks.type[row])]
-    # A single page is recorded as contig, and is as well split.
+    # A single page is recorded as contig, but could as well be split.
     letter = kind[0] if kind and (order or int(blocks.type[row]) != KHO_PAGE_CONTIG) else ""
     text = f"{order}{letter}"
     action = touches.action[row]
@@ -195,7 +196,7 @@ def _block_words(touches: Touches, row: int) -> tuple[str, bool]:
 
 
 def _group(function: Function, words: str, deleted: bool, count: int) -> str:
-    """Some blocks alike; deleted ones are marked where deleting is not what the call is for."""
+    """Blocks that look alike. A minus marks deleted blocks, unless deleting is the call's job."""
     only_deletes = function.kind == CallKind.UNPRESERVE or function.action == Action.DELETE
     sign = "-" if deleted and not only_deletes else ""
     return f"{sign}{count}×{words}" if count > 1 else f"{sign}{words}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Sums by client, at intervals and at the end."""
+"""Totals by client, printed at intervals and at the end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .common import ACTION_NAMES, TraceText, returned
 
 
 class SummaryView(TraceText):
-    """Sums by client, at each interval and at the end."""
+    """Prints totals by client, at each interval and at the end."""
 
     def __init__(self, out: IO[str], symbols: Symbols, limit: int | None = LIMIT) -> None:
         super().__init__(out, symbols, limit)
@@ -39,11 +39,11 @@ class SummaryView(TraceText):
         self._out.flush()
 
     def batch(self, batch: Batch, found: BatchFindings) -> None:
-        """Calls that have returned."""
+        """Add calls that have returned."""
         self._recent.add(batch, found)
 
     def interval(self, losses: Losses) -> None:
-        """Show what has come since the last time."""
+        """Print the totals since the last interval."""
         self._intervals += 1
         self.line()
         self.line(self.paint("bold", f"interval {self._intervals}"))
@@ -53,7 +53,7 @@ class SummaryView(TraceText):
         self.losses(losses)
 
     def end(self, report: Report, losses: Losses) -> None:
-        """Show all that has come."""
+        """Print the totals of the whole trace."""
         self._sums.update(self._recent)
         self.line()
         if self._intervals:
