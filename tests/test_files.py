@@ -247,7 +247,9 @@ class Endless:
     def __iter__(self):
         yield from rich().outgoing.blocks
         print("writing", flush=True)
-        time.sleep(60)
+        # Python 3.14 may look for a signal that came before a sleep only after it.
+        for _ in range(600):
+            time.sleep(0.1)
 
 if sys.argv[1] == "named":
     files._unnamed = lambda directory: None

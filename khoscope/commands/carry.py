@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -64,7 +65,8 @@ def _run(args: argparse.Namespace) -> int:
                 view.write_text(carried, Text(sys.stdout))
             sys.stdout.flush()
             while True:
-                signal.pause()
+                # Not signal.pause(): a signal just before it would wait for the next one.
+                time.sleep(1)
     except _Stopped as stopped:
         say("nothing is carried any more")
         # Raise the signal again, now without our handler.

@@ -205,7 +205,7 @@ class Writer:
     def array(self, name: str, values: NDArray[Any]) -> None:
         data = io.BytesIO()
         npy.write_array(data, np.ascontiguousarray(values), allow_pickle=False)
-        self.member(f"{name}.npy", data.getbuffer())
+        self.member(f"{name}.npy", data.getvalue())
 
     def columns(self, prefix: str, chunk: Columns, without: Collection[str] = ()) -> None:
         """Write the columns of a set and of the sets in it."""

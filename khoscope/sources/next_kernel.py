@@ -53,7 +53,7 @@ _LONGEST: Final = 128
 
 def read_image(path: Path) -> NextKernel:
     """
-    The kernel in a bzImage, a vmlinux, or a directory that has one kernel in it.
+    The kernel in a bzImage, an arm64 Image, a vmlinux, or a directory that has one kernel in it.
 
     :raises KhoscopeError: if there is none, or several, or it is damaged or cannot be read.
     """

@@ -269,7 +269,7 @@ class Assembler:
             _returned(function, raw["ret"]),
             phys,
             pages,
-            tally[:, :, 0].sum(axis=1),
+            tally[:, :, 0].sum(axis=1, dtype=np.uint64),
             raw["name"],
             raw["stack"],
         )

@@ -143,7 +143,7 @@ class Text:
         state = tree.state
         if which == "incoming":
             self.wrapped(
-                "Incoming tree: evidence only. Its pages went back to the page allocator when "
+                "Incoming tree: evidence only. Its pages went back to the page allocator after "
                 "this kernel had walked it, and may hold anything by now."
             )
         self.line(f"{which} tree, root {state.root:#x}")
