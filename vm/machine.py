@@ -259,6 +259,9 @@ class Machine:
                 "console=ttyS0 root=/dev/vda rw init=/usr/sbin/khoscope-init panic=-1",
                 # Mitigations cost much time, and TCG's processor does not need them.
                 "mitigations=off",
+                # The clocksource watchdog of 7.2 may wait for ever for a processor that has stopped
+                # for the change from jiffies to the TSC (docs/lab.md).
+                "tsc=nowatchdog",
                 f"kho=on liveupdate=on khoscope.kernel={self.kernel.name} khoscope.boot=1",
                 self._append,
             )

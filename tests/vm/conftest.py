@@ -24,8 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             [] if parameters is None else [v for v in parameters.params.values() if v in NAMES]
         )
         item.add_marker(pytest.mark.xdist_group("-".join([item.path.stem, *kernels])))
-        # Under TCG one boot in a hundred or two stands still where the kernel changes its clock
-        # (docs/lab.md), whatever it is that is tested.  All else that hangs is a failure.
+        # A kernel that does not come up (docs/lab.md knows of one reason) says nothing of what is
+        # tested.  All else that hangs is a failure.
         item.add_marker(pytest.mark.flaky(reruns=2, only_rerun=[NOT_UP]))
 
 
