@@ -39,14 +39,12 @@ DRGN_COMMAND = "kho"
 
 def __getattr__(name: str) -> "Any":
     # drgn is imported on first use, because looking at a snapshot file does not need it.
+    from importlib import import_module
+
     if name == "btf":
-        import importlib
-
-        return importlib.import_module(".sources.btf", __name__)
+        return import_module(".sources.btf", __name__)
     if not {"kho", "luo"}.isdisjoint(name.split("_")) or name == "KhoBlock":
-        import importlib
-
-        helpers = importlib.import_module(".helpers", __name__)
+        helpers = import_module(".helpers", __name__)
         if name in helpers.__all__:
             return getattr(helpers, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -112,6 +112,10 @@ class Report:
     def _count(self, severity: Severity) -> int:
         return sum(n for name, n in self.counts.items() if RULES[name].severity == severity)
 
+    def own(self, rule: str) -> int:
+        """How many findings of a rule stand for themselves: they follow from no other."""
+        return self.counts[rule] - sum(each[rule] for each in self.follows.values())
+
     @property
     def failed(self) -> bool:
         return bool(self.errors or (self.warnings and self.asked.fail_on == Severity.WARNING))

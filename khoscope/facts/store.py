@@ -11,23 +11,14 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import (
-    IO,
-    Final,
-    TypeVar,
-)
+from typing import IO, Final, TypeVar
 
 import numpy as np
 
 from ..abi.keys import Abi
 from ..abi.kho_fdt import Fdt, parse_root_fdt
 from . import budget, invariants
-from .archive import (
-    SNAPSHOT,
-    Archive,
-    Stored,
-    Writer,
-)
+from .archive import SNAPSHOT, Archive, Stored, Writer
 from .clients import Claims, Luo, LuoState, Owner, Vmalloc
 from .columns import CHUNK_BLOCKS, Blocks, Columns, Leaves, Nodes
 from .files import NewFile, open_file

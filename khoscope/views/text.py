@@ -300,8 +300,7 @@ class Text:
                 continue
             seen.add(found.rule)
             severity = self.paint(SEVERITY_COLOURS[found.severity], str(found.severity))
-            follow = sum(each[found.rule] for each in report.follows.values())
-            count = f"{report.counts[found.rule] - follow} × "
+            count = f"{report.own(found.rule)} × "
             self.wrapped(f"{count}{found.rule}: {found.message}", "    ", f"{severity}: ")
             if found.rule not in explained:
                 explained.add(found.rule)
@@ -319,7 +318,7 @@ class Text:
         for name, found_list in by_rule.items():
             rule = RULES[name]
             severity = self.paint(SEVERITY_COLOURS[rule.severity], str(rule.severity))
-            count = report.counts[name] - sum(each[name] for each in report.follows.values())
+            count = report.own(name)
             self.line()
             self.line(f"{severity}: {self.paint('bold', name)} ({count:,})")
             self._rows(found_list, count)
