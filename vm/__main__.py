@@ -57,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=[*build.NAMES, []],
         metavar="KERNEL",
         help=f"one or more of {', '.join(build.NAMES)} (default: the kernels and series that the "
-        "environment variable KERNELS names, or all if it is not set)",
+        "environment variable KERNELS names; if it is not set, all but those of "
+        f"{' and '.join(kernel.ARCHIVED)})",
     )
     builder.add_argument(
         "--source",

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +25,8 @@ KERNELS: dict[str, list[str]] = {
     "7.3-base": [],
     "7.3-rfc": ["7.3/rfc"],
     "7.3-fixed": ["7.3/rfc", "7.3/fix"],
+    "6.18-base": [],
+    "7.1-base": [],
 }
 
 #: Kernels that permit what the kernels above refuse. Each is one of KERNELS with these options
@@ -48,7 +51,19 @@ SERIES: dict[str, list[str]] = {
     "7.2": [],
     # The same option under another name.
     "7.3": ["CONFIG_PROC_SYSCTL=n", "CONFIG_SYSCTL=y"],
+    # Up to 7.1, KHO and deferred struct pages exclude each other; live update is younger than 6.18.
+    "6.18": [
+        "CONFIG_DEFERRED_STRUCT_PAGE_INIT=n",
+        "CONFIG_KEXEC_HANDOVER_DEBUGFS=n",
+        "CONFIG_LIVEUPDATE=n",
+        "CONFIG_LIVEUPDATE_MEMFD=n",
+    ],
+    "7.1": ["CONFIG_DEFERRED_STRUCT_PAGE_INIT=n"],
 }
+
+#: Series that the archive keeps only as source packages of a version, and not for ever: nothing
+#: that must work on any day depends on them, so "all" leaves them out.
+ARCHIVED: dict[str, str] = {"6.18": "6.18.15-1~bpo13+1", "7.1": "7.1.13-1~bpo13+1"}
 
 
 def series(name: str) -> str:
@@ -68,11 +83,15 @@ NAMES = sorted([*KERNELS, *VARIANTS], key=lambda name: list(SERIES).index(series
 SUITE = "trixie-backports"
 PACKAGE = "linux-source-"
 
+#: Downloads a file the way that apt does, and checks its hash.
+APT_HELPER = Path("/usr/lib/apt/apt-helper")
+
 
 def chosen(names: Sequence[str] = NAMES) -> list[str]:
     """The kernels of `names` that the environment variable KERNELS selects.
 
-    KERNELS holds names of kernels and of series. If it is not set, all kernels are selected.
+    KERNELS holds names of kernels and of series, or "all", as if it is not set: all but those of
+    ARCHIVED, which are named one by one.
 
     :raise BuildError: if KERNELS names a kernel or series that does not exist
     """
@@ -83,7 +102,11 @@ def chosen(names: Sequence[str] = NAMES) -> list[str]:
                 f"KERNELS: there is neither a kernel nor a series {word}.\n"
                 f"Say all, or some of: {', '.join([*SERIES, *NAMES, *ARM64, STOCK])}."
             )
-    return [name for name in names if {"all", series(name), name} & set(words)]
+    return [
+        name
+        for name in names
+        if {series(name), name} & set(words) or ("all" in words and series(name) not in ARCHIVED)
+    ]
 
 
 def under_test() -> list[str]:
@@ -151,7 +174,8 @@ def build(name: str) -> Kernel:
 def fetch(series: str) -> Path:
     """Choose Debian's newest package of the series. Call this inside `cache.locked()`."""
     with Log("source") as log:
-        return _choose(_fetch(series, log), series)
+        found = _fetch_archived(series, log) if series in ARCHIVED else _fetch(series, log)
+        return _choose(found, series)
 
 
 def select(source: Path) -> str:
@@ -278,16 +302,19 @@ def _series_of(entry: Path, log: Log) -> str:
     return ".".join(part[1] if part else "?" for part in parts)
 
 
-def _fetch(series: str, log: Log) -> Path:
-    """Fetch Debian's newest package with apt settings of our own; the machine's stay unchanged."""
-    name = PACKAGE + series
-    debian.require(["apt-get", "dpkg-deb"])
+@contextlib.contextmanager
+def _apt(kind: str, log: Log) -> Iterator[tuple[Path, list[str]]]:
+    """A directory, and apt's options for a state and sources of our own there; the machine's stay
+    unchanged.
+
+    :param kind: deb or deb-src
+    """
     with cache.scratch("fetched") as to:
         (to / "state/lists/partial").mkdir(parents=True)
         (to / "cache/archives/partial").mkdir(parents=True)
         listing = to / "sources.list"
-        listing.write_text(f"deb [signed-by={debian.KEYRING}] {debian.mirror()} {SUITE} main\n")
-        options = {
+        listing.write_text(f"{kind} [signed-by={debian.KEYRING}] {debian.mirror()} {SUITE} main\n")
+        settings = {
             "Dir::Etc::sourcelist": listing,
             "Dir::Etc::sourceparts": "-",
             "Dir::Etc::preferences": "-",
@@ -296,14 +323,41 @@ def _fetch(series: str, log: Log) -> Path:
             "Dir::Cache": to / "cache",
             "APT::Sandbox::User": "",
         }
-        apt: list[str | Path] = ["apt-get", "-q"]
-        apt += [f"-o{option}={value}" for option, value in options.items()]
-        with log.step(f"asking {SUITE} for the newest {name}"):
-            log.run([*apt, "update"])
-        with log.step(f"fetching {name}"):
-            log.run([*apt, "download", name], cwd=to)
+        options = ["-q", *(f"-o{option}={value}" for option, value in settings.items())]
+        with log.step(f"asking {SUITE} what it has"):
+            log.run(["apt-get", *options, "update"])
+        yield to, options
+
+
+def _fetch(series: str, log: Log) -> Path:
+    """Fetch Debian's newest package."""
+    name = PACKAGE + series
+    debian.require(["apt-get", "dpkg-deb"])
+    with _apt("deb", log) as (to, options):
+        with log.step(f"fetching the newest {name} of {SUITE}"):
+            log.run(["apt-get", *options, "download", name], cwd=to)
         (package,) = to.glob("*.deb")
         return _take(package, log)
+
+
+def _fetch_archived(series: str, log: Log) -> Path:
+    """Fetch the upstream tarball of one of Debian's source packages, as long as it is there.
+
+    The package's other files may be gone already, and are not needed.
+    """
+    wanted = f"linux={ARCHIVED[series]}"
+    debian.require(["apt-get"])
+    with _apt("deb-src", log) as (to, options):
+        (listing := to / "uris").touch()
+        with log.step(f"fetching the source of {wanted}"):
+            log.run(["apt-get", *options, "source", "--print-uris", wanted], stdout=listing)
+            text = listing.read_text()
+            found = re.search(r"(?m)^'(.+)' (\S+\.orig\.tar\.\S+) \d+ (\S+)$", text)
+            if found is None:
+                raise log.error(f"apt names no tarball of {wanted}; give one with --source")
+            uri, name, digest = found.groups()
+            log.run([APT_HELPER, *options, "download-file", uri, to / name, digest])
+        return _take(to / name, log)
 
 
 def _take(source: Path, log: Log) -> Path:
@@ -448,7 +502,9 @@ def prepare(source: Path, patches: _Files, log: Log, work: Path) -> None:
             log.run(["tar", "-xf", source / "linux.tar", "-C", tree, "--strip-components=1"])
             if not (tree / "Kconfig").exists():
                 raise BuildError(f"{source / 'linux.tar'} is not the archive of a kernel tree.")
-            log.run(["make", "mrproper"], cwd=tree)
+            if (tree / ".config").exists():
+                # Somebody has built in it. Debian's own tarballs lack files that this would need.
+                log.run(["make", "mrproper"], cwd=tree)
             ready.write_text(source.name)
     there = sorted(applied.iterdir())
     wanted = {f"{i:03}-{name}": patch for i, (name, patch) in enumerate(patches.items())}
