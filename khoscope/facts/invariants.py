@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..abi import serialized
 from ..abi.keys import BAD_ORDER, NO_TYPE, Abi
-from ..abi.kho_fdt import kho_test_folios, parse_root_fdt, reserve_mem_areas
+from ..abi.kho_fdt import kho_test_folios, reserve_mem_areas, root_fdt
 from .clients import Luo, LuoFile, LuoSession, Memfd, Owner, OwnerKind, Vmalloc
 from .columns import Blocks, Pages
 from .owners import claimed
@@ -51,7 +51,7 @@ def _abi(abi: Abi) -> Iterator[str]:
     if (abi.type_shift is None) != (stamp.type_shift is None) and said != OVERRIDDEN:
         yield f"ABI: keys have their type at bit {abi.type_shift}, stamps at {stamp.type_shift}"
     typed = 0 if stamp.type_shift is None else 1
-    fits_below = stamp.order_bits + typed <= stamp.magic_shift
+    fits_below = stamp.magic_shift is None or stamp.order_bits + typed <= stamp.magic_shift
     if not fits_below or stamp.type_shift not in (None, stamp.order_bits):
         yield f"ABI: a stamp's order, type and magic overlap ({stamp})"
 
@@ -124,7 +124,7 @@ def ram_pages(facts: Snapshot) -> int:
 
 
 def _image(image: KexecImage, fdt: int) -> Iterator[str]:
-    if image.kho_fdt and image.kho_fdt != fdt:
+    if image.kho_fdt and fdt and image.kho_fdt != fdt:
         yield f"the kexec image is handed the FDT at {image.kho_fdt:#x}, KHO's is at {fdt:#x}"
     if image.loaded != (image.size > 0) or (not image.loaded and image.kho_fdt):
         yield f"a kexec image is loaded: {image.loaded}, of {image.size:,} bytes"
@@ -136,7 +136,7 @@ def _side(side: Side, outgoing: bool) -> Iterator[str]:
         yield f"tree: {state.problem_count} bad entries, {len(state.problems)} are listed"
     if not fdt.phys and not outgoing:
         yield "root FDT: it was handed over, and is nowhere"
-    if fdt.phys and fdt != parse_root_fdt(fdt.phys, side.blobs.get("fdt")):
+    if fdt.phys and fdt != root_fdt(fdt.phys, side.blobs):
         yield "root FDT: its bytes say something else than what was recorded of it"
     yield from _blobs(side)
     if side.luo is not None:

@@ -15,7 +15,7 @@ from ..facts.snapshot import KexecImage, Side, Snapshot
 from ..facts.status import READ_FROM, Status
 from ..words.printable import printable
 from . import documents
-from .text import WIDTH, Text, counted, human, types_in_words, word
+from .text import WIDTH, Text, counted, human, kexecs, predecessor, types_in_words, word
 
 #: Width of the column with a fact's name.
 NAME = 12
@@ -224,8 +224,7 @@ def _boot(facts: Snapshot) -> str:
     came = facts.handover
     if not came.is_kho_boot:
         return "not a handover"
-    previous = came.previous_release or "an unnamed kernel"
-    return f"a handover from {previous}, {counted(came.kexec_count, 'kexec')} since the cold boot"
+    return f"a handover from {predecessor(came)}, {kexecs(came)}"
 
 
 def _named(compatible: str | None) -> str:

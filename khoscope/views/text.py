@@ -24,7 +24,7 @@ from ..checks.pattern import describe, type_name
 from ..facts import diff
 from ..facts.columns import Blocks
 from ..facts.next_kernel import NextKernel
-from ..facts.snapshot import Snapshot
+from ..facts.snapshot import Handover, Snapshot
 from ..facts.tree import Tree
 from ..words.printable import printable
 from .block_filter import BlockFilter
@@ -112,8 +112,8 @@ class Text:
         boot = f"boot {facts.kernel.boot_id}" if facts.kernel.boot_id else "boot without an id yet"
         came = facts.handover
         if came.is_kho_boot:
-            self.line(f"{boot}, kexec {came.kexec_count} since the cold boot")
-            self.line(f"handed over by {came.previous_release or 'an unnamed kernel'}")
+            self.line(f"{boot}, {kexecs(came)}")
+            self.line(f"handed over by {predecessor(came)}")
         else:
             self.line(f"{boot}, not a KHO boot")
         compatible = word(facts.abi.compatible) if facts.abi.compatible else "no compatible"
@@ -454,6 +454,20 @@ def _consequences(follow: Mapping[str, int]) -> str:
 def _fates(report: Report) -> str:
     fates = ", ".join(f"{n:,} {name}" for name, n in (report.fates or {}).items())
     return f"of the recorded blocks: {fates or 'there are none'}"
+
+
+def kexecs(came: Handover) -> str:
+    """How many kexecs there were, in a kernel that was handed over to."""
+    if came.kexec_count is None:
+        return "a KHO boot"
+    return f"{counted(came.kexec_count, 'kexec')} since the cold boot"
+
+
+def predecessor(came: Handover) -> str:
+    """Which kernel handed over."""
+    if came.previous_release is None:
+        return "a kernel whose name this one is not told"
+    return came.previous_release or "an unnamed kernel"
 
 
 def types_in_words(abi: Abi) -> str:
