@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khoscope.abi.keys import KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
+from khoscope.abi.keys import KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi, Finalize, Restore
 from khoscope.abi.kho_fdt import Fdt, Subtree
 from khoscope.checks import RULES, Report, RuleSelection, Severity, check, compare, run
 from khoscope.checks.clients import NEEDED
@@ -23,6 +23,7 @@ from khoscope.facts.clients import (
     Luo,
     LuoFile,
     LuoSession,
+    LuoState,
     Memfd,
     Owner,
     OwnerKind,
@@ -31,9 +32,10 @@ from khoscope.facts.clients import (
 from khoscope.facts.columns import Pages
 from khoscope.facts.next_kernel import NextKernel
 from khoscope.facts.snapshot import Handover, KexecImage, Scan, Snapshot
-from khoscope.facts.tree import NodeProblem, TreeState
+from khoscope.facts.tree import NodeProblem, Tree, TreeState
 from khoscope.words.errors import KhoscopeError
 from tests.synthetic import FIXED, PAGE_FLAGS, PLAIN, POSTED, REFUSED, Block, snapshot
+from tests.track_memory import SMALL, XARRAY
 
 CONTIG, SPLIT = KHO_PAGE_CONTIG, KHO_PAGE_SPLIT
 AT = 0x40000
@@ -199,6 +201,26 @@ def handed(
 FAILED = LuoFile("memfd-v2", 9, 0, retrieve_status=-22)
 
 
+def older(
+    *blocks: Block,
+    finalized: bool | None = True,
+    listed: Iterable[Block] | None = None,
+    abi: Abi = XARRAY,
+    **facts: object,
+) -> Report:
+    """
+    The report on a kernel before the radix tree.
+
+    :param listed: what was serialized; None: all that is preserved.
+    """
+    made = snapshot(abi, blocks)
+    fdt = made.outgoing.fdt if finalized or abi.finalize == Finalize.BEFORE_KEXEC else Fdt(0)
+    chain = snapshot(abi, blocks if listed is None else listed).outgoing.tree if finalized else None
+    outgoing = replace(made.outgoing, fdt=fdt, serialized=chain)
+    made = replace(made, abi=replace(abi, compatible=fdt.compatible), outgoing=outgoing)
+    return check(replace(made, finalized=finalized, **facts))  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class Fires:
     """What a rule must find in some facts: one thing, at this block."""
@@ -211,10 +233,29 @@ class Fires:
 #: More blocks in the same leaf.
 OTHER = contig(2, phys=AT + 0x10000)
 THIRD = contig(2, phys=AT + 0x20000)
+OTHER_FOLIO = replace(folio(2), phys=AT + 0x10000)
+#: Like linux 7.0.
+NO_LOAD_FIRST = replace(XARRAY, finalize=Finalize.BEFORE_KEXEC, restores_pages_as=Restore.PAGES)
 OTHER_SPLIT = split(2, phys=AT + 0x10000)
 BAD_ENTRY = TreeState(0x1000, problems=[NodeProblem(5, 0x1000, 7, 12, "odd")], problem_count=1)
 
 FIRES: dict[str, list[Fires]] = {
+    "not-finalized": [
+        Fires(lambda: older(folio(2), finalized=False), None),
+        Fires(lambda: older(folio(2), finalized=False, abi=NO_LOAD_FIRST), None),
+        Fires(
+            lambda: older(
+                folio(2), finalized=False, abi=NO_LOAD_FIRST, liveupdate=LuoState(False, [])
+            ),
+            None,
+        ),
+        Fires(lambda: older(folio(2), image=KexecImage(True, True, 0, 4096)), None),
+    ],
+    "serialized-differs": [
+        Fires(lambda: older(folio(2), listed=[]), AT, 2),
+        Fires(lambda: older(listed=[folio(2)]), AT, 2),
+        Fires(lambda: older(folio(2), OTHER_FOLIO, listed=[folio(2)]), AT + 0x10000, 2),
+    ],
     "type-not-stored": [Fires(lambda: one(POSTED), None), Fires(lambda: one(REFUSED), None)],
     "abi-not-bumped": [
         Fires(lambda: one(POSTED), None),
@@ -403,6 +444,24 @@ def with_incoming_fdt(**changes: object) -> Snapshot:
 
 
 SILENT: dict[str, list[Callable[[], Report]]] = {
+    "not-finalized": [
+        lambda: older(folio(2)),
+        lambda: older(finalized=False),
+        lambda: older(folio(2), finalized=None),
+        # LUO finalizes by itself, on the way into the kexec.
+        lambda: older(folio(2), finalized=False, abi=NO_LOAD_FIRST, liveupdate=LuoState(True, [])),
+        # Nobody but KHO itself has preserved anything: its root FDT.
+        lambda: older(replace(folio(0), phys=0x2000), finalized=False, abi=NO_LOAD_FIRST),
+        lambda: older(folio(2), image=KexecImage(True, True, 0x2000, 4096)),
+        # Of this, image-without-kho speaks.
+        lambda: older(folio(2), image=KexecImage(True, False, 0, 4096)),
+        lambda: one(FIXED, split(2)),
+    ],
+    "serialized-differs": [
+        lambda: older(folio(2), OTHER_FOLIO),
+        lambda: older(folio(2), finalized=False),
+        lambda: one(FIXED, split(2)),
+    ],
     "type-not-stored": [
         lambda: one(FIXED),
         lambda: one(PLAIN),
@@ -579,6 +638,7 @@ def test_the_rules_are_those_that_were_asked_for() -> None:
         *("bad-node", "bad-fdt", "abi-not-bumped", "kernel-tainted", "huge-order"),
         *("blob-not-preserved", "fdt-nearly-full", "broken-vmalloc", "broken-luo"),
         *("image-without-kho", "no-image", "image-abi-differs"),
+        *("not-finalized", "serialized-differs"),
         *("lost", "order-changed", "type-changed", "wrong-refcounts", "not-restored"),
         *("unexpected", "not-a-handover"),
         *("preserved-twice", "unpreserved-unknown", "wrong-restore-call", "failed", "events-lost"),
@@ -606,7 +666,8 @@ def assert_fires(name: str, case: Fires) -> None:
     assert found[0].severity == rule.severity
     assert found[0].message
     # What one rule says of two kernels is too much for somebody who has one of them.
-    assert (found[0].explain == rule.explain) == (name != "type-not-stored")
+    own = name in {"type-not-stored", "not-finalized"}
+    assert (found[0].explain == rule.explain) != own
     assert report.passed == (report.errors == 0 and not report.incomplete)
     assert (report.errors > 0) >= (rule.severity == Severity.ERROR)
 
@@ -629,6 +690,36 @@ def test_rule_is_silent(name: str) -> None:
     assert SILENT[name]
     for make in SILENT[name]:
         assert_silent(name, make)
+
+
+@pytest.mark.parametrize("block", [contig(2), split(2), contig(0)])
+def test_what_the_oldest_kernels_restore(block: Block) -> None:
+    """Of linux 6.18, pages stay compound; linux 6.17 has nothing but folios."""
+
+    def said(abi: Abi, block: Block) -> list[str]:
+        found = older(block, abi=abi).findings
+        assert all("split_page()" in f.explain for f in found) or abi != XARRAY
+        return [f.message for f in found if f.rule == "wrong-after-restore"]
+
+    many = block.order > 0
+    assert [text.endswith("and leave it a compound page") for text in said(XARRAY, block)] == (
+        [True] * many
+    )
+    assert said(XARRAY, folio(2)) == []
+    wrong = many and block == split(2)
+    assert [text.endswith("restore it as 1/0") for text in said(SMALL, block)] == [True] * wrong
+    assert bool(said(NO_LOAD_FIRST, block)) == (block == contig(2))
+
+
+def test_where_the_chain_is_said_to_be() -> None:
+    """The root FDT leads to the first chunk, and not to the xarrays."""
+    report = older(folio(2))
+    assert "bad-fdt" not in report.counts
+    made = snapshot(XARRAY, [folio(2)])
+    chain = Tree(TreeState(0x7000), [], made.outgoing.tree.leaves)
+    facts = replace(made, finalized=True, outgoing=replace(made.outgoing, serialized=chain))
+    (found,) = [f for f in check(facts).findings if f.rule == "bad-fdt"]
+    assert "preserved-memory-map is 0x1000, the first chunk is 0x7000" in found.message
 
 
 @pytest.mark.parametrize("abi", [PLAIN, POSTED, FIXED])

@@ -22,6 +22,7 @@ from .pattern import (
     named,
     readable,
     restores_split,
+    stays_compound,
     tails,
     type_name,
     typed,
@@ -78,6 +79,16 @@ def mixed_refcounts(facts: Snapshot, blocks: Blocks) -> Marked:
     )
 
 
+#: What :func:`wrong_after_restore` says about a kernel that splits what it has made compound.
+_STAYS_COMPOUND = """
+    In a next kernel like this one, kho_restore_pages() makes a compound page of each block and
+    hands it to split_page(), which is not made for compound pages: it sets the refcounts and leaves
+    the flags. With CONFIG_DEBUG_VM that is a BUG in the restore. Without, freeing one of the pages
+    trips "Bad page state", and the memory leaks. Do not kexec with this memory preserved, restore
+    it and never free it, or preserve and restore it as a folio.
+    """
+
+
 @rule(
     "wrong-after-restore",
     Severity.ERROR,
@@ -94,19 +105,23 @@ def wrong_after_restore(facts: Snapshot, blocks: Blocks) -> Marked:
     """What the next kernel's restore will set differs from what is there now; it is assumed to
     be the same kernel."""
     # Assume that clients restore a folio with kho_restore_folio().
-    split = restores_split(blocks.type, blocks.facts.compound > 0)
+    folio = blocks.facts.compound > 0
+    split = restores_split(facts.abi, blocks.type, folio)
+    compound = stays_compound(facts.abi, blocks.order, folio)
 
     def say(row: int) -> str:
+        how = ", and leave it a compound page" if compound[row] else ""
         return (
             f"{_describe(blocks, row)} now, {facts.kernel.release} as the next kernel "
-            f"will restore it as {named(int(blocks.order[row]), bool(split[row]))}"
+            f"will restore it as {named(int(blocks.order[row]), bool(split[row]))}{how}"
         )
 
     return Marked(
-        _judged(blocks) & ~fits(blocks.facts, split),
+        _judged(blocks) & (~fits(blocks.facts, split) | compound),
         say,
         "type-not-stored",
         lost_type(facts.abi, blocks),
+        _STAYS_COMPOUND if compound.any() else "",
     )
 
 

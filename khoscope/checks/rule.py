@@ -60,12 +60,14 @@ class Marked:
     :param say: the message for one row; called for rows that are shown, not for all.
     :param cause: the rule whose finding, if there is one, explains the rows of ``follows``.
     :param follows: mask; None: no row.
+    :param explain: what explains this kernel's, in place of the rule's explanation; "": nothing.
     """
 
     rows: NDArray[np.bool_]
     say: Callable[[int], str]
     cause: str = ""
     follows: NDArray[np.bool_] | None = None
+    explain: str = ""
 
 
 @dataclass(frozen=True)

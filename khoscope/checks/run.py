@@ -24,6 +24,7 @@ from ..facts.snapshot import Snapshot
 from ..facts.tree import KeySet
 from ..words.errors import KhoscopeError
 from . import calls as _calls_rules  # noqa: F401 - registers its rules
+from . import finalize as _finalize_rules  # noqa: F401 - registers its rules
 from . import handover as handover_rules
 from . import kernel as _kernel_rules  # noqa: F401 - registers its rules
 from . import next_kernel as _image_rules  # noqa: F401 - registers its rules
@@ -185,7 +186,12 @@ class Report:
         keep = number <= np.where(follows, self._room(rule, cause), self._room(rule))
         made = keep | (np.arange(len(rows)) < shown)
         found = {
-            row: rule.finding(marked.say(row), *_where(chunk, row), follows=cause if so else "")
+            row: rule.finding(
+                marked.say(row),
+                *_where(chunk, row),
+                explain=marked.explain,
+                follows=cause if so else "",
+            )
             for row, so in zip(rows[made].tolist(), follows[made].tolist(), strict=True)
         }
         self.counts[rule.name] += len(rows)

@@ -302,6 +302,11 @@ class KernelSource:
             address of the tree, or the physical one of its root node.
         :raises KhoscopeError: if there is no such tree.
         """
+        if not self._is_radix:
+            raise KhoscopeError(
+                f"this kernel has no radix trees: it keeps preserved memory in {self.abi.tracker}",
+                "leave --root out",
+            )
         root = self._root_of(where)
         reading = self._begin()
 
@@ -499,7 +504,8 @@ class KernelSource:
             return walk(self.abi, self.phys(self._tracker.root), ram, read)
         orders = self._tracker.orders
         head = orders.xa_head.value_()
-        root = self.phys(orders.address_of_())
+        # It is a variable of the kernel's, and not in the direct map.
+        root = self._physical(orders.address_)
         return walk_track(self.abi, self._track_layout, root, head, ram, read)
 
     def _leaves_now(
@@ -517,7 +523,8 @@ class KernelSource:
             end = nodes.phys + np.uint64(size)
             sound = in_ranges(reading.ram, nodes.phys, end) & (nodes.phys % np.uint64(size) == 0)
             every = nodes[(nodes.level == 0) & (nodes.used > 0) & sound]
-            step = READ_SIZE // size
+            # Bitmaps that make up one leaf must not be told apart.
+            step = READ_SIZE // size if size == recorded_abi.page_size else len(every) + 1
             for part in (every[at : at + step] for at in range(0, len(every), step)):
                 found = list(read_nodes(reading.read_phys, part.phys, size))
                 lost.value += len(part) - sum(len(rows) for rows, _ in found)

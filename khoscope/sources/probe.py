@@ -514,7 +514,9 @@ def page_layout(prog: Program) -> PageLayout:
         private=offsetof(page, "private"),
         refcount=offsetof(page, "_refcount"),
         page_type=offsetof(page, "page_type"),
-        compound=offsetof(page, "compound_info"),
+        compound=offsetof(
+            page, "compound_info" if page.has_member("compound_info") else "compound_head"
+        ),
         lru=offsetof(page, "lru"),
         head_bit=enumerators(prog, "enum pageflags")["PG_head"],
         buddy_type=pagetype["PGTY_buddy"],

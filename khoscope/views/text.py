@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from tabulate import tabulate
 
-from ..abi.keys import BAD_ORDER, Abi
+from ..abi.keys import BAD_ORDER, Abi, Tracker
 from ..checks import RULES, About, Finding, Report, Severity, Verdict
 from ..checks.pattern import describe, type_name
 from ..facts import diff
@@ -117,6 +117,9 @@ class Text:
         else:
             self.line(f"{boot}, not a KHO boot")
         compatible = word(facts.abi.compatible) if facts.abi.compatible else "no compatible"
+        if facts.finalized is not None:
+            state = "finalized" if facts.finalized else "not finalized"
+            compatible = f"{facts.abi.tracker}, {state}, {compatible}"
         self.line(f"{compatible}, {types_in_words(facts.abi)}")
         for said, every in (
             ("cannot be read", facts.unreadable),
@@ -146,7 +149,7 @@ class Text:
                 "Incoming tree: evidence only. Its pages went back to the page allocator after "
                 "this kernel had walked it, and may hold anything by now."
             )
-        self.line(f"{which} tree, root {state.root:#x}")
+        self.line(_tree_in_words(abi, which, state.root))
         if state.problem_count and which == "incoming":
             self.line(f"{state.problem_count} entries make no sense any more, not followed")
         elif state.problem_count:
@@ -468,6 +471,14 @@ def predecessor(came: Handover) -> str:
     if came.previous_release is None:
         return "a kernel whose name this one is not told"
     return came.previous_release or "an unnamed kernel"
+
+
+def _tree_in_words(abi: Abi, which: str, root: int) -> str:
+    if abi.tracker == Tracker.RADIX:
+        return f"{which} tree, root {root:#x}"
+    if which == "outgoing":
+        return f"{which} {abi.tracker} at {root:#x}"
+    return f"{which} chain of bitmaps, first chunk {root:#x}"
 
 
 def types_in_words(abi: Abi) -> str:
