@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from ..abi.keys import U64
+from ..abi.serialized import LUO_FDT_COMPATIBLE
 from ..facts.clients import Claims, Luo, OwnerKind
 from ..facts.snapshot import Snapshot
 from ..facts.tree import KeySet, Run
@@ -82,6 +84,16 @@ def broken_vmalloc(facts: Snapshot, keys: KeySet) -> Iterator[Message]:
         yield Message(f"{whose.name}, {whose.kind}s: {_not_preserved(pages)}", first)
 
 
+#: What broken-luo means where an FDT leads to arrays.
+_BROKEN_ARRAYS = """
+    The next kernel reads the FDT early in its boot, and panics if a node or a property is missing.
+    It follows the addresses and counts in the arrays without a check when /dev/liveupdate is opened
+    first: it oopses, or takes garbage for sessions and files. A session or a file that it cannot
+    read never comes back to whoever waits for it. Somebody wrote over LUO's memory. Do not kexec;
+    close the session and make it again.
+    """
+
+
 @rule(
     "broken-luo",
     Severity.ERROR,
@@ -95,11 +107,15 @@ def broken_vmalloc(facts: Snapshot, keys: KeySet) -> Iterator[Message]:
     kernel="luo_early_startup kho_block_set_restore luo_session_deserialize memfd_luo_retrieve",
 )
 def broken_luo(facts: Snapshot, keys: KeySet) -> Iterator[Message]:
-    """What LUO hands over is malformed: its chains, a session, a file or a memfd."""
+    """What LUO hands over is malformed: its lists, a session, a file or a memfd."""
     luo = facts.outgoing.luo
-    if luo is not None:
-        yield from (Message(f"LUO: {problem}", luo.phys) for problem in luo.problems)
-        yield from _session_trouble(luo)
+    if luo is None:
+        return
+    explain = _BROKEN_ARRAYS if luo.compatible == LUO_FDT_COMPATIBLE else ""
+    for problem in luo.problems:
+        yield Message(f"LUO: {problem}", luo.phys, explain)
+    for message in _session_trouble(luo):
+        yield replace(message, explain=explain)
 
 
 def malformed(luo: Luo | None) -> Iterator[str]:
