@@ -112,6 +112,14 @@ def test_luo_as_text(facts: Snapshot, ask: Callable[..., str]) -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_luo_that_an_fdt_leads_to(facts: Snapshot, ask: Callable[..., str]) -> None:
+    luo = facts.outgoing.luo
+    assert luo is not None
+    old = replace(luo, compatible="luo-v1")
+    text = ask(replace(facts, outgoing=replace(facts.outgoing, luo=old)), "luo")
+    assert "outgoing: luo-v1, live update 3, 1 session, FDT at 0x1000" in text
+
+
 def test_luo_as_json(facts: Snapshot, ask: Callable[..., str]) -> None:
     document = json.loads(ask(facts, "luo", "--json"))
     assert document["schema"] == "khoscope.luo/1"

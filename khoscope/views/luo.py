@@ -6,7 +6,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import IO, Any
 
-from ..abi.serialized import SEALS, bits
+from ..abi.serialized import LUO_FDT_COMPATIBLE, SEALS, bits
 from ..facts.clients import Luo, LuoFile, LuoSession, Memfd
 from ..facts.owners import ClaimsByOwner
 from ..facts.snapshot import Side, Snapshot
@@ -96,7 +96,8 @@ def _title(luo: Luo) -> str:
     number = "" if luo.liveupdate_num is None else f", live update {luo.liveupdate_num}"
     compatible = luo.compatible or "nothing that can be read"
     sessions = counted(len(luo.sessions), "session")
-    return f"{compatible}{number}, {sessions}, struct luo_ser at {luo.phys:#x}"
+    blob = "FDT" if luo.compatible == LUO_FDT_COMPATIBLE else "struct luo_ser"
+    return f"{compatible}{number}, {sessions}, {blob} at {luo.phys:#x}"
 
 
 def _status(retrieve_status: int | None) -> str:
