@@ -26,6 +26,7 @@ from drgn import (
     sizeof,
 )
 
+from khoscope.helpers import kexec_handover as helpers_module
 from khoscope.sources import kernel as kernel_module
 from khoscope.sources import luo as luo_module
 from khoscope.sources import probe as probe_module
@@ -364,6 +365,8 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.setattr(kernel_module, "follow_phys", follow_phys)
         patch.setattr(kernel_module, "page_to_phys", page_to_phys)
         patch.setattr(probe_module, "phys_to_virt", phys_to_virt)
+        patch.setattr(helpers_module, "phys_to_virt", phys_to_virt)
+        patch.setattr(helpers_module, "virt_to_phys", virt_to_phys)
         yield
 
 

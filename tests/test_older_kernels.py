@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import pytest
-from drgn import offsetof, sizeof
+from drgn import Object, offsetof, sizeof
+from drgn.helpers import ValidationError
 
 from khoscope.abi.keys import NO_TYPE, Abi, Finalize, Restore, Stamp, Tracker
 from khoscope.abi.kho_fdt import Fdt
-from khoscope.checks import check
+from khoscope.checks import check, compare
 from khoscope.facts.snapshot import Snapshot
+from khoscope.helpers.kexec_handover import kho_mem_track_for_each, khoser_mem_chunk_for_each
 from khoscope.sources.kernel import KernelSource
+from khoscope.words.errors import KhoscopeError
 from tests.made_up import DIRECT_MAP, RAM, VMEMMAP, MadeUp, mapped
 from tests.synthetic import blocks_of, fdt_blob
 from tests.track_memory import LAYOUT, TrackMemory, xarray_abi
@@ -32,17 +35,17 @@ _TRACK = {
     "kho_mem_phys_bits": "u64 preserve[512]",
     "kho_mem_track": "xarray orders",
     "kho_in": "u64 fdt_phys; u64 scratch_phys",
+    "khoser_ptr": "u64 phys",
+    "khoser_mem_bitmap_ptr": "u64 phys_start; khoser_ptr bitmap",
+    "khoser_mem_chunk_hdr": "khoser_ptr next; u32 order; u32 num_elms",
+    "khoser_mem_chunk": "khoser_mem_chunk_hdr hdr; khoser_mem_bitmap_ptr bitmaps[255]",
 }
 _SER = {
     **_TRACK,
     "kho_serialization": "page *fdt; list_head fdt_list; kho_mem_track track;"
-    " u64 *preserved_mem_map",
+    " khoser_mem_chunk *preserved_mem_map",
     "kho_out": "u64 chain_head; kho_serialization ser; u8 finalized",
 }
-_OLD_PAGE = (
-    "u64 flags; u64 compound_head; list_head lru; u64 private; u32 page_type;"
-    " atomic _refcount; u64 rest"
-)
 _LACKS = {"kho_radix_tree", "kho_radix_node", "kho_radix_consts"}
 
 
@@ -112,6 +115,11 @@ class Kernel:
         self.root_fdt(self.memory.first)
         if "ser" in self._members:
             self._set("ser.preserved_mem_map", DIRECT_MAP + self.memory.first)
+
+    def track(self) -> Object:
+        """``struct kho_mem_track``."""
+        found = self.made.prog["kho_out"]
+        return found.ser.track if "ser" in self._members else found.track
 
     def source(self, moves: bool = False) -> KernelSource:
         return self.made.source(moves)
@@ -257,3 +265,53 @@ def test_a_track_that_cannot_be_read(kernel: Kernel) -> None:
     report = check(facts)
     assert report.counts["bad-node"]
     assert not report.passed
+
+
+def test_stamps_without_a_magic(kernel: Kernel) -> None:
+    """Whatever a snapshot finds of the blocks that another has recorded, it is no pass."""
+    kernel.finalize()
+    before = kernel.source().snapshot()
+    kernel.made.set("sysctl_bootid", 2, 2)
+    kernel.made.set("kho_in", FDT)
+    after = kernel.source().snapshot(before)
+    report = compare(before, after)
+    without = not kernel.kind.abi.stamp.has_magic
+    assert any("have no magic" in why for why in report.incomplete) == without
+    assert (after.scan is None) == without
+    if without:
+        assert not report.passed
+        assert kernel.source().status().scan is None
+        with pytest.raises(KhoscopeError, match="cannot be searched for"):
+            kernel.source().stamps()
+
+
+def test_the_helpers(kernel: Kernel) -> None:
+    """Those that name what the kernel names."""
+    kernel.finalize()
+    prog = kernel.made.prog
+    chunk = Object(prog, "struct khoser_mem_chunk *", DIRECT_MAP + kernel.memory.first)
+    for found in (kho_mem_track_for_each(kernel.track()), khoser_mem_chunk_for_each(chunk)):
+        assert [(b.phys, b.order, NO_TYPE) for b in found] == sorted(BLOCKS, key=lambda b: b[1])
+    assert not list(khoser_mem_chunk_for_each(Object(prog, "struct khoser_mem_chunk *", 0)))
+
+
+def test_the_helpers_end_whatever_memory_holds(kernel: Kernel) -> None:
+    kernel.finalize()
+    prog, memory = kernel.made.prog, kernel.memory
+    chunk = Object(prog, "struct khoser_mem_chunk *", DIRECT_MAP + memory.first)
+    memory.set_word(memory.first, memory.first)
+    with pytest.raises(ValidationError, match="was there before"):
+        list(khoser_mem_chunk_for_each(chunk))
+    memory.set_word(memory.first, memory.first + 8)
+    with pytest.raises(ValidationError, match="is not aligned"):
+        list(khoser_mem_chunk_for_each(chunk))
+    memory.set_word(memory.first + 8, 256 << 32)
+    with pytest.raises(ValidationError, match="256 bitmaps, room for 255"):
+        list(khoser_mem_chunk_for_each(chunk))
+    node = memory.head - 2
+    memory.set_word(node - DIRECT_MAP + LAYOUT.slots, memory.head)
+    with pytest.raises(ValidationError, match=r"xarray node .* was there before"):
+        list(kho_mem_track_for_each(kernel.track()))
+    memory.set_word(node - DIRECT_MAP + LAYOUT.slots, 17)
+    with pytest.raises(ValidationError, match="not a pointer"):
+        list(kho_mem_track_for_each(kernel.track()))

@@ -90,6 +90,11 @@ class Stamp:
     type_shift: int | None = None
     magic_shift: int | None = 32
 
+    @property
+    def has_magic(self) -> bool:
+        """Whether a stamp can be told from any other word."""
+        return self.magic_shift is not None
+
     def encode(self, order: int, page_type: int = KHO_PAGE_CONTIG) -> int:
         """The ``page->private`` word of a stamp."""
         word = order
