@@ -506,7 +506,7 @@ FIRES: dict[str, list[Fires]] = {
         Fires(lambda: handed(luo(session()), None, had=[], came=[]), None),
         Fires(lambda: handed(luo(session()), luo(session(files=1))), None),
         # It has lost a file, and still counts it.
-        Fires(lambda: handed(luo(session()), luo(session(files=1, count=2))), None),
+        Fires(lambda: handed(luo(session()), luo(session(files=1, count=2))), None, here=True),
         Fires(
             lambda: handed(luo(session()), luo(session(files=0, retrieved=None), live=False)), None
         ),

@@ -29,7 +29,7 @@ from .pattern import (
     typed,
 )
 from .rule import Marked, Message, Severity, also, rule
-from .sessions import files_that_came, named
+from .sessions import files_that_came, named, nobodys
 
 
 class Fate(IntEnum):
@@ -326,6 +326,7 @@ def client_lost(before: Snapshot, after: Snapshot) -> Iterator[Message]:
     for subtree in before.outgoing.fdt.subtrees:
         if subtree.name not in came:
             yield Message(f"subtree {subtree.name!r} was not handed over", subtree.phys)
+    told = nobodys(after)
     for was, now in _sessions(before, after):
         if now is None:
             yield Message(f"{named(was)} was not handed over")
@@ -334,8 +335,10 @@ def client_lost(before: Snapshot, after: Snapshot) -> Iterator[Message]:
         count = now.count if luo is None else files_that_came(luo, now)
         # Files of a session that was retrieved may be finished and gone.
         if not now.retrieved and count < was.count:
+            # If the kernel could not read it, nobody has taken its memory.
+            explain = told[was.name].explain if was.name in told else ""
             name = f"session {was.name!r}"
-            yield Message(f"{name} came with {count:,} of {_files(was.count)}")
+            yield Message(f"{name} came with {count:,} of {_files(was.count)}", explain=explain)
 
 
 @also("not-restored", "handover")

@@ -55,20 +55,20 @@ _OFF = """
 )
 def orphaned_session(facts: Snapshot) -> Iterator[Message]:
     """A session that this kernel was handed is nobody's: nobody has retrieved it, or nobody can."""
-    yield from _nobodys(facts).values()
+    yield from nobodys(facts).values()
 
 
 @also("orphaned-session", "kexec")
 def not_retrieved(facts: Snapshot) -> Iterator[Message]:
     """Nobody has retrieved a session, and a kexec is to come."""
-    nobodys = _nobodys(facts)
+    told = nobodys(facts)
     for session in _sessions(facts):
-        if not session.retrieved and session.name not in nobodys:
+        if not session.retrieved and session.name not in told:
             yield Message(f"{named(session)} was handed over, and nobody has retrieved it")
 
 
-def _nobodys(facts: Snapshot) -> dict[str, Message]:
-    """What there is to say of each session that nobody can retrieve, or get whole."""
+def nobodys(facts: Snapshot) -> dict[str, Message]:
+    """What there is to say of each session that nobody can retrieve, or get whole; by name."""
     luo = facts.incoming.luo if facts.incoming is not None else None
     if luo is None:
         return {}
@@ -82,7 +82,8 @@ def _nobodys(facts: Snapshot) -> dict[str, Message]:
         if luo.live and session.retrieved is None:
             why, explain = "the kernel gave up before it came to this one", _HALF_READ
         elif there < session.count:
-            why, explain = f"the kernel has only {there:,} of them", _HALF_READ
+            some = f"only {there:,}" if there else "none"
+            why, explain = f"the kernel has {some} of them", _HALF_READ
         elif name in unread:
             why, explain = f"the log says: {unread[name]}", _HALF_READ
         elif name in unfinished and session.retrieved:

@@ -43,15 +43,16 @@ class LuoText(VmallocText):
             return
         memory = ClaimsByOwner(side, shift)
         for session in islice(luo.sessions, self._limit):
-            self._session(memory, session)
+            self._session(memory, session, luo.live)
         self._more(len(luo.sessions), len(luo.sessions), "sessions")
         for flb in islice(luo.flbs, self._limit):
             self.line(f"  FLB {flb.name}: data {flb.data:#x}, {counted(flb.count, 'file')}")
         self._more(len(luo.flbs), len(luo.flbs), "FLBs")
 
-    def _session(self, memory: ClaimsByOwner, session: LuoSession) -> None:
+    def _session(self, memory: ClaimsByOwner, session: LuoSession, live: bool) -> None:
         self.line()
-        state = {True: ", retrieved", False: "", None: ", not looked at by the kernel yet"}
+        unread = "given up by the kernel" if live else "not looked at by the kernel yet"
+        state = {True: ", retrieved", False: "", None: f", {unread}"}
         self.line(
             f"  session {session.name}: {counted(session.count, 'file')}, "
             f"{human(memory.session_bytes(session.name))}{state[session.retrieved]}"
