@@ -315,3 +315,23 @@ def test_the_helpers_end_whatever_memory_holds(kernel: Kernel) -> None:
     memory.set_word(node - DIRECT_MAP + LAYOUT.slots, 17)
     with pytest.raises(ValidationError, match="not a pointer"):
         list(kho_mem_track_for_each(kernel.track()))
+
+
+def test_bitmaps_in_scratch(kernel: Kernel) -> None:
+    """They, and the chunks, are what the next kernel reads; the nodes of xarrays are not."""
+    memory = kernel.memory
+    bitmap = memory.bitmaps[9, 0]
+    node = memory.head - 2 - DIRECT_MAP
+
+    def said(start: int, size: int) -> list[int | None]:
+        kernel.made.areas((start, size))
+        found = check(kernel.source().tree()).findings
+        return [f.phys for f in found if f.rule == "metadata-in-scratch"]
+
+    size = kernel.kind.abi.bitmap_bytes
+    assert said(bitmap + size - 1, 1) == [bitmap]
+    assert said(bitmap - 1, 1) == said(bitmap + size, 8) == said(node, 8) == []
+    kernel.finalize()
+    assert said(bitmap, 1) == [bitmap]
+    assert said(memory.first + 4095, 1) == [memory.first]
+    assert said(node, 8) == []

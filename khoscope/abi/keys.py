@@ -176,11 +176,6 @@ class Abi:
         return 1 << self.page_shift
 
     @property
-    def node_size(self) -> int:
-        """Bytes of a node of the tree: a page."""
-        return self.page_size
-
-    @property
     def table_entries(self) -> int:
         return 1 << self.table_size_log2
 
