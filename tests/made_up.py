@@ -40,7 +40,7 @@ VMEMMAP = 0xFFFF_EA00_0000_0000
 RAM = 1 << 26
 
 #: Structures by name, members in their order: packed as C would.
-_STRUCTS: dict[str, str] = {
+STRUCTS: dict[str, str] = {
     "list_head": "list_head *next; list_head *prev",
     "resource": "u64 start; u64 end; u64 flags; resource *sibling; resource *child",
     "kho_radix_node": "u64 table[512]",
@@ -58,8 +58,11 @@ _STRUCTS: dict[str, str] = {
     "zone": "free_area free_area[11]",
     "kho_page_info": "u32 order; u32 magic",
     "atomic": "s32 counter",
-    "page": "u64 flags; u64 compound_info; list_head lru; u64 private; u32 page_type;"
+    # Of compound_info and lru, one is in the other in real kernels.
+    "page": "u64 flags; u64 compound_info; list_head lru; u64 mapping; u64 private; u32 page_type;"
     " atomic _refcount; u64 rest",
+    "folio": "u64 flags; u64 more[3]; u64 mapping; u64 private; u32 _mapcount; atomic _refcount;"
+    " u64 rest; u64 _flags_1",
     "luo_state": "u64 enabled; u64 liveupdate_num",
     "liveupdate_file_handler": "char compatible[48]; list_head list",
     "kho_block_set": "u64 head_pa",
@@ -77,6 +80,8 @@ _STRUCTS: dict[str, str] = {
     "liveupdate_flb": "char compatible[48]; flb_private private",
     "vm_struct": "void *caller; u32 nr_pages; u64 size; void *pages",
     "vmap_area": "list_head list; vm_struct *vm",
+    "mem_section_usage": "u64 rcu[2]; u64 subsection_map[1]",
+    "mem_section": "u64 section_mem_map; mem_section_usage *usage",
     "pglist_data": "u64 node_start_pfn; u64 node_spanned_pages",
     "dev_info": "char subsystem[16]; char device[48]",
     "printk_info": "u64 seq; u64 ts_nsec; u16 text_len; u8 facility; u8 flags; u32 level;"
@@ -107,13 +112,15 @@ _VARIABLES: dict[str, str] = {
     "luo_session_global": "luo_session_global",
     "luo_flb_global": "luo_flb_global",
     "vmap_area_list": "list_head",
+    "mem_section": "mem_section **",
     "prb": "printk_ringbuffer *",
 }
-_CONSTANTS = {"PAGE_SHIFT": 12, "PAGE_SIZE": 4096, "LOG_CONT": 8}
+_CONSTANTS = {"PAGE_SHIFT": 12, "PAGE_SIZE": 4096, "LOG_CONT": 8, "SECTION_SIZE_BITS": 27}
 _ENUMS: dict[str, dict[str, int]] = {
     "pageflags": {"PG_locked": 0, "PG_head": 6, "__NR_PAGEFLAGS": 7},
     "pagetype": {"PGTY_buddy": 0xF0, "PGTY_mapcount_underflow": 0xFF},
     "kho_radix_consts": {},
+    "section_flags": {"SECTION_IS_ONLINE_BIT": 2},
     "desc_state": {"desc_committed": 1, "desc_finalized": 2},
 }
 #: Room for each variable.
@@ -159,6 +166,7 @@ class MadeUp:
         self.set("sysctl_bootid", 1, 1)
         self.set("saved_command_line", self.new(b"kho=on\0"))
         self.ram((0, RAM))
+        self.sections({0: 2**64 - 1})
         for name in ("luo_file_handler_list", "luo_flb_global", "vmap_area_list"):
             self.link(self.address(name))
         sessions = self.address("luo_session_global")
@@ -209,6 +217,22 @@ class MadeUp:
             raw = [start, end - 1, 0x0100_0200, following, 0]
             following = self.new(b"".join(v.to_bytes(8, "little") for v in raw))
         self.set("iomem_resource", 0, 2**64 - 1, 0, 0, following)
+
+    def sections(self, maps: dict[int, int], offline: tuple[int, ...] = ()) -> None:
+        """
+        ``mem_section``: the map of subsections of each section, and which of them are offline.
+        """
+        found: dict[int, bytearray] = {}
+        for number, bits in maps.items():
+            usage = self.new(bytes(16) + bits.to_bytes(8, "little"))
+            flags = 0b1011 if number in offline else 0b1111
+            raw = found.setdefault(number // 256, bytearray(4096))
+            at = number % 256 * 16
+            raw[at : at + 16] = flags.to_bytes(8, "little") + usage.to_bytes(8, "little")
+        roots = [0] * (max(found, default=0) + 1)
+        for root, raw in found.items():
+            roots[root] = self.new(bytes(raw))
+        self.set("mem_section", self.new(b"".join(v.to_bytes(8, "little") for v in roots)))
 
     def areas(self, *areas: tuple[int, int]) -> None:
         """Scratch areas."""
@@ -272,9 +296,11 @@ class MadeUp:
             name, _, length = text.partition("[")
             if length:
                 return prog.array_type(known[name], int(length[:-1]))
-            return prog.pointer_type(known[name[:-2]]) if name.endswith(" *") else known[name]
+            if name.endswith("*"):
+                return prog.pointer_type(found(name[:-1].rstrip()))
+            return known[name]
 
-        structs = {**_STRUCTS, **self.members}
+        structs = {**STRUCTS, **self.members}
 
         def make(name: str) -> Type:
             """A structure, after those that are members of it."""
@@ -371,3 +397,5 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 BIG_ENDIAN = Platform(Architecture.X86_64, PlatformFlags.IS_64_BIT)
+
+BITS_32 = Platform(Architecture.ARM, PlatformFlags.IS_LITTLE_ENDIAN)

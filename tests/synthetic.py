@@ -157,6 +157,7 @@ class Block:
     compound: int = Pages.NOT_COMPOUND
     page_type: int = 0xFFFFFFFF
     unread: int = 0
+    pristine: int = 0
     key: int | None = None
 
     @classmethod
@@ -276,6 +277,7 @@ def snapshot(
     fdt: Fdt | None = None,
     state: TreeState | None = None,
     ram: Iterable[tuple[int, int]] = ((0, 1 << 32),),
+    offline: Iterable[tuple[int, int]] = (),
 ) -> Snapshot:
     """
     A snapshot built by hand.
@@ -321,6 +323,7 @@ def snapshot(
         list(filter(len, [columns(watched[0].abi, watched[1])])) if watched else [],
         left,
         image=KexecImage(True, True, found.phys, 1 << 20),
+        offline=np.array(list(offline), np.uint64).reshape(-1, 2),
     )
 
 

@@ -30,6 +30,7 @@ from tests.test_checks import Fires, assert_fires, assert_silent
 
 CONTIG, SPLIT = KHO_PAGE_CONTIG, KHO_PAGE_SPLIT
 AT = 0x40000
+TAIL = Pages.COMPOUND_TAIL
 
 
 def split(order: int, kind: int = SPLIT, **more: int) -> Block:
@@ -40,8 +41,9 @@ def contig(order: int, kind: int = CONTIG, **more: int) -> Block:
     return Block(AT, order, kind, **more)
 
 
-def folio(order: int) -> Block:
-    return contig(order, compound=order)
+def folio(order: int, **more: int) -> Block:
+    """A single page is a folio, and no compound page."""
+    return contig(order, compound=order if order else Pages.NOT_COMPOUND, **more)
 
 
 def add(block: Block, before: int = BIT_CLEAR, ret: int = 0) -> Touch:
@@ -61,6 +63,11 @@ def pages_restored(block: Block, asked: int | None = None, was: Block | None = N
 def folio_restored(block: Block, ret: int = 0x1000, was: Block | None = None) -> Touch:
     """``kho_restore_folio``."""
     return Touch(block, Action.RESTORE, ret, as_folio=True, was=was)
+
+
+def preserved_as_pages(block: Block, ret: int = 0) -> Touch:
+    """``kho_preserve_pages``, which asks for an order of its own."""
+    return replace(add(block, BIT_CLEAR), asked=block.order, ret=ret)
 
 
 def stamped(block: Block) -> Block:
@@ -121,6 +128,14 @@ FIRES: dict[str, list[Fires]] = {
         Fires(lambda: trace(PLAIN, pages_restored(split(2), was=contig(2))), AT, 2),
         # Two unsplit blocks that became one come back wrong everywhere.
         Fires(lambda: trace(FIXED, pages_restored(contig(3), was=contig(3, ones=1, odd=4))), AT, 3),
+    ],
+    "wrong-preserve-call": [
+        Fires(lambda: trace(FIXED, preserved_as_pages(folio(2))), AT, 2),
+        Fires(lambda: trace(PLAIN, preserved_as_pages(folio(4))), AT, 4),
+        # Two pages of it, and more than it.
+        Fires(lambda: trace(PLAIN, preserved_as_pages(contig(1, compound=3))), AT, 1),
+        Fires(lambda: trace(PLAIN, preserved_as_pages(contig(3, compound=2))), AT, 3),
+        Fires(lambda: trace(PLAIN, preserved_as_pages(contig(0, compound=TAIL))), AT, 0),
     ],
     "wrong-restore-call": [
         Fires(lambda: trace(FIXED, folio_restored(stamped(split(2)), ret=0)), AT, 2),
@@ -205,6 +220,18 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
         # A kernel address is negative as an i64; void returns nothing.
         calling("kho_restore_pages", -(1 << 46), phys=AT, pages=16),
         calling("kho_unpreserve_pages", 0, phys=AT, pages=16),
+    ],
+    "wrong-preserve-call": [
+        # By kho_preserve_folio().
+        lambda: trace(FIXED, add(folio(2))),
+        lambda: trace(FIXED, preserved_as_pages(contig(2)), preserved_as_pages(split(2))),
+        lambda: trace(FIXED, preserved_as_pages(folio(0))),
+        # It is not preserved.
+        lambda: trace(FIXED, preserved_as_pages(folio(2), ret=-34)),
+        lambda: trace(FIXED, delete(folio(2), BIT_SET)),
+        lambda: trace(FIXED, preserved_as_pages(folio(2, unread=4))),
+        # wrong-restore-call speaks of that.
+        lambda: trace(PLAIN, pages_restored(folio(2))),
     ],
     "events-lost": [
         lambda: trace(FIXED),

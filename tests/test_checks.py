@@ -66,8 +66,8 @@ def contig(order: int, kind: int = CONTIG, phys: int = AT, **more: int) -> Block
     return Block(phys, order, kind, **more)
 
 
-def folio(order: int) -> Block:
-    return contig(order, compound=order)
+def folio(order: int, phys: int = AT, **more: int) -> Block:
+    return replace(contig(order, phys=phys, compound=order), **more)
 
 
 def one(abi: Abi, *blocks: Block, **facts: object) -> Report:
@@ -84,6 +84,7 @@ def across(
     handover: Handover = HANDED_OVER,
     stamps: Iterable[Block] = (),
     evidence: Iterable[Block] | None = None,
+    offline: Iterable[tuple[int, int]] = (),
 ) -> Report:
     """The report across a kexec: what was recorded, and the same pages now."""
     was = snapshot(abi, before)
@@ -95,6 +96,7 @@ def across(
         stamps=stamps,
         watched=(was, after),
         evidence=before if evidence is None else evidence,
+        offline=offline,
     )
     return compare(was, now)
 
@@ -285,6 +287,7 @@ OTHER_FOLIO = replace(folio(2), phys=AT + 0x10000)
 #: Like linux 7.0.
 NO_LOAD_FIRST = replace(XARRAY, finalize=Finalize.BEFORE_KEXEC, restores_pages_as=Restore.PAGES)
 OTHER_SPLIT = split(2, phys=AT + 0x10000)
+NEXT_FOLIO = folio(2, phys=AT + 0x4000)
 BAD_ENTRY = TreeState(0x1000, problems=[NodeProblem(5, 0x1000, 7, 12, "odd")], problem_count=1)
 
 #: The folios of two memfds, and what else may lead to them.
@@ -456,6 +459,19 @@ FIRES: dict[str, list[Fires]] = {
         Fires(lambda: one(FIXED, split(2, CONTIG)), AT, 2),
         Fires(lambda: one(FIXED, contig(3, ones=1, odd=4)), AT, 3),
         Fires(lambda: one(FIXED, contig(0, head=0)), AT, 0),
+        # kho_restore_vmalloc() restores no folio.
+        Fires(
+            lambda: claimed(owner(OwnerKind.VMALLOC_PAGE), AT, 0x8000, folio(2), NEXT_FOLIO),
+            here=True,
+        ),
+    ],
+    "needs-folio-restore": [
+        Fires(lambda: one(FIXED, folio(2)), None),
+        Fires(lambda: one(PLAIN, *(folio(2, phys=n << 20) for n in range(100))), None),
+        Fires(lambda: one(FIXED, folio(1, page_type=SLAB)), None),
+        Fires(lambda: claimed(owner(OwnerKind.VM_STRUCT), AT, 0x4000, folio(2)), None),
+        # Of two folios, one is somebody's who restores a folio.
+        Fires(lambda: claimed(owner(OwnerKind.MEMFD), AT, 0x4000, folio(2), NEXT_FOLIO), None),
     ],
     "stale-entry": [
         Fires(lambda: one(FIXED, contig(2, head=0, free=1)), AT, 2),
@@ -476,6 +492,14 @@ FIRES: dict[str, list[Fires]] = {
         Fires(lambda: one(FIXED, contig(0, phys=1 << 40)), 1 << 40, 0),
         Fires(lambda: one(FIXED, contig(0), ram=[]), AT, 0),
         Fires(lambda: one(PLAIN, contig(0, key=1)), 0, 52),
+    ],
+    "preserved-offline": [
+        Fires(lambda: one(FIXED, contig(2), offline=[(AT, AT + 0x4000)]), AT, 2),
+        # Its last page, and its first one.
+        Fires(lambda: one(FIXED, contig(2), offline=[(AT + 0x3000, AT + 0x4000)]), AT, 2),
+        Fires(lambda: one(FIXED, contig(2), offline=[(0, 0x1000), (AT - 0x1000, AT + 1)]), AT, 2),
+        Fires(lambda: across([contig(2)], [contig(2)], offline=[(AT, AT + 0x4000)]), AT, 2),
+        Fires(lambda: across([contig(2)], [stamped(contig(2))], offline=[(AT, AT + 1)]), AT, 2),
     ],
     "bad-key": [
         Fires(lambda: one(FIXED, contig(0, key=0)), None),
@@ -522,6 +546,8 @@ FIRES: dict[str, list[Fires]] = {
         Fires(lambda: across([split(2)], [contig(2, SPLIT)]), AT, 2),
         Fires(lambda: across([contig(2)], [split(2, CONTIG)]), AT, 2),
         Fires(lambda: across([contig(3, ones=1, odd=4)], [contig(3)]), AT, 3),
+        # A folio restored as pages.
+        Fires(lambda: across([folio(2)], [split(2, CONTIG, pristine=4)], abi=PLAIN), AT, 2),
     ],
     "not-restored": [
         Fires(lambda: across([contig(2)], [stamped(contig(2))]), AT, 2),
@@ -717,6 +743,23 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
         lambda: one(POSTED, contig(2), contig(0, phys=0), replace(folio(3), phys=1 << 24)),
         lambda: one(FIXED, split(2), contig(3, phys=0), replace(folio(3), phys=1 << 24)),
         lambda: one(FIXED, contig(2, head=0, free=4)),
+        *(
+            lambda kind=kind: claimed(owner(kind), AT, 0x4000, folio(2))
+            for kind in sorted(set(OwnerKind) - {OwnerKind.VMALLOC_PAGE})
+        ),
+        lambda: claimed(owner(OwnerKind.VMALLOC_PAGE), AT, 0x4000, split(2), NEXT_FOLIO),
+    ],
+    "needs-folio-restore": [
+        lambda: one(FIXED, contig(2), split(2, phys=1 << 24), contig(0, phys=0)),
+        *(
+            lambda kind=kind: claimed(owner(kind), AT, 0x4000, folio(2))
+            for kind in sorted(set(OwnerKind) - {OwnerKind.SLAB, OwnerKind.VM_STRUCT})
+        ),
+        # stale-entry speaks of those: they are no longer what was preserved.
+        lambda: one(FIXED, contig(2, compound=3)),
+        lambda: one(FIXED, contig(2, compound=Pages.COMPOUND_TAIL)),
+        lambda: one(FIXED, folio(2, head=0, free=1)),
+        lambda: one(FIXED, folio(2, unread=1)),
     ],
     "stale-entry": [lambda: one(FIXED, folio(3), split(2, phys=0), contig(2, phys=1 << 24))],
     "in-scratch": [
@@ -730,6 +773,13 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
         lambda: one(FIXED, contig(2), scratch=[(AT + 0x1000, 0)]),
     ],
     "outside-ram": [lambda: one(FIXED, contig(2), ram=[(AT, AT + 0x4000), (1 << 32, 1 << 33)])],
+    "preserved-offline": [
+        lambda: one(FIXED, contig(2)),
+        lambda: one(FIXED, contig(2), offline=[(AT - 0x1000, AT), (AT + 0x4000, AT + 0x5000)]),
+        lambda: across([contig(2)], [contig(2)], offline=[(AT + 0x4000, AT + 0x5000)]),
+        # Nobody knows where it is.
+        lambda: one(FIXED, contig(0, key=0), offline=[(0, 0x1000)]),
+    ],
     "bad-key": [lambda: one(FIXED, contig(20, phys=0), contig(0, SPLIT), ram=[(0, 1 << 32)])],
     "not-a-handover": [
         lambda: across([], []),
@@ -770,6 +820,10 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
         lambda: across([split(2)], [stamped(split(2))]),
         # It was free when it was recorded: stale-entry spoke of it.
         lambda: across([contig(2, head=0, free=4)], [split(2, CONTIG)]),
+        # Its pages were freed, and one of them, at least, was allocated again since.
+        lambda: across([folio(2)], [split(2, CONTIG, pristine=3)], abi=PLAIN),
+        # Its refcounts are what they were.
+        lambda: across([folio(2)], [contig(2, pristine=4)]),
     ],
     "not-restored": [
         lambda: across([contig(2)], [contig(2, private=1 << 40)]),
@@ -806,13 +860,15 @@ def test_the_rules_are_those_that_were_asked_for() -> None:
         *("image-without-kho", "no-image", "image-abi-differs", "orphaned-session"),
         *("not-finalized", "serialized-differs"),
         *("lost", "order-changed", "type-changed", "wrong-refcounts", "not-restored"),
-        *("unexpected", "not-a-handover"),
+        *("unexpected", "not-a-handover", "preserved-offline", "needs-folio-restore"),
         *("preserved-twice", "unpreserved-unknown", "wrong-restore-call", "failed", "events-lost"),
+        "wrong-preserve-call",
     }
     warnings = {name for name, rule in RULES.items() if rule.severity == Severity.WARNING}
     assert warnings == {
         *("abi-not-bumped", "kernel-tainted", "not-restored", "unexpected"),
         *("huge-order", "fdt-nearly-full", "orphaned-session"),
+        *("needs-folio-restore", "wrong-preserve-call"),
         *("preserved-twice", "unpreserved-unknown", "failed", "events-lost"),
     }
 
@@ -889,7 +945,7 @@ def test_where_the_chain_is_said_to_be() -> None:
 
 @pytest.mark.parametrize("abi", [PLAIN, POSTED, FIXED])
 def test_nothing_is_wrong_with_good_memory(abi: Abi) -> None:
-    blocks = [contig(0), replace(folio(3), phys=1 << 24)]
+    blocks = [contig(0)]
     if abi is not POSTED:
         blocks.append(split(4, phys=1 << 25))
     if abi is not PLAIN:
@@ -927,6 +983,71 @@ def test_messages_name_what_matters() -> None:
     )
     many = replace(BAD_ENTRY, problem_count=10)
     assert [f.message for f in one(FIXED, state=many).findings][-1] == "and 9 more bad entries"
+
+
+def test_folios_are_summed_up_by_owner() -> None:
+    """However many there are: those of one owner are one finding."""
+    owners = [Owner(OwnerKind.VM_STRUCT, "vm_struct of a"), Owner(OwnerKind.MEMFD, "memfd b")]
+    claims = Claims(
+        np.array([AT, AT + 0x10000], np.uint64),
+        np.array([0x10000, 0x10000], np.uint64),
+        np.array([0, 1], np.uint32),
+    )
+    blocks = [
+        *(folio(1, phys=AT + n * 0x2000) for n in range(16)),
+        folio(3, phys=1 << 24),
+        *(folio(2, phys=(1 << 25) + n * 0x4000) for n in range(5)),
+        folio(0, phys=1 << 26, compound=Pages.NOT_COMPOUND),
+    ]
+    facts = out(*blocks, owners=owners, claims=[claims])
+    chunk = next(iter(facts.outgoing.blocks))
+    side = replace(facts.outgoing, blocks=[chunk[:3], chunk[3:10], chunk[10:]])
+    report = check(replace(facts, outgoing=side))
+    found = [f.message for f in report.findings if f.rule == "needs-folio-restore"]
+    assert found == [
+        "8 folios (16 pages) of vm_struct of a, at 0x40000, 0x42000, 0x44000, …",
+        "6 folios (28 pages) of an unknown owner, at 0x1000000, 0x2000000, 0x2004000, …",
+    ]
+    assert report.errors == 0
+
+
+def test_folios_that_were_freed_or_not_in_an_older_file() -> None:
+    """It does not say which, and so there is no verdict."""
+    old = Pages.UNRECORDED
+    for now, lacking in (
+        (split(2, CONTIG, pristine=old), True),
+        (contig(2, pristine=old), True),
+        # What became of these is known all the same.
+        (split(2, CONTIG, pristine=old, free=1), False),
+        (folio(2, pristine=old), False),
+        (contig(2, head=0, pristine=old), False),
+    ):
+        report = across([folio(2)], [now], abi=PLAIN)
+        assert bool(report.incomplete) == lacking
+        assert report.counts["wrong-refcounts"] == 0
+    report = across([contig(2)], [contig(2, pristine=old)])
+    assert report.passed
+
+
+@pytest.mark.parametrize(
+    ("offline", "said"),
+    [
+        ([(0x2000, 0x1000)], "are empty, or not in order"),
+        ([(0, 0x1000), (0x1000, 0x2000)], "are empty, or not in order"),
+        ([(0, 1 << 40)], "not all of it is RAM"),
+        ([(1 << 40, 1 << 41)], "not all of it is RAM"),
+    ],
+)
+def test_offline_memory_that_cannot_be(offline: list[tuple[int, int]], said: str) -> None:
+    report = one(FIXED, contig(0), offline=offline)
+    assert [said in what for what in report.incomplete] == [True]
+
+
+def test_offline_memory_that_is_not_known() -> None:
+    facts = replace(snapshot(FIXED, [contig(0)]), offline=None)
+    assert check(facts).incomplete == ["which memory is offline is not known"]
+    read = replace(facts, unreadable=["which memory is offline (mem_section)"])
+    assert check(read).incomplete == ["cannot be read: which memory is offline (mem_section)"]
 
 
 # Trees against slow models
@@ -1125,6 +1246,12 @@ def fate(before: Block, after: Block, **more: object) -> str:
         (contig(2), contig(2, compound=3), "released"),
         (contig(2), contig(2, compound=Pages.COMPOUND_TAIL), "released"),
         (folio(2), contig(2), "released"),
+        (folio(2), split(2, CONTIG), "released"),
+        (folio(2), split(2, CONTIG, pristine=3), "released"),
+        (folio(2), split(2, CONTIG, pristine=4), "restored"),
+        (folio(2), contig(2, pristine=4), "restored"),
+        (folio(2), contig(2, pristine=4, head=0), "released"),
+        (contig(2), split(2, CONTIG, pristine=4), "restored"),
         (contig(2), contig(2, page_type=SLAB), "released"),
         (contig(3), contig(3, ones=1, odd=4), "released"),
         (contig(2), contig(2, unread=1), "unread"),

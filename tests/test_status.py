@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from khoscope.abi.keys import BAD_ORDER
@@ -52,6 +53,7 @@ def full() -> Snapshot:
         scratch_free=[1 << 11, 1 << 12],
         image=KexecImage(True, True, 0x2000, 12 << 20),
         liveupdate=LuoState(True, ["memfd-v2"]),
+        offline=np.array([[1 << 30, 3 << 29]], np.uint64),
     )
 
 
@@ -189,6 +191,7 @@ def test_text() -> None:
         r"this boot   a handover from 7.2.0-test, 3 kexecs since the cold boot    [kho_in]",
         r"scratch     0x000020000000    16 MiB   50% in use                  [kho_scratch]",
         r"            0x0000c0000000    16 MiB    0% in use",
+        r"offline     0x000040000000   512 MiB                               [mem_section]",
         r"LUO ABI     luo-v5                                            [kho_out.fdt, LUO]",
         r"file ABIs   memfd-v2                                     [luo_file_handler_list]",
         r"sessions    disks: 1 file                          [luo_session_global.outgoing]",
@@ -221,7 +224,7 @@ def test_text_when_off() -> None:
     assert any(line.startswith("tree        there is no tree") for line in shown)
     assert any(line.startswith("preserved   no blocks") for line in shown)
     assert any(line.startswith("image       none is loaded") for line in shown)
-    assert not any("unclaimed" in line for line in shown)
+    assert not any("unclaimed" in line or "offline" in line for line in shown)
 
 
 def test_an_image_that_hands_nothing_over() -> None:
@@ -280,6 +283,7 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "handlers": ["memfd-v2"],
     }
     assert found["scratch"][0] == {"phys": "0x20000000", "size": 1 << 24, "free": 1 << 23}
+    assert found["offline"] == [{"phys": "0x40000000", "size": 1 << 29}]
     assert sum(total["blocks"] for total in found["preserved"]) == 41
     assert sum(total["blocks"] for total in found["unclaimed"]) == 3
     assert found["subtrees"][0] == {

@@ -630,9 +630,9 @@ def test_symbols_without_end(whole: bytes, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_newer_schema(whole: bytes) -> None:
     for name, schema in (("", "khotrace"), ("facts/", "khosnap")):
-        newer = {"schema": f"{schema}/3", "unheard_of": {}}
+        newer = {"schema": f"{schema}/4", "unheard_of": {}}
         data = with_meta(whole, lambda meta, newer=newer: meta.update(newer), name)  # type: ignore[misc]
-        refused(data, rf"schema is {schema}/3, this .* reads up to {schema}/2")
+        refused(data, rf"schema is {schema}/4, this .* reads up to {schema}/3")
 
 
 def test_facts_of_another_kind(whole: bytes) -> None:

@@ -24,6 +24,7 @@ SCENARIOS = (
     "contig",
     "split",
     "folio",
+    "compound",
     "dma",
     "vmalloc",
     "vmalloc-huge",

@@ -142,6 +142,34 @@ def wrong_restore_call(facts: Snapshot, touches: Touches) -> Marked:
 
 
 @rule(
+    "wrong-preserve-call",
+    Severity.WARNING,
+    "touches",
+    """
+    kho_preserve_pages() makes the same entry for a folio as kho_preserve_folio() does. Its
+    counterpart, kho_restore_pages(), makes no folio of it: the owner's folio_put() then frees the
+    first page and leaks the others, or freeing them as one block trips "Bad page state" where the
+    kernel has no page types. A part of a folio comes back without the rest. Preserve a folio with
+    kho_preserve_folio(), and restore it with kho_restore_folio(); or allocate the memory without
+    __GFP_COMP.
+    """,
+    kernel="kho_preserve_pages kho_preserve_folio kho_restore_pages",
+)
+def wrong_preserve_call(facts: Snapshot, touches: Touches) -> Marked:
+    """A folio, or a part of one, was preserved as pages."""
+    pages = touches.blocks.facts
+    inside = pages.compound == Pages.COMPOUND_TAIL
+    by_pages = (touches.action == Action.ADD) & touches.succeeded & (touches.asked != NO_ORDER)
+
+    def say(row: int) -> str:
+        if inside[row]:
+            return "kho_preserve_pages() of pages in the middle of a folio"
+        return f"kho_preserve_pages() of a folio of order {pages.compound[row]}"
+
+    return Marked(by_pages & readable(pages) & ((pages.compound > 0) | inside), say)
+
+
+@rule(
     "failed",
     Severity.WARNING,
     "calls",

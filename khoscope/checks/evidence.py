@@ -44,6 +44,8 @@ def _off(facts: Snapshot) -> Iterator[str]:
         yield "KHO is off, or has no tree: there is nothing to judge"
     elif not len(facts.scratch):
         yield "KHO is on, and where its scratch areas are is not known"
+    if facts.offline is None and not facts.unreadable and not facts.unrecorded:
+        yield "which memory is offline is not known"
 
 
 def _unknown(side: Side, outgoing: bool) -> Iterator[str]:

@@ -10,12 +10,13 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
+from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, U64, Abi
 from ..abi.serialized import LUO
 from ..facts.clients import LuoSession
 from ..facts.columns import Blocks, Pages
 from ..facts.snapshot import Snapshot
 from ..facts.tree import KeySet
+from .blocks import offline
 from .inplace import InPlace
 from .pattern import (
     describe,
@@ -63,12 +64,14 @@ class Pairs:
     :param after: the new kernel's facts of the same pages.
     :param fate: what became of each, :class:`Fate`.
     :param abi: the new kernel's.
+    :param offline: the new kernel's memory that is offline, as in Snapshot.
     """
 
     before: Blocks
     after: Pages
     fate: NDArray[np.int8]
     abi: Abi
+    offline: U64 | None
 
     @property
     def stamped(self) -> NDArray[np.bool_]:
@@ -124,7 +127,18 @@ def pair(
         [Fate.UNREAD, Fate.IN_PLACE, Fate.NOT_RESTORED, Fate.LOST, Fate.RELEASED],
         Fate.RESTORED,
     )
-    return Pairs(before, pages, fate.astype(np.int8), now.abi)
+    return Pairs(before, pages, fate.astype(np.int8), now.abi, now.offline)
+
+
+def undecided(pairs: Pairs) -> NDArray[np.bool_]:
+    """
+    Blocks that were folios, and of which an older file does not say whether they were freed or
+    restored as pages.
+    """
+    was = pairs.before.facts
+    alike = is_contig(pairs.after) | is_split(pairs.after)
+    unknown = (pairs.after.pristine == Pages.UNRECORDED) & (pairs.after.compound <= 0)
+    return unknown & (was.compound > 0) & alike & (pairs.fate == Fate.RELEASED)
 
 
 def _reused(before: Blocks, after: Blocks, now: Snapshot) -> NDArray[np.bool_]:
@@ -134,7 +148,8 @@ def _reused(before: Blocks, after: Blocks, now: Snapshot) -> NDArray[np.bool_]:
     ``kho_restore_page`` leaves either a folio of the block's order, or pages with the same refcount
     on all but the first, none of which is on an LRU list or has a page type.  A block that was a
     folio but no longer is one counts as freed: kho_test frees its folios at every boot, and pages
-    that were allocated anew one by one look like a folio that was restored as pages.
+    that were allocated anew one by one have the refcounts of a folio that was restored as pages.
+    But none of its pages has been in the page allocator if they all are as the boot left them.
     """
     pages = after.facts
     folio = pages.compound > 0
@@ -148,11 +163,16 @@ def _reused(before: Blocks, after: Blocks, now: Snapshot) -> NDArray[np.bool_]:
         (pages.head <= 0)
         | (pages.free > 0)
         | other_folio
-        | (was_folio & ~folio)
+        | (was_folio & ~folio & ~never_freed(before, pages))
         | (~folio & ((pages.flags & lru) != 0))
         | has_page_type(pages)
         | ~(is_contig(pages) | is_split(pages))
     )
+
+
+def never_freed(before: Blocks, after: Pages) -> NDArray[np.bool_]:
+    """Blocks none of whose pages can have been in the page allocator since the boot."""
+    return after.pristine == before.page_count
 
 
 @rule(
@@ -294,6 +314,15 @@ def wrong_refcounts(pairs: Pairs) -> Marked:
     return Marked(
         (pairs.fate == Fate.RESTORED) & differs(was, now),
         lambda row: f"restored as {describe(now, row)}, was {describe(was, row)}",
+    )
+
+
+@also("preserved-offline", "pairs")
+def handed_over_offline(pairs: Pairs) -> Marked:
+    """A block that was handed over lies in memory that is offline in the new kernel."""
+    return Marked(
+        offline(pairs.offline, pairs.before, pairs.abi.page_shift),
+        lambda row: "the new kernel has its memory, or some of it, offline",
     )
 
 

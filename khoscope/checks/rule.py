@@ -156,6 +156,7 @@ ScopeName = Literal[
     "clients",
     "tree",
     "blocks",
+    "folios",
     "pairs",
     "stamps",
     "calls",
@@ -183,6 +184,9 @@ SCOPES: dict[ScopeName, Scope] = {
         "the tree",
     ),
     "blocks": Scope("(snapshot, a chunk of blocks) → marked rows", "blocks and their struct pages"),
+    "folios": Scope(
+        "(snapshot, FolioTotals) → messages", "which of the blocks are folios, and whose"
+    ),
     "pairs": Scope("(handover.Pairs) → marked rows", "struct pages before and after the kexec"),
     "stamps": Scope("(before, its keys, a chunk of stamps) → marked rows", "stamped pages"),
     "calls": Scope("(snapshot, a chunk of Calls) → marked rows", "calls (trace)"),
@@ -195,7 +199,7 @@ SCOPES: dict[ScopeName, Scope] = {
 
 #: Scopes that every kernel has; scopes before a kexec; scopes that need the image of the next
 #: kernel; scopes that need an earlier snapshot, too; scopes of a trace.
-ONE_KERNEL: set[ScopeName] = {"abi", "kernel", "clients", "tree", "blocks"}
+ONE_KERNEL: set[ScopeName] = {"abi", "kernel", "clients", "tree", "blocks", "folios"}
 KEXEC: set[ScopeName] = {"kexec"}
 NEXT: set[ScopeName] = {"next"}
 ACROSS: set[ScopeName] = {"handover", "pairs", "stamps"}

@@ -19,7 +19,7 @@ from ..facts import invariants
 from ..facts.calls import NO_PHYS, Action, Batch, Calls, Losses
 from ..facts.columns import Blocks, aligned
 from ..facts.next_kernel import NextKernel
-from ..facts.owners import UNKNOWN, Owners
+from ..facts.owners import UNKNOWN, FolioTally, Owners
 from ..facts.snapshot import Snapshot
 from ..facts.tree import KeySet
 from ..words.errors import KhoscopeError
@@ -282,10 +282,10 @@ def _check_tree(facts: Snapshot, keys: Callable[[], KeySet], report: Report) -> 
 
 def _check_blocks(facts: Snapshot, keys: Callable[[], KeySet], report: Report) -> None:
     """Run the rules about blocks."""
-    rules = report.finders("blocks")
-    if not rules:
+    rules, of_folios = report.finders("blocks"), report.finders("folios")
+    if not rules and not of_folios:
         return
-    rows = Rows(facts, keys())
+    rows, folios = Rows(facts, keys()), FolioTally(facts)
     for blocks in facts.outgoing.blocks:
         rows.add(blocks)
         lost = lost_order(facts, blocks)
@@ -297,6 +297,10 @@ def _check_blocks(facts: Snapshot, keys: Callable[[], KeySet], report: Report) -
                 report.add_marked(rule, blocks, because)
                 marked = dataclasses.replace(marked, rows=marked.rows & ~lost)
             report.add_marked(rule, blocks, marked)
+        if of_folios:
+            folios.add(blocks)
+    for rule, find in of_folios:
+        report.add_messages(rule, find(facts, folios.totals()))
     report.blocks = rows.count
     report.incomplete += rows.gaps()
 
@@ -365,6 +369,7 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> list[s
     owners = _OwnersNow(before, after)
     evidence, in_place = handover_rules.Evidence(before, after), InPlace(before)
     rows, wrong = Rows(before, evidence.recorded), Counter[str]()
+    undecided = 0
     for was, now in aligned(before.outgoing.blocks, after.watched):
         if len(was) != len(now) or (was.key != now.key).any():
             raise KhoscopeError(
@@ -376,6 +381,7 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> list[s
         pairs = handover_rules.pair(was, now, after, evidence, in_place)
         whose = owners.of(was)
         _add_fates(report, pairs.fate, whose, owners)
+        undecided += int(handover_rules.undecided(pairs).sum())
         for rule, find in rules:
             report.add_marked(rule, was, owners.named(find(pairs), was, whose))
     # The owner with the most blocks comes first.
@@ -383,6 +389,11 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> list[s
     if report.fates["unread"]:
         report.incomplete.append(
             f"the pages of {report.fates['unread']} recorded blocks could not be read"
+        )
+    if undecided:
+        report.incomplete.append(
+            f"not recorded by khoscope {after.taken.khoscope}: whether {undecided:,} folios were "
+            "freed, or restored as pages"
         )
     report.incomplete += [
         f"facts contradict each other: {count:,} recorded blocks, as they are now, {what}"

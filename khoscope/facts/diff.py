@@ -156,7 +156,11 @@ def blocks(a: Snapshot, b: Snapshot) -> Iterator[BlockChanges]:
 def _pages_differ(a: Pages, b: Pages) -> NDArray[np.bool_]:
     differ = np.zeros(len(a), np.bool_)
     for column in Pages.DTYPES:
-        differ |= getattr(a, column) != getattr(b, column)
+        changed = getattr(a, column) != getattr(b, column)
+        if column == "pristine":
+            # An older file does not have it.
+            changed &= (a.pristine != Pages.UNRECORDED) & (b.pristine != Pages.UNRECORDED)
+        differ |= changed
     return differ
 
 

@@ -105,6 +105,11 @@ def _memory(facts: Snapshot) -> Iterator[str]:
     if not len(ram) or (ram[:, 0] >= ram[:, 1]).any() or (ram[1:, 0] < ram[:-1, 1]).any():
         yield "RAM: its ranges are none, empty, or not in order"
         return
+    off = np.zeros((0, 2), np.uint64) if facts.offline is None else facts.offline
+    if (off[:, 0] >= off[:, 1]).any() or (off[1:, 0] <= off[:-1, 1]).any():
+        yield "offline memory: its ranges are empty, or not in order"
+    elif not all(in_ram(ram, first, end - first) for first, end in off.tolist()):
+        yield "offline memory: not all of it is RAM"
     areas, free = facts.scratch.tolist(), facts.scratch_free
     if any(size and not in_ram(ram, phys, size) for phys, size in areas):
         yield "scratch: an area is not in RAM"
@@ -319,6 +324,7 @@ def _more_than_all(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
     pages, count = blocks.facts, blocks.page_count
     # A compound page may have any order: its folio was resized, or memory holds anything.
     compound = pages.compound < Pages.COMPOUND_TAIL
+    compound |= (pages.pristine > count) & (pages.pristine != Pages.UNRECORDED)
     return compound | (pages.free > count) | ((pages.odd > 0) & (pages.odd >= count))
 
 

@@ -149,6 +149,8 @@ class Snapshot:
         pages cannot be read; empty: not counted.
     :param image: the kexec image; None: not looked at.
     :param liveupdate: LUO in this kernel; None: it has none, or was not looked at.
+    :param offline: u64, likewise: the parts of RAM for which ``pfn_to_online_page()`` has no page;
+        None: not known.
     :param unreadable: what else of the kernel's memory could not be read, in words: a vmcore may
         lack pages.
     :param unrecorded: what the version of khoscope that took it did not record yet, in words.
@@ -183,6 +185,7 @@ class Snapshot:
     scratch_free: list[int | None] = field(default_factory=list)
     image: KexecImage | None = None
     liveupdate: LuoState | None = None
+    offline: U64 | None = None
     unreadable: list[str] = field(default_factory=list)
     unrecorded: list[str] = field(default_factory=list)
     contradictions: list[str] = field(default_factory=list)

@@ -15,7 +15,7 @@ from typing import IO, Final, TypeVar
 
 import numpy as np
 
-from ..abi.keys import Abi, Tracker
+from ..abi.keys import U64, Abi, Tracker
 from ..abi.kho_fdt import Fdt, root_fdt
 from . import budget, invariants
 from .archive import SNAPSHOT, Archive, Stored, Writer
@@ -65,12 +65,14 @@ class _Meta:
     scratch_free: list[int | None] = field(default_factory=list)
     image: KexecImage | None = None
     liveupdate: LuoState | None = None
+    #: First and last-plus-one address of each range, as in ``ram``.
+    offline: list[list[int]] | None = None
     unreadable: list[str] = field(default_factory=list)
     finalized: bool | None = None
 
 
 #: Members that files of version 1 and 2 lack: those who wrote them refused any kernel whose KHO is
-#: older than the radix tree.
+#: older than the radix tree, and looked at no sections.
 UNRECORDED_2: Final[dict[str, str]] = {
     "Abi.tracker": "",
     "Abi.preserve_bits": "",
@@ -78,6 +80,7 @@ UNRECORDED_2: Final[dict[str, str]] = {
     "Abi.restores_pages_as": "",
     "_SideMeta.serialized": "",
     "_Meta.finalized": "",
+    "_Meta.offline": "which memory is offline",
 }
 #: Members that files of version 1 may lack, since khoscope 0.1.0 recorded them only later: class
 #: and member, and what the verdict then names as not recorded; "": no rule needs it.
@@ -149,6 +152,7 @@ def write_snapshot(snapshot: Snapshot, writer: Writer) -> None:
         snapshot.scratch_free,
         snapshot.image,
         snapshot.liveupdate,
+        None if snapshot.offline is None else snapshot.offline.tolist(),
         snapshot.unreadable,
         snapshot.finalized,
     )
@@ -201,6 +205,7 @@ def read_snapshot(archive: Archive) -> Snapshot:
     meta, lacking = archive.meta(SNAPSHOT, _Meta, may_lack)
     with archive.damage():
         _check_abi(meta.abi)
+        offline = _ranges(meta.offline)
         if not archive.ours:
             _check_lists(meta)
     streams = _Streams(archive, meta.abi, meta.chunks)
@@ -247,6 +252,7 @@ def read_snapshot(archive: Archive) -> Snapshot:
         meta.scratch_free,
         meta.image,
         meta.liveupdate,
+        offline,
         meta.unreadable,
         sorted(what for what in said if what),
         finalized=meta.finalized,
@@ -264,6 +270,15 @@ def _whole(decoded: T) -> T:
     not write them again.
     """
     return dataclasses.replace(decoded)
+
+
+def _ranges(listed: list[list[int]] | None) -> U64 | None:
+    """Ranges of memory; refuses what is none."""
+    if listed is None:
+        return None
+    if any(len(each) != 2 for each in listed):
+        raise ValueError("a range of offline memory has a beginning and an end")
+    return np.array(listed, np.uint64).reshape(-1, 2)
 
 
 def _derived(recorded: Fdt, blobs: dict[str, bytes]) -> Fdt:
@@ -317,7 +332,7 @@ def _check_members(archive: Archive, meta: _Meta) -> None:
     counted = meta.chunks.keys()
     with archive.damage():
         if not {*streams} <= counted <= {*streams, *claims} or (
-            meta.schema == SNAPSHOT.schema and not {*claims} <= counted
+            meta.schema != f"{SNAPSHOT.name}/1" and not {*claims} <= counted
         ):
             raise ValueError("meta.json does not count the chunks of each stream")
     blobs = {

@@ -452,6 +452,7 @@ class KernelSource:
             self._incoming(reading),
             image=reading.image(),
             liveupdate=reading.liveupdate(),
+            offline=reading.offline(),
             unreadable=list(reading.unreadable),
             finalized=finalized,
         )

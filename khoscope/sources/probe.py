@@ -162,6 +162,13 @@ _VMALLOC: Final = (
     "struct vm_struct.pages",
     "struct vm_struct.size",
 )
+_SECTIONS: Final = (
+    "mem_section.section_mem_map",
+    "struct mem_section.usage",
+    "struct mem_section_usage.subsection_map",
+    "SECTION_IS_ONLINE_BIT",
+    "SECTION_SIZE_BITS",
+)
 _NODES: Final = (
     "struct pglist_data.node_spanned_pages",
     "struct pglist_data.node_start_pfn",
@@ -274,6 +281,13 @@ class Parts:
         """``struct pglist_data`` of each NUMA node."""
         first = lambda: next(for_each_online_pgdat(self._prog), None)  # noqa: E731
         return self._has(_NODES) and _works(first)
+
+    @cached_property
+    def sections(self) -> bool:
+        """The sections of sparse memory, found by pointers (``CONFIG_SPARSEMEM_EXTREME``)."""
+        if not self._has(_SECTIONS):
+            return False
+        return bool(self._prog["mem_section"].type_.kind == TypeKind.POINTER)
 
     def _has(self, paths: tuple[str, ...]) -> bool:
         return _has(self._prog, paths)
@@ -538,18 +552,15 @@ def page_layout(prog: Program) -> PageLayout:
             "this kernel's struct pages are not one array (no vmemmap)",
             "use a kernel that was built with CONFIG_SPARSEMEM_VMEMMAP=y",
         ) from None
-    if not page.has_member("compound_info"):
-        # In such a kernel, struct pages in the middle of an optimised hugetlb folio read like its
-        # head.
-        raise KhoscopeError(
-            "this kernel's struct page is older than linux 7.1 (no compound_info)",
-            "use khoscope on kernels whose struct page has compound_info",
-        )
-    if page.has_member("memdesc") or _stamp_is_too_large(prog, page):
+    if page.has_member("memdesc") or not _is_folio(prog, page) or _stamp_is_too_large(prog, page):
         raise KhoscopeError(
             "what KHO keeps in a struct page is not in page->private of this kernel",
             "use a khoscope that knows this kernel",
         )
+    # Since linux 7.1, the struct pages of an optimised hugetlb folio that share memory are those of
+    # its tails alone; before, they are those of its head, too.
+    newer = page.has_member("compound_info")
+    flags = enumerators(prog, "enum pageflags")
     return PageLayout(
         vmemmap=cast("unsigned long", vmemmap).value_(),
         size=sizeof(page),
@@ -557,14 +568,38 @@ def page_layout(prog: Program) -> PageLayout:
         private=offsetof(page, "private"),
         refcount=offsetof(page, "_refcount"),
         page_type=offsetof(page, "page_type"),
-        compound=offsetof(
-            page, "compound_info" if page.has_member("compound_info") else "compound_head"
-        ),
+        compound=offsetof(page, "compound_info" if newer else "compound_head"),
         lru=offsetof(page, "lru"),
-        head_bit=enumerators(prog, "enum pageflags")["PG_head"],
+        mapping=offsetof(page, "mapping"),
+        head_bit=flags["PG_head"],
         buddy_type=pagetype["PGTY_buddy"],
+        flag_count=flags["__NR_PAGEFLAGS"],
         untyped=pagetype["PGTY_mapcount_underflow"],
+        fake_heads=not newer,
     )
+
+
+#: Members of ``struct folio``, and those of ``struct page`` that they are.
+_FOLIO_IS_PAGE: Final = {
+    "flags": "flags",
+    "mapping": "mapping",
+    "private": "private",
+    "_mapcount": "page_type",
+    "_refcount": "_refcount",
+}
+
+
+def _is_folio(prog: Program, page: Type) -> bool:
+    """
+    Whether a folio is its struct pages, so that what they say holds for it, and the low byte of the
+    second one's flags is its order.
+
+    It is so since linux 6.6; once folios are memory of their own, it is not.
+    """
+    folio = prog.type("struct folio")
+    at = {name: offsetof(page, of_page) for name, of_page in _FOLIO_IS_PAGE.items()}
+    at["_flags_1"] = sizeof(page) + at["flags"]
+    return all(folio.has_member(name) and offsetof(folio, name) == at[name] for name in at)
 
 
 def _stamp_is_too_large(prog: Program, page: Type) -> bool:

@@ -31,6 +31,7 @@ from ..facts.clients import LuoState
 from ..facts.snapshot import Handover, Kernel, KexecImage
 from ..words.errors import KhoscopeError
 from .probe import Parts, enumerators
+from .sections import offline, section_layout
 from .walk import READS, in_ranges
 
 #: ``IORESOURCE_SYSRAM`` (include/linux/ioport.h, a #define).
@@ -220,6 +221,21 @@ class Reading:
             first, pages = node.node_start_pfn.value_(), node.node_spanned_pages.value_()
             if pages and (first + pages) << shift < 1 << 64:
                 yield first << shift, first + pages << shift
+
+    def offline(self) -> U64 | None:
+        """The parts of RAM that are offline, as RAM; None: they are not known."""
+        what = "which memory is offline (mem_section)"
+        if not self.parts.sections:
+            self.cannot(f"{what}: the debug info lacks its types")
+            return None
+        return self.fact(what, self._offline, None)
+
+    def _offline(self) -> U64:
+        size = self.prog["PAGE_SIZE"].value_()
+        try:
+            return offline(section_layout(self.prog), self.ram, size, self.prog.read)
+        except ValueError as error:
+            raise _Corrupt(str(error)) from error
 
     # -- KHO --------------------------------------------------------------------------------------
 

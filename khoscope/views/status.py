@@ -45,6 +45,7 @@ def write_json(facts: Snapshot, status: Status, out: IO[str]) -> None:
             {"phys": f"{area.phys:#x}", "size": area.size, "free": area.free}
             for area in status.scratch
         ],
+        "offline": _offline(facts),
         "preserved": totals(status.preserved, facts.abi),
         "unclaimed": None if status.unclaimed is None else totals(status.unclaimed, facts.abi),
         "tree": {"pages": status.tree_pages, "preserved_per_byte": status.per_byte},
@@ -57,6 +58,13 @@ def write_json(facts: Snapshot, status: Status, out: IO[str]) -> None:
         "read_from": read_from(facts),
     }
     documents.write(document, out)
+
+
+def _offline(facts: Snapshot) -> list[dict[str, Any]] | None:
+    """Ranges of RAM that are offline; None: not known."""
+    if facts.offline is None:
+        return None
+    return [{"phys": f"{first:#x}", "size": end - first} for first, end in facts.offline.tolist()]
 
 
 def _luo_compatible(side: Side | None) -> str | None:
@@ -100,6 +108,7 @@ class StatusText(Text):
         self.fact("this boot", _boot(facts), "handover")
         self._abi(facts)
         self._scratch(status)
+        self._offline(facts)
         self._finalized(facts)
         self._blocks(facts, status)
         self._subtrees(facts, status)
@@ -166,6 +175,13 @@ class StatusText(Text):
                 full = f"{used / max(area.size, 1):4.0%} in use"
             areas.append(f"{area.phys:#014x} {human(area.size):>9}  {full}")
         self.facts("scratch", self._some(areas, "areas") or ["none"], "scratch")
+
+    def _offline(self, facts: Snapshot) -> None:
+        """Most kernels have no offline memory, and then there is no line about it."""
+        ranges = _offline(facts) or []
+        lines = [f"{int(each['phys'], 16):#014x} {human(each['size']):>9}" for each in ranges]
+        if lines:
+            self.facts("offline", self._some(lines, "ranges"), "offline")
 
     def _some(self, values: list[str], what: str) -> list[str]:
         """The values, cut to the limit."""

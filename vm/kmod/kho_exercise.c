@@ -1065,6 +1065,16 @@ static const struct scenario scenarios[] = {
 		.first_order = 0,
 		.last_order = 3,
 	}, {
+		/* A folio to all others, and pages to KHO. */
+		.name = "compound",
+		.kind = &contiguous,
+		.argument = MAYBE_A_COUNT,
+		.make = make_blocks,
+		.free = free_blocks,
+		.first_order = 1,
+		.last_order = 4,
+		.gfp = __GFP_COMP,
+	}, {
 		.name = "dma",
 		.kind = &contiguous,
 		.make = make_dma,
