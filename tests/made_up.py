@@ -76,6 +76,7 @@ _STRUCTS: dict[str, str] = {
     "vm_struct": "void *caller; u32 nr_pages; u64 size; void *pages",
     "vmap_area": "list_head list; vm_struct *vm",
     "pglist_data": "u64 node_start_pfn; u64 node_spanned_pages",
+    "nodemask": "u64 bits[1]",
     "dev_info": "char subsystem[16]; char device[48]",
     "printk_info": "u64 seq; u64 ts_nsec; u16 text_len; u8 facility; u8 flags; u32 level;"
     " u32 caller_id; dev_info dev_info",
@@ -105,6 +106,9 @@ _VARIABLES: dict[str, str] = {
     "luo_session_global": "luo_session_global",
     "luo_flb_global": "luo_flb_global",
     "vmap_area_list": "list_head",
+    "node_data": "pglist_data *[4]",
+    "node_states": "nodemask[2]",
+    "nr_node_ids": "u32",
     "prb": "printk_ringbuffer *",
 }
 _CONSTANTS = {"PAGE_SHIFT": 12, "PAGE_SIZE": 4096, "LOG_CONT": 8}
@@ -112,6 +116,7 @@ _ENUMS: dict[str, dict[str, int]] = {
     "pageflags": {"PG_locked": 0, "PG_head": 6, "__NR_PAGEFLAGS": 7},
     "pagetype": {"PGTY_buddy": 0xF0, "PGTY_mapcount_underflow": 0xFF},
     "kho_radix_consts": {},
+    "node_states": {"N_POSSIBLE": 0, "N_ONLINE": 1},
     "desc_state": {"desc_committed": 1, "desc_finalized": 2},
 }
 #: Room for each variable.
@@ -155,6 +160,7 @@ class MadeUp:
         self.set("sysctl_bootid", 1, 1)
         self.set("saved_command_line", self.new(b"kho=on\0"))
         self.ram((0, RAM))
+        self.nodes((0, RAM))
         for name in ("luo_file_handler_list", "luo_flb_global", "vmap_area_list"):
             self.link(self.address(name))
         sessions = self.address("luo_session_global")
@@ -205,6 +211,17 @@ class MadeUp:
             raw = [start, end - 1, 0x0100_0200, following, 0]
             following = self.new(b"".join(v.to_bytes(8, "little") for v in raw))
         self.set("iomem_resource", 0, 2**64 - 1, 0, 0, following)
+
+    def nodes(self, *spans: tuple[int, int]) -> None:
+        """NUMA nodes; an empty span: one without memory."""
+        made = [self.new(b"".join(v.to_bytes(8, "little") for v in self._pages(*s))) for s in spans]
+        self.set("node_data", *made)
+        self.set("node_states", 0, (1 << len(spans)) - 1)
+        self.set("nr_node_ids", len(spans))
+
+    @staticmethod
+    def _pages(start: int, end: int) -> tuple[int, int]:
+        return start >> 12, end - start >> 12
 
     def areas(self, *areas: tuple[int, int]) -> None:
         """Scratch areas."""
@@ -267,7 +284,7 @@ class MadeUp:
             """As in "u64", "u64[4]" and "list_head *"."""
             name, _, length = text.partition("[")
             if length:
-                return prog.array_type(known[name], int(length[:-1]))
+                return prog.array_type(found(name), int(length[:-1]))
             return prog.pointer_type(known[name[:-2]]) if name.endswith(" *") else known[name]
 
         for name, text in {**_STRUCTS, **self.members}.items():

@@ -17,7 +17,7 @@ from khoscope.cli import main
 from khoscope.facts import diff, store
 from khoscope.facts.clients import Luo, LuoFile, LuoSession, LuoState
 from khoscope.facts.columns import Nodes
-from khoscope.facts.snapshot import Handover, KexecImage, Scan, Snapshot
+from khoscope.facts.snapshot import Handover, KexecImage, Node, Scan, Snapshot
 from khoscope.facts.status import READ_FROM, kho_switch, status, taint_letters
 from khoscope.facts.tree import TreeState
 from khoscope.views.status import StatusText
@@ -50,6 +50,7 @@ def full() -> Snapshot:
         outgoing=outgoing,
         incoming=handed,
         scratch_free=[1 << 11, 1 << 12],
+        nodes=[Node(0, 0, 3 << 29), Node(1, 3 << 29, 1 << 32)],
         image=KexecImage(True, True, 0x2000, 12 << 20),
         liveupdate=LuoState(True, ["memfd-v2"]),
     )
@@ -189,6 +190,8 @@ def test_text() -> None:
         r"this boot   a handover from 7.2.0-test, 3 kexecs since the cold boot    [kho_in]",
         r"scratch     0x000020000000    16 MiB   50% in use                  [kho_scratch]",
         r"            0x0000c0000000    16 MiB    0% in use",
+        r"NUMA nodes  0x000000000000   1.5 GiB  node 0                [struct pglist_data]",
+        r"            0x000060000000   2.5 GiB  node 1",
         r"LUO ABI     luo-v5                                            [kho_out.fdt, LUO]",
         r"file ABIs   memfd-v2                                     [luo_file_handler_list]",
         r"sessions    disks: 1 file                          [luo_session_global.outgoing]",
@@ -280,6 +283,7 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "handlers": ["memfd-v2"],
     }
     assert found["scratch"][0] == {"phys": "0x20000000", "size": 1 << 24, "free": 1 << 23}
+    assert found["nodes"][1] == {"node": 1, "phys": "0x60000000", "size": 5 << 29}
     assert sum(total["blocks"] for total in found["preserved"]) == 41
     assert sum(total["blocks"] for total in found["unclaimed"]) == 3
     assert found["subtrees"][0] == {

@@ -22,12 +22,25 @@ from .archive import SNAPSHOT, Archive, Stored, Writer
 from .clients import Claims, Luo, LuoState, Owner, Vmalloc
 from .columns import CHUNK_BLOCKS, Blocks, Columns, Leaves, Nodes
 from .files import NewFile, open_file
-from .snapshot import Handover, Kernel, KexecImage, Provenance, Scan, Side, Snapshot, Watched
+from .snapshot import (
+    Handover,
+    Kernel,
+    KexecImage,
+    Node,
+    Provenance,
+    Scan,
+    Side,
+    Snapshot,
+    Watched,
+)
 from .tree import Tree, TreeState
 
 #: Snapshots up to this size stay in memory, larger ones go to an unnamed temporary file.
 SPOOL_MEMORY = 64 << 20
 
+
+#: Files of this schema may lack the streams of claims.
+FIRST_SCHEMA: Final = f"{SNAPSHOT.name}/1"
 
 #: The root FDT that a source gives if the kernel has none.
 NO_FDT: Final = Fdt(0, problems=["there is none"])
@@ -64,6 +77,7 @@ class _Meta:
     image: KexecImage | None = None
     liveupdate: LuoState | None = None
     unreadable: list[str] = field(default_factory=list)
+    nodes: list[Node] | None = None
 
 
 #: Members that files of version 1 may lack, since khoscope 0.1.0 recorded them only later: class
@@ -81,6 +95,10 @@ UNRECORDED_1: Final[dict[str, str]] = {
     "_Meta.image": "the kexec image",
     "_Meta.liveupdate": "",
     "_Meta.unreadable": "what could not be read",
+}
+#: The same for versions 1 and 2.  The verdict names the nodes where there may be several.
+UNRECORDED_2: Final[dict[str, str]] = {
+    "_Meta.nodes": "",
 }
 #: Members that any file may lack: the bytes of the FDT say the same.
 DERIVED: Final = {f"Fdt.{f.name}": "" for f in dataclasses.fields(Fdt) if f.name != "phys"}
@@ -127,6 +145,7 @@ def write_snapshot(snapshot: Snapshot, writer: Writer) -> None:
         snapshot.image,
         snapshot.liveupdate,
         snapshot.unreadable,
+        snapshot.nodes,
     )
     writer.json("meta.json", meta)
 
@@ -173,7 +192,11 @@ def _load(file: IO[bytes], name: str, ours: bool = False) -> Snapshot:
 
 def read_snapshot(archive: Archive) -> Snapshot:
     """The snapshot that :func:`write_snapshot` wrote."""
-    meta, lacking = archive.meta(SNAPSHOT, _Meta, {1: UNRECORDED_1 | DERIVED, 2: DERIVED})
+    meta, lacking = archive.meta(
+        SNAPSHOT,
+        _Meta,
+        {1: UNRECORDED_1 | UNRECORDED_2 | DERIVED, 2: UNRECORDED_2 | DERIVED, 3: DERIVED},
+    )
     with archive.damage():
         _check_abi(meta.abi)
         if not archive.ours:
@@ -197,7 +220,7 @@ def read_snapshot(archive: Archive) -> Snapshot:
             streams.claims(f"{name}/claims", len(of.owners)),
         )
 
-    said = {(UNRECORDED_1 | DERIVED)[member]: member for member in lacking}
+    said = {(UNRECORDED_1 | UNRECORDED_2 | DERIVED)[member]: member for member in lacking}
     if not meta.abi.has_types:
         said.pop(UNRECORDED_1["Abi.key_width"], None)
     facts = Snapshot(
@@ -220,6 +243,7 @@ def read_snapshot(archive: Archive) -> Snapshot:
         meta.liveupdate,
         meta.unreadable,
         sorted(what for what in said if what),
+        nodes=meta.nodes,
     )
     _check_members(archive, meta)
     if not archive.ours:
@@ -265,6 +289,9 @@ def _check_memory(facts: Snapshot) -> None:
         raise ValueError("more ranges of RAM or scratch areas than any machine has")
     if len(facts.ram) and int(facts.ram.max()) > budget.ADDRESSES:
         raise ValueError(f"RAM at {int(facts.ram.max()):#x}, where no processor has any")
+    nodes = facts.nodes or []
+    if len(nodes) > budget.NODES or max((n.end for n in nodes), default=0) > budget.ADDRESSES:
+        raise ValueError("more NUMA nodes than any machine has, or in no memory")
 
 
 def _check_members(archive: Archive, meta: _Meta) -> None:
@@ -276,7 +303,7 @@ def _check_members(archive: Archive, meta: _Meta) -> None:
     counted = meta.chunks.keys()
     with archive.damage():
         if not {*streams} <= counted <= {*streams, *claims} or (
-            meta.schema == SNAPSHOT.schema and not {*claims} <= counted
+            meta.schema != FIRST_SCHEMA and not {*claims} <= counted
         ):
             raise ValueError("meta.json does not count the chunks of each stream")
     blobs = {

@@ -413,6 +413,7 @@ class KernelSource:
             self._incoming(reading),
             image=reading.image(),
             liveupdate=reading.liveupdate(),
+            nodes=reading.nodes(),
             unreadable=list(reading.unreadable),
         )
 

@@ -11,7 +11,7 @@ from typing import IO, Any
 from ..abi.kho_fdt import Subtree
 from ..abi.serialized import LUO
 from ..facts.clients import Luo
-from ..facts.snapshot import KexecImage, Side, Snapshot
+from ..facts.snapshot import KexecImage, Node, Side, Snapshot
 from ..facts.status import READ_FROM, Status
 from ..words.printable import printable
 from . import documents
@@ -44,6 +44,7 @@ def write_json(facts: Snapshot, status: Status, out: IO[str]) -> None:
             {"phys": f"{area.phys:#x}", "size": area.size, "free": area.free}
             for area in status.scratch
         ],
+        "nodes": _nodes(facts.nodes),
         "preserved": totals(status.preserved, facts.abi),
         "unclaimed": None if status.unclaimed is None else totals(status.unclaimed, facts.abi),
         "tree": {"pages": status.tree_pages, "preserved_per_byte": status.per_byte},
@@ -56,6 +57,15 @@ def write_json(facts: Snapshot, status: Status, out: IO[str]) -> None:
         "read_from": READ_FROM,
     }
     documents.write(document, out)
+
+
+def _nodes(nodes: list[Node] | None) -> list[dict[str, Any]] | None:
+    if nodes is None:
+        return None
+    return [
+        {"node": node.number, "phys": f"{node.start:#x}", "size": node.end - node.start}
+        for node in nodes
+    ]
 
 
 def _luo_compatible(side: Side | None) -> str | None:
@@ -98,6 +108,7 @@ class StatusText(Text):
         self.fact("this boot", _boot(facts), "handover")
         self._abi(facts)
         self._scratch(status)
+        self._nodes(facts.nodes or [])
         self._blocks(facts, status)
         self._subtrees(facts, status)
         self._luo(facts)
@@ -153,6 +164,12 @@ class StatusText(Text):
                 full = f"{used / max(area.size, 1):4.0%} in use"
             areas.append(f"{area.phys:#014x} {human(area.size):>9}  {full}")
         self.facts("scratch", self._some(areas, "areas") or ["none"], "scratch")
+
+    def _nodes(self, nodes: list[Node]) -> None:
+        """The NUMA nodes, if there are several."""
+        if len(nodes) > 1:
+            spans = [f"{n.start:#014x} {human(n.end - n.start):>9}  node {n.number}" for n in nodes]
+            self.facts("NUMA nodes", self._some(spans, "nodes"), "nodes")
 
     def _some(self, values: list[str], what: str) -> list[str]:
         """The values, cut to the limit."""
