@@ -60,12 +60,15 @@ class Marked:
     :param say: the message for one row; called for rows that are shown, not for all.
     :param cause: the rule whose finding, if there is one, explains the rows of ``follows``.
     :param follows: mask; None: no row.
+    :param explain: what to say of one row in place of the rule's own explanation; None, or empty:
+        nothing.
     """
 
     rows: NDArray[np.bool_]
     say: Callable[[int], str]
     cause: str = ""
     follows: NDArray[np.bool_] | None = None
+    explain: Callable[[int], str] | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ..facts import invariants
 from ..facts.calls import NO_PHYS, Action, Batch, Calls, Losses
 from ..facts.columns import Blocks, aligned
 from ..facts.next_kernel import NextKernel
+from ..facts.nodes import borders_of
 from ..facts.owners import UNKNOWN, Owners
 from ..facts.snapshot import Snapshot
 from ..facts.tree import KeySet
@@ -27,6 +28,7 @@ from . import calls as _calls_rules  # noqa: F401 - registers its rules
 from . import handover as handover_rules
 from . import kernel as _kernel_rules  # noqa: F401 - registers its rules
 from . import next_kernel as _image_rules  # noqa: F401 - registers its rules
+from . import nodes as _node_rules  # noqa: F401 - registers its rules
 from .clients import malformed
 from .evidence import Rows, all_gaps, gaps
 from .inplace import InPlace
@@ -185,7 +187,12 @@ class Report:
         keep = number <= np.where(follows, self._room(rule, cause), self._room(rule))
         made = keep | (np.arange(len(rows)) < shown)
         found = {
-            row: rule.finding(marked.say(row), *_where(chunk, row), follows=cause if so else "")
+            row: rule.finding(
+                marked.say(row),
+                *_where(chunk, row),
+                explain=marked.explain(row) if marked.explain else "",
+                follows=cause if so else "",
+            )
             for row, so in zip(rows[made].tolist(), follows[made].tolist(), strict=True)
         }
         self.counts[rule.name] += len(rows)
@@ -344,6 +351,7 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> list[s
     report.fates = Counter()
     owners = _OwnersNow(before, after)
     evidence, in_place = handover_rules.Evidence(before, after), InPlace(before)
+    borders = borders_of(before)
     rows, wrong = Rows(before, evidence.recorded), Counter[str]()
     for was, now in aligned(before.outgoing.blocks, after.watched):
         if len(was) != len(now) or (was.key != now.key).any():
@@ -353,7 +361,7 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> list[s
             )
         rows.add(was)
         wrong += invariants.of_blocks(before.abi, now)
-        pairs = handover_rules.pair(was, now, after, evidence, in_place)
+        pairs = handover_rules.pair(was, now, after, evidence, in_place, borders)
         whose = owners.of(was)
         _add_fates(report, pairs.fate, whose, owners)
         for rule, find in rules:
