@@ -19,6 +19,7 @@ from khoscope.facts.nodes import (
 )
 from khoscope.facts.snapshot import Node
 from tests.synthetic import PLAIN, snapshot
+from tests.track_memory import XARRAY
 
 #: Pages of the model's memory.
 PAGES = 128
@@ -149,3 +150,10 @@ def test_what_is_not_known() -> None:
     assert borders_of(unknown) == []
     assert not are_known(unknown)
     assert are_known(replace(unknown, scratch=facts.scratch[:3]))
+
+
+def test_kernels_that_do_not_cut() -> None:
+    facts = snapshot(XARRAY, [], borders=[1 << 20])
+    assert len(facts.nodes or ()) == 2
+    assert borders_of(facts) == []
+    assert are_known(replace(facts, nodes=None))

@@ -18,7 +18,7 @@ from khoscope.facts import diff, store
 from khoscope.facts.clients import Luo, LuoFile, LuoSession, LuoState
 from khoscope.facts.columns import Nodes
 from khoscope.facts.snapshot import Handover, KexecImage, Node, Scan, Snapshot
-from khoscope.facts.status import READ_FROM, kho_switch, status, taint_letters
+from khoscope.facts.status import kho_switch, read_from, status, taint_letters
 from khoscope.facts.tree import TreeState
 from khoscope.views.status import StatusText
 from tests.synthetic import FIXED, PLAIN, Block, rich, snapshot
@@ -203,7 +203,9 @@ def test_text() -> None:
         assert line in words
     # Each place that is read from is named; this LUO has its sessions in its lists.
     named = {line[line.find("[") :] for line in shown}
-    assert {f"[{source}]" for source in READ_FROM.values()} - named == {"[struct luo_session_ser]"}
+    assert {f"[{source}]" for source in read_from(full()).values()} - named == {
+        "[struct luo_session_ser]"
+    }
 
 
 def test_sessions_that_are_serialized() -> None:
@@ -301,7 +303,7 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "size": 12 << 20,
     }
     assert found["taint"] == "B"
-    assert found["read_from"] == READ_FROM
+    assert found["read_from"] == read_from(full())
 
 
 def test_json_of_what_is_not_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

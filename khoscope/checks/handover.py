@@ -31,6 +31,7 @@ from .pattern import (
     typed,
 )
 from .rule import Marked, Message, Severity, also, rule
+from .sessions import files_that_came, named, nobodys
 
 
 class Fate(IntEnum):
@@ -184,29 +185,29 @@ def not_a_handover(before: Snapshot, after: Snapshot) -> Iterator[Message]:
     if not after.handover.is_kho_boot:
         yield Message("this kernel was not handed anything (kho_in.fdt_phys is 0)")
         return
-    if after.handover.previous_release != was.release:
+    told = after.handover.previous_release
+    if told is not None and told != was.release:
         yield Message(
-            f"handed over by {after.handover.previous_release or 'an unnamed kernel'}, "
-            f"the snapshot is of {was.release}"
+            f"handed over by {told or 'an unnamed kernel'}, the snapshot is of {was.release}"
         )
-    expected = before.handover.kexec_count + 1
-    if after.handover.kexec_count != expected:
-        yield Message(
-            f"kexec_count is {after.handover.kexec_count}, expected {expected} after the "
-            "snapshot's kernel"
-        )
+    counted, came = before.handover.kexec_count, after.handover.kexec_count
+    if counted is not None and came is not None and came != counted + 1:
+        yield Message(f"kexec_count is {came}, expected {counted + 1} after the snapshot's kernel")
     if after.incoming is None:
         return
     # The address of the old kernel's root FDT is as good as a name: another machine has another
     # one.
     sent, got = before.outgoing.fdt.phys, after.incoming.fdt.phys
-    if sent != got:
+    # A kernel that was not finalized yet had no root FDT.
+    if sent and sent != got:
         yield Message(f"the root FDT came from {got:#x}, the snapshot's kernel had it at {sent:#x}")
     if before.outgoing.luo is None or after.incoming.luo is None:
         return
-    number, came = before.outgoing.luo.liveupdate_num, after.incoming.luo.liveupdate_num
-    if None not in (number, came) and came != number:
-        yield Message(f"LUO counts live update {came}, the snapshot's kernel had made it {number}")
+    number, now_at = before.outgoing.luo.liveupdate_num, after.incoming.luo.liveupdate_num
+    if None not in (number, now_at) and now_at != number:
+        yield Message(
+            f"LUO counts live update {now_at}, the snapshot's kernel had made it {number}"
+        )
 
 
 @rule(
@@ -346,13 +347,19 @@ def client_lost(before: Snapshot, after: Snapshot) -> Iterator[Message]:
     for subtree in before.outgoing.fdt.subtrees:
         if subtree.name not in came:
             yield Message(f"subtree {subtree.name!r} was not handed over", subtree.phys)
+    told = nobodys(after)
     for was, now in _sessions(before, after):
-        name = f"session {was.name!r}"
         if now is None:
-            yield Message(f"{name} ({_files(was.count)}) was not handed over")
+            yield Message(f"{named(was)} was not handed over")
+            continue
+        luo = after.incoming.luo if after.incoming is not None else None
+        count = now.count if luo is None else files_that_came(luo, now)
         # Files of a session that was retrieved may be finished and gone.
-        elif not now.retrieved and now.count < was.count:
-            yield Message(f"{name} came with {now.count:,} of {_files(was.count)}")
+        if not now.retrieved and count < was.count:
+            # If the kernel could not read it, nobody has taken its memory.
+            explain = told[was.name].explain if was.name in told else ""
+            name = f"session {was.name!r}"
+            yield Message(f"{name} came with {count:,} of {_files(was.count)}", explain=explain)
 
 
 @also("not-restored", "handover")
@@ -363,7 +370,7 @@ def session_not_retrieved(before: Snapshot, after: Snapshot) -> Iterator[Message
             continue
         name = f"session {was.name!r}"
         if not now.retrieved:
-            yield Message(f"{name} ({_files(now.count)}) came, and nobody has retrieved it")
+            yield Message(f"{named(now)} came, and nobody has retrieved it")
         for file in now.files:
             if file.retrieve_status is not None and file.retrieve_status < 0:
                 yield Message(

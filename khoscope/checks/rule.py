@@ -44,11 +44,13 @@ class Message:
 
     :param phys: the address, if there is one.
     :param explain: what will happen here, if the rule's own explanation is about other kernels too.
+    :param cause: the rule whose finding, if there is one, explains this one.
     """
 
     text: str
     phys: int | None = None
     explain: str = ""
+    cause: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,19 @@ class Marked:
     :param say: the message for one row; called for rows that are shown, not for all.
     :param cause: the rule whose finding, if there is one, explains the rows of ``follows``.
     :param follows: mask; None: no row.
-    :param explain: what to say of one row in place of the rule's own explanation; None, or empty:
-        nothing.
+    :param explain: what explains this kernel's rows, or a single row, in place of the rule's
+        explanation; "": nothing.
     """
 
     rows: NDArray[np.bool_]
     say: Callable[[int], str]
     cause: str = ""
     follows: NDArray[np.bool_] | None = None
-    explain: Callable[[int], str] | None = None
+    explain: str | Callable[[int], str] = ""
+
+    def explanation(self, row: int) -> str:
+        """What explains a row; "": the rule's explanation."""
+        return self.explain if isinstance(self.explain, str) else self.explain(row)
 
 
 @dataclass(frozen=True)
@@ -168,8 +174,12 @@ SCOPES: dict[ScopeName, Scope] = {
     ),
     "next": Scope("(snapshot, NextKernel) → messages", "the next kernel's image (--next)"),
     "abi": Scope("(abi) → messages, whatever the tree holds", "the key layout, KHO's ABI"),
-    "kexec": Scope("(snapshot) → messages, where a kexec is to come", "the kexec image"),
-    "kernel": Scope("(snapshot) → messages", "root FDT, tree entries, kernel log"),
+    "kexec": Scope(
+        "(snapshot) → messages, where a kexec is to come", "the kexec image, incoming sessions"
+    ),
+    "kernel": Scope(
+        "(snapshot) → messages", "root FDT, tree entries, incoming sessions, kernel log"
+    ),
     "clients": Scope(
         "(snapshot, KeySet of its tree) → messages", "what the clients hand over, the tree"
     ),

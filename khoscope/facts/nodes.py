@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from ..abi.keys import Tracker
 from .snapshot import Node, Snapshot
 
 #: Scratch areas of a machine with one node: one in low memory, one anywhere, one for each node
@@ -67,8 +68,9 @@ class Step:
 
 
 def are_known(facts: Snapshot) -> bool:
-    """Whether the facts tell where nodes meet; they do not if it was not recorded or read."""
-    return facts.nodes is not None or len(facts.scratch) == AREAS_OF_ONE_NODE
+    """Whether the facts tell at which borders this kernel cuts blocks, if any."""
+    cuts = facts.abi.tracker == Tracker.RADIX
+    return not cuts or facts.nodes is not None or len(facts.scratch) == AREAS_OF_ONE_NODE
 
 
 def borders_of(facts: Snapshot) -> list[Border]:
@@ -77,9 +79,11 @@ def borders_of(facts: Snapshot) -> list[Border]:
 
     Nodes may interleave, and a kernel knows only from where to where a node reaches.  Where a node
     begins or ends inside another, there is a border, too; where two nodes take turns more often,
-    the borders in between are not known.  Kernels that keep preserved memory in a radix tree cut;
-    khoscope reads no others.
+    the borders in between are not known.  Kernels that track preserved memory in xarrays do not
+    cut.
     """
+    if facts.abi.tracker != Tracker.RADIX:
+        return []
     return _borders(facts.nodes or (), facts.abi.page_shift)
 
 
