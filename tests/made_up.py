@@ -83,6 +83,7 @@ STRUCTS: dict[str, str] = {
     "mem_section_usage": "u64 rcu[2]; u64 subsection_map[1]",
     "mem_section": "u64 section_mem_map; mem_section_usage *usage",
     "pglist_data": "u64 node_start_pfn; u64 node_spanned_pages",
+    "nodemask": "u64 bits[1]",
     "dev_info": "char subsystem[16]; char device[48]",
     "printk_info": "u64 seq; u64 ts_nsec; u16 text_len; u8 facility; u8 flags; u32 level;"
     " u32 caller_id; dev_info dev_info",
@@ -113,6 +114,9 @@ _VARIABLES: dict[str, str] = {
     "luo_flb_global": "luo_flb_global",
     "vmap_area_list": "list_head",
     "mem_section": "mem_section **",
+    "node_data": "pglist_data *[4]",
+    "node_states": "nodemask[2]",
+    "nr_node_ids": "u32",
     "prb": "printk_ringbuffer *",
 }
 _CONSTANTS = {"PAGE_SHIFT": 12, "PAGE_SIZE": 4096, "LOG_CONT": 8, "SECTION_SIZE_BITS": 27}
@@ -121,6 +125,7 @@ _ENUMS: dict[str, dict[str, int]] = {
     "pagetype": {"PGTY_buddy": 0xF0, "PGTY_mapcount_underflow": 0xFF},
     "kho_radix_consts": {},
     "section_flags": {"SECTION_IS_ONLINE_BIT": 2},
+    "node_states": {"N_POSSIBLE": 0, "N_ONLINE": 1},
     "desc_state": {"desc_committed": 1, "desc_finalized": 2},
 }
 #: Room for each variable.
@@ -167,6 +172,7 @@ class MadeUp:
         self.set("saved_command_line", self.new(b"kho=on\0"))
         self.ram((0, RAM))
         self.sections({0: 2**64 - 1})
+        self.nodes((0, RAM))
         for name in ("luo_file_handler_list", "luo_flb_global", "vmap_area_list"):
             self.link(self.address(name))
         sessions = self.address("luo_session_global")
@@ -234,6 +240,17 @@ class MadeUp:
             roots[root] = self.new(bytes(raw))
         self.set("mem_section", self.new(b"".join(v.to_bytes(8, "little") for v in roots)))
 
+    def nodes(self, *spans: tuple[int, int]) -> None:
+        """NUMA nodes; an empty span: one without memory."""
+        made = [self.new(b"".join(v.to_bytes(8, "little") for v in self._pages(*s))) for s in spans]
+        self.set("node_data", *made)
+        self.set("node_states", 0, (1 << len(spans)) - 1)
+        self.set("nr_node_ids", len(spans))
+
+    @staticmethod
+    def _pages(start: int, end: int) -> tuple[int, int]:
+        return start >> 12, end - start >> 12
+
     def areas(self, *areas: tuple[int, int]) -> None:
         """Scratch areas."""
         raw = b"".join(v.to_bytes(8, "little") for area in areas for v in area)
@@ -295,7 +312,7 @@ class MadeUp:
             """As in "u64", "u64[4]" and "list_head *"."""
             name, _, length = text.partition("[")
             if length:
-                return prog.array_type(known[name], int(length[:-1]))
+                return prog.array_type(found(name), int(length[:-1]))
             if name.endswith("*"):
                 return prog.pointer_type(found(name[:-1].rstrip()))
             return known[name]

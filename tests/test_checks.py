@@ -33,7 +33,7 @@ from khoscope.facts.clients import (
 )
 from khoscope.facts.columns import Pages
 from khoscope.facts.next_kernel import NextKernel
-from khoscope.facts.snapshot import Handover, KexecImage, Scan, Snapshot
+from khoscope.facts.snapshot import Handover, KexecImage, Node, Scan, Snapshot
 from khoscope.facts.tree import NodeProblem, Tree, TreeState
 from khoscope.words.errors import KhoscopeError
 from tests.synthetic import (
@@ -294,6 +294,41 @@ BAD_ENTRY = TreeState(0x1000, problems=[NodeProblem(5, 0x1000, 7, 12, "odd")], p
 ONE, TWO, THREE = (Owner(OwnerKind.MEMFD, f"memfd {n}: data", "vm1", n) for n in (1, 2, 3))
 AREA, CHUNKS = (Owner(kind, "area") for kind in (OwnerKind.VMALLOC_PAGE, OwnerKind.VMALLOC_CHUNK))
 BLOB = Owner(OwnerKind.SUBTREE, "subtree x")
+# Two nodes: blocks on both sides of the border, and what becomes of a block of 8 pages around one
+
+BORDER = 0x404_4000
+ODD = 0x404_5000
+SIDES = (contig(2, phys=BORDER - 0x4000), contig(2, phys=BORDER))
+CUT = (
+    contig(2, phys=ODD - 0x5000),
+    contig(0, phys=ODD - 0x1000),
+    contig(0, phys=ODD),
+    contig(1, phys=ODD + 0x1000),
+)
+
+
+def border(
+    *blocks: Block,
+    abi: Abi = PLAIN,
+    borders: Iterable[int] = (BORDER,),
+    owner: OwnerKind | None = None,
+    at: int = BORDER,
+) -> Report:
+    """
+    The report on blocks, and on where nodes meet.
+
+    :param owner: of the memory from this address on, for 8 pages.
+    """
+    facts = snapshot(abi, [replace(b, ones=(1 << b.order) - 1) for b in blocks], borders=borders)
+    side = facts.outgoing
+    if owner is not None:
+        columns = ([at], [0x8000], [0])
+        claims = Claims(
+            *(np.array(c, t) for c, t in zip(columns, Claims.DTYPES.values(), strict=True))
+        )
+        side = replace(side, owners=[Owner(owner, "somebody")], claims=[claims])
+    return check(replace(facts, outgoing=side))
+
 
 FIRES: dict[str, list[Fires]] = {
     "not-finalized": [
@@ -421,6 +456,23 @@ FIRES: dict[str, list[Fires]] = {
     "image-abi-differs": [
         Fires(lambda: next_kernel("kho-v4"), None),
         Fires(lambda: next_kernel(), None),
+    ],
+    "cut-at-node": [
+        Fires(lambda: border(*SIDES), BORDER, 2),
+        Fires(lambda: border(split(2, phys=BORDER - 0x4000), SIDES[1], abi=FIXED), BORDER, 2),
+        Fires(lambda: border(SIDES[0], split(2, phys=BORDER), abi=FIXED), BORDER, 2),
+        # Twice the size: the first page that is skipped lies in front of the border.
+        Fires(lambda: border(*CUT, borders=[ODD]), ODD - 0x1000, 0),
+        # Of two borders, one has all its blocks.
+        Fires(lambda: border(*SIDES, borders=[BORDER, BORDER + (1 << 24)]), BORDER, 2),
+        # Two borders in one block: one finding.
+        Fires(lambda: border(*CUT, borders=[ODD, ODD + 0x1000]), ODD - 0x1000, 0),
+        # A client that is known has one of the blocks that a larger step would have.
+        Fires(
+            lambda: border(*CUT, borders=[ODD], owner=OwnerKind.VMALLOC_PAGE, at=ODD + 0x1000),
+            ODD,
+            0,
+        ),
     ],
     "huge-order": [
         Fires(lambda: one(FIXED, contig(11, phys=0)), 0, 11),
@@ -709,6 +761,29 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
         lambda: one(PLAIN, contig(21, phys=0), ram=[(0, 1 << 32)]),
         lambda: one(FIXED, contig(0, key=0)),
     ],
+    "cut-at-node": [
+        lambda: border(*SIDES, borders=[]),
+        lambda: border(*SIDES, borders=[BORDER - 0x1000, BORDER + 0x1000]),
+        # Smaller than the border's alignment: no block would have reached across.
+        lambda: border(contig(0, phys=BORDER - 0x1000), contig(0, phys=BORDER)),
+        lambda: border(contig(1, phys=BORDER - 0x2000), SIDES[1]),
+        lambda: border(SIDES[0]),
+        lambda: border(SIDES[1]),
+        lambda: border(SIDES[0], contig(1, phys=BORDER), contig(1, phys=BORDER + 0x2000)),
+        # One block: the kernel that made it does not cut.
+        lambda: border(contig(3, phys=BORDER - 0x4000)),
+        # Folios, each of which is restored by itself, and a part of one.
+        lambda: border(replace(SIDES[0], compound=2), SIDES[1]),
+        lambda: border(SIDES[0], replace(SIDES[1], compound=2)),
+        lambda: border(SIDES[0], replace(SIDES[1], compound=-2)),
+        # A client that is known restores what it has preserved.
+        lambda: border(*SIDES, owner=OwnerKind.VMALLOC_PAGE),
+        lambda: border(*SIDES, owner=OwnerKind.RESERVE_MEM),
+        # Kernels before the radix tree do not cut.
+        lambda: border(*SIDES, abi=XARRAY),
+        # Nobody knows.
+        lambda: check(replace(snapshot(PLAIN, SIDES, borders=[BORDER]), nodes=None)),
+    ],
     "bad-node": [
         lambda: one(FIXED),
         # What became of the tree that was handed over is nobody's fault.
@@ -855,7 +930,7 @@ def test_the_rules_are_those_that_were_asked_for() -> None:
         *("order-not-stored", "metadata-in-scratch", "claimed-twice"),
         *("type-not-stored", "type-mismatch", "mixed-refcounts", "wrong-after-restore"),
         *("stale-entry", "both-types", "overlap", "in-scratch", "outside-ram", "bad-key"),
-        *("bad-node", "bad-fdt", "abi-not-bumped", "kernel-tainted", "huge-order"),
+        *("bad-node", "bad-fdt", "abi-not-bumped", "kernel-tainted", "huge-order", "cut-at-node"),
         *("blob-not-preserved", "fdt-nearly-full", "broken-vmalloc", "broken-luo"),
         *("image-without-kho", "no-image", "image-abi-differs", "orphaned-session"),
         *("not-finalized", "serialized-differs"),
@@ -867,7 +942,7 @@ def test_the_rules_are_those_that_were_asked_for() -> None:
     warnings = {name for name, rule in RULES.items() if rule.severity == Severity.WARNING}
     assert warnings == {
         *("abi-not-bumped", "kernel-tainted", "not-restored", "unexpected"),
-        *("huge-order", "fdt-nearly-full", "orphaned-session"),
+        *("huge-order", "fdt-nearly-full", "orphaned-session", "cut-at-node"),
         *("needs-folio-restore", "wrong-preserve-call"),
         *("preserved-twice", "unpreserved-unknown", "failed", "events-lost"),
     }
@@ -918,9 +993,9 @@ def test_what_the_oldest_kernels_restore(block: Block) -> None:
     """Of linux 6.18, pages stay compound; linux 6.17 has nothing but folios."""
 
     def said(abi: Abi, block: Block) -> list[str]:
-        found = older(block, abi=abi).findings
+        found = [f for f in older(block, abi=abi).findings if f.rule == "wrong-after-restore"]
         assert all("split_page()" in f.explain for f in found) or abi != XARRAY
-        return [f.message for f in found if f.rule == "wrong-after-restore"]
+        return [f.message for f in found]
 
     many = block.order > 0
     assert [text.endswith("and leave it a compound page") for text in said(XARRAY, block)] == (
@@ -1395,3 +1470,107 @@ def test_an_earlier_snapshot_that_moved_is_incomplete() -> None:
     assert report.incomplete == [
         "the earlier snapshot: 5 blocks came or went while the tree was read"
     ]
+
+
+# Where NUMA nodes meet
+
+
+def arrival_across_nodes(
+    blocks: Iterable[Block], left: Iterable[int], borders: Iterable[int]
+) -> list[tuple[str, int | None, str, bool]]:
+    """
+    What is found after a kexec when some blocks still have their stamps.
+
+    :return: rule, address, message, and whether the explanation is about the kernel.
+    """
+    every = [replace(block, ones=(1 << block.order) - 1) for block in blocks]
+    was = snapshot(PLAIN, every, borders=borders)
+    gone = {*left}
+    now = [
+        replace(b, private=PLAIN.stamp.encode(b.order)) if i in gone else b
+        for i, b in enumerate(every)
+    ]
+    after = snapshot(
+        PLAIN, [], boot_id=NEXT_BOOT, handover=HANDED_OVER, watched=(was, now), incoming=every
+    )
+    return [
+        (f.rule, f.phys, f.message, "The kernel is wrong here" in f.explain)
+        for f in compare(was, after).findings
+    ]
+
+
+SKIPPED = (
+    "skipped at the border of nodes 0 and 1 ({border:#x}): the block at {first:#x} was restored, "
+    "and kho_restore_pages() steps over this one; the pages are {pages}"
+)
+
+
+def test_what_restore_has_stepped_over() -> None:
+    said = SKIPPED.format(border=BORDER, first=BORDER - 0x4000, pages="1/1")
+    assert arrival_across_nodes(SIDES, [1], [BORDER]) == [("not-restored", BORDER, said, True)]
+    # Of a larger block, all but the first part, on either side of the border.
+    found = arrival_across_nodes(CUT, [1, 2, 3], [ODD])
+    assert {phys for _, phys, _, _ in found} == {block.phys for block in CUT[1:]}
+    assert len(found) == 3
+    for _, _, message, kernels in found:
+        assert message.startswith(
+            f"skipped at the border of nodes 0 and 1 ({ODD:#x}): the block at {CUT[0].phys:#x} was"
+        )
+        assert kernels
+
+
+@pytest.mark.parametrize(
+    ("blocks", "left", "borders"),
+    [
+        # Nothing was restored, or the second part alone.
+        (SIDES, [0, 1], [BORDER]),
+        (SIDES, [0], [BORDER]),
+        # There is no border, or another.
+        (SIDES, [1], []),
+        (SIDES, [1], [BORDER + 0x1000]),
+        # The parts are not those of one block.
+        ((SIDES[0], contig(1, phys=BORDER)), [1], [BORDER]),
+        # A part of what restore would have stepped over was restored, or is not there.
+        (CUT, [1, 2], [ODD]),
+        ((CUT[0], CUT[2], CUT[3]), [1, 2], [ODD]),
+    ],
+)
+def test_what_restore_has_not_stepped_over(
+    blocks: Iterable[Block], left: list[int], borders: list[int]
+) -> None:
+    found = arrival_across_nodes(blocks, left, borders)
+    assert len(found) == len(left)
+    for rule, _, message, kernels in found:
+        assert (rule, kernels) == ("not-restored", False)
+        assert message.startswith("not claimed by anybody")
+
+
+def test_the_forecast_counts_pages() -> None:
+    (found,) = border(*CUT, borders=[ODD]).findings
+    assert found.message == (
+        "one kho_restore_pages() of 0x4040000..0x4048000 will restore 4 pages and skip 4 pages: "
+        "the blocks are cut at the border of nodes 0 and 1 (0x4045000)"
+    )
+    (found,) = border(contig(0, phys=ODD - 0x1000), contig(0, phys=ODD), borders=[ODD]).findings
+    assert "will restore 1 page and skip 1 page" in found.message
+
+
+def test_nodes_that_are_not_known_are_no_pass() -> None:
+    facts = snapshot(FIXED, [contig(2)])
+    assert check(facts).passed
+    report = check(replace(facts, nodes=None))
+    assert report.incomplete == ["where NUMA nodes meet is not known"]
+    assert not report.passed
+
+
+def test_nodes_that_contradict_each_other() -> None:
+    facts = snapshot(FIXED, [contig(2)])
+    order = "NUMA nodes: there are none, two of one number, or they are not in order"
+    for nodes, said in (
+        ([], order),
+        ([Node(0, 0, 1 << 30), Node(0, 1 << 30, 1 << 31)], order),
+        ([Node(0, 1 << 30, 1 << 31), Node(1, 0, 1 << 30)], order),
+        ([Node(0, 1 << 30, 1 << 30)], "NUMA nodes: one without memory"),
+    ):
+        report = check(replace(facts, nodes=nodes))
+        assert report.incomplete == [f"facts contradict each other: {said}"]

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from khoscope.facts.columns import Leaves
-from khoscope.facts.snapshot import Snapshot
+from khoscope.facts.snapshot import Node, Snapshot
 from khoscope.sources import reading as reading_module
 from khoscope.sources.kernel import KernelSource
 from khoscope.sources.probe import refuse_platform
@@ -86,7 +86,7 @@ def test_debug_info_that_lacks_what_is_needed(lacks: str) -> None:
         ({"desc_committed"}, ["the kernel log (prb): the debug info lacks its types"]),
         ({"vm_struct"}, ["the areas of vmalloc: the debug info lacks their types"]),
         ({"vmap_area_list"}, ["the areas of vmalloc: the debug info lacks their types"]),
-        ({"pglist_data"}, []),
+        ({"pglist_data"}, ["the NUMA nodes (struct pglist_data): the debug info lacks them"]),
     ],
 )
 def test_parts_that_not_all_kernels_have(lacks: set[str], named: list[str]) -> None:
@@ -94,6 +94,7 @@ def test_parts_that_not_all_kernels_have(lacks: set[str], named: list[str]) -> N
     assert facts.unreadable == named
     assert (facts.image is None) == ("kexec_image" in lacks)
     assert (facts.liveupdate is None) == ("luo_global" in lacks)
+    assert (facts.nodes is None) == ("pglist_data" in lacks)
 
 
 def test_kernels_that_keep_it_elsewhere() -> None:
@@ -310,6 +311,8 @@ def test_a_fault_of_an_attempt_that_is_thrown_away(monkeypatch: pytest.MonkeyPat
         ("luo_global", "LUO's state (luo_global)"),
         ("luo_file_handler_list", "LUO's file handlers (luo_file_handler_list)"),
         ("kho_scratch", "the scratch areas (kho_scratch)"),
+        ("node_states", "the NUMA nodes (struct pglist_data)"),
+        ("node_data", "the NUMA nodes (struct pglist_data)"),
         ("kho_scratch_cnt", "the scratch areas (kho_scratch)"),
         ("kho_in", "how this kernel came to be (kho_in)"),
     ],
@@ -357,12 +360,42 @@ def test_handlers_that_loop() -> None:
 
 
 def test_resources_that_loop() -> None:
-    """Nodes are of no help here: there are none."""
+    """What nodes span is taken for RAM, if there are any."""
     machine = MadeUp()
     child = machine.prog["iomem_resource"].child.value_()
     machine.words(child + 24, child)
+    facts = machine.source().tree()
+    assert facts.ram.tolist() == [[0, RAM]]
+    assert facts.unreadable == [
+        "where RAM is (iomem_resource): what nodes span is taken for it: its list is corrupt"
+    ]
+    machine.nodes()
     with pytest.raises(KhoscopeError, match="no System RAM"):
         machine.source()
+
+
+def test_nodes() -> None:
+    """Those that have memory, in the order of their memory."""
+    machine = MadeUp()
+    machine.nodes((RAM // 2, RAM), (0, 0), (0x1000, RAM // 2))
+    for facts in every(machine.source()):
+        assert facts.nodes == [Node(2, 0x1000, RAM // 2), Node(0, RAM // 2, RAM)]
+        assert facts.unreadable == []
+
+
+def test_nodes_that_make_no_sense() -> None:
+    machine = MadeUp()
+    source = machine.source()
+    machine.nodes((0, RAM), (1 << 52, 1 << 53))
+    facts = source.tree()
+    assert facts.nodes is None
+    assert facts.unreadable == [
+        "the NUMA nodes (struct pglist_data): node 1 has memory where no processor has any"
+    ]
+    machine.set("nr_node_ids", 1 << 31)
+    assert source.tree().unreadable == [
+        "the NUMA nodes (struct pglist_data): more than any kernel has"
+    ]
 
 
 def test_a_subtree_that_cannot_be_read_is_named() -> None:

@@ -18,8 +18,8 @@ from khoscope.cli import main
 from khoscope.facts import diff, store
 from khoscope.facts.clients import Luo, LuoFile, LuoSession, LuoState
 from khoscope.facts.columns import Nodes
-from khoscope.facts.snapshot import Handover, KexecImage, Scan, Snapshot
-from khoscope.facts.status import READ_FROM, kho_switch, status, taint_letters
+from khoscope.facts.snapshot import Handover, KexecImage, Node, Scan, Snapshot
+from khoscope.facts.status import kho_switch, read_from, status, taint_letters
 from khoscope.facts.tree import TreeState
 from khoscope.views.status import StatusText
 from tests.synthetic import FIXED, PLAIN, Block, rich, snapshot
@@ -51,6 +51,7 @@ def full() -> Snapshot:
         outgoing=outgoing,
         incoming=handed,
         scratch_free=[1 << 11, 1 << 12],
+        nodes=[Node(0, 0, 3 << 29), Node(1, 3 << 29, 1 << 32)],
         image=KexecImage(True, True, 0x2000, 12 << 20),
         liveupdate=LuoState(True, ["memfd-v2"]),
         offline=np.array([[1 << 30, 3 << 29]], np.uint64),
@@ -192,6 +193,8 @@ def test_text() -> None:
         r"scratch     0x000020000000    16 MiB   50% in use                  [kho_scratch]",
         r"            0x0000c0000000    16 MiB    0% in use",
         r"offline     0x000040000000   512 MiB                               [mem_section]",
+        r"NUMA nodes  0x000000000000   1.5 GiB  node 0                [struct pglist_data]",
+        r"            0x000060000000   2.5 GiB  node 1",
         r"LUO ABI     luo-v5                                            [kho_out.fdt, LUO]",
         r"file ABIs   memfd-v2                                     [luo_file_handler_list]",
         r"sessions    disks: 1 file                          [luo_session_global.outgoing]",
@@ -203,7 +206,9 @@ def test_text() -> None:
         assert line in words
     # Each place that is read from is named; this LUO has its sessions in its lists.
     named = {line[line.find("[") :] for line in shown}
-    assert {f"[{source}]" for source in READ_FROM.values()} - named == {"[struct luo_session_ser]"}
+    assert {f"[{source}]" for source in read_from(full()).values()} - named == {
+        "[struct luo_session_ser]"
+    }
 
 
 def test_sessions_that_are_serialized() -> None:
@@ -284,6 +289,7 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
     assert found["scratch"][0] == {"phys": "0x20000000", "size": 1 << 24, "free": 1 << 23}
     assert found["offline"] == [{"phys": "0x40000000", "size": 1 << 29}]
+    assert found["nodes"][1] == {"node": 1, "phys": "0x60000000", "size": 5 << 29}
     assert sum(total["blocks"] for total in found["preserved"]) == 41
     assert sum(total["blocks"] for total in found["unclaimed"]) == 3
     assert found["subtrees"][0] == {
@@ -301,7 +307,7 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "size": 12 << 20,
     }
     assert found["taint"] == "B"
-    assert found["read_from"] == READ_FROM
+    assert found["read_from"] == read_from(full())
 
 
 def test_json_of_what_is_not_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

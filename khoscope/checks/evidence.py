@@ -16,6 +16,7 @@ from ..abi.kho_fdt import compatible_of, parse_luo_fdt
 from ..facts import invariants
 from ..facts.clients import Luo
 from ..facts.columns import Blocks
+from ..facts.nodes import are_known
 from ..facts.snapshot import Side, Snapshot
 from ..facts.tree import KeySet
 from . import blocks as blocks_rules
@@ -44,6 +45,8 @@ def _off(facts: Snapshot) -> Iterator[str]:
         yield "KHO is off, or has no tree: there is nothing to judge"
     elif not len(facts.scratch):
         yield "KHO is on, and where its scratch areas are is not known"
+    elif not are_known(facts):
+        yield "where NUMA nodes meet is not known"
     if facts.offline is None and not facts.unreadable and not facts.unrecorded:
         yield "which memory is offline is not known"
 

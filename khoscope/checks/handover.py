@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -14,10 +14,12 @@ from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, U64, Abi
 from ..abi.serialized import LUO
 from ..facts.clients import LuoSession
 from ..facts.columns import Blocks, Pages
+from ..facts.nodes import Border
 from ..facts.snapshot import Snapshot
 from ..facts.tree import KeySet
 from .blocks import offline
 from .inplace import InPlace
+from .nodes import STEPS_OVER, stepped_over
 from .pattern import (
     describe,
     differs,
@@ -65,6 +67,7 @@ class Pairs:
     :param fate: what became of each, :class:`Fate`.
     :param abi: the new kernel's.
     :param offline: the new kernel's memory that is offline, as in Snapshot.
+    :param borders: where NUMA nodes met in the old kernel.
     """
 
     before: Blocks
@@ -72,6 +75,7 @@ class Pairs:
     fate: NDArray[np.int8]
     abi: Abi
     offline: U64 | None
+    borders: Sequence[Border] = ()
 
     @property
     def stamped(self) -> NDArray[np.bool_]:
@@ -110,7 +114,12 @@ class Evidence:
 
 
 def pair(
-    before: Blocks, after: Blocks, now: Snapshot, evidence: Evidence, in_place: InPlace
+    before: Blocks,
+    after: Blocks,
+    now: Snapshot,
+    evidence: Evidence,
+    in_place: InPlace,
+    borders: Sequence[Border] = (),
 ) -> Pairs:
     """Decide the fate of each block of a chunk."""
     pages = after.facts
@@ -127,7 +136,7 @@ def pair(
         [Fate.UNREAD, Fate.IN_PLACE, Fate.NOT_RESTORED, Fate.LOST, Fate.RELEASED],
         Fate.RESTORED,
     )
-    return Pairs(before, pages, fate.astype(np.int8), now.abi, now.offline)
+    return Pairs(before, pages, fate.astype(np.int8), now.abi, now.offline, borders)
 
 
 def undecided(pairs: Pairs) -> NDArray[np.bool_]:
@@ -339,10 +348,22 @@ def handed_over_offline(pairs: Pairs) -> Marked:
 )
 def not_restored(pairs: Pairs) -> Marked:
     """The stamp is still there: nobody has claimed the block, or retrieved the session."""
-    return Marked(
-        pairs.fate == Fate.NOT_RESTORED,
-        lambda row: f"not claimed by anybody; the pages are {describe(pairs.after, row)}",
-    )
+    left = pairs.fate == Fate.NOT_RESTORED
+    came = (pairs.fate == Fate.RESTORED) | (pairs.fate == Fate.RELEASED)
+    shift = pairs.abi.page_shift
+    over = stepped_over(pairs.before, came, left, pairs.borders, shift)
+
+    def say(row: int) -> str:
+        pages = describe(pairs.after, row)
+        if row not in over:
+            return f"not claimed by anybody; the pages are {pages}"
+        step = over[row]
+        return (
+            f"skipped at {step.border.named(shift)}: the block at {step.pfn << shift:#x} was "
+            f"restored, and kho_restore_pages() steps over this one; the pages are {pages}"
+        )
+
+    return Marked(left, say, explain=lambda row: STEPS_OVER if row in over else "")
 
 
 @also("lost", "handover")

@@ -62,14 +62,19 @@ class Marked:
     :param say: the message for one row; called for rows that are shown, not for all.
     :param cause: the rule whose finding, if there is one, explains the rows of ``follows``.
     :param follows: mask; None: no row.
-    :param explain: what explains this kernel's, in place of the rule's explanation; "": nothing.
+    :param explain: what explains this kernel's rows, or a single row, in place of the rule's
+        explanation; "": nothing.
     """
 
     rows: NDArray[np.bool_]
     say: Callable[[int], str]
     cause: str = ""
     follows: NDArray[np.bool_] | None = None
-    explain: str = ""
+    explain: str | Callable[[int], str] = ""
+
+    def explanation(self, row: int) -> str:
+        """What explains a row; "": the rule's explanation."""
+        return self.explain if isinstance(self.explain, str) else self.explain(row)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ..facts import invariants
 from ..facts.calls import NO_PHYS, Action, Batch, Calls, Losses
 from ..facts.columns import Blocks, aligned
 from ..facts.next_kernel import NextKernel
+from ..facts.nodes import borders_of
 from ..facts.owners import UNKNOWN, FolioTally, Owners
 from ..facts.snapshot import Snapshot
 from ..facts.tree import KeySet
@@ -28,6 +29,7 @@ from . import finalize as _finalize_rules  # noqa: F401 - registers its rules
 from . import handover as handover_rules
 from . import kernel as _kernel_rules  # noqa: F401 - registers its rules
 from . import next_kernel as _image_rules  # noqa: F401 - registers its rules
+from . import nodes as _node_rules  # noqa: F401 - registers its rules
 from . import sessions as _session_rules  # noqa: F401 - registers its rules
 from .clients import malformed
 from .evidence import Rows, all_gaps, gaps
@@ -196,7 +198,7 @@ class Report:
             row: rule.finding(
                 marked.say(row),
                 *_where(chunk, row),
-                explain=marked.explain,
+                explain=marked.explanation(row),
                 follows=cause if so else "",
             )
             for row, so in zip(rows[made].tolist(), follows[made].tolist(), strict=True)
@@ -368,6 +370,7 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> list[s
     report.fates = Counter()
     owners = _OwnersNow(before, after)
     evidence, in_place = handover_rules.Evidence(before, after), InPlace(before)
+    borders = borders_of(before)
     rows, wrong = Rows(before, evidence.recorded), Counter[str]()
     undecided = 0
     for was, now in aligned(before.outgoing.blocks, after.watched):
@@ -378,7 +381,7 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> list[s
             )
         rows.add(was)
         wrong += invariants.of_blocks(before.abi, now)
-        pairs = handover_rules.pair(was, now, after, evidence, in_place)
+        pairs = handover_rules.pair(was, now, after, evidence, in_place, borders)
         whose = owners.of(was)
         _add_fates(report, pairs.fate, whose, owners)
         undecided += int(handover_rules.undecided(pairs).sum())

@@ -73,6 +73,8 @@ def _single_facts(s: Snapshot) -> dict[str, str]:
         "RAM": ", ".join(f"{x:#x}..{y:#x}" for x, y in s.ram.tolist()),
         "scratch": ", ".join(f"{x:#x}+{y:#x}" for x, y in s.scratch.tolist()),
     }
+    if s.nodes is not None:
+        found["NUMA nodes"] = ", ".join(f"{n.number}: {n.start:#x}..{n.end:#x}" for n in s.nodes)
     if s.kernel.command_line:
         found["command line"] = s.kernel.command_line
     if s.image is not None:

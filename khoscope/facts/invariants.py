@@ -23,7 +23,7 @@ from ..abi.kho_fdt import kho_test_folios, parse_luo_fdt, reserve_mem_areas, roo
 from .clients import Luo, LuoFile, LuoSession, Memfd, Owner, OwnerKind, Vmalloc
 from .columns import Blocks, Pages
 from .owners import claimed
-from .snapshot import KexecImage, Side, Snapshot, in_ram
+from .snapshot import KexecImage, Node, Side, Snapshot, in_ram
 from .tree import KeySet
 
 #: How ``--type-shift`` shows in ``Abi.decided``.
@@ -35,6 +35,8 @@ def contradictions(facts: Snapshot) -> Iterator[str]:
     yield from _abi(facts.abi)
     yield from _kernel(facts)
     yield from _memory(facts)
+    if facts.nodes is not None:
+        yield from _nodes(facts.nodes)
     if facts.image is not None:
         yield from _image(facts.image, facts.outgoing.fdt.phys)
     for which, side in (("outgoing", facts.outgoing), ("incoming", facts.incoming)):
@@ -123,6 +125,14 @@ def _memory(facts: Snapshot) -> Iterator[str]:
         looked, pages = facts.scan.scanned + facts.scan.unread, ram_pages(facts)
         if looked != pages:
             yield f"the search for stamps looked at {looked:,} struct pages, RAM has {pages:,}"
+
+
+def _nodes(nodes: list[Node]) -> Iterator[str]:
+    numbers, starts = [n.number for n in nodes], [n.start for n in nodes]
+    if not nodes or len({*numbers}) < len(nodes) or sorted(starts) != starts:
+        yield "NUMA nodes: there are none, two of one number, or they are not in order"
+    if any(node.start >= node.end for node in nodes):
+        yield "NUMA nodes: one without memory"
 
 
 def ram_pages(facts: Snapshot) -> int:

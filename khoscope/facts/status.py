@@ -29,6 +29,7 @@ READ_FROM: Final = {
     "handlers": "luo_file_handler_list",
     "scratch": "kho_scratch",
     "offline": "mem_section",
+    "nodes": "struct pglist_data",
     "preserved": "kho_out.radix_tree",
     "unclaimed": "page->private",
     "tree": "kho_out.radix_tree",

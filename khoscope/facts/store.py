@@ -22,12 +22,25 @@ from .archive import SNAPSHOT, Archive, Stored, Writer
 from .clients import Claims, Luo, LuoState, Owner, Vmalloc
 from .columns import CHUNK_BLOCKS, Blocks, Columns, Leaves, Nodes
 from .files import NewFile, open_file
-from .snapshot import Handover, Kernel, KexecImage, Provenance, Scan, Side, Snapshot, Watched
+from .snapshot import (
+    Handover,
+    Kernel,
+    KexecImage,
+    Node,
+    Provenance,
+    Scan,
+    Side,
+    Snapshot,
+    Watched,
+)
 from .tree import Tree, TreeState
 
 #: Snapshots up to this size stay in memory, larger ones go to an unnamed temporary file.
 SPOOL_MEMORY = 64 << 20
 
+
+#: Files of this schema may lack the streams of claims.
+FIRST_SCHEMA: Final = f"{SNAPSHOT.name}/1"
 
 #: The root FDT that a source gives if the kernel has none.
 NO_FDT: Final = Fdt(0, problems=["there is none"])
@@ -69,10 +82,12 @@ class _Meta:
     offline: list[list[int]] | None = None
     unreadable: list[str] = field(default_factory=list)
     finalized: bool | None = None
+    nodes: list[Node] | None = None
 
 
 #: Members that files of version 1 and 2 lack: those who wrote them refused any kernel whose KHO is
-#: older than the radix tree, and looked at no sections.
+#: older than the radix tree, and looked at no sections.  The verdict names the NUMA nodes where
+#: there may be several.
 UNRECORDED_2: Final[dict[str, str]] = {
     "Abi.tracker": "",
     "Abi.preserve_bits": "",
@@ -81,6 +96,7 @@ UNRECORDED_2: Final[dict[str, str]] = {
     "_SideMeta.serialized": "",
     "_Meta.finalized": "",
     "_Meta.offline": "which memory is offline",
+    "_Meta.nodes": "",
 }
 #: Members that files of version 1 may lack, since khoscope 0.1.0 recorded them only later: class
 #: and member, and what the verdict then names as not recorded; "": no rule needs it.
@@ -155,6 +171,7 @@ def write_snapshot(snapshot: Snapshot, writer: Writer) -> None:
         None if snapshot.offline is None else snapshot.offline.tolist(),
         snapshot.unreadable,
         snapshot.finalized,
+        snapshot.nodes,
     )
     writer.json("meta.json", meta)
 
@@ -256,6 +273,7 @@ def read_snapshot(archive: Archive) -> Snapshot:
         meta.unreadable,
         sorted(what for what in said if what),
         finalized=meta.finalized,
+        nodes=meta.nodes,
     )
     _check_members(archive, meta)
     if not archive.ours:
@@ -318,6 +336,9 @@ def _check_memory(facts: Snapshot) -> None:
         raise ValueError("more ranges of RAM or scratch areas than any machine has")
     if len(facts.ram) and int(facts.ram.max()) > budget.ADDRESSES:
         raise ValueError(f"RAM at {int(facts.ram.max()):#x}, where no processor has any")
+    nodes = facts.nodes or []
+    if len(nodes) > budget.NODES or max((n.end for n in nodes), default=0) > budget.ADDRESSES:
+        raise ValueError("more NUMA nodes than any machine has, or in no memory")
 
 
 def _check_members(archive: Archive, meta: _Meta) -> None:
@@ -332,7 +353,7 @@ def _check_members(archive: Archive, meta: _Meta) -> None:
     counted = meta.chunks.keys()
     with archive.damage():
         if not {*streams} <= counted <= {*streams, *claims} or (
-            meta.schema != f"{SNAPSHOT.name}/1" and not {*claims} <= counted
+            meta.schema != FIRST_SCHEMA and not {*claims} <= counted
         ):
             raise ValueError("meta.json does not count the chunks of each stream")
     blobs = {

@@ -453,6 +453,7 @@ class KernelSource:
             image=reading.image(),
             liveupdate=reading.liveupdate(),
             offline=reading.offline(),
+            nodes=reading.nodes(),
             unreadable=list(reading.unreadable),
             finalized=finalized,
         )

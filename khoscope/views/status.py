@@ -12,7 +12,7 @@ from ..abi.keys import Finalize, Tracker
 from ..abi.kho_fdt import Subtree
 from ..abi.serialized import LUO
 from ..facts.clients import Luo
-from ..facts.snapshot import KexecImage, Side, Snapshot
+from ..facts.snapshot import KexecImage, Node, Side, Snapshot
 from ..facts.status import Status, read_from
 from ..words.printable import printable
 from . import documents
@@ -46,6 +46,7 @@ def write_json(facts: Snapshot, status: Status, out: IO[str]) -> None:
             for area in status.scratch
         ],
         "offline": _offline(facts),
+        "nodes": _nodes(facts.nodes),
         "preserved": totals(status.preserved, facts.abi),
         "unclaimed": None if status.unclaimed is None else totals(status.unclaimed, facts.abi),
         "tree": {"pages": status.tree_pages, "preserved_per_byte": status.per_byte},
@@ -65,6 +66,15 @@ def _offline(facts: Snapshot) -> list[dict[str, Any]] | None:
     if facts.offline is None:
         return None
     return [{"phys": f"{first:#x}", "size": end - first} for first, end in facts.offline.tolist()]
+
+
+def _nodes(nodes: list[Node] | None) -> list[dict[str, Any]] | None:
+    if nodes is None:
+        return None
+    return [
+        {"node": node.number, "phys": f"{node.start:#x}", "size": node.end - node.start}
+        for node in nodes
+    ]
 
 
 def _luo_compatible(side: Side | None) -> str | None:
@@ -109,6 +119,7 @@ class StatusText(Text):
         self._abi(facts)
         self._scratch(status)
         self._offline(facts)
+        self._nodes(facts.nodes or [])
         self._finalized(facts)
         self._blocks(facts, status)
         self._subtrees(facts, status)
@@ -182,6 +193,12 @@ class StatusText(Text):
         lines = [f"{int(each['phys'], 16):#014x} {human(each['size']):>9}" for each in ranges]
         if lines:
             self.facts("offline", self._some(lines, "ranges"), "offline")
+
+    def _nodes(self, nodes: list[Node]) -> None:
+        """The NUMA nodes, if there are several."""
+        if len(nodes) > 1:
+            spans = [f"{n.start:#014x} {human(n.end - n.start):>9}  node {n.number}" for n in nodes]
+            self.facts("NUMA nodes", self._some(spans, "nodes"), "nodes")
 
     def _some(self, values: list[str], what: str) -> list[str]:
         """The values, cut to the limit."""
