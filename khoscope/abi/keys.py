@@ -78,6 +78,20 @@ class Stamp:
 
 
 @dataclass(frozen=True)
+class BlockLimits:
+    """
+    The largest blocks that a kernel can be handed.
+
+    :param size: bytes; its boot does not reserve blocks of this size and above as they are.  None:
+        it reserves all of them.
+    :param order: the highest order that its restore gives back.  None: any.
+    """
+
+    size: int | None = None
+    order: int | None = None
+
+
+@dataclass(frozen=True)
 class Abi:
     """
     What one kernel does: sizes in bits (log2), depth in levels.
@@ -93,6 +107,7 @@ class Abi:
     :param key_width: ``KHO_RADIX_KEY_WIDTH``, bits of the widest key that an add accepts; wider
         keys fail with -ERANGE.  None: an add accepts any key and drops the bits that the tree does
         not store.
+    :param limits: what a next kernel like this one can be handed; none since linux 7.2.
     :param decided: how each of these was decided, for people.
     """
 
@@ -106,6 +121,7 @@ class Abi:
     stamp: Stamp = Stamp()
     compatible: str | None = None
     key_width: int | None = None
+    limits: BlockLimits = BlockLimits()
     decided: dict[str, str] = field(default_factory=dict, compare=False)
 
     @classmethod

@@ -69,7 +69,7 @@ class Format:
 
 SNAPSHOT: Final = Format(
     "khosnap",
-    2,
+    3,
     "snapshot file",
     "take the snapshot again, or copy the file again",
     "khoscope --snapshot FILE opens it",

@@ -82,7 +82,8 @@ class Side:
 @dataclass(frozen=True)
 class KexecImage:
     """
-    What the next kexec starts (``struct kimage *kexec_image``).
+    What the next kexec starts (``struct kimage *kexec_image``), or a panic
+    (``kexec_crash_image``).
 
     :param loaded: whether there is one.
     :param file_mode: loaded with kexec_file_load(), not with kexec_load().
@@ -143,6 +144,7 @@ class Snapshot:
     :param scratch_free: pages of each area that the buddy allocator holds, None if their struct
         pages cannot be read; empty: not counted.
     :param image: the kexec image; None: not looked at.
+    :param crash_image: the crash kernel; None: not looked at, or this kernel can have none.
     :param liveupdate: LUO in this kernel; None: it has none, or was not looked at.
     :param unreadable: what else of the kernel's memory could not be read, in words: a vmcore may
         lack pages.
@@ -179,6 +181,7 @@ class Snapshot:
     unreadable: list[str] = field(default_factory=list)
     unrecorded: list[str] = field(default_factory=list)
     contradictions: list[str] = field(default_factory=list)
+    crash_image: KexecImage | None = None
 
 
 def in_ram(ram: U64, phys: int, size: int) -> bool:

@@ -413,6 +413,7 @@ class KernelSource:
             self._incoming(reading),
             image=reading.image(),
             liveupdate=reading.liveupdate(),
+            crash_image=reading.crash_image(),
             unreadable=list(reading.unreadable),
         )
 

@@ -67,6 +67,7 @@ def about(facts: Snapshot) -> dict[str, Any]:
             "key_width": abi.key_width,
             "type_bit": abi.type_shift,
             "type_is_stored": abi.type_is_stored if abi.has_types else None,
+            "limits": {"size": abi.limits.size, "order": abi.limits.order},
             "decided": abi.decided,
         },
         "unreadable": facts.unreadable,
