@@ -152,6 +152,7 @@ ScopeName = Literal[
     "clients",
     "tree",
     "blocks",
+    "next-blocks",
     "pairs",
     "stamps",
     "calls",
@@ -175,6 +176,10 @@ SCOPES: dict[ScopeName, Scope] = {
         "the tree",
     ),
     "blocks": Scope("(snapshot, a chunk of blocks) → marked rows", "blocks and their struct pages"),
+    "next-blocks": Scope(
+        "(NextKernel or None, snapshot, a chunk of blocks) → marked rows",
+        "blocks, and the next kernel's image if there is --next",
+    ),
     "pairs": Scope("(handover.Pairs) → marked rows", "struct pages before and after the kexec"),
     "stamps": Scope("(before, its keys, a chunk of stamps) → marked rows", "stamped pages"),
     "calls": Scope("(snapshot, a chunk of Calls) → marked rows", "calls (trace)"),
@@ -187,7 +192,7 @@ SCOPES: dict[ScopeName, Scope] = {
 
 #: Scopes that every kernel has; scopes before a kexec; scopes that need the image of the next
 #: kernel; scopes that need an earlier snapshot, too; scopes of a trace.
-ONE_KERNEL: set[ScopeName] = {"abi", "kernel", "clients", "tree", "blocks"}
+ONE_KERNEL: set[ScopeName] = {"abi", "kernel", "clients", "tree", "blocks", "next-blocks"}
 KEXEC: set[ScopeName] = {"kexec"}
 NEXT: set[ScopeName] = {"next"}
 ACROSS: set[ScopeName] = {"handover", "pairs", "stamps"}
