@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from khoscope import checks, demo
-from khoscope.abi.keys import Abi, BlockLimits
+from khoscope.abi.keys import Abi, BlockLimits, Tracker
 from khoscope.facts import budget, store
 from khoscope.facts.clients import (
     Claims,
@@ -526,6 +526,19 @@ def test_clients_that_were_changed(data: st.DataObject) -> None:
         if not places:
             break
     told_or_used(rewritten({"meta.json": bytes(content)}, CLIENTS))
+
+
+def test_a_file_of_an_older_khoscope_is_written_again() -> None:
+    """Version 2 had nothing of kernels before the radix tree, which wrote none."""
+    path = DEMO / "fixed-before.khosnap"
+    meta = json.loads(zipfile.ZipFile(path).read("meta.json"))
+    assert meta["schema"] == "khosnap/2"
+    assert "tracker" not in meta["abi"]
+    facts = store.load_file(path)
+    assert not facts.unrecorded
+    again = load(bytes_of(facts))
+    assert (again.abi, again.kernel) == (facts.abi, facts.kernel)
+    assert again.abi.tracker == Tracker.RADIX
 
 
 @pytest.mark.parametrize("path", sorted(DEMO.glob("*.khosnap")), ids=lambda path: str(path.name))

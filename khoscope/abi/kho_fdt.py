@@ -8,12 +8,13 @@ Kernel source: ``kho_out_fdt_setup`` and ``kho_add_subtree`` in kexec_handover.c
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 import numpy as np
 
 from . import serialized
-from .fdt import Node, Unreadable, escaped, read
+from .fdt import Node, Unreadable, escaped, read, total_size
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Subtree:
     A child of the root FDT.
 
     :param phys: ``preserved-data``, ``phys_addr_t``; None: property missing or malformed.
-    :param size: ``blob-size``, bytes; None likewise.
+    :param size: ``blob-size``, bytes; None likewise.  Where root FDTs have no such property, the
+        blob is an FDT and says its size itself; then None: it could not be read.
     """
 
     name: str
@@ -48,9 +50,29 @@ class Fdt:
     problems: list[str] = field(default_factory=list)
 
 
+#: How ``kho_add_subtree`` called the address before it was ``preserved-data``.
+_ADDRESS: Final = {"kho-v1": "fdt"}
+#: Root FDTs without ``blob-size``: then all subtrees are FDTs.
+_UNSIZED: Final = frozenset({"kho-v1", "kho-v2"})
+
+
+def root_fdt(phys: int, blobs: dict[str, bytes]) -> Fdt:
+    """
+    A root FDT, from its own bytes and from those of its subtrees.
+
+    :param blobs: as :attr:`Side.blobs`.
+    """
+    fdt = parse_root_fdt(phys, blobs.get("fdt"))
+    if fdt.compatible not in _UNSIZED:
+        return fdt
+    sizes = (total_size(blobs.get(f"subtree {each.name}", b"")) for each in fdt.subtrees)
+    subtrees = [replace(each, size=n) for each, n in zip(fdt.subtrees, sizes, strict=True)]
+    return replace(fdt, subtrees=subtrees)
+
+
 def parse_root_fdt(phys: int, blob: bytes | None) -> Fdt:
     """
-    Read a root FDT.
+    Read a root FDT, without a look at its subtrees.
 
     :param phys: where it was read from, ``phys_addr_t``.
     :param blob: its page; None: not readable.
@@ -66,16 +88,18 @@ def parse_root_fdt(phys: int, blob: bytes | None) -> Fdt:
     compatible = tree.root.property("compatible")
     if compatible is None:
         problems.append("no compatible")
+    name = None if compatible is None else escaped(compatible.value.rstrip(b"\0"))
     memory_map = _u64(tree.root, "preserved-memory-map", problems)
     subtrees: list[Subtree] = []
     for node in tree.root.children:
         found: list[str] = []
-        at, size = _u64(node, "preserved-data", found), _u64(node, "blob-size", found)
+        at = _u64(node, _ADDRESS.get(name or "", "preserved-data"), found)
+        size = None if name in _UNSIZED else _u64(node, "blob-size", found)
         subtrees.append(Subtree(node.name, at, size))
         problems += [f"subtree {node.name!r}: {problem}" for problem in found]
     return Fdt(
         phys,
-        None if compatible is None else escaped(compatible.value.rstrip(b"\0")),
+        name,
         memory_map,
         subtrees,
         problems + tree.problems,

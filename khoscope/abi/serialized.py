@@ -56,6 +56,11 @@ KHO_BLOCK_HEADER_SER: Final = np.dtype([("next", "<u8"), ("count", "<u8")])
 #: ``KHO_MAX_BLOCKS`` (kho_block.c): the kernel treats a longer chain as corrupt.
 KHO_MAX_BLOCKS: Final = 10000
 
+#: ``struct khoser_mem_chunk_hdr``, before the radix tree; its bitmaps follow it within its page.
+KHOSER_MEM_CHUNK_HDR: Final = np.dtype([("next", "<u8"), ("order", "<u4"), ("num_elms", "<u4")])
+#: ``struct khoser_mem_bitmap_ptr``.
+KHOSER_MEM_BITMAP_PTR: Final = np.dtype([("phys_start", "<u8"), ("bitmap", "<u8")])
+
 #: ``struct kho_vmalloc`` (kexec_handover.h).
 KHO_VMALLOC: Final = np.dtype(
     [("first", "<u8"), ("total_pages", "<u4"), ("flags", "<u2"), ("order", "<u2")]

@@ -75,7 +75,7 @@ def restored_wrong(facts: Snapshot, touches: Touches) -> Marked:
     """Restored, and the refcounts do not fit the stamp, or are not what they were before."""
     blocks, was = touches.blocks, touches.was
     now = blocks.facts
-    split = restores_split(blocks.type, touches.as_folio)
+    split = restores_split(facts.abi, blocks.type, touches.as_folio)
     # kho_init_folio() makes one compound page of every block that is not a single page.
     folio = touches.as_folio & (blocks.order > 0)
     right = fits(now, split) & (~folio | (now.compound == blocks.order))

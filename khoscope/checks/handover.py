@@ -175,29 +175,29 @@ def not_a_handover(before: Snapshot, after: Snapshot) -> Iterator[Message]:
     if not after.handover.is_kho_boot:
         yield Message("this kernel was not handed anything (kho_in.fdt_phys is 0)")
         return
-    if after.handover.previous_release != was.release:
+    told = after.handover.previous_release
+    if told is not None and told != was.release:
         yield Message(
-            f"handed over by {after.handover.previous_release or 'an unnamed kernel'}, "
-            f"the snapshot is of {was.release}"
+            f"handed over by {told or 'an unnamed kernel'}, the snapshot is of {was.release}"
         )
-    expected = before.handover.kexec_count + 1
-    if after.handover.kexec_count != expected:
-        yield Message(
-            f"kexec_count is {after.handover.kexec_count}, expected {expected} after the "
-            "snapshot's kernel"
-        )
+    counted, came = before.handover.kexec_count, after.handover.kexec_count
+    if counted is not None and came is not None and came != counted + 1:
+        yield Message(f"kexec_count is {came}, expected {counted + 1} after the snapshot's kernel")
     if after.incoming is None:
         return
     # The address of the old kernel's root FDT is as good as a name: another machine has another
     # one.
     sent, got = before.outgoing.fdt.phys, after.incoming.fdt.phys
-    if sent != got:
+    # A kernel that was not finalized yet had no root FDT.
+    if sent and sent != got:
         yield Message(f"the root FDT came from {got:#x}, the snapshot's kernel had it at {sent:#x}")
     if before.outgoing.luo is None or after.incoming.luo is None:
         return
-    number, came = before.outgoing.luo.liveupdate_num, after.incoming.luo.liveupdate_num
-    if None not in (number, came) and came != number:
-        yield Message(f"LUO counts live update {came}, the snapshot's kernel had made it {number}")
+    number, now_at = before.outgoing.luo.liveupdate_num, after.incoming.luo.liveupdate_num
+    if None not in (number, now_at) and now_at != number:
+        yield Message(
+            f"LUO counts live update {now_at}, the snapshot's kernel had made it {number}"
+        )
 
 
 @rule(

@@ -8,11 +8,14 @@ from collections.abc import Iterator
 
 from ..abi.compatibles import base
 from ..abi.fdt import Unreadable, read
-from ..abi.keys import COMPATIBLES_WITHOUT_TYPES, Abi
+from ..abi.keys import COMPATIBLES_WITHOUT_TYPES, Abi, Finalize, Tracker
 from ..abi.kho_fdt import Fdt, Subtree
 from ..abi.serialized import SUBTREE_COMPATIBLES
 from ..facts.snapshot import Side, Snapshot, in_ram
+from ..facts.tree import Tree, TreeState
 from .rule import Message, Severity, rule
+
+NO_TREE = Tree(TreeState(0))
 
 #: ``TAINT_BAD_PAGE`` (include/linux/panic.h), a bit of ``tainted_mask``.
 TAINT_BAD_PAGE = 5
@@ -62,6 +65,30 @@ def type_not_stored(abi: Abi) -> Iterator[Message]:
 
 
 @rule(
+    "order-not-stored",
+    Severity.ERROR,
+    "abi",
+    """
+    The tree has one level too few: kho_radix_add_page() drops the key bit that says order 0, and of
+    the key of a single page only the page's number is left. The walk of the next kernel takes the
+    highest bit of that number for the order. Instead of the page it reserves memory of another
+    order at another address, where mostly no RAM is, and writes a stamp into a struct page that
+    does not exist: expect a crash early in the boot. The page itself is not reserved, and is lost.
+    Do not kexec with this handover. Use a kernel with d64b0372760e (linux 7.1), or one whose pages
+    are not of 16 KiB.
+    """,
+    kernel="kho_radix_add_page kho_radix_walk_tree kho_radix_decode_key",
+)
+def order_not_stored(abi: Abi) -> Iterator[Message]:
+    """The tree has no level for the key bit that says order 0."""
+    if not abi.order_is_stored:
+        yield Message(
+            f"order 0 is key bit {abi.order_0_log2}, the tree stores bits "
+            f"{abi.stored_bits - 1}:0: each single page is handed over as another block"
+        )
+
+
+@rule(
     "abi-not-bumped",
     Severity.WARNING,
     "abi",
@@ -93,8 +120,10 @@ def abi_not_bumped(abi: Abi) -> Iterator[Message]:
 )
 def bad_fdt(facts: Snapshot) -> Iterator[Message]:
     """Root FDT unreadable, wrong compatible, missing or malformed properties."""
-    yield from _fdt_trouble(facts, "outgoing", facts.outgoing)
-    yield from _subtree_trouble(facts.outgoing)
+    # Where finalizing writes the FDT, there is none before that.
+    if facts.finalized or facts.abi.finalize != Finalize.BEFORE_LOAD:
+        yield from _fdt_trouble(facts, "outgoing", facts.outgoing)
+        yield from _subtree_trouble(facts.outgoing)
     if facts.incoming is not None:
         yield from _fdt_trouble(facts, "incoming", facts.incoming)
 
@@ -108,10 +137,15 @@ def _fdt_trouble(facts: Snapshot, which: str, side: Side) -> Iterator[Message]:
         yield Message(f"{which} root FDT: {problem}", fdt.phys)
     if fdt.compatible is not None and not re.fullmatch(r"kho-v\d+", base(fdt.compatible)):
         yield Message(f"{which} root FDT: compatible is {fdt.compatible!r}", fdt.phys)
-    if fdt.memory_map is not None and fdt.memory_map != side.tree.state.root:
+    tree, what = side.tree, "the tree's root"
+    if facts.abi.tracker == Tracker.XARRAY:
+        what = "the first chunk"
+        if side is facts.outgoing:
+            tree = side.serialized or NO_TREE
+    if fdt.memory_map is not None and fdt.memory_map != tree.state.root:
         yield Message(
             f"{which} root FDT: preserved-memory-map is {fdt.memory_map:#x}, "
-            f"the tree's root is {side.tree.state.root:#x}",
+            f"{what} is {tree.state.root:#x}",
             fdt.phys,
         )
 
@@ -181,7 +215,9 @@ def fdt_nearly_full(facts: Snapshot) -> Iterator[Message]:
 def image_without_kho(facts: Snapshot) -> Iterator[Message]:
     """A kexec image is loaded with kho.fdt = 0: the handover would be lost."""
     image = facts.image
-    if image is not None and image.loaded and not image.kho_fdt and facts.kho_enable:
+    # Of an image that was loaded too early, not-finalized speaks.
+    early = facts.abi.finalize == Finalize.BEFORE_LOAD and image is not None and image.file_mode
+    if image is not None and image.loaded and not image.kho_fdt and facts.kho_enable and not early:
         how = "kexec_file_load(), before KHO was on" if image.file_mode else "kexec_load()"
         yield Message(f"the image was loaded with {how}: nothing will be handed over")
 
@@ -229,19 +265,21 @@ def crash_image_with_kho(facts: Snapshot) -> Iterator[Message]:
     Severity.ERROR,
     "kernel",
     """
-    kho_radix_walk_tree() follows every entry without a check. The next kernel would read it as a
-    node very early in its boot, and reserve whatever its bits say, or crash. Somebody wrote over a
-    page of the tree. Do not kexec with this handover.
+    kho_radix_walk_tree(), and before the radix tree kho_mem_deserialize(), follows every entry
+    without a check. The next kernel would read it as a node very early in its boot, and reserve
+    whatever its bits say, or crash. Somebody wrote over a page of the tree. Do not kexec with this
+    handover.
     """,
-    kernel="kho_radix_walk_tree",
+    kernel="kho_radix_walk_tree kho_mem_deserialize",
 )
 def bad_node(facts: Snapshot) -> Iterator[Message]:
     """A table entry that is unaligned, outside RAM, or reaches a node already visited."""
-    state = facts.outgoing.tree.state
-    for p in state.problems:
-        yield Message(f"level {p.level} node, entry {p.index} = {p.entry:#x}: {p.why}", p.table)
-    if state.problem_count > len(state.problems):
-        yield Message(f"and {state.problem_count - len(state.problems)} more bad entries")
+    for tree in (facts.outgoing.tree, facts.outgoing.serialized or NO_TREE):
+        state = tree.state
+        for p in state.problems:
+            yield Message(f"level {p.level} node, entry {p.index} = {p.entry:#x}: {p.why}", p.table)
+        if state.problem_count > len(state.problems):
+            yield Message(f"and {state.problem_count - len(state.problems)} more bad entries")
 
 
 @rule(

@@ -44,11 +44,13 @@ class Message:
 
     :param phys: the address, if there is one.
     :param explain: what will happen here, if the rule's own explanation is about other kernels too.
+    :param cause: the rule whose finding, if there is one, explains this one.
     """
 
     text: str
     phys: int | None = None
     explain: str = ""
+    cause: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,14 @@ class Marked:
     :param say: the message for one row; called for rows that are shown, not for all.
     :param cause: the rule whose finding, if there is one, explains the rows of ``follows``.
     :param follows: mask; None: no row.
+    :param explain: what explains this kernel's, in place of the rule's explanation; "": nothing.
     """
 
     rows: NDArray[np.bool_]
     say: Callable[[int], str]
     cause: str = ""
     follows: NDArray[np.bool_] | None = None
+    explain: str = ""
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,8 @@ def _single_facts(s: Snapshot) -> dict[str, str]:
         "KHO boot": str(s.handover.is_kho_boot),
         "previous release": s.handover.previous_release or "none",
         "kexec count": str(s.handover.kexec_count),
+        "tracker": s.abi.tracker,
+        "finalized": str(s.finalized),
         "page size": str(s.abi.page_size),
         "type bit": str(s.abi.type_shift),
         "stored key bits": str(s.abi.stored_bits),

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..abi import serialized
-from ..abi.keys import BAD_ORDER, NO_TYPE, Abi
-from ..abi.kho_fdt import kho_test_folios, parse_root_fdt, reserve_mem_areas
+from ..abi.keys import BAD_ORDER, NO_TYPE, Abi, Tracker
+from ..abi.kho_fdt import kho_test_folios, reserve_mem_areas, root_fdt
 from .clients import Luo, LuoFile, LuoSession, Memfd, Owner, OwnerKind, Vmalloc
 from .columns import Blocks, Pages
 from .owners import claimed
@@ -46,13 +46,15 @@ def _abi(abi: Abi) -> Iterator[str]:
     usual = Abi.for_page_shift(abi.page_shift)
     for name in ("order_0_log2", "table_size_log2", "bitmap_size_log2", "tree_max_depth"):
         says, fits = getattr(abi, name), getattr(usual, name)
-        if says != fits:
+        # Early kernels with the tree have no level for the order bit: order-not-stored reports it.
+        short = name == "tree_max_depth" and says == fits - 1 and not abi.order_is_stored
+        if says != fits and not short:
             yield f"ABI: {name} is {says}, pages of {abi.page_size} bytes make it {fits}"
     stamp, said = abi.stamp, abi.decided.get("KHO_KEY_TYPE_SHIFT")
     if (abi.type_shift is None) != (stamp.type_shift is None) and said != OVERRIDDEN:
         yield f"ABI: keys have their type at bit {abi.type_shift}, stamps at {stamp.type_shift}"
     typed = 0 if stamp.type_shift is None else 1
-    fits_below = stamp.order_bits + typed <= stamp.magic_shift
+    fits_below = stamp.magic_shift is None or stamp.order_bits + typed <= stamp.magic_shift
     if not fits_below or stamp.type_shift not in (None, stamp.order_bits):
         yield f"ABI: a stamp's order, type and magic overlap ({stamp})"
 
@@ -125,7 +127,7 @@ def ram_pages(facts: Snapshot) -> int:
 
 
 def _image(which: str, image: KexecImage, fdt: int) -> Iterator[str]:
-    if image.kho_fdt and image.kho_fdt != fdt:
+    if image.kho_fdt and fdt and image.kho_fdt != fdt:
         yield f"the {which} image is handed the FDT at {image.kho_fdt:#x}, KHO's is at {fdt:#x}"
     if image.loaded != (image.size > 0) or (not image.loaded and image.kho_fdt):
         yield f"a {which} image is loaded: {image.loaded}, of {image.size:,} bytes"
@@ -137,7 +139,7 @@ def _side(side: Side, outgoing: bool) -> Iterator[str]:
         yield f"tree: {state.problem_count} bad entries, {len(state.problems)} are listed"
     if not fdt.phys and not outgoing:
         yield "root FDT: it was handed over, and is nowhere"
-    if fdt.phys and fdt != parse_root_fdt(fdt.phys, side.blobs.get("fdt")):
+    if fdt.phys and fdt != root_fdt(fdt.phys, side.blobs):
         yield "root FDT: its bytes say something else than what was recorded of it"
     yield from _blobs(side)
     if side.luo is not None:
@@ -350,9 +352,28 @@ def of_tree(facts: Snapshot, side: Side, keys: KeySet) -> Iterator[str]:
 
     :param keys: of the side's leaves.
     """
+    if facts.abi.tracker == Tracker.RADIX:
+        yield from _of_radix_tree(facts, side)
+    state = side.tree.state
+    held = np.zeros(len(keys.leaves), np.int64)
+    other = used = 0
+    for chunk in side.tree.nodes:
+        leaves = chunk[(chunk.level == 0) & (chunk.used > 0)]
+        # A leaf may have several bitmaps in memory.
+        row = keys.leaf(leaves.key)
+        np.add.at(held, row[row >= 0], leaves.used[row >= 0])
+        other += int((row < 0).sum())
+        used += int(leaves.used.sum())
+    # Blocks that moved are in the nodes but not in the leaves, or the other way round.
+    if not state.moved and (other or (held != keys.counts).any()):
+        total = int(keys.counts.sum())
+        yield f"the leaves hold {total:,} blocks, the nodes say {used:,}"
+
+
+def _of_radix_tree(facts: Snapshot, side: Side) -> Iterator[str]:
+    """What holds for the tables of a radix tree, and its root."""
     state, depth = side.tree.state, facts.abi.tree_max_depth
     nodes, used = np.zeros(depth, np.int64), np.zeros(depth, np.int64)
-    other = 0
     first = True
     for chunk in side.tree.nodes:
         if (chunk.level >= depth).any():
@@ -363,32 +384,23 @@ def of_tree(facts: Snapshot, side: Side, keys: KeySet) -> Iterator[str]:
         first = False
         np.add.at(nodes, chunk.level, 1)
         np.add.at(used, chunk.level, chunk.used)
-        leaves = chunk[(chunk.level == 0) & (chunk.used > 0)]
-        row = keys.leaf(leaves.key)
-        there = row >= 0
-        counts = keys.counts[row[there]]
-        other += int((~there).sum()) + int((counts != leaves.used[there]).sum())
     if state.root and first:
         yield f"the root is at {state.root:#x}, and there is no node"
-    if state.moved:
-        # Blocks that moved are in the nodes but not in the leaves, or the other way round.
-        return
-    held = int(keys.counts.sum())
-    if other or int(used[0]) != held:
-        yield f"the leaves hold {held:,} blocks, the nodes say {int(used[0]):,}"
-    if not state.problem_count and (used[1:] != nodes[:-1]).any():
+    if not state.problem_count and not state.moved and (used[1:] != nodes[:-1]).any():
         yield "tables have more or fewer entries than there are nodes below them"
 
 
 def of_evidence(before: Snapshot, after: Snapshot) -> Iterator[str]:
     """Leaves of the earlier tree that the later snapshot did not read again."""
-    wanted = 0
-    size = after.abi.page_size
+    size, inside = before.abi.bitmap_bytes, np.uint64(before.abi.leaf_bits - 1)
+    wanted: set[int] = set()
     for nodes in before.outgoing.tree.nodes:
         leaves = nodes[(nodes.level == 0) & (nodes.used > 0)]
-        wanted += sum(
-            in_ram(after.ram, phys, size) and phys % size == 0 for phys in leaves.phys.tolist()
-        )
+        wanted |= {
+            key
+            for phys, key in zip(leaves.phys.tolist(), (leaves.key & ~inside).tolist(), strict=True)
+            if in_ram(after.ram, phys, size) and phys % size == 0
+        }
     found = sum(map(len, after.evidence))
-    if found < wanted:
-        yield f"of {wanted:,} leaves of the earlier tree {found:,} were read again"
+    if found < len(wanted):
+        yield f"of {len(wanted):,} leaves of the earlier tree {found:,} were read again"

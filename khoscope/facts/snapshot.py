@@ -67,6 +67,9 @@ class Side:
     :param vmallocs: the vmalloc areas that known structures lead to.
     :param owners: whose memory this is, as far as memory can tell.
     :param claims: stream of the memory of each.
+    :param serialized: the chain that is handed over in place of the tracker, decoded as a tree;
+        None: there is none, as with a radix tree, which is handed over itself, or nothing was
+        finalized.  What an incoming side was handed is its ``tree``.
     """
 
     fdt: Fdt
@@ -77,6 +80,7 @@ class Side:
     vmallocs: list[Vmalloc] = field(default_factory=list)
     owners: list[Owner] = field(default_factory=list)
     claims: Iterable[Claims] = ()
+    serialized: Tree | None = None
 
 
 @dataclass(frozen=True)
@@ -103,13 +107,14 @@ class Handover:
     How this kernel came to be (``struct kho_in``).
 
     :param is_kho_boot: as the kernel's function of that name.
-    :param previous_release: release of the kernel that handed over.
-    :param kexec_count: kexecs since the last cold boot.
+    :param previous_release: release of the kernel that handed over; None: this kernel, older than
+        linux 7.1, is not told.
+    :param kexec_count: kexecs since the last cold boot; None likewise.
     """
 
     is_kho_boot: bool
-    previous_release: str
-    kexec_count: int
+    previous_release: str | None
+    kexec_count: int | None
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,8 @@ class Snapshot:
     :param unrecorded: what the version of khoscope that took it did not record yet, in words.
     :param contradictions: facts that contradict each other, in words, as found when a file was
         opened (:mod:`khoscope.facts.invariants`).
+    :param finalized: ``kho_out.finalized``; None: this kernel does not finalize
+        (:attr:`Abi.finalize`), or that could not be read.
     :param outgoing: what this kernel is about to hand over.
     :param incoming: what it was handed; its tree is evidence, never proof.  None: not a KHO boot.
     :param stamps: stream of the stamped pages, found by scanning all struct pages; sorted by
@@ -181,6 +188,7 @@ class Snapshot:
     unreadable: list[str] = field(default_factory=list)
     unrecorded: list[str] = field(default_factory=list)
     contradictions: list[str] = field(default_factory=list)
+    finalized: bool | None = None
     crash_image: KexecImage | None = None
 
 

@@ -16,8 +16,8 @@ from typing import IO, Final, TypeVar
 import numpy as np
 
 from ..abi.compatibles import block_limits
-from ..abi.keys import Abi
-from ..abi.kho_fdt import Fdt, parse_root_fdt
+from ..abi.keys import Abi, Tracker
+from ..abi.kho_fdt import Fdt, root_fdt
 from . import budget, invariants
 from .archive import SNAPSHOT, Archive, Stored, Writer
 from .clients import Claims, Luo, LuoState, Owner, Vmalloc
@@ -35,6 +35,7 @@ NO_FDT: Final = Fdt(0, problems=["there is none"])
 
 
 C = TypeVar("C", bound=Columns)
+T = TypeVar("T", Abi, Kernel)
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class _SideMeta:
     luo: Luo | None = None
     vmallocs: list[Vmalloc] = field(default_factory=list)
     owners: list[Owner] = field(default_factory=list)
+    serialized: TreeState | None = None
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,22 @@ class _Meta:
     image: KexecImage | None = None
     liveupdate: LuoState | None = None
     unreadable: list[str] = field(default_factory=list)
+    finalized: bool | None = None
     crash_image: KexecImage | None = None
 
 
-#: Members that files of version 1 and 2 lack.
+#: Members that files of version 1 and 2 lack: those who wrote them refused any kernel whose KHO is
+#: older than the radix tree.
 UNRECORDED_2: Final[dict[str, str]] = {
-    # What was recorded of the kernel tells them.
+    "Abi.tracker": "",
+    "Abi.preserve_bits": "",
+    "Abi.finalize": "",
+    "Abi.restores_pages_as": "",
+    "_SideMeta.serialized": "",
+    "_Meta.finalized": "",
+    # What was recorded of the kernel tells its limits.
     "Abi.limits": "",
-    # Kernels with a radix tree hand crash kernels nothing, but for release candidates of linux 7.1.
+    # Radix kernels hand crash kernels nothing, but for release candidates of linux 7.1.
     "_Meta.crash_image": "",
 }
 #: Members that files of version 1 may lack, since khoscope 0.1.0 recorded them only later: class
@@ -105,10 +115,19 @@ def write_snapshot(snapshot: Snapshot, writer: Writer) -> None:
         put_stream(f"{name}/leaves", side.tree.leaves)
         put_stream(f"{name}/blocks", side.blocks)
         put_stream(f"{name}/claims", side.claims)
+        if side.serialized is not None:
+            put_stream(f"{name}/serialized/nodes", side.serialized.nodes)
+            put_stream(f"{name}/serialized/leaves", side.serialized.leaves)
         for i, blob in enumerate(side.blobs.values()):
             writer.member(f"{name}/blobs/{i:06d}.bin", blob[: budget.BLOB])
         return _SideMeta(
-            side.fdt, side.tree.state, list(side.blobs), side.luo, side.vmallocs, side.owners
+            side.fdt,
+            side.tree.state,
+            list(side.blobs),
+            side.luo,
+            side.vmallocs,
+            side.owners,
+            side.serialized.state if side.serialized is not None else None,
         )
 
     def put_stream(name: str, stream: Iterable[Columns]) -> None:
@@ -137,6 +156,7 @@ def write_snapshot(snapshot: Snapshot, writer: Writer) -> None:
         snapshot.image,
         snapshot.liveupdate,
         snapshot.unreadable,
+        snapshot.finalized,
         snapshot.crash_image,
     )
     writer.json("meta.json", meta)
@@ -186,13 +206,18 @@ def read_snapshot(archive: Archive) -> Snapshot:
     """The snapshot that :func:`write_snapshot` wrote."""
     may_lack = {1: UNRECORDED_1 | DERIVED, 2: UNRECORDED_2 | DERIVED, 3: DERIVED}
     meta, lacking = archive.meta(SNAPSHOT, _Meta, may_lack)
-    abi = _with_limits(meta.abi) if "Abi.limits" in lacking else meta.abi
+    abi = _whole(meta.abi)
+    if "Abi.limits" in lacking:
+        abi = _with_limits(abi)
     with archive.damage():
         _check_abi(abi)
         if not archive.ours:
             _check_lists(meta)
     streams = _Streams(archive, abi, meta.chunks)
     wrong: list[str] = []
+
+    def tree(name: str, state: TreeState) -> Tree:
+        return Tree(state, streams.nodes(f"{name}/nodes"), streams.leaves(f"{name}/leaves"))
 
     def side(name: str, of: _SideMeta) -> Side:
         blobs = archive.blobs(name, of.blobs)
@@ -201,13 +226,14 @@ def read_snapshot(archive: Archive) -> Snapshot:
             wrong.append(f"{name}: its root FDT's bytes say something else than what is recorded")
         return Side(
             fdt,
-            Tree(of.tree, streams.nodes(f"{name}/nodes"), streams.leaves(f"{name}/leaves")),
+            tree(name, of.tree),
             blobs,
             streams.blocks(f"{name}/blocks", "key"),
             of.luo,
             of.vmallocs,
             of.owners,
             streams.claims(f"{name}/claims", len(of.owners)),
+            None if of.serialized is None else tree(f"{name}/serialized", of.serialized),
         )
 
     said = {(UNRECORDED_1 | DERIVED)[member]: member for member in lacking}
@@ -215,7 +241,7 @@ def read_snapshot(archive: Archive) -> Snapshot:
         said.pop(UNRECORDED_1["Abi.key_width"], None)
     facts = Snapshot(
         meta.taken,
-        meta.kernel,
+        _whole(meta.kernel),
         abi,
         meta.kho_enable,
         meta.handover,
@@ -233,6 +259,7 @@ def read_snapshot(archive: Archive) -> Snapshot:
         meta.liveupdate,
         meta.unreadable,
         sorted(what for what in said if what),
+        finalized=meta.finalized,
         crash_image=meta.crash_image,
     )
     _check_members(archive, meta)
@@ -248,9 +275,17 @@ def _with_limits(abi: Abi) -> Abi:
     return dataclasses.replace(abi, limits=limits)
 
 
+def _whole(decoded: T) -> T:
+    """
+    The same with members of its own: msgspec leaves those that a file lacks to the class, and does
+    not write them again.
+    """
+    return dataclasses.replace(decoded)
+
+
 def _derived(recorded: Fdt, blobs: dict[str, bytes]) -> Fdt:
     """What the bytes of a root FDT say, whatever was recorded of them."""
-    return parse_root_fdt(recorded.phys, blobs.get("fdt")) if recorded.phys else NO_FDT
+    return root_fdt(recorded.phys, blobs) if recorded.phys else NO_FDT
 
 
 def _same(recorded: Fdt, derived: Fdt) -> bool:
@@ -289,8 +324,11 @@ def _check_memory(facts: Snapshot) -> None:
 
 def _check_members(archive: Archive, meta: _Meta) -> None:
     """Require that ``meta.json`` counts each member and each stream."""
-    sides = ["out", *(["in"] if meta.incoming else [])]
+    sides = {"out": meta.outgoing} | ({"in": meta.incoming} if meta.incoming else {})
     streams = [f"{side}/{kind}" for side in sides for kind in ("nodes", "leaves", "blocks")]
+    for side, of in sides.items():
+        if of.serialized is not None:
+            streams += [f"{side}/serialized/nodes", f"{side}/serialized/leaves"]
     streams += ["stamps", "watched", "evidence"]
     claims = [f"{side}/claims" for side in sides]
     counted = meta.chunks.keys()
@@ -323,7 +361,9 @@ def _check_abi(abi: Abi) -> None:
         and (abi.limits.order is None or abi.limits.order <= 32)
         and 0 < abi.stamp.order_bits <= 32
         and (abi.stamp.type_shift is None or 0 <= abi.stamp.type_shift < 64)
-        and 0 < abi.stamp.magic_shift < 64
+        and (abi.stamp.magic_shift is None or 0 < abi.stamp.magic_shift < 64)
+        and (abi.preserve_bits is None) == (abi.tracker == Tracker.RADIX)
+        and (abi.preserve_bits is None or abi.preserve_bits in (1 << 12, abi.leaf_bits))
     )
     if not fits:
         raise ValueError("no kernel has such a tree geometry")

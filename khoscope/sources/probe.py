@@ -30,10 +30,20 @@ from drgn.helpers.linux.mmzone import for_each_online_pgdat
 from drgn.helpers.linux.module import address_to_module
 
 from ..abi import compatibles
-from ..abi.keys import COMPATIBLES_WITHOUT_TYPES, POSTED_TYPE_SHIFT, Abi, BlockLimits, Stamp
+from ..abi.keys import (
+    COMPATIBLES_WITHOUT_TYPES,
+    POSTED_TYPE_SHIFT,
+    Abi,
+    BlockLimits,
+    Finalize,
+    Restore,
+    Stamp,
+    Tracker,
+)
 from ..abi.serialized import text
 from ..words.errors import KhoscopeError
 from .pages import PageLayout
+from .track import TrackLayout
 
 #: What drgn raises if debug info has no such type, member, symbol or value.
 _LACKING: Final = (LookupError, AttributeError, TypeError, ObjectAbsentError)
@@ -43,14 +53,9 @@ _LACKING: Final = (LookupError, AttributeError, TypeError, ObjectAbsentError)
 _NEEDED: Final = (
     "kho_enable",
     "kho_in.fdt_phys",
-    "kho_in.kexec_count",
-    "kho_in.previous_release",
-    "kho_out.fdt",
-    "kho_out.radix_tree.root",
     "kho_scratch.addr",
     "kho_scratch.size",
     "kho_scratch_cnt",
-    "struct kho_radix_tree.root",
     "init_mm.pgd",
     "init_uts_ns.name.release",
     "init_uts_ns.name.version",
@@ -66,7 +71,18 @@ _NEEDED: Final = (
     "PAGE_SIZE",
     "__NR_PAGEFLAGS",
 )
+#: By which the two trackers are read.
+_RADIX: Final = ("kho_out.radix_tree.root", "struct kho_radix_tree.root")
+_XARRAY: Final = (
+    "kho_out.finalized",
+    "struct kho_mem_phys.phys_bits.xa_head",
+    "struct kho_mem_phys_bits",
+    "struct kho_mem_track.orders.xa_head",
+    "struct xa_node.shift",
+    "struct xa_node.slots",
+)
 _INCOMING_TREE: Final = ("kho_in.radix_tree.root",)
+_PREDECESSOR: Final = ("kho_in.kexec_count", "kho_in.previous_release")
 _IMAGE: Final = (
     "kexec_image.file_mode",
     "kexec_image.kho.fdt",
@@ -141,18 +157,51 @@ _NODES: Final = (
 )
 
 
+@dataclass(frozen=True)
+class KhoOut:
+    """
+    Where ``struct kho_out`` keeps what every kernel keeps somewhere else.
+
+    :param tracker: ``struct kho_radix_tree`` or ``struct kho_mem_track``.
+    :param fdt: ``void *``, or ``struct page *``.
+    :param chunks: ``struct khoser_mem_chunk *``, if the kernel keeps it anywhere but in the FDT.
+    """
+
+    tracker: str
+    fdt: str
+    chunks: str | None = None
+
+    @property
+    def is_radix(self) -> bool:
+        return self.tracker == "radix_tree"
+
+
+#: Linux 7.1 and later; 6.19, 7.0 and backports; 6.16 to 6.18.
+_KHO_OUT: Final = (
+    KhoOut("radix_tree", "fdt"),
+    KhoOut("track", "fdt"),
+    KhoOut("ser.track", "ser.fdt", "ser.preserved_mem_map"),
+)
+
+
 class Parts:
     """
     What only some kernels have, or only some debug info describes; looked up when it is needed.
     """
 
-    def __init__(self, prog: Program) -> None:
+    def __init__(self, prog: Program, kho_out: KhoOut) -> None:
         self._prog = prog
+        self.kho_out = kho_out
 
     @cached_property
     def incoming_tree(self) -> bool:
         """``kho_in.radix_tree`` (linux 7.3)."""
         return self._has(_INCOMING_TREE)
+
+    @cached_property
+    def predecessor(self) -> bool:
+        """Who handed over, and how many kexecs there were (linux 7.1)."""
+        return self._has(_PREDECESSOR)
 
     @cached_property
     def image(self) -> bool:
@@ -192,11 +241,7 @@ class Parts:
         return self._has(_NODES) and _works(first)
 
     def _has(self, paths: tuple[str, ...]) -> bool:
-        def look() -> None:
-            for path in paths:
-                _look_up(self._prog, path)
-
-        return _works(look)
+        return _has(self._prog, paths)
 
 
 @dataclass(frozen=True)
@@ -244,20 +289,32 @@ def probe(prog: Program) -> Parts:
         them.
     """
     try:
-        tree = prog["kho_out"].type_
+        prog["kho_out"]
     except KeyError:
         raise KhoscopeError(
             "this kernel has no kexec handover (no kho_out in its debug info)",
             "boot a kernel that was built with CONFIG_KEXEC_HANDOVER=y",
         ) from None
-    if not tree.has_member("radix_tree"):
+    found = next((o for o in _KHO_OUT if _has(prog, (f"kho_out.{o.tracker}",))), None)
+    if found is None:
         raise KhoscopeError(
-            "this kernel's KHO is older than the radix tree (no kho_out.radix_tree)",
-            "use a kernel that keeps preserved memory in a struct kho_radix_tree",
+            "this kernel keeps preserved memory neither in a radix tree nor in xarrays (kho_out "
+            "has neither radix_tree nor track)",
+            "use a khoscope that knows this kernel",
         )
-    for path in _NEEDED:
+    for path in (*_NEEDED, f"kho_out.{found.fdt}", *(_RADIX if found.is_radix else _XARRAY)):
         _look_up(prog, path)
-    return Parts(prog)
+    return Parts(prog, found)
+
+
+def _has(prog: Program, paths: tuple[str, ...]) -> bool:
+    """Whether debug info has all of these."""
+
+    def look() -> None:
+        for path in paths:
+            _look_up(prog, path)
+
+    return _works(look)
 
 
 def _works(ask: Callable[[], object]) -> bool:
@@ -294,24 +351,27 @@ def _look_up(prog: Program, path: str) -> None:
 
 
 @guarded()
-def probe_abi(prog: Program, compatible: str | None, overrides: Overrides) -> Abi:
+def probe_abi(prog: Program, parts: Parts, compatible: str | None, overrides: Overrides) -> Abi:
     """
     What this kernel does, from its types.
 
-    :param compatible: of its own root FDT.
+    :param compatible: of its own root FDT; None: there is none, or not yet.
     """
     decided: dict[str, str] = {}
     constants = enumerators(prog, "enum kho_radix_consts")
     page_shift = prog["PAGE_SHIFT"].value_()
     computed = Abi.for_page_shift(page_shift)
+    is_radix = parts.kho_out.is_radix
 
     def constant(name: str, otherwise: int) -> int:
         if name in constants:
             decided[name] = "enum kho_radix_consts"
             return constants[name]
-        decided[name] = "computed from PAGE_SHIFT: not in the debug info"
+        if is_radix:
+            decided[name] = "computed from PAGE_SHIFT: not in the debug info"
         return otherwise
 
+    decided["tracker"] = f"kho_out.{parts.kho_out.tracker}"
     stamp = probe_stamp(prog)
     order_0 = constant("KHO_ORDER_0_LOG2", computed.order_0_log2)
     max_page_order = prog.type("struct zone").member("free_area").type.length - 1
@@ -327,8 +387,57 @@ def probe_abi(prog: Program, compatible: str | None, overrides: Overrides) -> Ab
         compatible,
         # Trees of bare keys (linux 7.3) have this width, but no longer KHO_ORDER_0_LOG2.
         constants.get("KHO_RADIX_KEY_WIDTH"),
+        Tracker.RADIX if is_radix else Tracker.XARRAY,
+        None if is_radix else 8 * sizeof(prog.type("struct kho_mem_phys_bits")),
+        _finalize(parts.kho_out),
+        _restores_pages_as(prog, parts.kho_out, decided),
         _probe_limits(prog, compatible, max_page_order, decided),
         decided,
+    )
+
+
+def _finalize(kho_out: KhoOut) -> Finalize:
+    if kho_out.is_radix:
+        return Finalize.NEVER
+    # Where chunks and FDT are made anew by each finalizing, an image can have them only afterwards.
+    return Finalize.BEFORE_KEXEC if kho_out.chunks is None else Finalize.BEFORE_LOAD
+
+
+def _restores_pages_as(prog: Program, kho_out: KhoOut, decided: dict[str, str]) -> Restore:
+    name = "restored pages"
+    if kho_out.is_radix:
+        return Restore.PAGES
+    if _parameters(prog, "kho_restore_pages") is None:
+        decided[name] = "no kho_restore_pages()"
+        return Restore.FOLIO
+    count = _parameters(prog, "kho_restore_page")
+    if count is not None:
+        decided[name] = f"kho_restore_page() has {count} parameters"
+        return Restore.PAGES if count > 1 else Restore.SPLIT_FOLIO
+    decided[name] = f"kho_restore_page() is not in the debug info: as others with {kho_out.tracker}"
+    return Restore.PAGES if kho_out.chunks is None else Restore.SPLIT_FOLIO
+
+
+def _parameters(prog: Program, function: str) -> int | None:
+    """How many parameters a function has; None: debug info knows no such function."""
+    try:
+        return len(prog.function(function).type_.parameters or ())
+    except LookupError:
+        return None
+
+
+def track_layout(prog: Program, direct_map: int) -> TrackLayout:
+    """Where a kernel of the xarray tracker keeps things."""
+    node = prog.type("struct xa_node")
+    slots = node.member("slots").type.length
+    return TrackLayout(
+        head=offsetof(prog.type("struct xarray"), "xa_head"),
+        node=sizeof(node),
+        shift=offsetof(node, "shift"),
+        slots=offsetof(node, "slots"),
+        chunk_log2=slots.bit_length() - 1,
+        phys_bits=offsetof(prog.type("struct kho_mem_phys"), "phys_bits"),
+        direct_map=direct_map,
     )
 
 
@@ -388,7 +497,11 @@ def _has_function(prog: Program, name: str) -> bool:
 
 
 def probe_stamp(prog: Program) -> Stamp:
-    """The layout of ``union kho_page_info``."""
+    """The layout of ``union kho_page_info``; without one, stamps are the order alone."""
+    try:
+        info = prog.type("union kho_page_info")
+    except LookupError:
+        return Stamp(magic_shift=None)
     bits: dict[str, tuple[int, int]] = {}
 
     def collect(type_: Type, offset: int) -> None:
@@ -399,7 +512,7 @@ def probe_stamp(prog: Program) -> Stamp:
             else:
                 bits[member.name] = at, member.bit_field_size or 8 * sizeof(member.type)
 
-    collect(prog.type("union kho_page_info"), 0)
+    collect(info, 0)
     return Stamp(bits["order"][1], bits["type"][0] if "type" in bits else None, bits["magic"][0])
 
 
@@ -434,7 +547,9 @@ def page_layout(prog: Program) -> PageLayout:
         private=offsetof(page, "private"),
         refcount=offsetof(page, "_refcount"),
         page_type=offsetof(page, "page_type"),
-        compound=offsetof(page, "compound_info"),
+        compound=offsetof(
+            page, "compound_info" if page.has_member("compound_info") else "compound_head"
+        ),
         lru=offsetof(page, "lru"),
         head_bit=enumerators(prog, "enum pageflags")["PG_head"],
         buddy_type=pagetype["PGTY_buddy"],
@@ -443,7 +558,12 @@ def page_layout(prog: Program) -> PageLayout:
 
 
 def _stamp_is_too_large(prog: Program, page: Type) -> bool:
-    return sizeof(prog.type("union kho_page_info")) > sizeof(page.member("private").type)
+    try:
+        stamp = sizeof(prog.type("union kho_page_info"))
+    except LookupError:
+        # Then it is one of those that had no magic yet.
+        return False
+    return stamp > sizeof(page.member("private").type)
 
 
 @guarded()

@@ -22,8 +22,9 @@ from drgn.helpers.linux.list import list_for_each_entry
 from drgn.helpers.linux.mmzone import for_each_online_pgdat
 from drgn.helpers.linux.printk import get_printk_records
 
+from ..abi.fdt import total_size
 from ..abi.keys import U64
-from ..abi.kho_fdt import Fdt, parse_root_fdt
+from ..abi.kho_fdt import Fdt, parse_root_fdt, root_fdt
 from ..abi.serialized import text
 from ..facts import budget
 from ..facts.clients import LuoState
@@ -229,6 +230,8 @@ class Reading:
 
     def _handover(self) -> Handover:
         kho_in = self.prog["kho_in"]
+        if not self.parts.predecessor:
+            return Handover(bool(kho_in.fdt_phys), None, None)
         return Handover(
             bool(kho_in.fdt_phys),
             kho_in.previous_release.string_().decode("ascii", "backslashreplace"),
@@ -239,6 +242,16 @@ class Reading:
         """Where the incoming FDT is, ``phys_addr_t``; 0: there is none."""
         what = "how this kernel came to be (kho_in)"
         return self.fact(what, lambda: int(self.prog["kho_in"].fdt_phys.value_()), 0)
+
+    def finalized(self) -> bool | None:
+        """``kho_out.finalized``; None: this kernel does not finalize."""
+        if self.parts.kho_out.is_radix:
+            return None
+        return self.fact(
+            "whether KHO is finalized (kho_out)",
+            lambda: bool(self.prog["kho_out"].finalized),
+            None,
+        )
 
     def scratch(self, enabled: bool) -> U64:
         """
@@ -322,22 +335,28 @@ class Reading:
         fdt, blob = self.root_fdt(phys)
         blobs = {} if blob is None else {"fdt": blob}
         for subtree in fdt.subtrees:
-            if subtree.phys is None or not subtree.size:
+            if subtree.phys is None:
                 continue
-            span = (
-                np.array([subtree.phys], np.uint64),
-                np.array([min(subtree.phys + subtree.size, 2**64 - 1)], np.uint64),
-            )
+            size = subtree.size or self._total_size(subtree.phys)
             # bad-fdt reports a blob that is not in RAM.
-            if not in_ranges(self.ram, *span)[0]:
+            if not size or not self._in_ram(subtree.phys, size):
                 continue
-            kept = min(subtree.size, budget.BLOB, budget.BLOBS - sum(map(len, blobs.values())))
+            kept = min(size, budget.BLOB, budget.BLOBS - sum(map(len, blobs.values())))
             data = self.read_phys(subtree.phys, kept)
             if data:
                 blobs[f"subtree {subtree.name}"] = data
             elif outgoing:
                 self.cannot(f"the outgoing subtree {subtree.name!r}")
-        return fdt, blobs
+        return root_fdt(phys, blobs) if phys else fdt, blobs
+
+    def _total_size(self, phys: int) -> int | None:
+        """The size of an FDT, according to itself."""
+        header = self.read_phys(phys, 8) if self._in_ram(phys, 8) else None
+        return total_size(header) if header else None
+
+    def _in_ram(self, phys: int, size: int) -> bool:
+        span = (np.array([at], np.uint64) for at in (phys, min(phys + size, 2**64 - 1)))
+        return bool(in_ranges(self.ram, *span)[0])
 
     def root_fdt(self, phys: int) -> tuple[Fdt, bytes | None]:
         """A root FDT, and its page."""

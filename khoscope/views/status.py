@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import IO, Any
 
+from ..abi.keys import Finalize, Tracker
 from ..abi.kho_fdt import Subtree
 from ..abi.serialized import LUO
 from ..facts.clients import Luo
 from ..facts.snapshot import KexecImage, Side, Snapshot
-from ..facts.status import READ_FROM, Status
+from ..facts.status import Status, read_from
 from ..words.printable import printable
 from . import documents
-from .text import WIDTH, Text, counted, human, types_in_words, word
+from .text import WIDTH, Text, counted, human, kexecs, predecessor, types_in_words, word
 
 #: Width of the column with a fact's name.
 NAME = 12
@@ -54,7 +55,7 @@ def write_json(facts: Snapshot, status: Status, out: IO[str]) -> None:
         "image": _image(facts.image),
         "crash_image": _image(facts.crash_image),
         "taint": status.taint,
-        "read_from": READ_FROM,
+        "read_from": read_from(facts),
     }
     documents.write(document, out)
 
@@ -92,6 +93,7 @@ class StatusText(Text):
     """Prints the status as text."""
 
     def status(self, facts: Snapshot, status: Status) -> None:
+        self._read_from = read_from(facts)
         self.line(self.paint("bold", f"{word(facts.kernel.release)}, {facts.taken.source}"))
         self.line(f"read {facts.taken.time} by khoscope {facts.taken.khoscope}")
         self.line()
@@ -99,6 +101,7 @@ class StatusText(Text):
         self.fact("this boot", _boot(facts), "handover")
         self._abi(facts)
         self._scratch(status)
+        self._finalized(facts)
         self._blocks(facts, status)
         self._subtrees(facts, status)
         self._luo(facts)
@@ -114,7 +117,7 @@ class StatusText(Text):
 
     def facts(self, name: str, values: list[str], read_from: str) -> None:
         """Print facts from one source, one fact per line."""
-        source = f"[{READ_FROM[read_from]}]"
+        source = f"[{self._read_from[read_from]}]"
         lines = [
             line
             for value in values
@@ -131,6 +134,8 @@ class StatusText(Text):
     def _abi(self, facts: Snapshot) -> None:
         out = facts.outgoing.fdt
         own = _named(out.compatible) if out.phys else "no FDT"
+        if facts.finalized is False and not out.phys:
+            own = "no FDT before it is finalized"
         self.fact("KHO ABI", f"{own}, {types_in_words(facts.abi)}", "kho_abi")
         if facts.incoming:
             self.fact("", f"{_named(facts.incoming.fdt.compatible)} handed over", "kho_abi_in")
@@ -146,6 +151,14 @@ class StatusText(Text):
         if live:
             files = ", ".join(live.handlers) or "none"
             self.fact("file ABIs", files, "handlers")
+
+    def _finalized(self, facts: Snapshot) -> None:
+        if facts.abi.finalize == Finalize.NEVER:
+            return
+        state = "not known"
+        if facts.finalized is not None:
+            state = "yes" if facts.finalized else f"no: to be done {facts.abi.finalize}"
+        self.fact("finalized", state, "finalized")
 
     def _scratch(self, status: Status) -> None:
         areas = []
@@ -168,8 +181,9 @@ class StatusText(Text):
     def _blocks(self, facts: Snapshot, status: Status) -> None:
         cost = "there is no tree"
         if status.per_byte is not None:
+            nodes = "node" if facts.abi.tracker == Tracker.XARRAY else "page"
             cost = (
-                f"{counted(status.tree_pages, 'page')}, "
+                f"{counted(status.tree_pages, nodes)}, "
                 f"{status.per_byte:,.1f} bytes preserved per byte of it"
             )
         self.fact("tree", cost, "tree")
@@ -227,8 +241,7 @@ def _boot(facts: Snapshot) -> str:
     came = facts.handover
     if not came.is_kho_boot:
         return "not a handover"
-    previous = came.previous_release or "an unnamed kernel"
-    return f"a handover from {previous}, {counted(came.kexec_count, 'kexec')} since the cold boot"
+    return f"a handover from {predecessor(came)}, {kexecs(came)}"
 
 
 def _named(compatible: str | None) -> str:
