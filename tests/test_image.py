@@ -747,8 +747,8 @@ def test_another_version_is_no_kin() -> None:
 # LUO while it was an FDT
 
 
-def with_luo_fdt(*nodes: str) -> Snapshot:
-    """What linux 6.19 to 7.1 hand over, with these children: "NAME COMPATIBLE"."""
+def luo_fdt(*nodes: str) -> bytes:
+    """LUO's FDT in linux 6.19 to 7.1, with these children: "NAME COMPATIBLE"."""
     made = libfdt.FdtSw(1 << 12)
     made.finish_reservemap()
     with made.add_node(""):
@@ -756,7 +756,12 @@ def with_luo_fdt(*nodes: str) -> Snapshot:
         for name, compatible in (each.split() for each in nodes):
             with made.add_node(name):
                 made.property_string("compatible", compatible)
-    blob = bytes(made.as_fdt().as_bytearray())
+    return bytes(made.as_fdt().as_bytearray())
+
+
+def with_luo_fdt(*nodes: str) -> Snapshot:
+    """What such a kernel hands over."""
+    blob = luo_fdt(*nodes)
     fdt = Fdt(0x2000, "kho-v1", 0x1000, [Subtree("LUO", 0x9000, len(blob))])
     facts = handing_over(Luo(0x9000, "luo-v1", raw="d00dfeed"), fdt)
     side = replace(facts.outgoing, blobs={**facts.outgoing.blobs, "subtree LUO": blob})
