@@ -22,9 +22,11 @@ from drgn import (
     TypeKind,
     TypeKindSet,
     TypeMember,
+    TypeParameter,
     sizeof,
 )
 
+from khoscope.helpers import kexec_handover as helpers_module
 from khoscope.sources import kernel as kernel_module
 from khoscope.sources import luo as luo_module
 from khoscope.sources import probe as probe_module
@@ -127,12 +129,14 @@ class MadeUp:
     :param lacks: variables and structures that its debug info does not have.
     :param members: of structures, as above, where they are others.
     :param faults: virtual addresses of pages, and names of variables, that cannot be read.
+    :param functions: how many parameters each function has.
     """
 
     lacks: set[str] = field(default_factory=set)
     members: dict[str, str] = field(default_factory=dict)
     memory: Memory = field(default_factory=lambda: Memory(PLAIN, RAM, RAM // 2))
     faults: set[str | int] = field(default_factory=set)
+    functions: dict[str, int] = field(default_factory=dict)
     platform: Platform = field(default_factory=lambda: Platform(Architecture.X86_64))
 
     def __post_init__(self) -> None:
@@ -271,9 +275,12 @@ class MadeUp:
                 return prog.array_type(known[name], int(length[:-1]))
             return prog.pointer_type(known[name[:-2]]) if name.endswith(" *") else known[name]
 
-        for name, text in {**_STRUCTS, **self.members}.items():
+        structs = {**_STRUCTS, **self.members}
+
+        def make(name: str) -> Type:
+            """A structure, after those that are members of it."""
             members, at = [], 0
-            for each in text.split(";"):
+            for each in structs[name].split(";"):
                 kind, _, member = each.strip().partition(" ")
                 if member.startswith("*"):
                     # What it points to may not have been made yet.
@@ -283,13 +290,19 @@ class MadeUp:
                     at += 8
                     continue
                 member, _, length = member.partition("[")
+                if kind not in known:
+                    known[kind] = make(kind)
                 align = _alignment(known[kind])
                 at = -(-at // align) * align
                 whole = found(f"{kind}[{length}" if length else kind)
                 members.append(TypeMember(whole, member, 8 * at))
                 at += sizeof(whole)
-            make = prog.union_type if name == "kho_page_info" else prog.struct_type
-            known[name] = make(name, -(-at // 8) * 8 if at > 8 else at, tuple(members))
+            kind_of = prog.union_type if name == "kho_page_info" else prog.struct_type
+            return kind_of(name, -(-at // 8) * 8 if at > 8 else at, tuple(members))
+
+        for name in structs:
+            if name not in known:
+                known[name] = make(name)
         for name, values in _ENUMS.items():
             listed = tuple(TypeEnumerator(*each) for each in values.items())
             known[name] = prog.enum_type(name, known["u32"], listed)
@@ -312,6 +325,9 @@ class MadeUp:
             return Object(prog, self._types["u64"], constants[name])
         if name == "vmemmap":
             return Object(prog, prog.pointer_type(self._types["page"]), VMEMMAP)
+        if name in self.functions:
+            parameters = (TypeParameter(self._types["u64"]),) * self.functions[name]
+            return Object(prog, prog.function_type(prog.void_type(), parameters), address=DATA)
         if name in self._variables:
             return Object(prog, self._variables[name], address=self.address(name))
         return None
@@ -334,13 +350,24 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def virt_to_phys(pointer: Object) -> Object:
         return Object(pointer.prog_, "unsigned long", pointer.value_() - DIRECT_MAP)
 
+    def follow_phys(mm: Object, address: int) -> Object:
+        return Object(mm.prog_, "unsigned long", address - DATA)
+
+    def page_to_phys(page: Object) -> Object:
+        pfn = (page.value_() - VMEMMAP) // sizeof(page.type_.type)
+        return Object(page.prog_, "unsigned long", pfn << 12)
+
     def phys_to_virt(prog: Program, address: int) -> Object:
         return Object(prog, "unsigned long", DIRECT_MAP + address)
 
     with monkeypatch.context() as patch:
         patch.setattr(kernel_module, "virt_to_phys", virt_to_phys)
         patch.setattr(luo_module, "virt_to_phys", virt_to_phys)
+        patch.setattr(kernel_module, "follow_phys", follow_phys)
+        patch.setattr(kernel_module, "page_to_phys", page_to_phys)
         patch.setattr(probe_module, "phys_to_virt", phys_to_virt)
+        patch.setattr(helpers_module, "phys_to_virt", phys_to_virt)
+        patch.setattr(helpers_module, "virt_to_phys", virt_to_phys)
         yield
 
 

@@ -8,7 +8,14 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, U64, BlockLimits
+from ..abi.keys import (
+    BAD_ORDER,
+    KHO_PAGE_CONTIG,
+    KHO_PAGE_SPLIT,
+    U64,
+    BlockLimits,
+    Tracker,
+)
 from ..facts.columns import Blocks, Leaves, Pages
 from ..facts.snapshot import Snapshot
 from ..facts.tree import KeySet, decode_leaves
@@ -235,13 +242,19 @@ def subtree_in_scratch(facts: Snapshot) -> Iterator[Message]:
     with this handover. If kfence is on, its pool may lie in scratch, and kernels up to 6.17.8 take
     these pages from that pool: boot them with kfence.sample_interval=0.
     """,
-    kernel="kho_memory_init kho_mem_retrieve",
+    kernel="kho_memory_init kho_mem_retrieve kho_mem_deserialize",
 )
 def metadata_in_scratch(facts: Snapshot) -> Iterator[Message]:
     """The kernel's own record of what is preserved lies in a scratch area."""
-    size = np.uint64(facts.abi.node_size)
+    abi, side = facts.abi, facts.outgoing
+    # Of xarrays, the next kernel reads what finalizing makes of them: chunks, and the same bitmaps.
+    is_radix = abi.tracker == Tracker.RADIX
+    tree = side.tree if is_radix or side.serialized is None else side.serialized
     count, first = 0, 2**64
-    for nodes in facts.outgoing.tree.nodes:
+    for nodes in tree.nodes:
+        if tree is side.tree and not is_radix:
+            nodes = nodes[nodes.level == 0]
+        size = np.where(nodes.level == 0, np.uint64(abi.bitmap_bytes), np.uint64(abi.page_size))
         end = nodes.phys + np.minimum(size, ~nodes.phys)
         hit = nodes.phys[_in_areas(facts.scratch, nodes.phys, end)]
         if len(hit):

@@ -29,6 +29,7 @@ from .pattern import (
     typed,
 )
 from .rule import Marked, Message, Severity, also, rule
+from .sessions import files_that_came, named, nobodys
 
 
 class Fate(IntEnum):
@@ -325,13 +326,19 @@ def client_lost(before: Snapshot, after: Snapshot) -> Iterator[Message]:
     for subtree in before.outgoing.fdt.subtrees:
         if subtree.name not in came:
             yield Message(f"subtree {subtree.name!r} was not handed over", subtree.phys)
+    told = nobodys(after)
     for was, now in _sessions(before, after):
-        name = f"session {was.name!r}"
         if now is None:
-            yield Message(f"{name} ({_files(was.count)}) was not handed over")
+            yield Message(f"{named(was)} was not handed over")
+            continue
+        luo = after.incoming.luo if after.incoming is not None else None
+        count = now.count if luo is None else files_that_came(luo, now)
         # Files of a session that was retrieved may be finished and gone.
-        elif not now.retrieved and now.count < was.count:
-            yield Message(f"{name} came with {now.count:,} of {_files(was.count)}")
+        if not now.retrieved and count < was.count:
+            # If the kernel could not read it, nobody has taken its memory.
+            explain = told[was.name].explain if was.name in told else ""
+            name = f"session {was.name!r}"
+            yield Message(f"{name} came with {count:,} of {_files(was.count)}", explain=explain)
 
 
 @also("not-restored", "handover")
@@ -342,7 +349,7 @@ def session_not_retrieved(before: Snapshot, after: Snapshot) -> Iterator[Message
             continue
         name = f"session {was.name!r}"
         if not now.retrieved:
-            yield Message(f"{name} ({_files(now.count)}) came, and nobody has retrieved it")
+            yield Message(f"{named(now)} came, and nobody has retrieved it")
         for file in now.files:
             if file.retrieve_status is not None and file.retrieve_status < 0:
                 yield Message(

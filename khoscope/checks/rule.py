@@ -170,8 +170,12 @@ SCOPES: dict[ScopeName, Scope] = {
     ),
     "next": Scope("(snapshot, NextKernel) → messages", "the next kernel's image (--next)"),
     "abi": Scope("(abi) → messages, whatever the tree holds", "the key layout, KHO's ABI"),
-    "kexec": Scope("(snapshot) → messages, where a kexec is to come", "the kexec image"),
-    "kernel": Scope("(snapshot) → messages", "root FDT, tree entries, kernel log"),
+    "kexec": Scope(
+        "(snapshot) → messages, where a kexec is to come", "the kexec image, incoming sessions"
+    ),
+    "kernel": Scope(
+        "(snapshot) → messages", "root FDT, tree entries, incoming sessions, kernel log"
+    ),
     "clients": Scope(
         "(snapshot, KeySet of its tree) → messages", "what the clients hand over, the tree"
     ),

@@ -28,6 +28,7 @@ from . import finalize as _finalize_rules  # noqa: F401 - registers its rules
 from . import handover as handover_rules
 from . import kernel as _kernel_rules  # noqa: F401 - registers its rules
 from . import next_kernel as _image_rules  # noqa: F401 - registers its rules
+from . import sessions as _session_rules  # noqa: F401 - registers its rules
 from .clients import malformed
 from .evidence import Rows, all_gaps, gaps
 from .inplace import InPlace
@@ -477,6 +478,12 @@ class _OwnersNow:
 def _compare_stamps(before: Snapshot, after: Snapshot, report: Report) -> None:
     """Run the rules about stamps."""
     rules = report.finders("stamps")
+    if not after.abi.stamp.has_magic:
+        report.incomplete.append(
+            "stamps of this kernel have no magic: khoscope has looked at the recorded blocks "
+            "alone, and cannot tell those that nobody has restored"
+        )
+        return
     if not rules:
         return
     recorded = KeySet(before.abi, before.outgoing.tree.leaves)

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..abi import serialized
+from ..abi.fdt import MAGIC
 from ..abi.keys import BAD_ORDER, NO_TYPE, Abi, Tracker
-from ..abi.kho_fdt import kho_test_folios, reserve_mem_areas, root_fdt
+from ..abi.kho_fdt import kho_test_folios, parse_luo_fdt, reserve_mem_areas, root_fdt
 from .clients import Luo, LuoFile, LuoSession, Memfd, Owner, OwnerKind, Vmalloc
 from .columns import Blocks, Pages
 from .owners import claimed
@@ -159,13 +160,11 @@ def _blobs(side: Side) -> Iterator[str]:
 def _luo(side: Side, luo: Luo, outgoing: bool) -> Iterator[str]:
     named = {s.name: s.phys for s in side.fdt.subtrees}
     if named.get(serialized.LUO) != luo.phys:
-        yield f"struct luo_ser at {luo.phys:#x}, the root FDT does not have it there"
+        yield f"its blob is at {luo.phys:#x}, the root FDT does not have it there"
     raw = side.blobs.get(f"subtree {serialized.LUO}", b"")
-    if outgoing and luo.raw is None and len(raw) >= serialized.LUO_SER.itemsize:
-        ser = serialized.unpack(serialized.LUO_SER, raw)
-        says = serialized.text(bytes(ser["compatible"])), int(ser["liveupdate_num"])
-        if not luo.problems and says != (luo.compatible, luo.liveupdate_num):
-            yield f"{luo.compatible}, live update {luo.liveupdate_num}: its bytes say {says}"
+    says = _luo_says(raw) if outgoing and luo.raw is None and not luo.problems else None
+    if says not in (None, (luo.compatible, luo.liveupdate_num)):
+        yield f"{luo.compatible}, live update {luo.liveupdate_num}: its bytes say {says}"
     if luo.raw is not None and (luo.sessions or luo.flbs):
         yield "sessions of an ABI that is not known"
     names = Counter(session.name for session in luo.sessions)
@@ -173,6 +172,17 @@ def _luo(side: Side, luo: Luo, outgoing: bool) -> Iterator[str]:
         yield "two sessions of one name"
     for session in luo.sessions:
         yield from (f"session {session.name!r}: {said}" for said in _session(session))
+
+
+def _luo_says(raw: bytes) -> tuple[str | None, int | None] | None:
+    """Compatible and number of LUO's blob; None: there is too little of it."""
+    if raw.startswith(MAGIC):
+        fdt = parse_luo_fdt(raw)
+        return fdt.compatible, fdt.liveupdate_num
+    if len(raw) < serialized.LUO_SER.itemsize:
+        return None
+    ser = serialized.unpack(serialized.LUO_SER, raw)
+    return serialized.text(bytes(ser["compatible"])), int(ser["liveupdate_num"])
 
 
 def _session(session: LuoSession) -> Iterator[str]:
@@ -185,7 +195,7 @@ def _session(session: LuoSession) -> Iterator[str]:
 
 
 def _file(file: LuoFile) -> Iterator[str]:
-    known = file.handler == serialized.MEMFD_COMPATIBLE and not file.retrieve_status
+    known = file.handler in serialized.MEMFDS and not file.retrieve_status
     if file.memfd is None:
         if known and not file.problems:
             yield "a memfd of which nothing was recorded"

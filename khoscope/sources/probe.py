@@ -98,11 +98,8 @@ _LIVEUPDATE: Final = (
 )
 _SESSIONS: Final = (
     "luo_global.liveupdate_num",
-    "luo_session_global.incoming.block_set.head_pa",
     "luo_session_global.incoming.list",
-    "luo_session_global.outgoing.block_set.head_pa",
     "luo_session_global.outgoing.list",
-    "struct luo_session.file_set.block_set.head_pa",
     "struct luo_session.file_set.count",
     "struct luo_session.file_set.files_list",
     "struct luo_session.list",
@@ -110,17 +107,34 @@ _SESSIONS: Final = (
     "struct luo_session.retrieved",
     "struct luo_file.fh.compatible",
     "struct luo_file.list",
-    "struct luo_file.retrieve_status",
     "struct luo_file.serialized_data",
     "struct luo_file.token",
+)
+#: What the kernel keeps beside its lists, for the next kernel: chains of blocks, or arrays.
+_BLOCKS: Final = (
+    "luo_session_global.incoming.block_set.head_pa",
+    "luo_session_global.outgoing.block_set.head_pa",
+    "struct luo_session.file_set.block_set.head_pa",
+)
+_ARRAYS: Final = (
+    "luo_session_global.incoming.header_ser",
+    "luo_session_global.outgoing.header_ser",
+    "struct luo_session.file_set.files",
+)
+#: Whether a file was retrieved: a status, or up to linux 6.19 a flag.
+_RETRIEVE_STATUS: Final = ("struct luo_file.retrieve_status",)
+_RETRIEVED: Final = ("struct luo_file.retrieved",)
+_FLBS: Final = (
     "luo_flb_global.incoming.active",
     "luo_flb_global.incoming.header_ser",
     "luo_flb_global.list",
     "struct liveupdate_flb.compatible",
     "struct liveupdate_flb.private.list",
-    "struct liveupdate_flb.private.outgoing.count.refs.counter",
+    "struct liveupdate_flb.private.outgoing.count",
     "struct liveupdate_flb.private.outgoing.data",
 )
+#: The count of an FLB was a number before it was a refcount_t.
+_FLB_REFCOUNT: Final = ("struct liveupdate_flb.private.outgoing.count.refs.counter",)
 #: drgn's get_printk_records() needs these, too.
 _LOG: Final = (
     "LOG_CONT",
@@ -184,6 +198,25 @@ _KHO_OUT: Final = (
 )
 
 
+@dataclass(frozen=True)
+class LuoLists:
+    """
+    How a kernel keeps LUO's sessions, files and FLBs.
+
+    :param arrays: it writes them into arrays, to which an FDT leads (linux 6.19 to 7.1); else into
+        chains of blocks, to which a ``struct luo_ser`` leads.
+    :param retrieve_status: a ``struct luo_file`` knows how it was retrieved; else only whether it
+        was (linux 6.19).
+    :param flbs: it has FLBs (since linux 7.0).
+    :param flb_refcount: an FLB's count is a ``refcount_t``; else a number.
+    """
+
+    arrays: bool
+    retrieve_status: bool
+    flbs: bool
+    flb_refcount: bool
+
+
 class Parts:
     """
     What only some kernels have, or only some debug info describes; looked up when it is needed.
@@ -219,9 +252,19 @@ class Parts:
         return self._has(_LIVEUPDATE)
 
     @cached_property
-    def sessions(self) -> bool:
-        """The lists of LUO's sessions, files and FLBs, as they are since linux 7.2."""
-        return self._has(_SESSIONS)
+    def sessions(self) -> LuoLists | None:
+        """How the kernel keeps LUO's sessions; None: in no way that khoscope knows."""
+        status = self._has(_RETRIEVE_STATUS)
+        flbs = self._has(_FLBS)
+        if not self._has(_SESSIONS) or not (status or self._has(_RETRIEVED)):
+            return None
+        # A kernel that has FLBs, but keeps them in another way.
+        if not flbs and self._has(("luo_flb_global",)):
+            return None
+        blocks = self._has(_BLOCKS)
+        if not blocks and not self._has(_ARRAYS):
+            return None
+        return LuoLists(not blocks, status, flbs, self._has(_FLB_REFCOUNT))
 
     @cached_property
     def log(self) -> bool:

@@ -45,9 +45,10 @@ COMMAND_LINE_LIMIT: Final = 1 << 16
 #: log_buf_len= says: a ring with more records than this is corrupt.
 LOG_COUNT_BITS: Final = 26
 
-#: What a kernel says when KHO or the page allocator finds something broken.
+#: What a kernel says when KHO, LUO or the page allocator finds something broken.
 TROUBLE = re.compile(
     r"KHO: .*(fail|disabl|incompatib|invalid|broken|too small|not supported)"
+    r"|luo: .*(fail|unable|no registered|mismatch|incompatib)"
     r"|Bad page state|page dumped because"
     r"|(WARNING|kernel BUG).*(kexec_handover|kho_)",
     re.IGNORECASE,

@@ -188,7 +188,9 @@ class StatusText(Text):
             )
         self.fact("tree", cost, "tree")
         self._totals("preserved", status.preserved, facts, "preserved")
-        if status.unclaimed is None:
+        if not facts.abi.stamp.has_magic and facts.handover.is_kho_boot:
+            self.fact("unclaimed", "not known: stamps of this kernel have no magic", "unclaimed")
+        elif status.unclaimed is None:
             self.fact("unclaimed", NOT_RECORDED, "unclaimed")
         elif facts.handover.is_kho_boot:
             self._totals("unclaimed", status.unclaimed, facts, "unclaimed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import socket
+from typing import Any
 
 from vm.machine import Machine
 
@@ -30,7 +31,8 @@ def poke(machine: Machine, phys: int, old: bytes, new: bytes) -> None:
 
 
 def _monitor(machine: Machine, command: str) -> None:
-    machine.qmp("human-monitor-command", **{"command-line": command})
+    words: dict[str, Any] = {"command-line": command}
+    machine.qmp("human-monitor-command", **words)
 
 
 def _ask(stub: socket.socket, packet: str) -> str:

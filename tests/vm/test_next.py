@@ -211,7 +211,7 @@ def test_a_file_without_a_handler(name: str) -> None:
         prog = open_qemu(str(machine.qmp_socket), machine.kernel.share / "vmlinux")
         handler = prog["memfd_luo_handler"].compatible
         assert says_of(machine, name) == []
-        phys = follow_phys(prog, prog["init_mm"].address_of_(), handler.address_).value_()
+        phys = follow_phys(prog["init_mm"].address_of_(), handler.address_).value_()
         poke(machine, phys, b"memfd-v2", b"memfd-v9")
         (message,) = says_of(machine, name)
         assert message == (
