@@ -108,6 +108,7 @@ _VARIABLES: dict[str, str] = {
     "sysctl_bootid": "u8[16]",
     "tainted_mask": "u64",
     "kexec_image": "kimage *",
+    "kexec_crash_image": "kimage *",
     "luo_global": "luo_state",
     "luo_file_handler_list": "list_head",
     "luo_session_global": "luo_session_global",

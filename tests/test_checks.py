@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from khoscope.abi.fdt import MAGIC
-from khoscope.abi.keys import KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi, Finalize, Restore
+from khoscope.abi.keys import (
+    KHO_PAGE_CONTIG,
+    KHO_PAGE_SPLIT,
+    Abi,
+    BlockLimits,
+    Finalize,
+    Restore,
+)
 from khoscope.abi.kho_fdt import Fdt, Subtree
 from khoscope.checks import RULES, Report, RuleSelection, Severity, check, compare, run
 from khoscope.checks.clients import NEEDED
@@ -131,7 +138,9 @@ def with_blob(name: str, blob: bytes) -> Snapshot:
     return out(contig(2), fdt=root, blobs={f"subtree {name}": blob})
 
 
-def claimed(owner: Owner, phys: int, size: int, *blocks: Block, more: int = 0) -> Report:
+def claimed(
+    owner: Owner, phys: int, size: int, *blocks: Block, more: int = 0, abi: Abi = FIXED
+) -> Report:
     """The report on what somebody else, and then an owner, has claimed."""
     owners = [Owner(OwnerKind.VM_STRUCT, "vm_struct of nobody"), owner]
     rows = [(1 << 30, 1 << 20, 0), (phys, size, 1), *((phys + size, more, 1),) * bool(more)]
@@ -139,7 +148,7 @@ def claimed(owner: Owner, phys: int, size: int, *blocks: Block, more: int = 0) -
     claims = [
         Claims(*(np.array(c, t) for c, t in zip(columns, Claims.DTYPES.values(), strict=True)))
     ]
-    return check(out(*blocks, owners=owners, claims=claims))
+    return check(out(*blocks, abi=abi, owners=owners, claims=claims))
 
 
 def claims(*memory: tuple[Owner, int, int], fdt: Fdt | None = None) -> Report:
@@ -203,6 +212,23 @@ def image(loaded: bool, kho_fdt: int = 0) -> Report:
 
 def next_kernel(*kho: str) -> Report:
     return check(snapshot(FIXED, []), NextKernel("bzImage", "gzip", "7.3", kho))
+
+
+def crash_image(loaded: bool, kho_fdt: int = 0) -> Report:
+    image = KexecImage(loaded, loaded, kho_fdt, 1 << 20 if loaded else 0)
+    return check(replace(snapshot(FIXED, []), crash_image=image))
+
+
+NONE = BlockLimits()
+#: Kernels with limits: as linux 7.1.13, and as 6.18.15 if it had a radix tree.
+INT_SIZES = replace(PLAIN, compatible="kho-v3", limits=BlockLimits(1 << 31))
+OLD = replace(PLAIN, compatible="kho-v1", limits=BlockLimits(1 << 31, 10))
+
+
+def carried(abi: Abi, block: Block, *kho: str) -> Report:
+    """The report on a block, and on a next kernel."""
+    facts = snapshot(abi, [block], fdt=fdt(compatible=abi.compatible))
+    return check(facts, NextKernel("bzImage", "gzip", "7.1.99", kho))
 
 
 def full_fdt(used: int) -> Report:
@@ -454,8 +480,25 @@ FIRES: dict[str, list[Fires]] = {
     "image-without-kho": [Fires(lambda: image(True), None)],
     "no-image": [Fires(lambda: image(False), None)],
     "image-abi-differs": [
-        Fires(lambda: next_kernel("kho-v4"), None),
-        Fires(lambda: next_kernel(), None),
+        Fires(lambda: next_kernel("kho-v4"), None, here=True),
+        Fires(lambda: next_kernel(), None, here=True),
+    ],
+    "crash-image-with-kho": [Fires(lambda: crash_image(True, 0x2000), 0x2000)],
+    "block-too-large": [
+        Fires(lambda: one(INT_SIZES, contig(19, phys=0)), 0, 19),
+        Fires(lambda: one(INT_SIZES, contig(20, phys=1 << 32), ram=[(0, 1 << 34)]), 1 << 32, 20),
+        Fires(lambda: one(OLD, contig(11, phys=0)), 0, 11),
+        Fires(
+            lambda: carried(replace(INT_SIZES, limits=NONE), contig(19, phys=0), "kho-v3"), 0, 19
+        ),
+        Fires(lambda: carried(OLD, contig(11, phys=0), "kho-v1"), 0, 11),
+        # What nobody restores is reserved all the same.
+        Fires(
+            lambda: claimed(
+                owner(OwnerKind.RESERVE_MEM), 0, 1 << 31, contig(19, phys=0), abi=INT_SIZES
+            ),
+            *(0, 19),
+        ),
     ],
     "cut-at-node": [
         Fires(lambda: border(*SIDES), BORDER, 2),
@@ -754,7 +797,29 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
     "image-without-kho": [lambda: image(False), lambda: image(True, 0x2000), lambda: one(FIXED)],
     "no-image": [lambda: image(True), lambda: image(True, 0x2000), lambda: one(FIXED)],
     "image-abi-differs": [lambda: next_kernel("kho-v5"), lambda: one(FIXED)],
+    "crash-image-with-kho": [
+        lambda: crash_image(True),
+        lambda: crash_image(False),
+        lambda: image(True, 0x2000),
+    ],
+    "block-too-large": [
+        lambda: one(FIXED, contig(19, phys=0)),
+        lambda: one(INT_SIZES, contig(18, phys=0)),
+        lambda: one(OLD, contig(10, phys=0)),
+        lambda: claimed(
+            owner(OwnerKind.RESERVE_MEM), 0, 1 << 24, contig(11, phys=1 << 23), abi=OLD
+        ),
+        # The next kernel is handed nothing, or has no limits.
+        lambda: carried(INT_SIZES, contig(19, phys=0), "kho-v4"),
+        lambda: carried(PLAIN, contig(19, phys=0), "kho-v4"),
+        # bad-key speaks of those.
+        lambda: one(INT_SIZES, contig(21, phys=0), ram=[(0, 1 << 32)]),
+        lambda: one(OLD, contig(0, key=0)),
+    ],
     "huge-order": [
+        # An error is enough.
+        lambda: one(INT_SIZES, contig(19, phys=0)),
+        lambda: one(OLD, contig(11, phys=0)),
         lambda: one(FIXED, contig(10, phys=0), split(10, phys=1 << 30)),
         lambda: claimed(owner(OwnerKind.RESERVE_MEM), 0, 1 << 24, contig(11, phys=1 << 23)),
         # bad-key speaks of those.
@@ -932,7 +997,9 @@ def test_the_rules_are_those_that_were_asked_for() -> None:
         *("stale-entry", "both-types", "overlap", "in-scratch", "outside-ram", "bad-key"),
         *("bad-node", "bad-fdt", "abi-not-bumped", "kernel-tainted", "huge-order", "cut-at-node"),
         *("blob-not-preserved", "fdt-nearly-full", "broken-vmalloc", "broken-luo"),
-        *("image-without-kho", "no-image", "image-abi-differs", "orphaned-session"),
+        *("image-without-kho", "no-image", "image-abi-differs", "block-too-large"),
+        "orphaned-session",
+        "crash-image-with-kho",
         *("not-finalized", "serialized-differs"),
         *("lost", "order-changed", "type-changed", "wrong-refcounts", "not-restored"),
         *("unexpected", "not-a-handover", "preserved-offline", "needs-folio-restore"),

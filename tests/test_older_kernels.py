@@ -13,7 +13,7 @@ import pytest
 from drgn import Object, offsetof, sizeof
 from drgn.helpers import ValidationError
 
-from khoscope.abi.keys import NO_TYPE, Abi, Finalize, Restore, Stamp, Tracker
+from khoscope.abi.keys import NO_TYPE, Abi, BlockLimits, Finalize, Restore, Stamp, Tracker
 from khoscope.abi.kho_fdt import Fdt
 from khoscope.checks import check, compare
 from khoscope.facts.snapshot import Snapshot
@@ -35,6 +35,9 @@ _TRACK = {
     "kho_mem_phys_bits": "u64 preserve[512]",
     "kho_mem_track": "xarray orders",
     "kho_in": "u64 fdt_phys; u64 scratch_phys",
+    # Until 7.0: a tail leads to its head.
+    "page": "u64 flags; u64 compound_head; list_head lru; u64 mapping; u64 private;"
+    " u32 page_type; atomic _refcount; u64 rest",
     "khoser_ptr": "u64 phys",
     "khoser_mem_bitmap_ptr": "u64 phys_start; khoser_ptr bitmap",
     "khoser_mem_chunk_hdr": "khoser_ptr next; u32 order; u32 num_elms",
@@ -181,7 +184,9 @@ def kernel(kind: Kind) -> Kernel:
 def test_types_say_what_it_is(kind: Kind) -> None:
     abi = kind.made().source().abi
     no_fdt_yet = kind.abi.finalize == Finalize.BEFORE_LOAD
-    assert replace(abi, compatible="kho-v1", decided={}) == kind.abi, abi.decided
+    assert replace(abi, compatible="kho-v1", decided={}, limits=BlockLimits()) == kind.abi
+    # None of them takes a block of 2 GiB, or one that the page allocator would not have.
+    assert abi.limits == BlockLimits(1 << 31, 10)
     assert abi.tracker == Tracker.XARRAY
     assert abi.decided["tracker"] in ("kho_out.ser.track", "kho_out.track")
     assert no_fdt_yet == (abi.decided["tracker"] == "kho_out.ser.track")

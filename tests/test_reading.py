@@ -13,8 +13,9 @@ from drgn import Platform, Program
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from khoscope.abi.keys import BlockLimits
 from khoscope.facts.columns import Leaves
-from khoscope.facts.snapshot import Node, Snapshot
+from khoscope.facts.snapshot import KexecImage, Node, Snapshot
 from khoscope.sources import reading as reading_module
 from khoscope.sources.kernel import KernelSource
 from khoscope.sources.probe import refuse_platform
@@ -46,6 +47,42 @@ def test_all_is_there() -> None:
         assert facts.liveupdate.handlers == ["memfd-v2", "vfio-v1"]
         assert facts.image is not None
         assert not facts.image.loaded
+        assert facts.crash_image == KexecImage(False)
+
+
+def test_a_crash_kernel() -> None:
+    """A struct kimage as made_up.py has it: nr_segments, file_mode, one segment, kho.fdt."""
+    machine = MadeUp()
+    segments = (0x100_0000).to_bytes(8, "little") + (3 << 20).to_bytes(8, "little") + bytes(15 * 16)
+    kimage = b"\1\0\0\0\1\0\0\0" + segments + (0x5000).to_bytes(8, "little")
+    machine.set("kexec_crash_image", machine.new(kimage))
+    for facts in every(machine.source()):
+        assert facts.crash_image == KexecImage(True, True, 0x5000, 3 << 20)
+        assert facts.image == KexecImage(False)
+
+
+@pytest.mark.parametrize(
+    ("compatible", "limits"),
+    [
+        ("kho-v3", BlockLimits(1 << 31)),
+        ("kho-v2", BlockLimits(1 << 31, 10)),
+        ("kho-v4", BlockLimits()),
+        ("kho-v4;radix-v1;vmalloc-v1", BlockLimits()),
+    ],
+)
+def test_limits_of_blocks(compatible: str, limits: BlockLimits) -> None:
+    machine = MadeUp()
+    root = {"compatible": f"{compatible}\0".encode(), "preserved-memory-map": bytes(8)}
+    machine.set("kho_out", machine.new(blob(root)))
+    abi = machine.source().abi
+    assert (abi.compatible, abi.limits) == (compatible, limits)
+    assert abi.decided["limits"] == "its compatible"
+
+
+def test_limits_of_a_kernel_that_does_not_say_what_it_is() -> None:
+    abi = MadeUp().source().abi
+    assert (abi.compatible, abi.limits) == (None, BlockLimits())
+    assert abi.decided["limits"] == "none: its compatible is not readable"
 
 
 # Debug info
@@ -79,6 +116,7 @@ def test_debug_info_that_lacks_what_is_needed(lacks: str) -> None:
     ("lacks", "named"),
     [
         ({"kexec_image"}, []),
+        ({"kexec_crash_image"}, []),
         ({"luo_global"}, []),
         ({"luo_session"}, []),
         ({"liveupdate_flb", "luo_file"}, []),
@@ -93,6 +131,7 @@ def test_parts_that_not_all_kernels_have(lacks: set[str], named: list[str]) -> N
     facts = MadeUp(lacks).source().snapshot()
     assert facts.unreadable == named
     assert (facts.image is None) == ("kexec_image" in lacks)
+    assert (facts.crash_image is None) == ("kexec_crash_image" in lacks)
     assert (facts.liveupdate is None) == ("luo_global" in lacks)
     assert (facts.nodes is None) == ("pglist_data" in lacks)
 
@@ -308,6 +347,7 @@ def test_a_fault_of_an_attempt_that_is_thrown_away(monkeypatch: pytest.MonkeyPat
         ("saved_command_line", "the command line (saved_command_line)"),
         ("prb", "the kernel log (prb)"),
         ("kexec_image", "the loaded kexec image (kexec_image)"),
+        ("kexec_crash_image", "the loaded crash kernel (kexec_crash_image)"),
         ("luo_global", "LUO's state (luo_global)"),
         ("luo_file_handler_list", "LUO's file handlers (luo_file_handler_list)"),
         ("kho_scratch", "the scratch areas (kho_scratch)"),

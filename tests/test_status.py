@@ -53,6 +53,7 @@ def full() -> Snapshot:
         scratch_free=[1 << 11, 1 << 12],
         nodes=[Node(0, 0, 3 << 29), Node(1, 3 << 29, 1 << 32)],
         image=KexecImage(True, True, 0x2000, 12 << 20),
+        crash_image=KexecImage(True, True, 0, 180 << 20),
         liveupdate=LuoState(True, ["memfd-v2"]),
         offline=np.array([[1 << 30, 3 << 29]], np.uint64),
     )
@@ -201,6 +202,7 @@ def test_text() -> None:
         r"handed over guests: 2 files, retrieved             [luo_session_global.incoming]",
         r"            disks: 1 file, not retrieved",
         r"image       12 MiB, loaded by kexec_file_load, with the handover   [kexec_image]",
+        r"crash image 180 MiB, loaded by kexec_file_load               [kexec_crash_image]",
         r"tainted     0x20 (B)                                              [tainted_mask]",
     ):
         assert line in words
@@ -238,6 +240,18 @@ def test_an_image_that_hands_nothing_over() -> None:
     shown = text(replace(off(), image=KexecImage(True, True, 0, 4096)))
     assert any("kexec_file_load, without a handover" in line for line in shown)
     assert not any("lost" in line for line in shown)
+
+
+def test_a_crash_kernel_that_is_handed_something() -> None:
+    for image, words in (
+        (KexecImage(True, True, 0x2000, 4096), "with a handover: it would die"),
+        (KexecImage(False), "none is loaded"),
+    ):
+        shown = text(replace(full(), crash_image=image))
+        at = next(i for i, line in enumerate(shown) if line.startswith("crash image"))
+        assert words in " ".join(line.split("[")[0].strip() for line in shown[at : at + 2])
+    shown = text(replace(full(), crash_image=None))
+    assert not any(line.startswith("crash image") for line in shown)
 
 
 def test_luo_that_is_not_all_decoded() -> None:
@@ -306,6 +320,12 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "kho_fdt": "0x2000",
         "size": 12 << 20,
     }
+    assert found["crash_image"] == {
+        "loaded": True,
+        "file_mode": True,
+        "kho_fdt": "0x0",
+        "size": 180 << 20,
+    }
     assert found["taint"] == "B"
     assert found["read_from"] == read_from(full())
 
@@ -314,7 +334,15 @@ def test_json_of_what_is_not_recorded(tmp_path: Path, capsys: pytest.CaptureFixt
     found = document(
         replace(snapshot(PLAIN, [Block(0x1000)]), image=None), tmp_path / "bare", capsys
     )
-    for name in ("command_line", "liveupdate", "image", "sessions", "subtrees_incoming"):
+    nothing = (
+        "command_line",
+        "liveupdate",
+        "image",
+        "crash_image",
+        "sessions",
+        "subtrees_incoming",
+    )
+    for name in nothing:
         assert found[name] is None
     assert found["compatible"]["handlers"] is None
     assert main(["--snapshot", str(tmp_path / "bare"), "status"]) == 0
@@ -334,14 +362,19 @@ def test_diff_compares_these_facts() -> None:
     b = replace(
         with_kernel(a, command_line="quiet"),
         image=KexecImage(False),
+        crash_image=KexecImage(True, True, 0x2000, 1 << 20),
         liveupdate=LuoState(False),
     )
     assert diff.facts(a, a) == []
     assert {change.what: (change.a, change.b) for change in diff.facts(a, b)} == {
         "command line": ("root=/dev/vda kho=on liveupdate=on", "quiet"),
         "kexec image": ("12582912 bytes by kexec_file_load, KHO FDT 0x2000", "none"),
+        "crash image": (
+            "188743680 bytes by kexec_file_load, KHO FDT 0x0",
+            "1048576 bytes by kexec_file_load, KHO FDT 0x2000",
+        ),
         "LUO enabled": ("True", "False"),
         "LUO file handlers": ("memfd-v2", "none"),
     }
-    old = replace(a, image=None, liveupdate=None)
+    old = replace(a, image=None, crash_image=None, liveupdate=None)
     assert {change.b for change in diff.facts(a, old)} == {"absent"}

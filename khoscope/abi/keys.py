@@ -122,6 +122,20 @@ class Stamp:
 
 
 @dataclass(frozen=True)
+class BlockLimits:
+    """
+    The largest blocks that a kernel can be handed.
+
+    :param size: bytes; its boot does not reserve blocks of this size and above as they are.  None:
+        it reserves all of them.
+    :param order: the highest order that its restore gives back.  None: any.
+    """
+
+    size: int | None = None
+    order: int | None = None
+
+
+@dataclass(frozen=True)
 class Abi:
     """
     What one kernel does: sizes in bits (log2), depth in levels.
@@ -142,6 +156,7 @@ class Abi:
         tree, whose bitmaps are leaves.
     :param finalize: whether, and when, what is preserved must be finalized.
     :param restores_pages_as: what a restore as pages makes of a block.
+    :param limits: what a next kernel like this one can be handed; none since linux 7.2.
     :param decided: how each of these was decided, for people.
     """
 
@@ -159,6 +174,7 @@ class Abi:
     preserve_bits: int | None = None
     finalize: Finalize = Finalize.NEVER
     restores_pages_as: Restore = Restore.PAGES
+    limits: BlockLimits = BlockLimits()
     decided: dict[str, str] = field(default_factory=dict, compare=False)
 
     @classmethod

@@ -115,6 +115,20 @@ def compatible_of(blob: bytes) -> str | None:
     return None if found is None else serialized.text(found.value)
 
 
+def compatibles_of(blob: bytes) -> dict[str, str]:
+    """
+    The ``compatible`` of an FDT's root (by the name "") and of the root's children, where they
+    have one; empty if the bytes are not a readable FDT.
+    """
+    try:
+        root = read(blob).root
+    except Unreadable:
+        return {}
+    nodes = {"": root, **{child.name: child for child in root.children}}
+    found = {name: node.property("compatible") for name, node in nodes.items()}
+    return {name: serialized.text(each.value) for name, each in found.items() if each is not None}
+
+
 @dataclass(frozen=True)
 class LuoFdt:
     """

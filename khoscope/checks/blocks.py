@@ -8,7 +8,14 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, U64, Tracker
+from ..abi.keys import (
+    BAD_ORDER,
+    KHO_PAGE_CONTIG,
+    KHO_PAGE_SPLIT,
+    U64,
+    BlockLimits,
+    Tracker,
+)
 from ..facts.clients import OwnerKind
 from ..facts.columns import Blocks, Leaves, Pages
 from ..facts.owners import FolioTotal
@@ -416,7 +423,8 @@ def huge_order(facts: Snapshot, blocks: Blocks) -> Marked:
     most = facts.abi.max_page_order
     huge = (blocks.order > most) & (blocks.order <= _order_limit(facts))
     if huge.any():
-        huge &= ~InPlace(facts).claimed(blocks)
+        # Of those that a next kernel like this one cannot take, block-too-large speaks.
+        huge &= ~InPlace(facts).claimed(blocks) & ~too_large(facts, facts.abi.limits, blocks)
     return Marked(
         huge,
         lambda row: (
@@ -424,6 +432,17 @@ def huge_order(facts: Snapshot, blocks: Blocks) -> Marked:
             f"the pages are {_describe(blocks, row)}"
         ),
     )
+
+
+def too_large(facts: Snapshot, limits: BlockLimits, blocks: Blocks) -> NDArray[np.bool_]:
+    """Blocks that a kernel with such limits cannot take, and that have an order at all."""
+    wrong = np.zeros(len(blocks), np.bool_)
+    if limits.size is not None:
+        wrong |= blocks.order >= np.uint8(limits.size.bit_length() - 1 - facts.abi.page_shift)
+    if limits.order is not None and (blocks.order > limits.order).any():
+        # What nobody restores, no restore refuses.
+        wrong |= (blocks.order > limits.order) & ~InPlace(facts).claimed(blocks)
+    return wrong & (blocks.order <= _order_limit(facts))
 
 
 @rule(

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ..abi import serialized
+from ..abi.compatibles import is_known
 from ..abi.keys import COMPATIBLES
 from ..abi.kho_fdt import compatible_of, parse_luo_fdt
 from ..facts import invariants
@@ -56,7 +57,7 @@ def _unknown(side: Side, outgoing: bool) -> Iterator[str]:
     fdt = side.fdt
     if fdt.phys and "fdt" not in side.blobs:
         yield "root FDT: it could not be read"
-    elif fdt.compatible is not None and fdt.compatible not in COMPATIBLES:
+    elif fdt.compatible is not None and not is_known(fdt.compatible, COMPATIBLES):
         yield f"root FDT: {fdt.compatible!r} is an ABI that khoscope does not know"
     there = {subtree.name for subtree in fdt.subtrees}
     luo = side.luo

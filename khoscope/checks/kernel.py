@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from ..abi.compatibles import base
 from ..abi.fdt import MAGIC, Unreadable, read
 from ..abi.keys import COMPATIBLES_WITHOUT_TYPES, Abi, Finalize, Tracker
 from ..abi.kho_fdt import Fdt, Subtree
@@ -101,7 +102,7 @@ def order_not_stored(abi: Abi) -> Iterator[Message]:
 def abi_not_bumped(abi: Abi) -> Iterator[Message]:
     """The kernel's key layout has a type but its compatible is one that kernels without types
     accept."""
-    if abi.has_types and abi.compatible in COMPATIBLES_WITHOUT_TYPES:
+    if abi.has_types and base(abi.compatible or "") in COMPATIBLES_WITHOUT_TYPES:
         yield Message(f"this kernel records page types under compatible {abi.compatible!r}")
 
 
@@ -134,7 +135,7 @@ def _fdt_trouble(facts: Snapshot, which: str, side: Side) -> Iterator[Message]:
             yield Message(f"{which} root FDT: subtree {subtree.name!r}: {astray}", subtree.phys)
     for problem in fdt.problems:
         yield Message(f"{which} root FDT: {problem}", fdt.phys)
-    if fdt.compatible is not None and not re.fullmatch(r"kho-v\d+", fdt.compatible):
+    if fdt.compatible is not None and not re.fullmatch(r"kho-v\d+", base(fdt.compatible)):
         yield Message(f"{which} root FDT: compatible is {fdt.compatible!r}", fdt.phys)
     tree, what = side.tree, "the tree's root"
     if facts.abi.tracker == Tracker.XARRAY:
@@ -240,6 +241,28 @@ def no_image(facts: Snapshot) -> Iterator[Message]:
     """Nothing is loaded yet."""
     if facts.image is not None and not facts.image.loaded:
         yield Message("no kexec image is loaded yet")
+
+
+@rule(
+    "crash-image-with-kho",
+    Severity.ERROR,
+    "kernel",
+    """
+    Memory is handed over by kexec alone, not by a crash. A crash kernel that is told of a handover
+    puts itself into the scratch areas, which are memory of the kernel that crashed, and dies early,
+    mostly without a word: there will be no dump. kho_fill_kimage() spares crash kernels since linux
+    7.1. Load the crash kernel again with kexec_load() (kexec -c -p): then nothing is handed over.
+    If this kernel hands over only what is finalized before an image is loaded (up to linux 6.18),
+    loading the crash kernel before that helps, too. A crash kernel without KHO, or with another KHO
+    compatible, does not die of it.
+    """,
+    kernel="kho_fill_kimage kho_populate kho_memory_init",
+)
+def crash_image_with_kho(facts: Snapshot) -> Iterator[Message]:
+    """A crash kernel is loaded with kho.fdt other than 0: it dies, and writes no dump."""
+    image = facts.crash_image
+    if image is not None and image.kho_fdt:
+        yield Message(f"the crash kernel is handed the FDT at {image.kho_fdt:#x}", image.kho_fdt)
 
 
 @rule(

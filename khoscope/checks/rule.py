@@ -162,6 +162,7 @@ ScopeName = Literal[
     "tree",
     "blocks",
     "folios",
+    "next-blocks",
     "pairs",
     "stamps",
     "calls",
@@ -192,6 +193,10 @@ SCOPES: dict[ScopeName, Scope] = {
     "folios": Scope(
         "(snapshot, FolioTotals) → messages", "which of the blocks are folios, and whose"
     ),
+    "next-blocks": Scope(
+        "(NextKernel or None, snapshot, a chunk of blocks) → marked rows",
+        "blocks, and the next kernel's image if there is --next",
+    ),
     "pairs": Scope("(handover.Pairs) → marked rows", "struct pages before and after the kexec"),
     "stamps": Scope("(before, its keys, a chunk of stamps) → marked rows", "stamped pages"),
     "calls": Scope("(snapshot, a chunk of Calls) → marked rows", "calls (trace)"),
@@ -204,7 +209,15 @@ SCOPES: dict[ScopeName, Scope] = {
 
 #: Scopes that every kernel has; scopes before a kexec; scopes that need the image of the next
 #: kernel; scopes that need an earlier snapshot, too; scopes of a trace.
-ONE_KERNEL: set[ScopeName] = {"abi", "kernel", "clients", "tree", "blocks", "folios"}
+ONE_KERNEL: set[ScopeName] = {
+    "abi",
+    "kernel",
+    "clients",
+    "tree",
+    "blocks",
+    "folios",
+    "next-blocks",
+}
 KEXEC: set[ScopeName] = {"kexec"}
 NEXT: set[ScopeName] = {"next"}
 ACROSS: set[ScopeName] = {"handover", "pairs", "stamps"}

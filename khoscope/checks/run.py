@@ -266,7 +266,7 @@ def _check(
             report.add_messages(rule, find(facts, next_kernel))
     keys = functools.cache(lambda: KeySet(facts.abi, facts.outgoing.tree.leaves))
     _check_tree(facts, keys, report)
-    _check_blocks(facts, keys, report)
+    _check_blocks(facts, next_kernel, keys, report)
     report.incomplete += gaps(facts, clients=bool(report.finders("clients")))
     if about == About.KEXEC and facts.image is None and report.finders("kexec"):
         report.incomplete.append("whether a kexec image is loaded, and with what, is not known")
@@ -282,9 +282,26 @@ def _check_tree(facts: Snapshot, keys: Callable[[], KeySet], report: Report) -> 
             report.add_marked(rule, blocks, marked)
 
 
-def _check_blocks(facts: Snapshot, keys: Callable[[], KeySet], report: Report) -> None:
+def _block_rules(
+    report: Report, next_kernel: NextKernel | None
+) -> list[tuple[Rule, Callable[[Snapshot, Blocks], Marked]]]:
+    """The rules about blocks, those that depend on the next kernel among them."""
+    carried = report.finders("next-blocks")
+    return [
+        *report.finders("blocks"),
+        *((rule, functools.partial(find, next_kernel)) for rule, find in carried),
+    ]
+
+
+def _check_blocks(
+    facts: Snapshot,
+    next_kernel: NextKernel | None,
+    keys: Callable[[], KeySet],
+    report: Report,
+) -> None:
     """Run the rules about blocks."""
-    rules, of_folios = report.finders("blocks"), report.finders("folios")
+    rules = _block_rules(report, next_kernel)
+    of_folios = report.finders("folios")
     if not rules and not of_folios:
         return
     rows, folios = Rows(facts, keys()), FolioTally(facts)
@@ -531,7 +548,7 @@ def check_batch(facts: Snapshot, batch: Batch, report: Report) -> BatchFindings:
             found.touches.setdefault(row, []).append(each)
     rows = np.flatnonzero((touches.action == Action.ADD) & touches.succeeded)
     added = touches.blocks[rows]
-    for rule, find in report.finders("blocks"):
+    for rule, find in _block_rules(report, None):
         for at, each in report.add_marked(rule, added, find(facts, added), KEPT).items():
             found.touches.setdefault(int(rows[at]), []).append(each)
     return found

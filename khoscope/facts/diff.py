@@ -79,6 +79,8 @@ def _single_facts(s: Snapshot) -> dict[str, str]:
         found["command line"] = s.kernel.command_line
     if s.image is not None:
         found["kexec image"] = _image(s.image)
+    if s.crash_image is not None:
+        found["crash image"] = _image(s.crash_image)
     if s.liveupdate is not None:
         found["LUO enabled"] = str(s.liveupdate.enabled)
         found["LUO file handlers"] = ", ".join(s.liveupdate.handlers) or "none"

@@ -37,8 +37,9 @@ def contradictions(facts: Snapshot) -> Iterator[str]:
     yield from _memory(facts)
     if facts.nodes is not None:
         yield from _nodes(facts.nodes)
-    if facts.image is not None:
-        yield from _image(facts.image, facts.outgoing.fdt.phys)
+    for which, image in (("kexec", facts.image), ("crash", facts.crash_image)):
+        if image is not None:
+            yield from _image(which, image, facts.outgoing.fdt.phys)
     for which, side in (("outgoing", facts.outgoing), ("incoming", facts.incoming)):
         if side is not None:
             yield from (f"{which} {said}" for said in _side(side, side is facts.outgoing))
@@ -141,11 +142,11 @@ def ram_pages(facts: Snapshot) -> int:
     return sum(max((end >> shift) - -(-first >> shift), 0) for first, end in facts.ram.tolist())
 
 
-def _image(image: KexecImage, fdt: int) -> Iterator[str]:
+def _image(which: str, image: KexecImage, fdt: int) -> Iterator[str]:
     if image.kho_fdt and fdt and image.kho_fdt != fdt:
-        yield f"the kexec image is handed the FDT at {image.kho_fdt:#x}, KHO's is at {fdt:#x}"
+        yield f"the {which} image is handed the FDT at {image.kho_fdt:#x}, KHO's is at {fdt:#x}"
     if image.loaded != (image.size > 0) or (not image.loaded and image.kho_fdt):
-        yield f"a kexec image is loaded: {image.loaded}, of {image.size:,} bytes"
+        yield f"a {which} image is loaded: {image.loaded}, of {image.size:,} bytes"
 
 
 def _side(side: Side, outgoing: bool) -> Iterator[str]:

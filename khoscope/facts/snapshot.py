@@ -86,7 +86,8 @@ class Side:
 @dataclass(frozen=True)
 class KexecImage:
     """
-    What the next kexec starts (``struct kimage *kexec_image``).
+    What the next kexec starts (``struct kimage *kexec_image``), or a panic
+    (``kexec_crash_image``).
 
     :param loaded: whether there is one.
     :param file_mode: loaded with kexec_file_load(), not with kexec_load().
@@ -165,6 +166,7 @@ class Snapshot:
     :param nodes: the NUMA nodes, in order of their first pages; None: they cannot be read, or were
         not recorded.
     :param image: the kexec image; None: not looked at.
+    :param crash_image: the crash kernel; None: not looked at, or this kernel can have none.
     :param liveupdate: LUO in this kernel; None: it has none, or was not looked at.
     :param offline: u64, likewise: the parts of RAM for which ``pfn_to_online_page()`` has no page;
         None: not known.
@@ -208,6 +210,7 @@ class Snapshot:
     contradictions: list[str] = field(default_factory=list)
     finalized: bool | None = None
     nodes: list[Node] | None = None
+    crash_image: KexecImage | None = None
 
 
 def in_ram(ram: U64, phys: int, size: int) -> bool:

@@ -39,6 +39,7 @@ READ_FROM: Final = {
     "sessions_in": "luo_session_global.incoming",
     "sessions_ser": "struct luo_session_ser",
     "image": "kexec_image",
+    "crash_image": "kexec_crash_image",
     "taint": "tainted_mask",
     "finalized": "kho_out.finalized",
 }

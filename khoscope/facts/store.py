@@ -15,6 +15,7 @@ from typing import IO, Final, TypeVar
 
 import numpy as np
 
+from ..abi.compatibles import block_limits
 from ..abi.keys import U64, Abi, Tracker
 from ..abi.kho_fdt import Fdt, root_fdt
 from . import budget, invariants
@@ -83,6 +84,7 @@ class _Meta:
     unreadable: list[str] = field(default_factory=list)
     finalized: bool | None = None
     nodes: list[Node] | None = None
+    crash_image: KexecImage | None = None
 
 
 #: Members that files of version 1 and 2 lack: those who wrote them refused any kernel whose KHO is
@@ -97,6 +99,10 @@ UNRECORDED_2: Final[dict[str, str]] = {
     "_Meta.finalized": "",
     "_Meta.offline": "which memory is offline",
     "_Meta.nodes": "",
+    # What was recorded of the kernel tells its limits.
+    "Abi.limits": "",
+    # Radix kernels hand crash kernels nothing, but for release candidates of linux 7.1.
+    "_Meta.crash_image": "",
 }
 #: Members that files of version 1 may lack, since khoscope 0.1.0 recorded them only later: class
 #: and member, and what the verdict then names as not recorded; "": no rule needs it.
@@ -172,6 +178,7 @@ def write_snapshot(snapshot: Snapshot, writer: Writer) -> None:
         snapshot.unreadable,
         snapshot.finalized,
         snapshot.nodes,
+        snapshot.crash_image,
     )
     writer.json("meta.json", meta)
 
@@ -220,12 +227,15 @@ def read_snapshot(archive: Archive) -> Snapshot:
     """The snapshot that :func:`write_snapshot` wrote."""
     may_lack = {1: UNRECORDED_1 | DERIVED, 2: UNRECORDED_2 | DERIVED, 3: DERIVED}
     meta, lacking = archive.meta(SNAPSHOT, _Meta, may_lack)
+    abi = _whole(meta.abi)
+    if "Abi.limits" in lacking:
+        abi = _with_limits(abi)
     with archive.damage():
-        _check_abi(meta.abi)
+        _check_abi(abi)
         offline = _ranges(meta.offline)
         if not archive.ours:
             _check_lists(meta)
-    streams = _Streams(archive, meta.abi, meta.chunks)
+    streams = _Streams(archive, abi, meta.chunks)
     wrong: list[str] = []
 
     def tree(name: str, state: TreeState) -> Tree:
@@ -249,12 +259,12 @@ def read_snapshot(archive: Archive) -> Snapshot:
         )
 
     said = {(UNRECORDED_1 | DERIVED)[member]: member for member in lacking}
-    if not meta.abi.has_types:
+    if not abi.has_types:
         said.pop(UNRECORDED_1["Abi.key_width"], None)
     facts = Snapshot(
         meta.taken,
         _whole(meta.kernel),
-        _whole(meta.abi),
+        abi,
         meta.kho_enable,
         meta.handover,
         archive.array("ram", "<u8", (None, 2)),
@@ -274,12 +284,19 @@ def read_snapshot(archive: Archive) -> Snapshot:
         sorted(what for what in said if what),
         finalized=meta.finalized,
         nodes=meta.nodes,
+        crash_image=meta.crash_image,
     )
     _check_members(archive, meta)
     if not archive.ours:
         with archive.damage():
             _check_memory(facts)
     return dataclasses.replace(facts, contradictions=[*wrong, *invariants.contradictions(facts)])
+
+
+def _with_limits(abi: Abi) -> Abi:
+    """What khoscope would have recorded, had it known of limits."""
+    limits = block_limits(abi.compatible, abi.max_page_order)
+    return dataclasses.replace(abi, limits=limits)
 
 
 def _whole(decoded: T) -> T:
@@ -376,6 +393,8 @@ def _check_abi(abi: Abi) -> None:
         and 0 <= abi.max_page_order <= 32
         and (abi.type_shift is None or abi.order_0_log2 < abi.type_shift < 64)
         and (abi.key_width is None or abi.order_0_log2 < abi.key_width <= 64)
+        and (abi.limits.size is None or abi.page_size < abi.limits.size < 1 << 64)
+        and (abi.limits.order is None or abi.limits.order <= 32)
         and 0 < abi.stamp.order_bits <= 32
         and (abi.stamp.type_shift is None or 0 <= abi.stamp.type_shift < 64)
         and (abi.stamp.magic_shift is None or 0 < abi.stamp.magic_shift < 64)

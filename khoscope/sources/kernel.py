@@ -454,6 +454,7 @@ class KernelSource:
             liveupdate=reading.liveupdate(),
             offline=reading.offline(),
             nodes=reading.nodes(),
+            crash_image=reading.crash_image(),
             unreadable=list(reading.unreadable),
             finalized=finalized,
         )

@@ -29,10 +29,12 @@ from drgn.helpers.linux.mm import for_each_vmap_area, phys_to_virt
 from drgn.helpers.linux.mmzone import for_each_online_pgdat
 from drgn.helpers.linux.module import address_to_module
 
+from ..abi import compatibles
 from ..abi.keys import (
     COMPATIBLES_WITHOUT_TYPES,
     POSTED_TYPE_SHIFT,
     Abi,
+    BlockLimits,
     Finalize,
     Restore,
     Stamp,
@@ -87,6 +89,7 @@ _IMAGE: Final = (
     "kexec_image.nr_segments",
     "kexec_image.segment.memsz",
 )
+_CRASH_IMAGE: Final = tuple(path.replace("kexec_", "kexec_crash_", 1) for path in _IMAGE)
 _LIVEUPDATE: Final = (
     "luo_global.enabled",
     "luo_file_handler_list.next",
@@ -244,6 +247,11 @@ class Parts:
     def image(self) -> bool:
         """``kexec_image``, with the members that concern KHO."""
         return self._has(_IMAGE)
+
+    @cached_property
+    def crash_image(self) -> bool:
+        """``kexec_crash_image`` (``CONFIG_CRASH_DUMP``), likewise."""
+        return self._has(_CRASH_IMAGE)
 
     @cached_property
     def liveupdate(self) -> bool:
@@ -423,13 +431,14 @@ def probe_abi(prog: Program, parts: Parts, compatible: str | None, overrides: Ov
     decided["tracker"] = f"kho_out.{parts.kho_out.tracker}"
     stamp = probe_stamp(prog)
     order_0 = constant("KHO_ORDER_0_LOG2", computed.order_0_log2)
+    max_page_order = prog.type("struct zone").member("free_area").type.length - 1
     return Abi(
         page_shift,
         order_0,
         constant("KHO_TABLE_SIZE_LOG2", computed.table_size_log2),
         constant("KHO_BITMAP_SIZE_LOG2", computed.bitmap_size_log2),
         constant("KHO_TREE_MAX_DEPTH", computed.tree_max_depth),
-        prog.type("struct zone").member("free_area").type.length - 1,
+        max_page_order,
         _probe_type_shift(prog, constants, order_0, compatible, overrides, stamp, decided),
         stamp,
         compatible,
@@ -439,6 +448,7 @@ def probe_abi(prog: Program, parts: Parts, compatible: str | None, overrides: Ov
         None if is_radix else 8 * sizeof(prog.type("struct kho_mem_phys_bits")),
         _finalize(parts.kho_out),
         _restores_pages_as(prog, parts.kho_out, decided),
+        _probe_limits(prog, compatible, max_page_order, decided),
         decided,
     )
 
@@ -512,12 +522,35 @@ def _probe_type_shift(
     if not enumerators(prog, "enum kho_page_type") and stamp.type_shift is None:
         decided[name] = "no enum kho_page_type, no type in union kho_page_info: no types"
         return None
-    posted = compatible in COMPATIBLES_WITHOUT_TYPES
+    posted = compatibles.base(compatible or "") in COMPATIBLES_WITHOUT_TYPES
     decided[name] = (
         "there are page types, but the bit is a #define that debug info does not carry; "
         + (f"{compatible}: taken for the series as posted" if posted else "guessed as posted")
     )
     return POSTED_TYPE_SHIFT
+
+
+def _probe_limits(
+    prog: Program, compatible: str | None, max_page_order: int, decided: dict[str, str]
+) -> BlockLimits:
+    """No type and no symbol of a kernel says how it computes sizes: its compatible does."""
+    name = "limits"
+    if _has_function(prog, "kho_get_preserved_page"):
+        # It came together with sizes of 64 bits (linux 7.2), mostly inlined.
+        decided[name] = "there is a kho_get_preserved_page(): none"
+        return BlockLimits()
+    limits = compatibles.block_limits(compatible, max_page_order)
+    decided[name] = "its compatible" if compatible else "none: its compatible is not readable"
+    return limits
+
+
+def _has_function(prog: Program, name: str) -> bool:
+    """Whether a kernel has a function: DWARF knows it even if it is inlined everywhere."""
+    for look in (prog.function, prog.symbol):
+        with contextlib.suppress(LookupError):
+            look(name)
+            return True
+    return False
 
 
 def probe_stamp(prog: Program) -> Stamp:

@@ -310,10 +310,18 @@ class Reading:
         """``kexec_image``; None: this kernel lacks it, or one of its members that concern KHO."""
         if not self.parts.image:
             return None
-        return self.fact("the loaded kexec image (kexec_image)", self._image, None)
+        what = "the loaded kexec image (kexec_image)"
+        return self.fact(what, lambda: self._image("kexec_image"), None)
 
-    def _image(self) -> KexecImage:
-        image = self.prog["kexec_image"].read_()
+    def crash_image(self) -> KexecImage | None:
+        """``kexec_crash_image``; None likewise."""
+        if not self.parts.crash_image:
+            return None
+        what = "the loaded crash kernel (kexec_crash_image)"
+        return self.fact(what, lambda: self._image("kexec_crash_image"), None)
+
+    def _image(self, variable: str) -> KexecImage:
+        image = self.prog[variable].read_()
         if not image:
             return KexecImage(False)
         known = min(image.nr_segments.value_(), image.segment.type_.length or 0)

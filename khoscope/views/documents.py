@@ -69,6 +69,7 @@ def about(facts: Snapshot) -> dict[str, Any]:
             "type_is_stored": abi.type_is_stored if abi.has_types else None,
             "tracker": abi.tracker,
             "finalize": abi.finalize,
+            "limits": {"size": abi.limits.size, "order": abi.limits.order},
             "decided": abi.decided,
         },
         "finalized": facts.finalized,

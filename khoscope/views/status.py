@@ -55,6 +55,7 @@ def write_json(facts: Snapshot, status: Status, out: IO[str]) -> None:
         "sessions": _sessions(facts.outgoing.luo),
         "sessions_incoming": _sessions(incoming.luo if incoming else None),
         "image": _image(facts.image),
+        "crash_image": _image(facts.crash_image),
         "taint": status.taint,
         "read_from": read_from(facts),
     }
@@ -125,6 +126,8 @@ class StatusText(Text):
         self._subtrees(facts, status)
         self._luo(facts)
         self.fact("image", _image_in_words(facts.image, status.kho.on), "image")
+        if facts.crash_image is not None:
+            self.fact("crash image", _crash_image_in_words(facts.crash_image), "crash_image")
         taint = f"{facts.kernel.tainted:#x} ({status.taint})" if status.taint else "no"
         self.fact("tainted", taint, "taint")
 
@@ -284,6 +287,14 @@ def _place(subtree: Subtree) -> str:
     where = "no address" if subtree.phys is None else f"{subtree.phys:#014x}"
     size = "no size" if subtree.size is None else human(subtree.size)
     return f"{printable(subtree.name):<16} {where} {size:>8}"
+
+
+def _crash_image_in_words(image: KexecImage) -> str:
+    if not image.loaded:
+        return "none is loaded"
+    how = "kexec_file_load" if image.file_mode else "kexec_load"
+    handed = ", with a handover: it would die" if image.kho_fdt else ""
+    return f"{human(image.size)}, loaded by {how}{handed}"
 
 
 def _image_in_words(image: KexecImage | None, kho_is_on: bool) -> str:
