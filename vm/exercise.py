@@ -50,6 +50,10 @@ _DEBUGFS = "/sys/kernel/debug/kho_exercise"
 _SCRATCH = "/sys/kernel/debug/kho/out/scratch_"
 _PAGE = 4096
 
+# What bad_page() in mm/page_alloc.c reports, and for how long from the first one on it is silent.
+_BAD_PAGES = 60
+_BAD_PAGES_SECONDS = 60.0
+
 
 class ExerciseError(Exception):
     """The module refused to do what it was told."""
@@ -255,6 +259,18 @@ class KernelLog:
         if not mark:
             raise ExerciseError("the kernel's log has overrun the mark")
         return after
+
+    def listen(self) -> None:
+        """Waits until the kernel would report a bad page.
+
+        It reports 60 of them, and then none until a minute after the first of these.
+        """
+        text = self.machine.run(("dmesg", "--raw"), check=True).stdout
+        times = [float(time) for time in re.findall(r"\[ *([\d.]+)\] BUG: Bad page state in", text)]
+        if times and len(times) % _BAD_PAGES == 0:
+            until = times[-_BAD_PAGES] + _BAD_PAGES_SECONDS
+            wait = f"now=$(cut -d. -f1 /proc/uptime); sleep $(({until:.0f} > now ? {until:.0f} - now : 0))"
+            self.machine.run(wait, timeout=2 * _BAD_PAGES_SECONDS, check=True)
 
     def complaint(self) -> str | None:
         """``oops``, ``bad page``, ``WARN`` or ``BUG``, or None if the kernel logged none."""

@@ -178,12 +178,17 @@ class Run:
         }
 
     def _free(self, name: str) -> str:
+        self.log.listen()
         self.log.mark()
         try:
             self.exercise.free(name)
         except WriterDied:
             _say(f"  the writer of free {name} died")
-        return self.log.complaint() or "fine"
+        if complaint := self.log.complaint():
+            return complaint
+        # The kernel says so when it allocates the page again.
+        pieces = by_scenario(self.exercise.report())[name]
+        return "bad page" if any(count < 0 for p in pieces for count, _ in p.refs) else "fine"
 
     # -- khoscope on the guest --------------------------------------------------------------------
 
