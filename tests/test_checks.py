@@ -314,6 +314,8 @@ OTHER_FOLIO = replace(folio(2), phys=AT + 0x10000)
 NO_LOAD_FIRST = replace(XARRAY, finalize=Finalize.BEFORE_KEXEC, restores_pages_as=Restore.PAGES)
 OTHER_SPLIT = split(2, phys=AT + 0x10000)
 NEXT_FOLIO = folio(2, phys=AT + 0x4000)
+#: Each page held, and a compound page.
+HALF = split(2, CONTIG, compound=2)
 BAD_ENTRY = TreeState(0x1000, problems=[NodeProblem(5, 0x1000, 7, 12, "odd")], problem_count=1)
 
 #: The folios of two memfds, and what else may lead to them.
@@ -643,6 +645,9 @@ FIRES: dict[str, list[Fires]] = {
         Fires(lambda: across([contig(3, ones=1, odd=4)], [contig(3)]), AT, 3),
         # A folio restored as pages.
         Fires(lambda: across([folio(2)], [split(2, CONTIG, pristine=4)], abi=PLAIN), AT, 2),
+        # In linux 6.18, whatever it was.
+        Fires(lambda: across([folio(2)], [HALF], abi=XARRAY), AT, 2),
+        Fires(lambda: across([contig(2)], [HALF], abi=XARRAY), AT, 2),
     ],
     "not-restored": [
         Fires(lambda: across([contig(2)], [stamped(contig(2))]), AT, 2),
@@ -900,6 +905,8 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
         lambda: one(FIXED, contig(2, compound=Pages.COMPOUND_TAIL)),
         lambda: one(FIXED, folio(2, head=0, free=1)),
         lambda: one(FIXED, folio(2, unread=1)),
+        # A kernel that makes a folio of whatever it restores.
+        lambda: older(folio(2), abi=SMALL),
     ],
     "stale-entry": [lambda: one(FIXED, folio(3), split(2, phys=0), contig(2, phys=1 << 24))],
     "in-scratch": [
@@ -964,6 +971,10 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
         lambda: across([folio(2)], [split(2, CONTIG, pristine=3)], abi=PLAIN),
         # Its refcounts are what they were.
         lambda: across([folio(2)], [contig(2, pristine=4)]),
+        lambda: across([split(2)], [HALF], abi=XARRAY),
+        # No other kernel leaves that, so it is somebody else's.
+        lambda: across([folio(2)], [HALF], abi=PLAIN),
+        lambda: across([contig(3)], [replace(HALF, order=3, compound=2)], abi=XARRAY),
     ],
     "not-restored": [
         lambda: across([contig(2)], [contig(2, private=1 << 40)]),

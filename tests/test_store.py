@@ -36,7 +36,7 @@ from khoscope.facts.clients import (
     OwnerKind,
     Vmalloc,
 )
-from khoscope.facts.columns import Blocks, Columns
+from khoscope.facts.columns import Blocks, Columns, Pages
 from khoscope.facts.snapshot import KexecImage, Snapshot
 from khoscope.views import documents
 from khoscope.views.block_filter import BlockFilter
@@ -529,16 +529,37 @@ def test_clients_that_were_changed(data: st.DataObject) -> None:
 
 
 def test_a_file_of_an_older_khoscope_is_written_again() -> None:
-    """Version 2 had nothing of kernels before the radix tree, which wrote none."""
-    path = DEMO / "fixed-before.khosnap"
-    meta = json.loads(zipfile.ZipFile(path).read("meta.json"))
-    assert meta["schema"] == "khosnap/2"
-    assert "tracker" not in meta["abi"]
-    facts = store.load_file(path)
+    """
+    Version 2 had nothing of kernels before the radix tree, of which it wrote none, nothing of
+    sections, and did not look whether pages are as the boot left them.
+    """
+    facts = load(as_version_2((DEMO / "fixed-after.khosnap").read_bytes()))
     assert facts.unrecorded == ["which memory is offline"]
     again = load(bytes_of(facts))
     assert (again.abi, again.kernel) == (facts.abi, facts.kernel)
     assert again.abi.tracker == Tracker.RADIX
+    # Written again, it does not know more.
+    assert again.offline is None
+    assert "which memory is offline is not known" in checks.check(again).incomplete
+    for old in (facts, again):
+        for stream in (old.outgoing.blocks, old.stamps, old.watched):
+            pristine = np.concatenate([blocks.facts.pristine for blocks in stream])
+            assert set(pristine.tolist()) == {Pages.UNRECORDED}
+
+
+def as_version_2(data: bytes) -> bytes:
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    meta = json.loads(archive.read("meta.json"))
+    meta["schema"] = "khosnap/2"
+    for name in ("tracker", "preserve_bits", "finalize", "restores_pages_as"):
+        meta["abi"].pop(name, None)
+    for of in filter(None, (meta, meta["outgoing"], meta["incoming"])):
+        for name in ("finalized", "offline", "serialized"):
+            of.pop(name, None)
+    changes: dict[str, bytes | None] = {
+        name: None for name in archive.namelist() if name.endswith(".pristine.npy")
+    }
+    return rewritten({"meta.json": json.dumps(meta).encode(), **changes}, data)
 
 
 @pytest.mark.parametrize("path", sorted(DEMO.glob("*.khosnap")), ids=lambda path: str(path.name))

@@ -14,6 +14,7 @@ from ..abi.keys import (
     KHO_PAGE_SPLIT,
     U64,
     BlockLimits,
+    Restore,
     Tracker,
 )
 from ..facts.clients import OwnerKind
@@ -147,9 +148,9 @@ def folios_in_vmalloc(facts: Snapshot, folios: list[FolioTotal]) -> Iterator[Mes
                 f"kho_restore_vmalloc() restores no folio",
                 each.first[0],
                 """
-                kho_restore_vmalloc() restores every page of the area by kho_restore_pages(), which
-                makes no compound page of what was one. Whoever takes these pages for folios then
-                frees the first of each, and leaks the others. Do not put folios into an area that
+                kho_restore_vmalloc() restores the area by kho_restore_pages(), which makes no folio
+                of what was one. Whoever takes these pages for folios then frees the first of each
+                and leaks the others, or trips "Bad page state". Do not put folios into an area that
                 is handed over.
                 """,
             )
@@ -162,16 +163,19 @@ def folios_in_vmalloc(facts: Snapshot, folios: list[FolioTotal]) -> Iterator[Mes
     """
     Nothing in memory says how their owner will restore these compound pages: kho_preserve_folio()
     and kho_preserve_pages() make the same entries. They come back as they are only by
-    kho_restore_folio(). kho_restore_pages() makes no compound page: on a kernel without page types
-    freeing the block then trips "Bad page state", on one with them folio_put() frees the first page
-    and leaks the rest. Look at the owner's code, or at its calls (khoscope trace,
-    wrong-preserve-call).
+    kho_restore_folio(). kho_restore_pages() makes no folio of them: where the kernel has no page
+    types, each page has a refcount of 1 then, and freeing the block trips "Bad page state"; where
+    it has them, folio_put() frees the first page and leaks the rest. Look at the owner's code, or
+    at its calls (khoscope trace, wrong-preserve-call).
     """,
     kernel="kho_preserve_folio kho_restore_folio kho_restore_pages",
 )
 def needs_folio_restore(facts: Snapshot, folios: list[FolioTotal]) -> Iterator[Message]:
     """Folios whose owner is not known, or does not say how they will be restored: they come back
     as they are only if they are restored as folios."""
+    if facts.abi.restores_pages_as == Restore.FOLIO:
+        # This kernel has no other way to restore memory.
+        return
     for each in folios:
         if each.owner is not None and each.owner.kind == OwnerKind.VMALLOC_PAGE:
             continue

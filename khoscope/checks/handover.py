@@ -27,6 +27,7 @@ from .pattern import (
     is_contig,
     is_split,
     readable,
+    stays_compound,
     tails,
     type_name,
     typed,
@@ -175,8 +176,20 @@ def _reused(before: Blocks, after: Blocks, now: Snapshot) -> NDArray[np.bool_]:
         | (was_folio & ~folio & ~never_freed(before, pages))
         | (~folio & ((pages.flags & lru) != 0))
         | has_page_type(pages)
-        | ~(is_contig(pages) | is_split(pages))
+        | ~(is_contig(pages) | is_split(pages) | _half_a_folio(before, after, now.abi))
     )
+
+
+def _half_a_folio(before: Blocks, after: Blocks, abi: Abi) -> NDArray[np.bool_]:
+    """
+    Unsplit blocks that the oldest kernels restored as pages: compound, and each page held.
+
+    Nothing else leaves such a block.
+    """
+    now = after.facts
+    every = (now.head == 1) & (now.ones == tails(now)) & (now.compound == before.order)
+    as_pages = np.zeros(len(before), np.bool_)
+    return every & is_contig(before.facts) & stays_compound(abi, before.order, as_pages)
 
 
 def never_freed(before: Blocks, after: Pages) -> NDArray[np.bool_]:
