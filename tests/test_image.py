@@ -17,14 +17,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import libfdt
 import lz4.block
 import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from khoscope.abi.compatibles import block_limits
 from khoscope.abi.kho_fdt import Fdt, Subtree
-from khoscope.checks import RULES, Severity
+from khoscope.checks import RULES, Severity, check
 from khoscope.checks import next_kernel as image_rules
 from khoscope.facts.clients import Luo, LuoFile, LuoSession
 from khoscope.facts.next_kernel import NextKernel
@@ -40,7 +42,10 @@ RELEASE = "7.2.12-test"
 BANNER = b"\0\0Linux version 7.2.12-test (root@host) (gcc) #1 SMP\n\0"
 TEXT = BANNER + b"kho-v5\0kho\0luo-v5\0memfd-v2\0memfd-\0"
 #: What is in the strings of code that only talks about these things.
-DECOYS = b"xkho-v1\0-luo-v1\0kho-v2 \0memfd-v1x\0luo-v\0kho-v1234567890\0%s version %s (%s)\0"
+DECOYS = (
+    b"xkho-v1\0-luo-v1\0kho-v2 \0memfd-v1x\0luo-v\0kho-v1234567890\0%s version %s (%s)\0"
+    b"kho-v4;\0kho-v4;radix\0kho-v4;radix-v\0luo-v5;Block-v1\0;radix-v1\0Failed to deserialize\0"
+)
 
 EXEC, CORE = 2, 4
 LZ4_CHUNK = 8 << 20
@@ -202,6 +207,42 @@ def test_none_and_several(write: Write) -> None:
     assert (found.kho, found.luo, found.memfd) == ((), (), ())
     found = read_image(write(elf([TEXT, b"\0kho-v4\0", b"luo-v5\0kho-v5\0"])))
     assert (found.kho, found.luo) == (("kho-v4", "kho-v5"), ("luo-v5",))
+
+
+#: Nodes of LUO's FDT, as linux 7.1 has them; what it says of files without a handler.
+FDT_LUO = b"luo-v1\0luo-session-v2\0luo-flb-v1\0"
+FAILS = b"\1\x34luo_session: Failed to deserialize files for session [%s] %pe\n\0"
+
+
+def test_luo_with_an_fdt(write: Write) -> None:
+    found = read_image(write(elf([BANNER + b"kho-v3\0memfd-v2\0" + FDT_LUO + FAILS + DECOYS])))
+    assert (found.kho, found.luo, found.memfd) == (("kho-v3",), ("luo-v1",), ("memfd-v2",))
+    assert (found.luo_session, found.luo_flb) == (("luo-session-v2",), ("luo-flb-v1",))
+    assert found.misses_files
+    found = read_image(write(elf([BANNER + b"kho-v1\0memfd-v1\0luo-v1\0luo-session-v2\0"])))
+    assert (found.luo_session, found.luo_flb) == (("luo-session-v2",), ())
+    assert not found.misses_files
+
+
+def test_composite_compatibles(write: Write) -> None:
+    """As a public series writes them: with the structures that they are made of."""
+    text = b"kho-v4;radix-v1;vmalloc-v1\0luo-v5;block-v1\0memfd-v2;vmalloc-v1\0"
+    found = read_image(write(elf([BANNER + text + DECOYS])))
+    assert (found.kho, found.luo) == (("kho-v4;radix-v1;vmalloc-v1",), ("luo-v5;block-v1",))
+    assert found.memfd == ("memfd-v2;vmalloc-v1",)
+    assert "kho-v4;radix-v1;vmalloc-v1, luo-v5;block-v1, memfd-v2;vmalloc-v1" in found.in_words
+
+
+@pytest.mark.parametrize("piece", [1, 2, 7, 16, 127, 128, 129, 255, 257, 1000])
+def test_long_strings_across_pieces(
+    piece: int, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = b"luo-session-v123456789" + b";abcdefghijklmnopqrstuvwx-v1234" * 6 + b"\0"
+    monkeypatch.setattr(image, "PIECE", piece)
+    for shift in (0, 1, 3, 100):
+        found = read_image(write(elf([bytes(shift) + BANNER + FAILS + longest])))
+        assert found.luo_session == (longest[:-1].decode(),)
+        assert found.misses_files
 
 
 @pytest.mark.parametrize("piece", [1, 2, 7, 16, 127, 128, 129, 1000])
@@ -511,7 +552,9 @@ def test_damaged_program_header(scratch: Path, fields: list[int], count: int, ta
 
 # image-abi-differs
 
-NEXT = NextKernel("bzImage", "zstd", "7.3.4-next", ("kho-v4",), ("luo-v5",), ("memfd-v2",))
+NEXT = NextKernel(
+    *("bzImage", "zstd", "7.3.4-next", ("kho-v4",), ("luo-v5",), ("memfd-v2",)), misses_files=True
+)
 NOTHING = "it boots as if nothing was handed over"
 
 
@@ -590,10 +633,34 @@ def test_silent_without_luo_on_either_side() -> None:
             "7.3.4-next takes memfd-v3, this kernel hands over memfd-v2: no session can be "
             "retrieved",
         ),
+        (
+            replace(NEXT, memfd=("memfd-v1",), misses_files=False),
+            "7.3.4-next takes memfd-v1, this kernel hands over memfd-v2: sessions lose such files "
+            "and those behind them, silently",
+        ),
     ],
 )
 def test_fires(kernel: NextKernel, said: str) -> None:
     assert messages(handing_over(session("memfd-v2", "memfd-v2")), kernel) == [said]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "explained"),
+    [
+        (replace(NEXT, kho=("kho-v5",)), "boots as after a cold start"),
+        (replace(NEXT, kho=()), "boots as after a cold start"),
+        (replace(NEXT, luo=()), "until a boot without a handover"),
+        (replace(NEXT, luo=("luo-v6",)), "the kernel panics"),
+        (replace(NEXT, memfd=()), "fails with EIO"),
+        (replace(NEXT, memfd=(), misses_files=False), "looks whole"),
+    ],
+)
+def test_only_what_happens_here_is_explained(kernel: NextKernel, explained: str) -> None:
+    report = check(handing_over(session("memfd-v2")), kernel)
+    (finding,) = [f for f in report.findings if f.rule == "image-abi-differs"]
+    every = {"boots as after a cold start", "until a boot without a handover", "the kernel panics"}
+    every |= {"fails with EIO", "looks whole"}
+    assert [words for words in sorted(every) if words in finding.explain] == [explained]
 
 
 def test_another_kho_does_not_get_to_luo() -> None:
@@ -617,3 +684,153 @@ def test_the_fixed_kernel_after_the_series() -> None:
     fixed = replace(NEXT, kho=("kho-v5",))
     assert messages(snapshot(FIXED, []), fixed) == []
     assert len(messages(snapshot(PLAIN, []), fixed)) == 1
+
+
+# Composite compatibles: compared as a whole, as the series that brings them does
+
+
+def composite(kernel: NextKernel, suffix: str) -> NextKernel:
+    return replace(kernel, kho=tuple(f"{each}{suffix}" for each in kernel.kho))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "kinship"),
+    [
+        (
+            "",
+            ";radix-v1;vmalloc-v1",
+            " (both are kho-v4, only one of them names radix-v1 and vmalloc-v1: the layouts may be "
+            "the same, but kernels compare the whole string)",
+        ),
+        (
+            ";radix-v1",
+            "",
+            " (both are kho-v4, only one of them names radix-v1: the layouts may be the same, but "
+            "kernels compare the whole string)",
+        ),
+        (
+            ";radix-v1;vmalloc-v1",
+            ";radix-v2;vmalloc-v1",
+            " (both are kho-v4, with different versions of radix)",
+        ),
+    ],
+)
+def test_composites_that_differ(ours: str, theirs: str, kinship: str) -> None:
+    facts = handing_over(session(), Fdt(0x2000, f"kho-v4{ours}", 0x1000))
+    (said,) = messages(facts, composite(NEXT, theirs))
+    assert said == (
+        f"7.3.4-next takes kho-v4{theirs}, this kernel hands over kho-v4{ours}: {NOTHING}{kinship}"
+    )
+
+
+def test_composites_that_agree() -> None:
+    parts = ";radix-v1;vmalloc-v1"
+    luo = replace(session("memfd-v2;vmalloc-v1"), compatible="luo-v5;block-v1")
+    facts = handing_over(luo, Fdt(0x2000, f"kho-v4{parts}", 0x1000))
+    kernel = replace(
+        composite(NEXT, parts), luo=("luo-v5;block-v1",), memfd=("memfd-v2;vmalloc-v1",)
+    )
+    assert messages(facts, kernel) == []
+    (said,) = messages(facts, replace(kernel, memfd=("memfd-v2",)))
+    assert "(both are memfd-v2, only one of them names vmalloc-v1:" in said
+    (said,) = messages(facts, replace(kernel, luo=("luo-v5",)))
+    assert "the next kernel panics (both are luo-v5, only one of them names block-v1:" in said
+
+
+def test_another_version_is_no_kin() -> None:
+    facts = handing_over(fdt=Fdt(0x2000, "kho-v4;radix-v1", 0x1000))
+    for theirs in ("kho-v5;radix-v1", "kho-v5", "kho-v3"):
+        (said,) = messages(facts, replace(NEXT, kho=(theirs,)))
+        assert said.endswith(NOTHING)
+
+
+# LUO while it was an FDT
+
+
+def luo_fdt(*nodes: str) -> bytes:
+    """LUO's FDT in linux 6.19 to 7.1, with these children: "NAME COMPATIBLE"."""
+    made = libfdt.FdtSw(1 << 12)
+    made.finish_reservemap()
+    with made.add_node(""):
+        made.property_string("compatible", "luo-v1")
+        for name, compatible in (each.split() for each in nodes):
+            with made.add_node(name):
+                made.property_string("compatible", compatible)
+    return bytes(made.as_fdt().as_bytearray())
+
+
+def with_luo_fdt(*nodes: str) -> Snapshot:
+    """What such a kernel hands over."""
+    blob = luo_fdt(*nodes)
+    fdt = Fdt(0x2000, "kho-v1", 0x1000, [Subtree("LUO", 0x9000, len(blob))])
+    facts = handing_over(Luo(0x9000, "luo-v1", raw="d00dfeed"), fdt)
+    side = replace(facts.outgoing, blobs={**facts.outgoing.blobs, "subtree LUO": blob})
+    return replace(facts, outgoing=side)
+
+
+#: As read in linux 7.0, and in 6.19, which had no FLBs.
+LINUX_7_0 = replace(
+    NEXT,
+    release="7.0",
+    kho=("kho-v1",),
+    luo=("luo-v1",),
+    memfd=("memfd-v1",),
+    luo_session=("luo-session-v2",),
+    luo_flb=("luo-flb-v1",),
+    misses_files=False,
+)
+LINUX_6_19 = replace(LINUX_7_0, release="6.19", luo_flb=())
+SESSIONS, FLBS = "luo-session luo-session-v2", "luo-flb luo-flb-v1"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "kernel", "said"),
+    [
+        ([SESSIONS, FLBS], LINUX_7_0, []),
+        ([SESSIONS], LINUX_6_19, []),
+        ([SESSIONS, FLBS], LINUX_6_19, []),
+        (
+            [SESSIONS],
+            LINUX_7_0,
+            ["7.0 looks for luo-flb-v1, this kernel hands over no luo-flb: the next kernel panics"],
+        ),
+        (
+            ["luo-session luo-session-v1"],
+            LINUX_6_19,
+            [
+                "6.19 takes luo-session-v2, this kernel hands over luo-session-v1: the next kernel "
+                "panics"
+            ],
+        ),
+        (
+            ["luo-flb luo-flb-v2"],
+            LINUX_7_0,
+            [
+                "7.0 looks for luo-session-v2, this kernel hands over no luo-session: the next "
+                "kernel panics",
+                "7.0 takes luo-flb-v1, this kernel hands over luo-flb-v2: the next kernel panics",
+            ],
+        ),
+    ],
+)
+def test_nodes_of_luo(nodes: list[str], kernel: NextKernel, said: list[str]) -> None:
+    assert messages(with_luo_fdt(*nodes), kernel) == said
+
+
+def test_a_luo_without_an_fdt_has_no_nodes() -> None:
+    facts = handing_over(session())
+    assert messages(facts, replace(NEXT, luo_session=("luo-session-v2",))) == []
+
+
+# block-too-large
+
+
+def test_limits() -> None:
+    two_gib = 1 << 31
+    for compatible, size, order in (
+        *(("kho-v1", two_gib, 10), ("kho-v2", two_gib, 10), ("kho-v3", two_gib, None)),
+        *(("kho-v4", None, None), ("kho-v5", None, None), ("kho-v4;radix-v1", None, None)),
+        *(("kho-v3;radix-v1", two_gib, None), (None, None, None)),
+    ):
+        limits = block_limits(compatible, 10)
+        assert (limits.size, limits.order) == (size, order), compatible

@@ -54,8 +54,8 @@ def test_kernel_without_kho() -> None:
     assert "CONFIG_KEXEC_HANDOVER" in raised.value.hint
 
 
-def test_kernel_whose_kho_has_no_radix_tree() -> None:
-    """KHO as it was when preserved memory was kept otherwise."""
+def test_kernel_whose_kho_has_no_tracker_that_is_known() -> None:
+    """Neither a radix tree nor xarrays."""
     prog = Program(Platform(Architecture.X86_64))
     state = prog.struct_type("kho_out", 0, ())
 
@@ -64,7 +64,7 @@ def test_kernel_whose_kho_has_no_radix_tree() -> None:
         return Object(prog, state, address=0) if name in ("kho_out", "kho_in") else None
 
     prog.register_object_finder("test", find, enable_index=0)
-    with pytest.raises(KhoscopeError, match="older than the radix tree"):
+    with pytest.raises(KhoscopeError, match="neither in a radix tree nor in xarrays"):
         KernelSource(prog, "test", False)
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from khoscope.abi.keys import BAD_ORDER
@@ -17,8 +18,8 @@ from khoscope.cli import main
 from khoscope.facts import diff, store
 from khoscope.facts.clients import Luo, LuoFile, LuoSession, LuoState
 from khoscope.facts.columns import Nodes
-from khoscope.facts.snapshot import Handover, KexecImage, Scan, Snapshot
-from khoscope.facts.status import READ_FROM, kho_switch, status, taint_letters
+from khoscope.facts.snapshot import Handover, KexecImage, Node, Scan, Snapshot
+from khoscope.facts.status import kho_switch, read_from, status, taint_letters
 from khoscope.facts.tree import TreeState
 from khoscope.views.status import StatusText
 from tests.synthetic import FIXED, PLAIN, Block, rich, snapshot
@@ -50,8 +51,11 @@ def full() -> Snapshot:
         outgoing=outgoing,
         incoming=handed,
         scratch_free=[1 << 11, 1 << 12],
+        nodes=[Node(0, 0, 3 << 29), Node(1, 3 << 29, 1 << 32)],
         image=KexecImage(True, True, 0x2000, 12 << 20),
+        crash_image=KexecImage(True, True, 0, 180 << 20),
         liveupdate=LuoState(True, ["memfd-v2"]),
+        offline=np.array([[1 << 30, 3 << 29]], np.uint64),
     )
 
 
@@ -189,18 +193,24 @@ def test_text() -> None:
         r"this boot   a handover from 7.2.0-test, 3 kexecs since the cold boot    [kho_in]",
         r"scratch     0x000020000000    16 MiB   50% in use                  [kho_scratch]",
         r"            0x0000c0000000    16 MiB    0% in use",
+        r"offline     0x000040000000   512 MiB                               [mem_section]",
+        r"NUMA nodes  0x000000000000   1.5 GiB  node 0                [struct pglist_data]",
+        r"            0x000060000000   2.5 GiB  node 1",
         r"LUO ABI     luo-v5                                            [kho_out.fdt, LUO]",
         r"file ABIs   memfd-v2                                     [luo_file_handler_list]",
         r"sessions    disks: 1 file                          [luo_session_global.outgoing]",
         r"handed over guests: 2 files, retrieved             [luo_session_global.incoming]",
         r"            disks: 1 file, not retrieved",
         r"image       12 MiB, loaded by kexec_file_load, with the handover   [kexec_image]",
+        r"crash image 180 MiB, loaded by kexec_file_load               [kexec_crash_image]",
         r"tainted     0x20 (B)                                              [tainted_mask]",
     ):
         assert line in words
     # Each place that is read from is named; this LUO has its sessions in its lists.
     named = {line[line.find("[") :] for line in shown}
-    assert {f"[{source}]" for source in READ_FROM.values()} - named == {"[struct luo_session_ser]"}
+    assert {f"[{source}]" for source in read_from(full()).values()} - named == {
+        "[struct luo_session_ser]"
+    }
 
 
 def test_sessions_that_are_serialized() -> None:
@@ -221,7 +231,7 @@ def test_text_when_off() -> None:
     assert any(line.startswith("tree        there is no tree") for line in shown)
     assert any(line.startswith("preserved   no blocks") for line in shown)
     assert any(line.startswith("image       none is loaded") for line in shown)
-    assert not any("unclaimed" in line for line in shown)
+    assert not any("unclaimed" in line or "offline" in line for line in shown)
 
 
 def test_an_image_that_hands_nothing_over() -> None:
@@ -230,6 +240,18 @@ def test_an_image_that_hands_nothing_over() -> None:
     shown = text(replace(off(), image=KexecImage(True, True, 0, 4096)))
     assert any("kexec_file_load, without a handover" in line for line in shown)
     assert not any("lost" in line for line in shown)
+
+
+def test_a_crash_kernel_that_is_handed_something() -> None:
+    for image, words in (
+        (KexecImage(True, True, 0x2000, 4096), "with a handover: it would die"),
+        (KexecImage(False), "none is loaded"),
+    ):
+        shown = text(replace(full(), crash_image=image))
+        at = next(i for i, line in enumerate(shown) if line.startswith("crash image"))
+        assert words in " ".join(line.split("[")[0].strip() for line in shown[at : at + 2])
+    shown = text(replace(full(), crash_image=None))
+    assert not any(line.startswith("crash image") for line in shown)
 
 
 def test_luo_that_is_not_all_decoded() -> None:
@@ -280,6 +302,8 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "handlers": ["memfd-v2"],
     }
     assert found["scratch"][0] == {"phys": "0x20000000", "size": 1 << 24, "free": 1 << 23}
+    assert found["offline"] == [{"phys": "0x40000000", "size": 1 << 29}]
+    assert found["nodes"][1] == {"node": 1, "phys": "0x60000000", "size": 5 << 29}
     assert sum(total["blocks"] for total in found["preserved"]) == 41
     assert sum(total["blocks"] for total in found["unclaimed"]) == 3
     assert found["subtrees"][0] == {
@@ -296,15 +320,29 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "kho_fdt": "0x2000",
         "size": 12 << 20,
     }
+    assert found["crash_image"] == {
+        "loaded": True,
+        "file_mode": True,
+        "kho_fdt": "0x0",
+        "size": 180 << 20,
+    }
     assert found["taint"] == "B"
-    assert found["read_from"] == READ_FROM
+    assert found["read_from"] == read_from(full())
 
 
 def test_json_of_what_is_not_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = document(
         replace(snapshot(PLAIN, [Block(0x1000)]), image=None), tmp_path / "bare", capsys
     )
-    for name in ("command_line", "liveupdate", "image", "sessions", "subtrees_incoming"):
+    nothing = (
+        "command_line",
+        "liveupdate",
+        "image",
+        "crash_image",
+        "sessions",
+        "subtrees_incoming",
+    )
+    for name in nothing:
         assert found[name] is None
     assert found["compatible"]["handlers"] is None
     assert main(["--snapshot", str(tmp_path / "bare"), "status"]) == 0
@@ -324,14 +362,19 @@ def test_diff_compares_these_facts() -> None:
     b = replace(
         with_kernel(a, command_line="quiet"),
         image=KexecImage(False),
+        crash_image=KexecImage(True, True, 0x2000, 1 << 20),
         liveupdate=LuoState(False),
     )
     assert diff.facts(a, a) == []
     assert {change.what: (change.a, change.b) for change in diff.facts(a, b)} == {
         "command line": ("root=/dev/vda kho=on liveupdate=on", "quiet"),
         "kexec image": ("12582912 bytes by kexec_file_load, KHO FDT 0x2000", "none"),
+        "crash image": (
+            "188743680 bytes by kexec_file_load, KHO FDT 0x0",
+            "1048576 bytes by kexec_file_load, KHO FDT 0x2000",
+        ),
         "LUO enabled": ("True", "False"),
         "LUO file handlers": ("memfd-v2", "none"),
     }
-    old = replace(a, image=None, liveupdate=None)
+    old = replace(a, image=None, crash_image=None, liveupdate=None)
     assert {change.b for change in diff.facts(a, old)} == {"absent"}

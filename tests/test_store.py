@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from khoscope import checks, demo
-from khoscope.abi.keys import Abi
+from khoscope.abi.keys import Abi, BlockLimits, Tracker
 from khoscope.facts import budget, store
 from khoscope.facts.clients import (
     Claims,
@@ -389,8 +389,8 @@ def test_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_newer_schema() -> None:
-    data = with_meta(lambda meta: meta.update(schema="khosnap/3", unheard_of={}))
-    with pytest.raises(KhoscopeError, match=r"schema is khosnap/3, this .* reads up to khosnap/2"):
+    data = with_meta(lambda meta: meta.update(schema="khosnap/4", unheard_of={}))
+    with pytest.raises(KhoscopeError, match=r"schema is khosnap/4, this .* reads up to khosnap/3"):
         load(data)
 
 
@@ -413,6 +413,10 @@ def test_newer_schema() -> None:
         {"type_shift": 64},
         {"key_width": 52},
         {"key_width": 65},
+        {"limits": {"size": 4096, "order": None}},
+        {"limits": {"size": None, "order": 33}},
+        {"limits": {"size": 1 << 31}},
+        {"limits": None},
         {"stamp": {"order_bits": 64, "type_shift": None, "magic_shift": 32}},
         {"stamp": {"order_bits": 32, "type_shift": 99, "magic_shift": 32}},
         {"stamp": {"order_bits": 32, "type_shift": None, "magic_shift": 64}},
@@ -524,6 +528,19 @@ def test_clients_that_were_changed(data: st.DataObject) -> None:
     told_or_used(rewritten({"meta.json": bytes(content)}, CLIENTS))
 
 
+def test_a_file_of_an_older_khoscope_is_written_again() -> None:
+    """Version 2 had nothing of kernels before the radix tree, which wrote none."""
+    path = DEMO / "fixed-before.khosnap"
+    meta = json.loads(zipfile.ZipFile(path).read("meta.json"))
+    assert meta["schema"] == "khosnap/2"
+    assert "tracker" not in meta["abi"]
+    facts = store.load_file(path)
+    assert facts.unrecorded == ["which memory is offline"]
+    again = load(bytes_of(facts))
+    assert (again.abi, again.kernel) == (facts.abi, facts.kernel)
+    assert again.abi.tracker == Tracker.RADIX
+
+
 @pytest.mark.parametrize("path", sorted(DEMO.glob("*.khosnap")), ids=lambda path: str(path.name))
 def test_files_of_an_older_khoscope(path: Path, tmp_path: Path) -> None:
     """As they were written before there was anything about clients in them: nothing passes."""
@@ -551,3 +568,31 @@ def test_files_of_an_older_khoscope(path: Path, tmp_path: Path) -> None:
     report = checks.check(facts)
     assert "not recorded by khoscope 0.1.0: the kexec image" in report.incomplete
     Text(io.StringIO()).verify(facts, report)
+
+
+@pytest.mark.parametrize(
+    ("compatible", "limits"),
+    [("kho-v3", BlockLimits(1 << 31)), ("kho-v4", BlockLimits()), (None, BlockLimits())],
+)
+def test_limits_that_an_older_khoscope_did_not_record(
+    compatible: str | None, limits: BlockLimits
+) -> None:
+    """Its files are of kernels that have them all the same."""
+
+    def age(meta: dict[str, Any]) -> None:
+        meta["schema"] = "khosnap/2"
+        meta["abi"]["compatible"] = compatible
+        del meta["abi"]["limits"]
+        del meta["crash_image"]
+
+    facts = load(with_meta(age))
+    assert facts.abi.limits == limits
+    assert facts.crash_image is None
+    assert facts.unrecorded == []
+
+
+def test_limits_and_the_crash_image_are_kept() -> None:
+    abi = replace(PLAIN, limits=BlockLimits(1 << 31, 10))
+    image = KexecImage(True, True, 0x2000, 1 << 20)
+    facts = load(bytes_of(replace(snapshot(abi, []), crash_image=image)))
+    assert (facts.abi.limits, facts.crash_image) == (abi.limits, image)

@@ -15,6 +15,8 @@ from vm.machine import Machine
 #:
 #: - ``scratch`` preserves at an address that only the running kernel tells, and all kernels but
 #:   7.2-nodebug refuse it;
+#: - ``node-border`` and ``node-halves`` preserve what lies around the border of two NUMA nodes, one
+#:   of those of ``Machine(borders=…)``, and restore it with one call, or with one for each node;
 #: - ``huge`` preserves a block above MAX_PAGE_ORDER;
 #: - ``vmalloc-pages`` preserves the pages of an area, without ``kho_preserve_vmalloc()``;
 #: - ``slab`` preserves the page of an object of ``kmalloc()``;
@@ -24,6 +26,7 @@ SCENARIOS = (
     "contig",
     "split",
     "folio",
+    "compound",
     "dma",
     "vmalloc",
     "vmalloc-huge",
@@ -46,6 +49,10 @@ Damage = Literal["loop", "outside-ram", "unpreserved", "too-many", "too-few"]
 _DEBUGFS = "/sys/kernel/debug/kho_exercise"
 _SCRATCH = "/sys/kernel/debug/kho/out/scratch_"
 _PAGE = 4096
+
+# What bad_page() in mm/page_alloc.c reports, and for how long from the first one on it is silent.
+_BAD_PAGES = 60
+_BAD_PAGES_SECONDS = 60.0
 
 
 class ExerciseError(Exception):
@@ -107,7 +114,16 @@ class Piece:
 
     @property
     def shape(self) -> str:
-        """The reference counts as head/tails (``1/0``, ``1/1``, ``1``), or else every run."""
+        """The reference counts as head/tails (``1/0``, ``1/1``, ``1``), or else every run.
+
+        Where the pages are a compound one and a tail of it has another count than 0, ``compound``
+        follows: they are two things at once.
+        """
+        tails = any(value for at, (value, n) in enumerate(self.refs) if at or n > 1)
+        return f"{self._counts} compound" if self.compound and tails else self._counts
+
+    @property
+    def _counts(self) -> str:
         match self.refs:
             case ((head, 1),):
                 return f"{head}"
@@ -146,7 +162,8 @@ class Exercise:
             each order). For ``many``, ``vmalloc`` and ``vmalloc-pages`` it is the number of pages.
             For ``blob`` it is the number of subtrees; the scenario ends with the first subtree that
             KHO refuses. For ``scratch`` and ``blob-at`` it is the physical address, a multiple of
-            four pages or of one page
+            four pages or of one page; for ``node-border`` and
+            ``node-halves`` that of the border
         """
         words = scenario if number is None else f"{scenario} {number}"
         self._write("preserve", words, timeout)
@@ -242,6 +259,18 @@ class KernelLog:
         if not mark:
             raise ExerciseError("the kernel's log has overrun the mark")
         return after
+
+    def listen(self) -> None:
+        """Waits until the kernel would report a bad page.
+
+        It reports 60 of them, and then none until a minute after the first of these.
+        """
+        text = self.machine.run(("dmesg", "--raw"), check=True).stdout
+        times = [float(time) for time in re.findall(r"\[ *([\d.]+)\] BUG: Bad page state in", text)]
+        if times and len(times) % _BAD_PAGES == 0:
+            until = times[-_BAD_PAGES] + _BAD_PAGES_SECONDS
+            wait = f"now=$(cut -d. -f1 /proc/uptime); sleep $(({until:.0f} > now ? {until:.0f} - now : 0))"
+            self.machine.run(wait, timeout=2 * _BAD_PAGES_SECONDS, check=True)
 
     def complaint(self) -> str | None:
         """``oops``, ``bad page``, ``WARN`` or ``BUG``, or None if the kernel logged none."""

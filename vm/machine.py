@@ -18,6 +18,7 @@ import asyncio
 import base64
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
 import shlex
@@ -54,6 +55,8 @@ KEXEC_TIMEOUT = 120.0
 #: The agent keeps at most this much of a command's output (GUEST_EXEC_MAX_OUTPUT in QEMU).
 MAX_OUTPUT = 16 << 20
 _CHUNK = 1 << 20
+#: Debugfs has this on the kernels up to 7.0, which hand over only what somebody has finalized.
+FINALIZE = "/sys/kernel/debug/kho/out/finalize"
 _AGENT_NAME = "org.qemu.guest_agent.0"
 _TEMPORARY = "khoscope-vm-"
 _CONSOLE_TAIL = 40
@@ -167,6 +170,7 @@ class Machine:
     :param accel: ``kvm`` or ``tcg``; if None, :func:`accelerator` chooses
     :param append: more words for the kernel's command line
     :param memory: the guest's memory in MiB
+    :param borders: where a second and further NUMA nodes begin, in KiB
     :param la57: under TCG, give the guest page tables of five levels
 
     Start and use a machine in one thread: see :func:`start_qemu`.
@@ -179,6 +183,7 @@ class Machine:
         accel: str | None = None,
         append: str = "",
         memory: int = 1024,
+        borders: Sequence[int] = (),
         la57: bool = False,
     ) -> None:
         self.kernel = _built(kernel)
@@ -194,6 +199,7 @@ class Machine:
         self._root = root
         self._append = append
         self._memory = memory
+        self._borders = tuple(borders)
         self._la57 = la57
         self._cleanup = contextlib.ExitStack()
 
@@ -275,7 +281,8 @@ class Machine:
             "-nodefaults", "-no-user-config", "-display", "none",
             "-machine", f"q35,accel={self.accel}",
             "-cpu", "host" if self.accel == "kvm" else tcg,
-            "-smp", "2", "-m", f"{self._memory}",
+            # Processors of two nodes are in two sockets.
+            "-smp", "2,sockets=2" if self._borders else "2", "-m", f"{self._memory}",
             # A panic (pvpanic), a reset and a power-off each end QEMU. A kexec does not.
             "-no-reboot", "-device", "pvpanic-pci",
             "-kernel", str(self.kernel.share / "bzImage"), "-append", command_line,
@@ -295,6 +302,13 @@ class Machine:
             "-qmp", f"unix:{_escape(self.qmp_socket)},server=on,wait=off",
         ]
         # fmt: on
+        if self._borders:
+            edges = (0, *self._borders, self._memory << 10)
+            for node, (start, end) in enumerate(itertools.pairwise(edges)):
+                cpus = f",cpus={node}" if node < 2 else ""
+                backend = f"memory-backend-ram,id=node{node},size={end - start}K"
+                numa = f"node,nodeid={node},memdev=node{node}{cpus}"
+                arguments += ["-object", backend, "-numa", numa]
         if (initrd := self.kernel.share / "initrd").exists():
             arguments += ["-initrd", str(initrd)]
         for number, (tag, path) in enumerate(shares.items()):
@@ -555,10 +569,27 @@ class Machine:
         """The words of the running kernel's command line."""
         return self.run(("cat", "/proc/cmdline"), check=True).stdout.split()
 
+    def finalize(self) -> None:
+        """Finalizes KHO, on a kernel that hands over only what is finalized.
+
+        On 6.18, nothing can be preserved after that (EBUSY), and an image that was loaded before
+        that hands nothing over. A second call does nothing.
+
+        :raise CommandFailed: if a client of KHO, or KHO, refuses
+        """
+        words = f"! test -e {FINALIZE} || grep -q 1 {FINALIZE} || echo 1 >{FINALIZE}"
+        self.run(words, check=True)
+
+    def must_finalize(self) -> bool:
+        """Does :meth:`finalize` do anything on this kernel?"""
+        return self.run(("test", "-e", FINALIZE)).returncode == 0
+
     def load_kexec(
         self, kernel: str | None = None, append: str = "", *, handover: bool = True
     ) -> None:
-        """Loads the next kernel with kexec_file_load, which hands over KHO's tree.
+        """Loads the next kernel with kexec_file_load, which hands over what KHO preserves.
+
+        This finalizes KHO first.
 
         :param kernel: name of a kernel that this machine was made with; None for the running kernel
         :param append: more words for its command line
@@ -579,6 +610,8 @@ class Machine:
             )
         words.append(f"khoscope.boot={self.boots + 1}")
         command_line = " ".join((*words, append)).strip()
+        if handover:
+            self.finalize()
         load = ("kexec", "-s" if handover else "-c", "-l", image)
         self.run((*load, f"--command-line={command_line}"), check=True)
 

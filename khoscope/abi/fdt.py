@@ -289,6 +289,13 @@ def _name(block: bytes, at: int, what: str, problems: Problems) -> str:
     return name
 
 
+def total_size(blob: bytes) -> int | None:
+    """``totalsize``, bytes, if these are the first eight bytes of an FDT, or more of it."""
+    if len(blob) < 8 or not blob.startswith(MAGIC):
+        return None
+    return int.from_bytes(blob[4:8], "big")
+
+
 def escaped(raw: bytes) -> str:
     """Decode text that should be ASCII but may hold anything."""
     return raw.decode("ascii", "backslashreplace")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-The KHO ABI: tree geometry, radix keys, page stamps.
+The KHO ABI: tree geometry, keys of blocks, page stamps, and what kernels do differently.
 
 Pure arithmetic on ints and numpy arrays.  It does not use drgn and imports no other module of
 khoscope.
@@ -11,6 +11,7 @@ Kernel sources: ``include/linux/kho/abi/kexec_handover.h`` and
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Final
 
 import numpy as np
@@ -36,11 +37,43 @@ POSTED_TYPE_SHIFT: Final = 63
 #: Root FDT ``compatible`` strings that kernels without page types accept.
 COMPATIBLES_WITHOUT_TYPES: Final = frozenset({"kho-v1", "kho-v2", "kho-v3", "kho-v4"})
 
-#: The compatibles that khoscope knows: those of radix trees, without types and with.  Kernels older
-#: than the radix tree use v1 to v3.
+#: The compatibles that khoscope knows, without types and with: v1 is that of the xarray tracker,
+#: the others are those of radix trees.
 COMPATIBLES: Final = COMPATIBLES_WITHOUT_TYPES | {"kho-v5"}
 
 TYPE_NAMES: Final = {NO_TYPE: None, KHO_PAGE_CONTIG: "contig", KHO_PAGE_SPLIT: "split"}
+
+
+class Tracker(StrEnum):
+    """How a kernel keeps what is preserved."""
+
+    #: ``struct kho_radix_tree`` (since linux 7.1).
+    RADIX = "radix tree"
+    #: ``struct kho_mem_track``: bitmaps below an xarray for each order (linux 6.16 to 7.0).
+    XARRAY = "xarrays of bitmaps"
+
+
+class Finalize(StrEnum):
+    """When what is preserved must be finalized for a kexec to hand it over."""
+
+    #: There is no such step: the tree is handed over as it is (since linux 7.1).
+    NEVER = "never"
+    #: Before the kexec (linux 6.19 and 7.0).
+    BEFORE_KEXEC = "before the kexec"
+    #: Before the image is loaded, too: ``kho_fill_kimage`` asks (linux 6.16 to 6.18).
+    BEFORE_LOAD = "before the image is loaded"
+
+
+class Restore(StrEnum):
+    """What ``kho_restore_page`` makes of a block that is restored as pages."""
+
+    #: Pages, each with a refcount (since linux 6.19).
+    PAGES = "pages"
+    #: A compound page that ``split_page`` then takes apart, which is not made for that: each page
+    #: has a refcount, and head and tails keep their flags (linux 6.18).
+    SPLIT_FOLIO = "a folio, split"
+    #: A folio: there is nothing else to restore (linux 6.16 and 6.17).
+    FOLIO = "a folio"
 
 
 @dataclass(frozen=True)
@@ -49,21 +82,32 @@ class Stamp:
     Layout of ``union kho_page_info``, the stamp in ``page->private`` of a block's first page.
 
     Bit offsets and widths within the u64.  ``type_shift`` is None if stamps have no type.
+    ``magic_shift`` is None if they have no magic (linux 6.16 and 6.17): such a stamp is the order
+    alone, and nothing tells that of a single page, 0, from a page without one.
     """
 
     order_bits: int = 32
     type_shift: int | None = None
-    magic_shift: int = 32
+    magic_shift: int | None = 32
+
+    @property
+    def has_magic(self) -> bool:
+        """Whether a stamp can be told from any other word."""
+        return self.magic_shift is not None
 
     def encode(self, order: int, page_type: int = KHO_PAGE_CONTIG) -> int:
         """The ``page->private`` word of a stamp."""
-        word = KHO_PAGE_MAGIC << self.magic_shift | order
+        word = order
+        if self.magic_shift is not None:
+            word |= KHO_PAGE_MAGIC << self.magic_shift
         if self.type_shift is not None:
             word |= page_type << self.type_shift
         return word
 
     def is_stamp(self, private: U64) -> NDArray[np.bool_]:
-        """Which ``page->private`` words carry the magic."""
+        """Which ``page->private`` words carry the magic; none if there is no magic."""
+        if self.magic_shift is None:
+            return np.zeros(private.shape, np.bool_)
         return (private >> np.uint64(self.magic_shift)) == np.uint64(KHO_PAGE_MAGIC)
 
     def order(self, private: U64) -> U64:
@@ -75,6 +119,20 @@ class Stamp:
         if self.type_shift is None:
             return np.full(private.shape, NO_TYPE, np.int8)
         return ((private >> np.uint64(self.type_shift)) & np.uint64(1)).astype(np.int8)
+
+
+@dataclass(frozen=True)
+class BlockLimits:
+    """
+    The largest blocks that a kernel can be handed.
+
+    :param size: bytes; its boot does not reserve blocks of this size and above as they are.  None:
+        it reserves all of them.
+    :param order: the highest order that its restore gives back.  None: any.
+    """
+
+    size: int | None = None
+    order: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +151,12 @@ class Abi:
     :param key_width: ``KHO_RADIX_KEY_WIDTH``, bits of the widest key that an add accepts; wider
         keys fail with -ERANGE.  None: an add accepts any key and drops the bits that the tree does
         not store.
+    :param tracker: how it keeps what is preserved.
+    :param preserve_bits: ``PRESERVE_BITS``, in each bitmap of the xarray tracker; None for a radix
+        tree, whose bitmaps are leaves.
+    :param finalize: whether, and when, what is preserved must be finalized.
+    :param restores_pages_as: what a restore as pages makes of a block.
+    :param limits: what a next kernel like this one can be handed; none since linux 7.2.
     :param decided: how each of these was decided, for people.
     """
 
@@ -106,6 +170,11 @@ class Abi:
     stamp: Stamp = Stamp()
     compatible: str | None = None
     key_width: int | None = None
+    tracker: Tracker = Tracker.RADIX
+    preserve_bits: int | None = None
+    finalize: Finalize = Finalize.NEVER
+    restores_pages_as: Restore = Restore.PAGES
+    limits: BlockLimits = BlockLimits()
     decided: dict[str, str] = field(default_factory=dict, compare=False)
 
     @classmethod
@@ -123,17 +192,24 @@ class Abi:
         return 1 << self.page_shift
 
     @property
-    def node_size(self) -> int:
-        """Bytes of a node of the tree: a page."""
-        return self.page_size
-
-    @property
     def table_entries(self) -> int:
         return 1 << self.table_size_log2
 
     @property
     def leaf_bits(self) -> int:
         return 1 << self.bitmap_size_log2
+
+    @property
+    def bitmap_log2(self) -> int:
+        """Bits in a bitmap as it is in memory: a leaf, or the part of one that an xarray keeps."""
+        if self.preserve_bits is None:
+            return self.bitmap_size_log2
+        return self.preserve_bits.bit_length() - 1
+
+    @property
+    def bitmap_bytes(self) -> int:
+        """Size of a bitmap as it is in memory."""
+        return 1 << (self.bitmap_log2 - 3)
 
     @property
     def stored_bits(self) -> int:

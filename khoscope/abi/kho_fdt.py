@@ -8,12 +8,13 @@ Kernel source: ``kho_out_fdt_setup`` and ``kho_add_subtree`` in kexec_handover.c
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 import numpy as np
 
 from . import serialized
-from .fdt import Node, Unreadable, escaped, read
+from .fdt import Node, Unreadable, escaped, read, total_size
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Subtree:
     A child of the root FDT.
 
     :param phys: ``preserved-data``, ``phys_addr_t``; None: property missing or malformed.
-    :param size: ``blob-size``, bytes; None likewise.
+    :param size: ``blob-size``, bytes; None likewise.  Where root FDTs have no such property, the
+        blob is an FDT and says its size itself; then None: it could not be read.
     """
 
     name: str
@@ -48,9 +50,29 @@ class Fdt:
     problems: list[str] = field(default_factory=list)
 
 
+#: How ``kho_add_subtree`` called the address before it was ``preserved-data``.
+_ADDRESS: Final = {"kho-v1": "fdt"}
+#: Root FDTs without ``blob-size``: then all subtrees are FDTs.
+_UNSIZED: Final = frozenset({"kho-v1", "kho-v2"})
+
+
+def root_fdt(phys: int, blobs: dict[str, bytes]) -> Fdt:
+    """
+    A root FDT, from its own bytes and from those of its subtrees.
+
+    :param blobs: as :attr:`Side.blobs`.
+    """
+    fdt = parse_root_fdt(phys, blobs.get("fdt"))
+    if fdt.compatible not in _UNSIZED:
+        return fdt
+    sizes = (total_size(blobs.get(f"subtree {each.name}", b"")) for each in fdt.subtrees)
+    subtrees = [replace(each, size=n) for each, n in zip(fdt.subtrees, sizes, strict=True)]
+    return replace(fdt, subtrees=subtrees)
+
+
 def parse_root_fdt(phys: int, blob: bytes | None) -> Fdt:
     """
-    Read a root FDT.
+    Read a root FDT, without a look at its subtrees.
 
     :param phys: where it was read from, ``phys_addr_t``.
     :param blob: its page; None: not readable.
@@ -66,16 +88,18 @@ def parse_root_fdt(phys: int, blob: bytes | None) -> Fdt:
     compatible = tree.root.property("compatible")
     if compatible is None:
         problems.append("no compatible")
+    name = None if compatible is None else escaped(compatible.value.rstrip(b"\0"))
     memory_map = _u64(tree.root, "preserved-memory-map", problems)
     subtrees: list[Subtree] = []
     for node in tree.root.children:
         found: list[str] = []
-        at, size = _u64(node, "preserved-data", found), _u64(node, "blob-size", found)
+        at = _u64(node, _ADDRESS.get(name or "", "preserved-data"), found)
+        size = None if name in _UNSIZED else _u64(node, "blob-size", found)
         subtrees.append(Subtree(node.name, at, size))
         problems += [f"subtree {node.name!r}: {problem}" for problem in found]
     return Fdt(
         phys,
-        None if compatible is None else escaped(compatible.value.rstrip(b"\0")),
+        name,
         memory_map,
         subtrees,
         problems + tree.problems,
@@ -88,6 +112,88 @@ def compatible_of(blob: bytes) -> str | None:
         found = read(blob).root.property("compatible")
     except Unreadable:
         return None
+    return None if found is None else serialized.text(found.value)
+
+
+def compatibles_of(blob: bytes) -> dict[str, str]:
+    """
+    The ``compatible`` of an FDT's root (by the name "") and of the root's children, where they
+    have one; empty if the bytes are not a readable FDT.
+    """
+    try:
+        root = read(blob).root
+    except Unreadable:
+        return {}
+    nodes = {"": root, **{child.name: child for child in root.children}}
+    found = {name: node.property("compatible") for name, node in nodes.items()}
+    return {name: serialized.text(each.value) for name, each in found.items() if each is not None}
+
+
+@dataclass(frozen=True)
+class LuoFdt:
+    """
+    The FDT of luo-v1, to which LUO's subtree leads up to Linux 7.1.
+
+    :param compatible: of its root; None: the bytes are not a readable FDT, or it has none.
+    :param liveupdate_num: ``liveupdate-number``.
+    :param sessions: ``phys_addr_t`` of the ``struct luo_session_header_ser``.
+    :param flbs: ``phys_addr_t`` of the ``struct luo_flb_header_ser``.
+    :param unknown: nodes of another version than the one that is known: names and compatibles.
+    :param problems: what is missing or malformed, in words.
+    """
+
+    compatible: str | None
+    liveupdate_num: int | None = None
+    sessions: int | None = None
+    flbs: int | None = None
+    unknown: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether all of it is of the version that is known."""
+        return self.compatible == serialized.LUO_FDT_COMPATIBLE and not self.unknown
+
+
+def parse_luo_fdt(blob: bytes, flbs: bool = True) -> LuoFdt:
+    """
+    Read what ``luo_fdt_setup`` writes (kernel/liveupdate/luo_core.c).
+
+    :param flbs: there must be a node for FLBs.
+    """
+    try:
+        tree = read(blob)
+    except Unreadable as error:
+        return LuoFdt(None, problems=[f"not a readable FDT ({error})"])
+    compatible = _text(tree.root, "compatible")
+    if compatible != serialized.LUO_FDT_COMPATIBLE:
+        return LuoFdt(compatible)
+    problems: list[str] = []
+    unknown: dict[str, str] = {}
+
+    def header(of: tuple[str, str, str], needed: bool) -> int | None:
+        name, known, leads = of
+        node = tree.root.child(name)
+        if node is None:
+            problems.extend([f"no node {name}"] if needed else [])
+            return None
+        version = _text(node, "compatible")
+        if version is not None and version != known:
+            unknown[name] = version
+            return None
+        found = ["no compatible"] if version is None else []
+        at = _u64(node, leads, found)
+        problems.extend(f"node {name}: {problem}" for problem in found)
+        return at
+
+    number = _u64(tree.root, serialized.LUO_FDT_LIVEUPDATE_NUM, problems)
+    sessions = header(serialized.LUO_FDT_SESSION, True)
+    lists = header(serialized.LUO_FDT_FLB, flbs)
+    return LuoFdt(compatible, number, sessions, lists, unknown, problems + tree.problems)
+
+
+def _text(node: Node, name: str) -> str | None:
+    found = node.property(name)
     return None if found is None else serialized.text(found.value)
 
 

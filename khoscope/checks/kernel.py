@@ -6,12 +6,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from ..abi.fdt import Unreadable, read
-from ..abi.keys import COMPATIBLES_WITHOUT_TYPES, Abi
+from ..abi.compatibles import base
+from ..abi.fdt import MAGIC, Unreadable, read
+from ..abi.keys import COMPATIBLES_WITHOUT_TYPES, Abi, Finalize, Tracker
 from ..abi.kho_fdt import Fdt, Subtree
-from ..abi.serialized import SUBTREE_COMPATIBLES
+from ..abi.serialized import LUO, SUBTREE_COMPATIBLES
 from ..facts.snapshot import Side, Snapshot, in_ram
+from ..facts.tree import Tree, TreeState
 from .rule import Message, Severity, rule
+
+NO_TREE = Tree(TreeState(0))
 
 #: ``TAINT_BAD_PAGE`` (include/linux/panic.h), a bit of ``tainted_mask``.
 TAINT_BAD_PAGE = 5
@@ -98,7 +102,7 @@ def order_not_stored(abi: Abi) -> Iterator[Message]:
 def abi_not_bumped(abi: Abi) -> Iterator[Message]:
     """The kernel's key layout has a type but its compatible is one that kernels without types
     accept."""
-    if abi.has_types and abi.compatible in COMPATIBLES_WITHOUT_TYPES:
+    if abi.has_types and base(abi.compatible or "") in COMPATIBLES_WITHOUT_TYPES:
         yield Message(f"this kernel records page types under compatible {abi.compatible!r}")
 
 
@@ -116,8 +120,10 @@ def abi_not_bumped(abi: Abi) -> Iterator[Message]:
 )
 def bad_fdt(facts: Snapshot) -> Iterator[Message]:
     """Root FDT unreadable, wrong compatible, missing or malformed properties."""
-    yield from _fdt_trouble(facts, "outgoing", facts.outgoing)
-    yield from _subtree_trouble(facts.outgoing)
+    # Where finalizing writes the FDT, there is none before that.
+    if facts.finalized or facts.abi.finalize != Finalize.BEFORE_LOAD:
+        yield from _fdt_trouble(facts, "outgoing", facts.outgoing)
+        yield from _subtree_trouble(facts.outgoing)
     if facts.incoming is not None:
         yield from _fdt_trouble(facts, "incoming", facts.incoming)
 
@@ -129,26 +135,36 @@ def _fdt_trouble(facts: Snapshot, which: str, side: Side) -> Iterator[Message]:
             yield Message(f"{which} root FDT: subtree {subtree.name!r}: {astray}", subtree.phys)
     for problem in fdt.problems:
         yield Message(f"{which} root FDT: {problem}", fdt.phys)
-    if fdt.compatible is not None and not re.fullmatch(r"kho-v\d+", fdt.compatible):
+    if fdt.compatible is not None and not re.fullmatch(r"kho-v\d+", base(fdt.compatible)):
         yield Message(f"{which} root FDT: compatible is {fdt.compatible!r}", fdt.phys)
-    if fdt.memory_map is not None and fdt.memory_map != side.tree.state.root:
+    tree, what = side.tree, "the tree's root"
+    if facts.abi.tracker == Tracker.XARRAY:
+        what = "the first chunk"
+        if side is facts.outgoing:
+            tree = side.serialized or NO_TREE
+    if fdt.memory_map is not None and fdt.memory_map != tree.state.root:
         yield Message(
             f"{which} root FDT: preserved-memory-map is {fdt.memory_map:#x}, "
-            f"the tree's root is {side.tree.state.root:#x}",
+            f"{what} is {tree.state.root:#x}",
             fdt.phys,
         )
 
 
 def _subtree_trouble(side: Side) -> Iterator[Message]:
-    """Subtrees whose blobs should be FDTs, by their names, but are not."""
+    """Subtrees whose blobs should be FDTs, by their names or beginnings, but are not."""
     for subtree in side.fdt.subtrees:
         blob = side.blobs.get(f"subtree {subtree.name}")
-        if subtree.name not in SUBTREE_COMPATIBLES or blob is None:
+        if blob is None or not _should_be_fdt(subtree.name, blob):
             continue
         try:
             read(blob)
         except Unreadable as error:
             yield Message(f"subtree {subtree.name!r}: not a readable FDT ({error})", subtree.phys)
+
+
+def _should_be_fdt(name: str, blob: bytes) -> bool:
+    # LUO's blob is an FDT up to linux 7.1, and a struct since.
+    return name in SUBTREE_COMPATIBLES or (name == LUO and blob.startswith(MAGIC))
 
 
 def misplaced(facts: Snapshot, fdt: Fdt, subtree: Subtree) -> str | None:
@@ -204,7 +220,9 @@ def fdt_nearly_full(facts: Snapshot) -> Iterator[Message]:
 def image_without_kho(facts: Snapshot) -> Iterator[Message]:
     """A kexec image is loaded with kho.fdt = 0: the handover would be lost."""
     image = facts.image
-    if image is not None and image.loaded and not image.kho_fdt and facts.kho_enable:
+    # Of an image that was loaded too early, not-finalized speaks.
+    early = facts.abi.finalize == Finalize.BEFORE_LOAD and image is not None and image.file_mode
+    if image is not None and image.loaded and not image.kho_fdt and facts.kho_enable and not early:
         how = "kexec_file_load(), before KHO was on" if image.file_mode else "kexec_load()"
         yield Message(f"the image was loaded with {how}: nothing will be handed over")
 
@@ -226,23 +244,47 @@ def no_image(facts: Snapshot) -> Iterator[Message]:
 
 
 @rule(
+    "crash-image-with-kho",
+    Severity.ERROR,
+    "kernel",
+    """
+    Memory is handed over by kexec alone, not by a crash. A crash kernel that is told of a handover
+    puts itself into the scratch areas, which are memory of the kernel that crashed, and dies early,
+    mostly without a word: there will be no dump. kho_fill_kimage() spares crash kernels since linux
+    7.1. Load the crash kernel again with kexec_load() (kexec -c -p): then nothing is handed over.
+    If this kernel hands over only what is finalized before an image is loaded (up to linux 6.18),
+    loading the crash kernel before that helps, too. A crash kernel without KHO, or with another KHO
+    compatible, does not die of it.
+    """,
+    kernel="kho_fill_kimage kho_populate kho_memory_init",
+)
+def crash_image_with_kho(facts: Snapshot) -> Iterator[Message]:
+    """A crash kernel is loaded with kho.fdt other than 0: it dies, and writes no dump."""
+    image = facts.crash_image
+    if image is not None and image.kho_fdt:
+        yield Message(f"the crash kernel is handed the FDT at {image.kho_fdt:#x}", image.kho_fdt)
+
+
+@rule(
     "bad-node",
     Severity.ERROR,
     "kernel",
     """
-    kho_radix_walk_tree() follows every entry without a check. The next kernel would read it as a
-    node very early in its boot, and reserve whatever its bits say, or crash. Somebody wrote over a
-    page of the tree. Do not kexec with this handover.
+    kho_radix_walk_tree(), and before the radix tree kho_mem_deserialize(), follows every entry
+    without a check. The next kernel would read it as a node very early in its boot, and reserve
+    whatever its bits say, or crash. Somebody wrote over a page of the tree. Do not kexec with this
+    handover.
     """,
-    kernel="kho_radix_walk_tree",
+    kernel="kho_radix_walk_tree kho_mem_deserialize",
 )
 def bad_node(facts: Snapshot) -> Iterator[Message]:
     """A table entry that is unaligned, outside RAM, or reaches a node already visited."""
-    state = facts.outgoing.tree.state
-    for p in state.problems:
-        yield Message(f"level {p.level} node, entry {p.index} = {p.entry:#x}: {p.why}", p.table)
-    if state.problem_count > len(state.problems):
-        yield Message(f"and {state.problem_count - len(state.problems)} more bad entries")
+    for tree in (facts.outgoing.tree, facts.outgoing.serialized or NO_TREE):
+        state = tree.state
+        for p in state.problems:
+            yield Message(f"level {p.level} node, entry {p.index} = {p.entry:#x}: {p.why}", p.table)
+        if state.problem_count > len(state.problems):
+            yield Message(f"and {state.problem_count - len(state.problems)} more bad entries")
 
 
 @rule(
@@ -250,14 +292,14 @@ def bad_node(facts: Snapshot) -> Iterator[Message]:
     Severity.WARNING,
     "kernel",
     """
-    The kernel itself has complained about pages or about KHO. This is what wrong refcounts lead to
-    after a kexec: bad pages leak, and a page that was freed wrongly may be in use twice. Read the
-    log (dmesg) around these lines.
+    The kernel itself has complained about pages, KHO or LUO. Wrong refcounts lead to this after a
+    kexec: bad pages leak, and a page that was freed wrongly may be in use twice. Read the log
+    (dmesg) around these lines.
     """,
     kernel="bad_page",
 )
 def kernel_tainted(facts: Snapshot) -> Iterator[Message]:
-    """Bad-page taint, or "Bad page state" / KHO warnings in the log."""
+    """Bad-page taint, or "Bad page state" / KHO and LUO warnings in the log."""
     if facts.kernel.tainted >> TAINT_BAD_PAGE & 1:
         yield Message(f"tainted: bad page (tainted_mask {facts.kernel.tainted:#x})")
     for line in facts.kernel.log:

@@ -3,12 +3,50 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+from ..abi import fdt as fdts
+from ..abi.compatibles import base, block_limits, parts
+from ..abi.keys import BlockLimits
+from ..abi.kho_fdt import compatibles_of
 from ..abi.serialized import LUO
+from ..facts.clients import Luo
+from ..facts.columns import Blocks
 from ..facts.next_kernel import NextKernel
 from ..facts.snapshot import Snapshot
-from .rule import Message, Severity, rule
+from .blocks import too_large
+from .rule import Marked, Message, Severity, rule
+
+#: What :func:`image_abi_differs` says about the pair of kernels at hand.
+_NOTHING_IS_TAKEN = """
+    kho_populate() in the next kernel compares the whole of the root FDT's compatible. With another
+    one it says in its log that the FDT is incompatible, and boots as after a cold start: all
+    preserved memory is reused, LUO's state as well. Kexec into a kernel that takes what this one
+    hands over. It needs kho=on on its command line, which no image tells.
+    """
+_PANICS = """
+    luo_early_startup() in the next kernel looks at LUO's state early in the boot, even without
+    liveupdate=on, and the kernel panics if the state has not the form that it knows. Kexec into a
+    kernel that takes this form, or into one without LUO. A kernel that was booted without
+    liveupdate=on hands over no LUO state.
+    """
+_NO_LUO = """
+    The next kernel reserves what the sessions preserve, and has nothing that could give it back:
+    the memory is lost until a boot without a handover, and the files are gone. Kexec into a kernel
+    with CONFIG_LIVEUPDATE and liveupdate=on.
+    """
+_NO_SESSION = """
+    luo_session_deserialize() in the next kernel fails as soon as a file has no handler. Every open
+    of /dev/liveupdate fails with EIO from then on: no session comes back, whatever is in it. Kexec
+    into a kernel with this handler, or close these sessions before.
+    """
+_FILES_ARE_LOST = """
+    luo_session_deserialize() in the next kernel ignores that a file has no handler. The session
+    can be retrieved and looks whole, but this file and those behind it are not in it. Kexec into a
+    kernel with this handler, or close these sessions before.
+    """
 
 
 @rule(
@@ -17,37 +55,83 @@ from .rule import Message, Severity, rule
     "next",
     """
     A kernel that takes another KHO compatible, and any kernel without KHO, boots as if nothing had
-    been handed over and reuses the memory. One that takes another LUO compatible panics in
-    luo_early_startup(). One without LUO keeps reserved what the sessions preserve, and nobody gets
-    it back. If the handler of a file is missing, every open of /dev/liveupdate fails with EIO and
-    no session comes back. Kexec into a kernel that takes what this one hands over. It needs kho=on
+    been handed over and reuses the memory. One that takes another LUO compatible, or misses a node
+    in LUO's FDT, panics in luo_early_startup(). One without LUO keeps reserved what the sessions
+    preserve, and nobody gets it back. If the handler of a file is missing, every open of
+    /dev/liveupdate fails with EIO and no session comes back; kernels up to 7.0 lose files without
+    a word. Kernels compare the whole of a compatible, also of one that names common structures,
+    like kho-v4;radix-v1. Kexec into a kernel that takes what this one hands over. It needs kho=on
     on its command line, which no image tells.
     """,
-    kernel="kho_populate luo_early_startup",
+    kernel="kho_populate luo_early_startup luo_session_deserialize",
 )
 def image_abi_differs(facts: Snapshot, kernel: NextKernel) -> Iterator[Message]:
     """The next kernel takes another KHO, LUO or memfd ABI than this one hands over."""
     fdt, luo = facts.outgoing.fdt, facts.outgoing.luo
-    effect = "it boots as if nothing was handed over"
-    yield from _compare(kernel, "KHO", kernel.kho, fdt.compatible, effect, effect)
-    if fdt.compatible not in kernel.kho:
+    nothing = _Effect("it boots as if nothing was handed over", _NOTHING_IS_TAKEN)
+    yield from _compare(kernel, "KHO", kernel.kho, fdt.compatible, nothing, nothing)
+    if not _is_taken(facts, kernel):
         # The next kernel does not get far enough to look at anything else.
         return
     if luo is None and not any(subtree.name == LUO for subtree in fdt.subtrees):
         return
     compatible = luo.compatible if luo else None
-    yield from _compare(
-        kernel,
-        "LUO",
-        kernel.luo,
-        compatible,
+    without = _Effect(
         "nobody retrieves what the sessions preserve, it stays reserved until the next boot",
-        "the next kernel panics",
+        _NO_LUO,
     )
+    yield from _compare(kernel, "LUO", kernel.luo, compatible, without, _PANIC)
     if luo is None or compatible not in kernel.luo:
         return
+    yield from _nodes(facts, kernel)
+    yield from _files(luo, kernel)
+
+
+@dataclass(frozen=True)
+class _Effect:
+    """
+    What happens in the next kernel.
+
+    :param words: the end of a message.
+    """
+
+    words: str
+    explain: str
+
+
+_PANIC = _Effect("the next kernel panics", _PANICS)
+
+
+def _is_taken(facts: Snapshot, kernel: NextKernel) -> bool:
+    """Whether the next kernel takes what is handed over, as far as its image tells."""
+    return facts.outgoing.fdt.compatible in kernel.kho
+
+
+def _nodes(facts: Snapshot, kernel: NextKernel) -> Iterator[Message]:
+    """What the next kernel looks for in LUO's FDT; a later LUO has none."""
+    blob = facts.outgoing.blobs.get(f"subtree {LUO}", b"")
+    if not blob.startswith(fdts.MAGIC):
+        return
+    nodes = compatibles_of(blob)
+    for name, theirs in (("luo-session", kernel.luo_session), ("luo-flb", kernel.luo_flb)):
+        if theirs and name not in nodes:
+            yield Message(
+                f"{kernel.release} looks for {' or '.join(theirs)}, this kernel hands over no "
+                f"{name}: {_PANIC.words}",
+                explain=_PANIC.explain,
+            )
+        elif theirs:
+            yield from _compare(kernel, name, theirs, nodes[name], _PANIC, _PANIC)
+
+
+def _files(luo: Luo, kernel: NextKernel) -> Iterator[Message]:
+    """Whether the next kernel has a handler for each file."""
     files = {file.handler for session in luo.sessions for file in session.files}
-    effect = "no session can be retrieved"
+    effect = (
+        _Effect("no session can be retrieved", _NO_SESSION)
+        if kernel.misses_files
+        else _Effect("sessions lose such files and those behind them, silently", _FILES_ARE_LOST)
+    )
     for handler in sorted(each for each in files if each.startswith("memfd-v")):
         yield from _compare(kernel, "memfd handler", kernel.memfd, handler, effect, effect)
 
@@ -57,8 +141,8 @@ def _compare(
     what: str,
     theirs: tuple[str, ...],
     ours: str | None,
-    without: str,
-    other: str,
+    without: _Effect,
+    other: _Effect,
 ) -> Iterator[Message]:
     """
     Whether a kernel takes what this one hands over.
@@ -71,12 +155,74 @@ def _compare(
     if ours is None:
         yield Message(f"the {what} compatible of this kernel cannot be read, to compare it")
     elif not theirs:
-        yield Message(f"{kernel.release} has no {what}: {without}")
+        yield Message(f"{kernel.release} has no {what}: {without.words}", explain=without.explain)
     elif ours not in theirs:
         yield Message(
-            f"{kernel.release} takes {' or '.join(theirs)}, this kernel hands over {ours}: {other}"
+            f"{kernel.release} takes {' or '.join(theirs)}, this kernel hands over {ours}: "
+            f"{other.words}{_kinship(theirs, ours)}",
+            explain=other.explain,
         )
     elif len(theirs) > 1:
         yield Message(
             f"{kernel.release} has {' and '.join(theirs)} in it: which it takes cannot be told"
         )
+
+
+def _kinship(theirs: tuple[str, ...], ours: str) -> str:
+    """What two compatibles have in common that differ only in the structures that they name."""
+    for other in theirs:
+        alone = set(parts(other)) ^ set(parts(ours))
+        if base(other) != base(ours) or not alone:
+            continue
+        names = Counter(part.rpartition("-v")[0] for part in alone)
+        if changed := sorted(name for name, count in names.items() if count > 1):
+            return f" (both are {base(ours)}, with different versions of {' and '.join(changed)})"
+        return (
+            f" (both are {base(ours)}, only one of them names {' and '.join(sorted(alone))}: the "
+            "layouts may be the same, but kernels compare the whole string)"
+        )
+    return ""
+
+
+@rule(
+    "block-too-large",
+    Severity.ERROR,
+    "next-blocks",
+    """
+    Up to linux 7.1, the boot computes the size of a block as an int. 2 GiB become a negative
+    number: all memory from the block on is reserved, for nobody. More becomes a few bytes, and the
+    rest of the block is given to others, with what is in it. Up to linux 7.0, kho_restore_page()
+    also refuses blocks above MAX_PAGE_ORDER: it warns, its caller gets NULL, and the memory stays
+    reserved. Preserve the memory in smaller pieces, each with a call of its own, or kexec into a
+    kernel without these limits.
+    """,
+    kernel="kho_preserved_memory_reserve deserialize_bitmap kho_restore_page",
+)
+def block_too_large(kernel: NextKernel | None, facts: Snapshot, blocks: Blocks) -> Marked:
+    """A block that the next kernel's boot or restore cannot take; without --next, the next kernel
+    is assumed to be the same."""
+    limits = _limits(kernel, facts)
+    who = f"{facts.kernel.release} as the next kernel" if kernel is None else kernel.release
+
+    def say(row: int) -> str:
+        size = 1 << int(blocks.order[row]) + facts.abi.page_shift
+        if limits.size is None or size < limits.size:
+            return f"{who} restores no block above order {limits.order}"
+        becomes = (
+            "a negative number, and all memory from there on is reserved"
+            if size == limits.size
+            else "a few bytes, and the rest of it is given away"
+        )
+        return f"{who} computes sizes as int: {size >> 30} GiB become {becomes}"
+
+    return Marked(too_large(facts, limits, blocks), say)
+
+
+def _limits(kernel: NextKernel | None, facts: Snapshot) -> BlockLimits:
+    """What the next kernel can be handed."""
+    if kernel is None:
+        return facts.abi.limits
+    if not _is_taken(facts, kernel):
+        # Then it is handed nothing, as image-abi-differs says.
+        return BlockLimits()
+    return block_limits(facts.outgoing.fdt.compatible, facts.abi.max_page_order)

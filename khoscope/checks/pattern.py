@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi.keys import KHO_PAGE_CONTIG, NO_TYPE, TYPE_NAMES, U64, Abi
+from ..abi.keys import KHO_PAGE_CONTIG, NO_TYPE, TYPE_NAMES, U64, Abi, Restore
 from ..facts.columns import Blocks, Leaves, Pages
 from ..facts.snapshot import Snapshot
 
@@ -47,14 +47,30 @@ def is_split(pages: Pages) -> NDArray[np.bool_]:
     return held(pages) & (pages.zeros == 0) & (pages.compound <= 0)
 
 
-def restores_split(types: NDArray[np.int8], as_folio: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def restores_split(
+    abi: Abi, types: NDArray[np.int8], as_folio: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
     """
-    Blocks that ``kho_restore_page`` gives a refcount on every page.
+    Blocks that a restore gives a refcount on every page.
 
     Kernels without types do that to everything except folios (``kho_init_pages`` and
-    ``kho_init_folio`` in kexec_handover.c).
+    ``kho_init_folio`` in kexec_handover.c); the oldest restore nothing but folios.
     """
+    if abi.restores_pages_as == Restore.FOLIO:
+        return np.zeros(len(types), np.bool_)
     return ~as_folio & (types != KHO_PAGE_CONTIG)
+
+
+def stays_compound(
+    abi: Abi, order: NDArray[np.uint8], as_folio: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """
+    Blocks that are restored as pages and keep the flags of a compound page.
+
+    ``kho_restore_page`` of linux 6.18 makes a compound page of every block, and ``split_page``,
+    which is not made for those, only sets its refcounts.
+    """
+    return ~as_folio & (order > 0) & (abi.restores_pages_as == Restore.SPLIT_FOLIO)
 
 
 def lost_type(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:

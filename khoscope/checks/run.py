@@ -19,14 +19,18 @@ from ..facts import invariants
 from ..facts.calls import NO_PHYS, Action, Batch, Calls, Losses
 from ..facts.columns import Blocks, aligned
 from ..facts.next_kernel import NextKernel
-from ..facts.owners import UNKNOWN, Owners
+from ..facts.nodes import borders_of
+from ..facts.owners import UNKNOWN, FolioTally, Owners
 from ..facts.snapshot import Snapshot
 from ..facts.tree import KeySet
 from ..words.errors import KhoscopeError
 from . import calls as _calls_rules  # noqa: F401 - registers its rules
+from . import finalize as _finalize_rules  # noqa: F401 - registers its rules
 from . import handover as handover_rules
 from . import kernel as _kernel_rules  # noqa: F401 - registers its rules
 from . import next_kernel as _image_rules  # noqa: F401 - registers its rules
+from . import nodes as _node_rules  # noqa: F401 - registers its rules
+from . import sessions as _session_rules  # noqa: F401 - registers its rules
 from .clients import malformed
 from .evidence import Rows, all_gaps, gaps
 from .inplace import InPlace
@@ -191,7 +195,12 @@ class Report:
         keep = number <= np.where(follows, self._room(rule, cause), self._room(rule))
         made = keep | (np.arange(len(rows)) < shown)
         found = {
-            row: rule.finding(marked.say(row), *_where(chunk, row), follows=cause if so else "")
+            row: rule.finding(
+                marked.say(row),
+                *_where(chunk, row),
+                explain=marked.explanation(row),
+                follows=cause if so else "",
+            )
             for row, so in zip(rows[made].tolist(), follows[made].tolist(), strict=True)
         }
         self.counts[rule.name] += len(rows)
@@ -257,7 +266,7 @@ def _check(
             report.add_messages(rule, find(facts, next_kernel))
     keys = functools.cache(lambda: KeySet(facts.abi, facts.outgoing.tree.leaves))
     _check_tree(facts, keys, report)
-    _check_blocks(facts, keys, report)
+    _check_blocks(facts, next_kernel, keys, report)
     report.incomplete += gaps(facts, clients=bool(report.finders("clients")))
     if about == About.KEXEC and facts.image is None and report.finders("kexec"):
         report.incomplete.append("whether a kexec image is loaded, and with what, is not known")
@@ -273,12 +282,29 @@ def _check_tree(facts: Snapshot, keys: Callable[[], KeySet], report: Report) -> 
             report.add_marked(rule, blocks, marked)
 
 
-def _check_blocks(facts: Snapshot, keys: Callable[[], KeySet], report: Report) -> None:
+def _block_rules(
+    report: Report, next_kernel: NextKernel | None
+) -> list[tuple[Rule, Callable[[Snapshot, Blocks], Marked]]]:
+    """The rules about blocks, those that depend on the next kernel among them."""
+    carried = report.finders("next-blocks")
+    return [
+        *report.finders("blocks"),
+        *((rule, functools.partial(find, next_kernel)) for rule, find in carried),
+    ]
+
+
+def _check_blocks(
+    facts: Snapshot,
+    next_kernel: NextKernel | None,
+    keys: Callable[[], KeySet],
+    report: Report,
+) -> None:
     """Run the rules about blocks."""
-    rules = report.finders("blocks")
-    if not rules:
+    rules = _block_rules(report, next_kernel)
+    of_folios = report.finders("folios")
+    if not rules and not of_folios:
         return
-    rows = Rows(facts, keys())
+    rows, folios = Rows(facts, keys()), FolioTally(facts)
     for blocks in facts.outgoing.blocks:
         rows.add(blocks)
         lost = lost_order(facts, blocks)
@@ -290,6 +316,10 @@ def _check_blocks(facts: Snapshot, keys: Callable[[], KeySet], report: Report) -
                 report.add_marked(rule, blocks, because)
                 marked = dataclasses.replace(marked, rows=marked.rows & ~lost)
             report.add_marked(rule, blocks, marked)
+        if of_folios:
+            folios.add(blocks)
+    for rule, find in of_folios:
+        report.add_messages(rule, find(facts, folios.totals()))
     report.blocks = rows.count
     report.incomplete += rows.gaps()
 
@@ -357,7 +387,9 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> list[s
     report.fates = Counter()
     owners = _OwnersNow(before, after)
     evidence, in_place = handover_rules.Evidence(before, after), InPlace(before)
+    borders = borders_of(before)
     rows, wrong = Rows(before, evidence.recorded), Counter[str]()
+    undecided = 0
     for was, now in aligned(before.outgoing.blocks, after.watched):
         if len(was) != len(now) or (was.key != now.key).any():
             raise KhoscopeError(
@@ -366,9 +398,10 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> list[s
             )
         rows.add(was)
         wrong += invariants.of_blocks(before.abi, now)
-        pairs = handover_rules.pair(was, now, after, evidence, in_place)
+        pairs = handover_rules.pair(was, now, after, evidence, in_place, borders)
         whose = owners.of(was)
         _add_fates(report, pairs.fate, whose, owners)
+        undecided += int(handover_rules.undecided(pairs).sum())
         for rule, find in rules:
             report.add_marked(rule, was, owners.named(find(pairs), was, whose))
     # The owner with the most blocks comes first.
@@ -376,6 +409,11 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> list[s
     if report.fates["unread"]:
         report.incomplete.append(
             f"the pages of {report.fates['unread']} recorded blocks could not be read"
+        )
+    if undecided:
+        report.incomplete.append(
+            f"not recorded by khoscope {after.taken.khoscope}: whether {undecided:,} folios were "
+            "freed, or restored as pages"
         )
     report.incomplete += [
         f"facts contradict each other: {count:,} recorded blocks, as they are now, {what}"
@@ -455,6 +493,12 @@ class _OwnersNow:
 def _compare_stamps(before: Snapshot, after: Snapshot, report: Report) -> None:
     """Run the rules about stamps."""
     rules = report.finders("stamps")
+    if not after.abi.stamp.has_magic:
+        report.incomplete.append(
+            "stamps of this kernel have no magic: khoscope has looked at the recorded blocks "
+            "alone, and cannot tell those that nobody has restored"
+        )
+        return
     if not rules:
         return
     recorded = KeySet(before.abi, before.outgoing.tree.leaves)
@@ -504,7 +548,7 @@ def check_batch(facts: Snapshot, batch: Batch, report: Report) -> BatchFindings:
             found.touches.setdefault(row, []).append(each)
     rows = np.flatnonzero((touches.action == Action.ADD) & touches.succeeded)
     added = touches.blocks[rows]
-    for rule, find in report.finders("blocks"):
+    for rule, find in _block_rules(report, None):
         for at, each in report.add_marked(rule, added, find(facts, added), KEPT).items():
             found.touches.setdefault(int(rows[at]), []).append(each)
     return found

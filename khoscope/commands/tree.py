@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``khoscope tree``: what the radix tree holds."""
+"""``khoscope tree``: what the tracker holds."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
+from ..abi.keys import Finalize
 from ..facts.snapshot import Snapshot
 from ..facts.tree import Tree
 from ..views import documents
@@ -17,7 +18,9 @@ from . import common
 
 
 def add(commands: common.Commands) -> None:
-    tree = commands.add_parser("tree", help="show what the radix tree holds")
+    tree = commands.add_parser(
+        "tree", help="show what is preserved: the radix tree, or the xarrays before it"
+    )
     tree.set_defaults(run=_run, refuse=_refuse)
     common.output(tree, "block")
     tree.add_argument("--order", type=int, help="show only blocks of this order")
@@ -33,6 +36,12 @@ def add(commands: common.Commands) -> None:
         "--incoming",
         action="store_true",
         help="show the tree that this kernel was handed, as far as it still exists",
+    )
+    tree.add_argument(
+        "--serialized",
+        action="store_true",
+        help="show what finalizing has serialized, which is what a kernel before the radix tree"
+        " hands over",
     )
     tree.add_argument(
         "--root",
@@ -51,8 +60,10 @@ def add(commands: common.Commands) -> None:
 def _refuse(args: argparse.Namespace) -> str | None:
     if args.root and args.snapshot:
         return "--root is for kernels: a snapshot holds KHO's own trees"
-    if args.root and args.incoming:
-        return "--root and --incoming name two trees"
+    named = {"--root": args.root, "--incoming": args.incoming, "--serialized": args.serialized}
+    asked = [name for name, given in named.items() if given]
+    if len(asked) > 1:
+        return f"{' and '.join(asked)} name {len(asked)} trees"
     if args.raw_keys and BlockFilter(args.order, args.type, args.phys):
         return "--order, --type and --phys are for blocks, not for raw keys"
     return None
@@ -78,6 +89,18 @@ def _read(args: argparse.Namespace) -> tuple[Snapshot, Tree, str]:
             source = common.kernel(args, progress)
             return source.outline(), source.radix_tree(args.root), args.root
     facts = common.facts(args, lambda source: source.tree())
+    if args.serialized:
+        if facts.outgoing.serialized is None:
+            raise KhoscopeError(
+                "nothing is serialized: "
+                + (
+                    "this kernel hands over its tree itself"
+                    if facts.abi.finalize == Finalize.NEVER
+                    else "KHO is not finalized in this kernel"
+                ),
+                "leave --serialized out to see what is preserved",
+            )
+        return facts, facts.outgoing.serialized, "serialized"
     if not args.incoming:
         return facts, facts.outgoing.tree, "outgoing"
     if facts.incoming is None:

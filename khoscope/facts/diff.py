@@ -63,6 +63,8 @@ def _single_facts(s: Snapshot) -> dict[str, str]:
         "KHO boot": str(s.handover.is_kho_boot),
         "previous release": s.handover.previous_release or "none",
         "kexec count": str(s.handover.kexec_count),
+        "tracker": s.abi.tracker,
+        "finalized": str(s.finalized),
         "page size": str(s.abi.page_size),
         "type bit": str(s.abi.type_shift),
         "stored key bits": str(s.abi.stored_bits),
@@ -71,10 +73,14 @@ def _single_facts(s: Snapshot) -> dict[str, str]:
         "RAM": ", ".join(f"{x:#x}..{y:#x}" for x, y in s.ram.tolist()),
         "scratch": ", ".join(f"{x:#x}+{y:#x}" for x, y in s.scratch.tolist()),
     }
+    if s.nodes is not None:
+        found["NUMA nodes"] = ", ".join(f"{n.number}: {n.start:#x}..{n.end:#x}" for n in s.nodes)
     if s.kernel.command_line:
         found["command line"] = s.kernel.command_line
     if s.image is not None:
         found["kexec image"] = _image(s.image)
+    if s.crash_image is not None:
+        found["crash image"] = _image(s.crash_image)
     if s.liveupdate is not None:
         found["LUO enabled"] = str(s.liveupdate.enabled)
         found["LUO file handlers"] = ", ".join(s.liveupdate.handlers) or "none"
@@ -154,7 +160,11 @@ def blocks(a: Snapshot, b: Snapshot) -> Iterator[BlockChanges]:
 def _pages_differ(a: Pages, b: Pages) -> NDArray[np.bool_]:
     differ = np.zeros(len(a), np.bool_)
     for column in Pages.DTYPES:
-        differ |= getattr(a, column) != getattr(b, column)
+        changed = getattr(a, column) != getattr(b, column)
+        if column == "pristine":
+            # An older file does not have it.
+            changed &= (a.pristine != Pages.UNRECORDED) & (b.pristine != Pages.UNRECORDED)
+        differ |= changed
     return differ
 
 

@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..abi import serialized
-from ..abi.keys import BAD_ORDER, NO_TYPE, Abi
-from ..abi.kho_fdt import kho_test_folios, parse_root_fdt, reserve_mem_areas
+from ..abi.fdt import MAGIC
+from ..abi.keys import BAD_ORDER, NO_TYPE, Abi, Tracker
+from ..abi.kho_fdt import kho_test_folios, parse_luo_fdt, reserve_mem_areas, root_fdt
 from .clients import Luo, LuoFile, LuoSession, Memfd, Owner, OwnerKind, Vmalloc
 from .columns import Blocks, Pages
 from .owners import claimed
-from .snapshot import KexecImage, Side, Snapshot, in_ram
+from .snapshot import KexecImage, Node, Side, Snapshot, in_ram
 from .tree import KeySet
 
 #: How ``--type-shift`` shows in ``Abi.decided``.
@@ -34,8 +35,11 @@ def contradictions(facts: Snapshot) -> Iterator[str]:
     yield from _abi(facts.abi)
     yield from _kernel(facts)
     yield from _memory(facts)
-    if facts.image is not None:
-        yield from _image(facts.image, facts.outgoing.fdt.phys)
+    if facts.nodes is not None:
+        yield from _nodes(facts.nodes)
+    for which, image in (("kexec", facts.image), ("crash", facts.crash_image)):
+        if image is not None:
+            yield from _image(which, image, facts.outgoing.fdt.phys)
     for which, side in (("outgoing", facts.outgoing), ("incoming", facts.incoming)):
         if side is not None:
             yield from (f"{which} {said}" for said in _side(side, side is facts.outgoing))
@@ -53,7 +57,7 @@ def _abi(abi: Abi) -> Iterator[str]:
     if (abi.type_shift is None) != (stamp.type_shift is None) and said != OVERRIDDEN:
         yield f"ABI: keys have their type at bit {abi.type_shift}, stamps at {stamp.type_shift}"
     typed = 0 if stamp.type_shift is None else 1
-    fits_below = stamp.order_bits + typed <= stamp.magic_shift
+    fits_below = stamp.magic_shift is None or stamp.order_bits + typed <= stamp.magic_shift
     if not fits_below or stamp.type_shift not in (None, stamp.order_bits):
         yield f"ABI: a stamp's order, type and magic overlap ({stamp})"
 
@@ -104,6 +108,11 @@ def _memory(facts: Snapshot) -> Iterator[str]:
     if not len(ram) or (ram[:, 0] >= ram[:, 1]).any() or (ram[1:, 0] < ram[:-1, 1]).any():
         yield "RAM: its ranges are none, empty, or not in order"
         return
+    off = np.zeros((0, 2), np.uint64) if facts.offline is None else facts.offline
+    if (off[:, 0] >= off[:, 1]).any() or (off[1:, 0] <= off[:-1, 1]).any():
+        yield "offline memory: its ranges are empty, or not in order"
+    elif not all(in_ram(ram, first, end - first) for first, end in off.tolist()):
+        yield "offline memory: not all of it is RAM"
     areas, free = facts.scratch.tolist(), facts.scratch_free
     if any(size and not in_ram(ram, phys, size) for phys, size in areas):
         yield "scratch: an area is not in RAM"
@@ -119,17 +128,25 @@ def _memory(facts: Snapshot) -> Iterator[str]:
             yield f"the search for stamps looked at {looked:,} struct pages, RAM has {pages:,}"
 
 
+def _nodes(nodes: list[Node]) -> Iterator[str]:
+    numbers, starts = [n.number for n in nodes], [n.start for n in nodes]
+    if not nodes or len({*numbers}) < len(nodes) or sorted(starts) != starts:
+        yield "NUMA nodes: there are none, two of one number, or they are not in order"
+    if any(node.start >= node.end for node in nodes):
+        yield "NUMA nodes: one without memory"
+
+
 def ram_pages(facts: Snapshot) -> int:
     """Whole pages of RAM: those whose struct page belongs to the page allocator."""
     shift = facts.abi.page_shift
     return sum(max((end >> shift) - -(-first >> shift), 0) for first, end in facts.ram.tolist())
 
 
-def _image(image: KexecImage, fdt: int) -> Iterator[str]:
-    if image.kho_fdt and image.kho_fdt != fdt:
-        yield f"the kexec image is handed the FDT at {image.kho_fdt:#x}, KHO's is at {fdt:#x}"
+def _image(which: str, image: KexecImage, fdt: int) -> Iterator[str]:
+    if image.kho_fdt and fdt and image.kho_fdt != fdt:
+        yield f"the {which} image is handed the FDT at {image.kho_fdt:#x}, KHO's is at {fdt:#x}"
     if image.loaded != (image.size > 0) or (not image.loaded and image.kho_fdt):
-        yield f"a kexec image is loaded: {image.loaded}, of {image.size:,} bytes"
+        yield f"a {which} image is loaded: {image.loaded}, of {image.size:,} bytes"
 
 
 def _side(side: Side, outgoing: bool) -> Iterator[str]:
@@ -138,7 +155,7 @@ def _side(side: Side, outgoing: bool) -> Iterator[str]:
         yield f"tree: {state.problem_count} bad entries, {len(state.problems)} are listed"
     if not fdt.phys and not outgoing:
         yield "root FDT: it was handed over, and is nowhere"
-    if fdt.phys and fdt != parse_root_fdt(fdt.phys, side.blobs.get("fdt")):
+    if fdt.phys and fdt != root_fdt(fdt.phys, side.blobs):
         yield "root FDT: its bytes say something else than what was recorded of it"
     yield from _blobs(side)
     if side.luo is not None:
@@ -158,13 +175,11 @@ def _blobs(side: Side) -> Iterator[str]:
 def _luo(side: Side, luo: Luo, outgoing: bool) -> Iterator[str]:
     named = {s.name: s.phys for s in side.fdt.subtrees}
     if named.get(serialized.LUO) != luo.phys:
-        yield f"struct luo_ser at {luo.phys:#x}, the root FDT does not have it there"
+        yield f"its blob is at {luo.phys:#x}, the root FDT does not have it there"
     raw = side.blobs.get(f"subtree {serialized.LUO}", b"")
-    if outgoing and luo.raw is None and len(raw) >= serialized.LUO_SER.itemsize:
-        ser = serialized.unpack(serialized.LUO_SER, raw)
-        says = serialized.text(bytes(ser["compatible"])), int(ser["liveupdate_num"])
-        if not luo.problems and says != (luo.compatible, luo.liveupdate_num):
-            yield f"{luo.compatible}, live update {luo.liveupdate_num}: its bytes say {says}"
+    says = _luo_says(raw) if outgoing and luo.raw is None and not luo.problems else None
+    if says not in (None, (luo.compatible, luo.liveupdate_num)):
+        yield f"{luo.compatible}, live update {luo.liveupdate_num}: its bytes say {says}"
     if luo.raw is not None and (luo.sessions or luo.flbs):
         yield "sessions of an ABI that is not known"
     names = Counter(session.name for session in luo.sessions)
@@ -172,6 +187,17 @@ def _luo(side: Side, luo: Luo, outgoing: bool) -> Iterator[str]:
         yield "two sessions of one name"
     for session in luo.sessions:
         yield from (f"session {session.name!r}: {said}" for said in _session(session))
+
+
+def _luo_says(raw: bytes) -> tuple[str | None, int | None] | None:
+    """Compatible and number of LUO's blob; None: there is too little of it."""
+    if raw.startswith(MAGIC):
+        fdt = parse_luo_fdt(raw)
+        return fdt.compatible, fdt.liveupdate_num
+    if len(raw) < serialized.LUO_SER.itemsize:
+        return None
+    ser = serialized.unpack(serialized.LUO_SER, raw)
+    return serialized.text(bytes(ser["compatible"])), int(ser["liveupdate_num"])
 
 
 def _session(session: LuoSession) -> Iterator[str]:
@@ -184,7 +210,7 @@ def _session(session: LuoSession) -> Iterator[str]:
 
 
 def _file(file: LuoFile) -> Iterator[str]:
-    known = file.handler == serialized.MEMFD_COMPATIBLE and not file.retrieve_status
+    known = file.handler in serialized.MEMFDS and not file.retrieve_status
     if file.memfd is None:
         if known and not file.problems:
             yield "a memfd of which nothing was recorded"
@@ -309,6 +335,7 @@ def _more_than_all(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
     pages, count = blocks.facts, blocks.page_count
     # A compound page may have any order: its folio was resized, or memory holds anything.
     compound = pages.compound < Pages.COMPOUND_TAIL
+    compound |= (pages.pristine > count) & (pages.pristine != Pages.UNRECORDED)
     return compound | (pages.free > count) | ((pages.odd > 0) & (pages.odd >= count))
 
 
@@ -351,9 +378,28 @@ def of_tree(facts: Snapshot, side: Side, keys: KeySet) -> Iterator[str]:
 
     :param keys: of the side's leaves.
     """
+    if facts.abi.tracker == Tracker.RADIX:
+        yield from _of_radix_tree(facts, side)
+    state = side.tree.state
+    held = np.zeros(len(keys.leaves), np.int64)
+    other = used = 0
+    for chunk in side.tree.nodes:
+        leaves = chunk[(chunk.level == 0) & (chunk.used > 0)]
+        # A leaf may have several bitmaps in memory.
+        row = keys.leaf(leaves.key)
+        np.add.at(held, row[row >= 0], leaves.used[row >= 0])
+        other += int((row < 0).sum())
+        used += int(leaves.used.sum())
+    # Blocks that moved are in the nodes but not in the leaves, or the other way round.
+    if not state.moved and (other or (held != keys.counts).any()):
+        total = int(keys.counts.sum())
+        yield f"the leaves hold {total:,} blocks, the nodes say {used:,}"
+
+
+def _of_radix_tree(facts: Snapshot, side: Side) -> Iterator[str]:
+    """What holds for the tables of a radix tree, and its root."""
     state, depth = side.tree.state, facts.abi.tree_max_depth
     nodes, used = np.zeros(depth, np.int64), np.zeros(depth, np.int64)
-    other = 0
     first = True
     for chunk in side.tree.nodes:
         if (chunk.level >= depth).any():
@@ -364,32 +410,23 @@ def of_tree(facts: Snapshot, side: Side, keys: KeySet) -> Iterator[str]:
         first = False
         np.add.at(nodes, chunk.level, 1)
         np.add.at(used, chunk.level, chunk.used)
-        leaves = chunk[(chunk.level == 0) & (chunk.used > 0)]
-        row = keys.leaf(leaves.key)
-        there = row >= 0
-        counts = keys.counts[row[there]]
-        other += int((~there).sum()) + int((counts != leaves.used[there]).sum())
     if state.root and first:
         yield f"the root is at {state.root:#x}, and there is no node"
-    if state.moved:
-        # Blocks that moved are in the nodes but not in the leaves, or the other way round.
-        return
-    held = int(keys.counts.sum())
-    if other or int(used[0]) != held:
-        yield f"the leaves hold {held:,} blocks, the nodes say {int(used[0]):,}"
-    if not state.problem_count and (used[1:] != nodes[:-1]).any():
+    if not state.problem_count and not state.moved and (used[1:] != nodes[:-1]).any():
         yield "tables have more or fewer entries than there are nodes below them"
 
 
 def of_evidence(before: Snapshot, after: Snapshot) -> Iterator[str]:
     """Leaves of the earlier tree that the later snapshot did not read again."""
-    wanted = 0
-    size = after.abi.page_size
+    size, inside = before.abi.bitmap_bytes, np.uint64(before.abi.leaf_bits - 1)
+    wanted: set[int] = set()
     for nodes in before.outgoing.tree.nodes:
         leaves = nodes[(nodes.level == 0) & (nodes.used > 0)]
-        wanted += sum(
-            in_ram(after.ram, phys, size) and phys % size == 0 for phys in leaves.phys.tolist()
-        )
+        wanted |= {
+            key
+            for phys, key in zip(leaves.phys.tolist(), (leaves.key & ~inside).tolist(), strict=True)
+            if in_ram(after.ram, phys, size) and phys % size == 0
+        }
     found = sum(map(len, after.evidence))
-    if found < wanted:
-        yield f"of {wanted:,} leaves of the earlier tree {found:,} were read again"
+    if found < len(wanted):
+        yield f"of {len(wanted):,} leaves of the earlier tree {found:,} were read again"

@@ -18,8 +18,12 @@ class NextKernel:
     :param compression: of a bzImage's payload; None: a vmlinux, or an arm64 Image.
     :param release: ``UTS_RELEASE``.
     :param kho: ``KHO_FDT_COMPATIBLE``.
-    :param luo: ``LUO_ABI_COMPATIBLE``.
+    :param luo: ``LUO_ABI_COMPATIBLE``; up to linux 7.1 ``LUO_FDT_COMPATIBLE``.
     :param memfd: ``MEMFD_LUO_FH_COMPATIBLE``.
+    :param luo_session: ``LUO_FDT_SESSION_COMPATIBLE``, of a node in LUO's FDT.
+    :param luo_flb: ``LUO_FDT_FLB_COMPATIBLE``, likewise; kernels without one do not look for it.
+    :param misses_files: whether it fails every open of ``/dev/liveupdate`` if a file of a session
+        has no handler; if not, that session lacks files, and no error says so.
     """
 
     path: str
@@ -28,6 +32,9 @@ class NextKernel:
     kho: tuple[str, ...] = ()
     luo: tuple[str, ...] = ()
     memfd: tuple[str, ...] = ()
+    luo_session: tuple[str, ...] = ()
+    luo_flb: tuple[str, ...] = ()
+    misses_files: bool = False
 
     @property
     def in_words(self) -> str:

@@ -67,6 +67,9 @@ class Side:
     :param vmallocs: the vmalloc areas that known structures lead to.
     :param owners: whose memory this is, as far as memory can tell.
     :param claims: stream of the memory of each.
+    :param serialized: the chain that is handed over in place of the tracker, decoded as a tree;
+        None: there is none, as with a radix tree, which is handed over itself, or nothing was
+        finalized.  What an incoming side was handed is its ``tree``.
     """
 
     fdt: Fdt
@@ -77,12 +80,14 @@ class Side:
     vmallocs: list[Vmalloc] = field(default_factory=list)
     owners: list[Owner] = field(default_factory=list)
     claims: Iterable[Claims] = ()
+    serialized: Tree | None = None
 
 
 @dataclass(frozen=True)
 class KexecImage:
     """
-    What the next kexec starts (``struct kimage *kexec_image``).
+    What the next kexec starts (``struct kimage *kexec_image``), or a panic
+    (``kexec_crash_image``).
 
     :param loaded: whether there is one.
     :param file_mode: loaded with kexec_file_load(), not with kexec_load().
@@ -102,13 +107,14 @@ class Handover:
     How this kernel came to be (``struct kho_in``).
 
     :param is_kho_boot: as the kernel's function of that name.
-    :param previous_release: release of the kernel that handed over.
-    :param kexec_count: kexecs since the last cold boot.
+    :param previous_release: release of the kernel that handed over; None: this kernel, older than
+        linux 7.1, is not told.
+    :param kexec_count: kexecs since the last cold boot; None likewise.
     """
 
     is_kho_boot: bool
-    previous_release: str
-    kexec_count: int
+    previous_release: str | None
+    kexec_count: int | None
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,21 @@ class Watched:
 
 
 @dataclass(frozen=True)
+class Node:
+    """
+    A NUMA node that has memory (``struct pglist_data``).
+
+    :param number: the kernel's.
+    :param start: ``phys_addr_t`` of its first page.
+    :param end: last-plus-one physical address.  Pages in between may be another node's.
+    """
+
+    number: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """
     Everything that was read from one kernel.
@@ -142,13 +163,20 @@ class Snapshot:
     :param scratch: u64, shape (n, 2): address and size of each area (``kho_scratch``).
     :param scratch_free: pages of each area that the buddy allocator holds, None if their struct
         pages cannot be read; empty: not counted.
+    :param nodes: the NUMA nodes, in order of their first pages; None: they cannot be read, or were
+        not recorded.
     :param image: the kexec image; None: not looked at.
+    :param crash_image: the crash kernel; None: not looked at, or this kernel can have none.
     :param liveupdate: LUO in this kernel; None: it has none, or was not looked at.
+    :param offline: u64, likewise: the parts of RAM for which ``pfn_to_online_page()`` has no page;
+        None: not known.
     :param unreadable: what else of the kernel's memory could not be read, in words: a vmcore may
         lack pages.
     :param unrecorded: what the version of khoscope that took it did not record yet, in words.
     :param contradictions: facts that contradict each other, in words, as found when a file was
         opened (:mod:`khoscope.facts.invariants`).
+    :param finalized: ``kho_out.finalized``; None: this kernel does not finalize
+        (:attr:`Abi.finalize`), or that could not be read.
     :param outgoing: what this kernel is about to hand over.
     :param incoming: what it was handed; its tree is evidence, never proof.  None: not a KHO boot.
     :param stamps: stream of the stamped pages, found by scanning all struct pages; sorted by
@@ -176,9 +204,13 @@ class Snapshot:
     scratch_free: list[int | None] = field(default_factory=list)
     image: KexecImage | None = None
     liveupdate: LuoState | None = None
+    offline: U64 | None = None
     unreadable: list[str] = field(default_factory=list)
     unrecorded: list[str] = field(default_factory=list)
     contradictions: list[str] = field(default_factory=list)
+    finalized: bool | None = None
+    nodes: list[Node] | None = None
+    crash_image: KexecImage | None = None
 
 
 def in_ram(ram: U64, phys: int, size: int) -> bool:

@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from ..abi.keys import BAD_ORDER
+from ..abi.keys import BAD_ORDER, Tracker
 from ..abi.kho_fdt import Subtree
 from .columns import Blocks
 from .snapshot import Side, Snapshot, rows
@@ -28,6 +28,8 @@ READ_FROM: Final = {
     "luo_abi_in": "kho_in.fdt_phys, LUO",
     "handlers": "luo_file_handler_list",
     "scratch": "kho_scratch",
+    "offline": "mem_section",
+    "nodes": "struct pglist_data",
     "preserved": "kho_out.radix_tree",
     "unclaimed": "page->private",
     "tree": "kho_out.radix_tree",
@@ -37,8 +39,20 @@ READ_FROM: Final = {
     "sessions_in": "luo_session_global.incoming",
     "sessions_ser": "struct luo_session_ser",
     "image": "kexec_image",
+    "crash_image": "kexec_crash_image",
     "taint": "tainted_mask",
+    "finalized": "kho_out.finalized",
 }
+
+
+def read_from(facts: Snapshot) -> dict[str, str]:
+    """Where each fact of a kernel was read."""
+    if facts.abi.tracker == Tracker.RADIX:
+        return {name: where for name, where in READ_FROM.items() if name != "finalized"}
+    # How the source found out is where it is.
+    tracker = facts.abi.decided.get("tracker", "kho_out")
+    return {**READ_FROM, "preserved": tracker, "tree": tracker}
+
 
 #: A letter for each bit of ``tainted_mask`` (``taint_flags`` in kernel/panic.c).
 TAINTS: Final = "PFSRMBUDAWCIOELKXTNJ"

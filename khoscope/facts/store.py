@@ -15,25 +15,40 @@ from typing import IO, Final, TypeVar
 
 import numpy as np
 
-from ..abi.keys import Abi
-from ..abi.kho_fdt import Fdt, parse_root_fdt
+from ..abi.compatibles import block_limits
+from ..abi.keys import U64, Abi, Tracker
+from ..abi.kho_fdt import Fdt, root_fdt
 from . import budget, invariants
 from .archive import SNAPSHOT, Archive, Stored, Writer
 from .clients import Claims, Luo, LuoState, Owner, Vmalloc
 from .columns import CHUNK_BLOCKS, Blocks, Columns, Leaves, Nodes
 from .files import NewFile, open_file
-from .snapshot import Handover, Kernel, KexecImage, Provenance, Scan, Side, Snapshot, Watched
+from .snapshot import (
+    Handover,
+    Kernel,
+    KexecImage,
+    Node,
+    Provenance,
+    Scan,
+    Side,
+    Snapshot,
+    Watched,
+)
 from .tree import Tree, TreeState
 
 #: Snapshots up to this size stay in memory, larger ones go to an unnamed temporary file.
 SPOOL_MEMORY = 64 << 20
 
 
+#: Files of this schema may lack the streams of claims.
+FIRST_SCHEMA: Final = f"{SNAPSHOT.name}/1"
+
 #: The root FDT that a source gives if the kernel has none.
 NO_FDT: Final = Fdt(0, problems=["there is none"])
 
 
 C = TypeVar("C", bound=Columns)
+T = TypeVar("T", Abi, Kernel)
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,7 @@ class _SideMeta:
     luo: Luo | None = None
     vmallocs: list[Vmalloc] = field(default_factory=list)
     owners: list[Owner] = field(default_factory=list)
+    serialized: TreeState | None = None
 
 
 @dataclass(frozen=True)
@@ -63,12 +79,35 @@ class _Meta:
     scratch_free: list[int | None] = field(default_factory=list)
     image: KexecImage | None = None
     liveupdate: LuoState | None = None
+    #: First and last-plus-one address of each range, as in ``ram``.
+    offline: list[list[int]] | None = None
     unreadable: list[str] = field(default_factory=list)
+    finalized: bool | None = None
+    nodes: list[Node] | None = None
+    crash_image: KexecImage | None = None
 
 
+#: Members that files of version 1 and 2 lack: those who wrote them refused any kernel whose KHO is
+#: older than the radix tree, and looked at no sections.  The verdict names the NUMA nodes where
+#: there may be several.
+UNRECORDED_2: Final[dict[str, str]] = {
+    "Abi.tracker": "",
+    "Abi.preserve_bits": "",
+    "Abi.finalize": "",
+    "Abi.restores_pages_as": "",
+    "_SideMeta.serialized": "",
+    "_Meta.finalized": "",
+    "_Meta.offline": "which memory is offline",
+    "_Meta.nodes": "",
+    # What was recorded of the kernel tells its limits.
+    "Abi.limits": "",
+    # Radix kernels hand crash kernels nothing, but for release candidates of linux 7.1.
+    "_Meta.crash_image": "",
+}
 #: Members that files of version 1 may lack, since khoscope 0.1.0 recorded them only later: class
 #: and member, and what the verdict then names as not recorded; "": no rule needs it.
 UNRECORDED_1: Final[dict[str, str]] = {
+    **UNRECORDED_2,
     "Abi.decided": "",
     "Abi.key_width": "how wide a key may be",
     "Kernel.command_line": "",
@@ -95,10 +134,19 @@ def write_snapshot(snapshot: Snapshot, writer: Writer) -> None:
         put_stream(f"{name}/leaves", side.tree.leaves)
         put_stream(f"{name}/blocks", side.blocks)
         put_stream(f"{name}/claims", side.claims)
+        if side.serialized is not None:
+            put_stream(f"{name}/serialized/nodes", side.serialized.nodes)
+            put_stream(f"{name}/serialized/leaves", side.serialized.leaves)
         for i, blob in enumerate(side.blobs.values()):
             writer.member(f"{name}/blobs/{i:06d}.bin", blob[: budget.BLOB])
         return _SideMeta(
-            side.fdt, side.tree.state, list(side.blobs), side.luo, side.vmallocs, side.owners
+            side.fdt,
+            side.tree.state,
+            list(side.blobs),
+            side.luo,
+            side.vmallocs,
+            side.owners,
+            side.serialized.state if side.serialized is not None else None,
         )
 
     def put_stream(name: str, stream: Iterable[Columns]) -> None:
@@ -126,7 +174,11 @@ def write_snapshot(snapshot: Snapshot, writer: Writer) -> None:
         snapshot.scratch_free,
         snapshot.image,
         snapshot.liveupdate,
+        None if snapshot.offline is None else snapshot.offline.tolist(),
         snapshot.unreadable,
+        snapshot.finalized,
+        snapshot.nodes,
+        snapshot.crash_image,
     )
     writer.json("meta.json", meta)
 
@@ -173,13 +225,21 @@ def _load(file: IO[bytes], name: str, ours: bool = False) -> Snapshot:
 
 def read_snapshot(archive: Archive) -> Snapshot:
     """The snapshot that :func:`write_snapshot` wrote."""
-    meta, lacking = archive.meta(SNAPSHOT, _Meta, {1: UNRECORDED_1 | DERIVED, 2: DERIVED})
+    may_lack = {1: UNRECORDED_1 | DERIVED, 2: UNRECORDED_2 | DERIVED, 3: DERIVED}
+    meta, lacking = archive.meta(SNAPSHOT, _Meta, may_lack)
+    abi = _whole(meta.abi)
+    if "Abi.limits" in lacking:
+        abi = _with_limits(abi)
     with archive.damage():
-        _check_abi(meta.abi)
+        _check_abi(abi)
+        offline = _ranges(meta.offline)
         if not archive.ours:
             _check_lists(meta)
-    streams = _Streams(archive, meta.abi, meta.chunks)
+    streams = _Streams(archive, abi, meta.chunks)
     wrong: list[str] = []
+
+    def tree(name: str, state: TreeState) -> Tree:
+        return Tree(state, streams.nodes(f"{name}/nodes"), streams.leaves(f"{name}/leaves"))
 
     def side(name: str, of: _SideMeta) -> Side:
         blobs = archive.blobs(name, of.blobs)
@@ -188,22 +248,23 @@ def read_snapshot(archive: Archive) -> Snapshot:
             wrong.append(f"{name}: its root FDT's bytes say something else than what is recorded")
         return Side(
             fdt,
-            Tree(of.tree, streams.nodes(f"{name}/nodes"), streams.leaves(f"{name}/leaves")),
+            tree(name, of.tree),
             blobs,
             streams.blocks(f"{name}/blocks", "key"),
             of.luo,
             of.vmallocs,
             of.owners,
             streams.claims(f"{name}/claims", len(of.owners)),
+            None if of.serialized is None else tree(f"{name}/serialized", of.serialized),
         )
 
     said = {(UNRECORDED_1 | DERIVED)[member]: member for member in lacking}
-    if not meta.abi.has_types:
+    if not abi.has_types:
         said.pop(UNRECORDED_1["Abi.key_width"], None)
     facts = Snapshot(
         meta.taken,
-        meta.kernel,
-        meta.abi,
+        _whole(meta.kernel),
+        abi,
         meta.kho_enable,
         meta.handover,
         archive.array("ram", "<u8", (None, 2)),
@@ -218,8 +279,12 @@ def read_snapshot(archive: Archive) -> Snapshot:
         meta.scratch_free,
         meta.image,
         meta.liveupdate,
+        offline,
         meta.unreadable,
         sorted(what for what in said if what),
+        finalized=meta.finalized,
+        nodes=meta.nodes,
+        crash_image=meta.crash_image,
     )
     _check_members(archive, meta)
     if not archive.ours:
@@ -228,9 +293,32 @@ def read_snapshot(archive: Archive) -> Snapshot:
     return dataclasses.replace(facts, contradictions=[*wrong, *invariants.contradictions(facts)])
 
 
+def _with_limits(abi: Abi) -> Abi:
+    """What khoscope would have recorded, had it known of limits."""
+    limits = block_limits(abi.compatible, abi.max_page_order)
+    return dataclasses.replace(abi, limits=limits)
+
+
+def _whole(decoded: T) -> T:
+    """
+    The same with members of its own: msgspec leaves those that a file lacks to the class, and does
+    not write them again.
+    """
+    return dataclasses.replace(decoded)
+
+
+def _ranges(listed: list[list[int]] | None) -> U64 | None:
+    """Ranges of memory; refuses what is none."""
+    if listed is None:
+        return None
+    if any(len(each) != 2 for each in listed):
+        raise ValueError("a range of offline memory has a beginning and an end")
+    return np.array(listed, np.uint64).reshape(-1, 2)
+
+
 def _derived(recorded: Fdt, blobs: dict[str, bytes]) -> Fdt:
     """What the bytes of a root FDT say, whatever was recorded of them."""
-    return parse_root_fdt(recorded.phys, blobs.get("fdt")) if recorded.phys else NO_FDT
+    return root_fdt(recorded.phys, blobs) if recorded.phys else NO_FDT
 
 
 def _same(recorded: Fdt, derived: Fdt) -> bool:
@@ -265,18 +353,24 @@ def _check_memory(facts: Snapshot) -> None:
         raise ValueError("more ranges of RAM or scratch areas than any machine has")
     if len(facts.ram) and int(facts.ram.max()) > budget.ADDRESSES:
         raise ValueError(f"RAM at {int(facts.ram.max()):#x}, where no processor has any")
+    nodes = facts.nodes or []
+    if len(nodes) > budget.NODES or max((n.end for n in nodes), default=0) > budget.ADDRESSES:
+        raise ValueError("more NUMA nodes than any machine has, or in no memory")
 
 
 def _check_members(archive: Archive, meta: _Meta) -> None:
     """Require that ``meta.json`` counts each member and each stream."""
-    sides = ["out", *(["in"] if meta.incoming else [])]
+    sides = {"out": meta.outgoing} | ({"in": meta.incoming} if meta.incoming else {})
     streams = [f"{side}/{kind}" for side in sides for kind in ("nodes", "leaves", "blocks")]
+    for side, of in sides.items():
+        if of.serialized is not None:
+            streams += [f"{side}/serialized/nodes", f"{side}/serialized/leaves"]
     streams += ["stamps", "watched", "evidence"]
     claims = [f"{side}/claims" for side in sides]
     counted = meta.chunks.keys()
     with archive.damage():
         if not {*streams} <= counted <= {*streams, *claims} or (
-            meta.schema == SNAPSHOT.schema and not {*claims} <= counted
+            meta.schema != FIRST_SCHEMA and not {*claims} <= counted
         ):
             raise ValueError("meta.json does not count the chunks of each stream")
     blobs = {
@@ -299,9 +393,13 @@ def _check_abi(abi: Abi) -> None:
         and 0 <= abi.max_page_order <= 32
         and (abi.type_shift is None or abi.order_0_log2 < abi.type_shift < 64)
         and (abi.key_width is None or abi.order_0_log2 < abi.key_width <= 64)
+        and (abi.limits.size is None or abi.page_size < abi.limits.size < 1 << 64)
+        and (abi.limits.order is None or abi.limits.order <= 32)
         and 0 < abi.stamp.order_bits <= 32
         and (abi.stamp.type_shift is None or 0 <= abi.stamp.type_shift < 64)
-        and 0 < abi.stamp.magic_shift < 64
+        and (abi.stamp.magic_shift is None or 0 < abi.stamp.magic_shift < 64)
+        and (abi.preserve_bits is None) == (abi.tracker == Tracker.RADIX)
+        and (abi.preserve_bits is None or abi.preserve_bits in (1 << 12, abi.leaf_bits))
     )
     if not fits:
         raise ValueError("no kernel has such a tree geometry")

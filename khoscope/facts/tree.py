@@ -198,6 +198,18 @@ class KeySet:
         found[found] = (byte >> (bit & 7).astype(np.uint8)) & 1 != 0
         return found
 
+    def minus(self, other: KeySet) -> Iterator[Blocks]:
+        """The blocks that another set lacks."""
+        step = max(CHUNK_BLOCKS // self._abi.leaf_bits, 1)
+        for at in range(0, len(self.leaves), step):
+            mine = self.leaves[at : at + step]
+            row = other.leaf(mine.key)
+            bitmap = mine.bitmap.copy()
+            bitmap[row >= 0] &= ~other.leaves.bitmap[row[row >= 0]]
+            rest = Leaves(mine.key, bitmap)
+            if rest.counts().any():
+                yield decode_leaves(self._abi, rest)
+
     @functools.cached_property
     def orders(self) -> list[int]:
         """The orders that blocks may have."""

@@ -17,11 +17,11 @@ from typing import Generic, TypeVar
 import numpy as np
 from drgn import BadDataError, FaultError, Object, Program, TypeKind, offsetof
 from drgn.helpers.linux.kallsyms import module_kallsyms
-from drgn.helpers.linux.mm import follow_phys, virt_to_phys
+from drgn.helpers.linux.mm import follow_phys, page_to_phys, virt_to_phys
 from drgn.helpers.linux.module import for_each_module
 
 from .. import __version__
-from ..abi.keys import U64
+from ..abi.keys import U64, Abi, Finalize, Tracker
 from ..abi.kho_fdt import Fdt
 from ..abi.serialized import KHO_VMALLOC, unpack
 from ..facts.clients import Owner, OwnerKind
@@ -36,9 +36,10 @@ from .clients import Where, with_clients, with_vm_structs
 from .follow import ClientWalker
 from .pages import PageLayout, PageReader
 from .probe import Overrides as Overrides
-from .probe import direct_map, page_layout, probe, probe_abi, refuse_platform
+from .probe import direct_map, page_layout, probe, probe_abi, refuse_platform, track_layout
 from .reading import Reading
-from .walk import READ_SIZE, in_ranges, settle, walk
+from .track import leaves_of, walk_chunks, walk_track
+from .walk import READ_SIZE, in_ranges, read_nodes, settle, walk
 
 C = TypeVar("C", bound=Columns)
 
@@ -50,7 +51,7 @@ class Layout:
 
     :param pages: ``struct page`` and where they are.
     :param direct_map: virtual address at which physical address 0 is mapped.
-    :param tree: virtual address of ``kho_out.radix_tree``.
+    :param tree: virtual address of ``kho_out.radix_tree``; 0: the kernel has another tracker.
     :param root: offset of ``root`` in ``struct kho_radix_tree``.
     """
 
@@ -123,19 +124,21 @@ class KernelSource:
         self._progress = progress
         refuse_platform(prog)
         self._parts = probe(prog)
-        self._kho_out = prog["kho_out"]
         self._kho_in = prog["kho_in"]
-        self._tree = self._kho_out.radix_tree
+        self._tracker = self._out(self._parts.kho_out.tracker)
         self.enabled = bool(prog["kho_enable"].value_())
         reading = self._begin()
-        fdt, _ = reading.root_fdt(self.phys(self._kho_out.fdt))
-        self.abi = probe_abi(prog, fdt.compatible, overrides or Overrides())
+        fdt, _ = reading.root_fdt(self._fdt_phys())
+        self.abi = probe_abi(prog, self._parts, fdt.compatible, overrides or Overrides())
+        self._is_radix = self.abi.tracker == Tracker.RADIX
         self.layout = Layout(
             page_layout(prog),
             direct_map(prog),
-            self._tree.address_ or 0,
-            offsetof(prog.type("struct kho_radix_tree"), "root"),
+            self._tracker.address_ or 0 if self._is_radix else 0,
+            offsetof(prog.type("struct kho_radix_tree"), "root") if self._is_radix else 0,
         )
+        if not self._is_radix:
+            self._track_layout = track_layout(prog, self.layout.direct_map)
 
     @told()
     def tree(self) -> Snapshot:
@@ -178,7 +181,7 @@ class KernelSource:
         reading = self._begin()
         facts = self._clients(reading)
         facts = replace(facts, scratch_free=self._scratch_free(facts))
-        if not facts.handover.is_kho_boot:
+        if not facts.handover.is_kho_boot or not self.abi.stamp.has_magic:
             return facts
         scan = _Scan(self, facts.ram)
         facts = spool(replace(facts, stamps=_Lazy(scan.stamps)))
@@ -190,7 +193,8 @@ class KernelSource:
         All facts, read once and kept.
 
         :param before: also look at the pages of the blocks that this snapshot recorded.
-        :param stamps: also look for stamps, which takes a scan of all struct pages.
+        :param stamps: also look for stamps, which takes a scan of all struct pages; of no use in a
+            kernel whose stamps have no magic.
         :raises KhoscopeError: if KHO is off.
         """
         self._require_kho()
@@ -202,6 +206,8 @@ class KernelSource:
             )
         reading = self._begin()
         kernel = reading.kernel()
+        # Without a magic, there is nothing to look for.
+        stamps = stamps and self.abi.stamp.has_magic
 
         def read(tree: Tree) -> Snapshot:
             return self._everything(reading.attempt(), tree, kernel, before, stamps)
@@ -253,7 +259,7 @@ class KernelSource:
                 facts,
                 watching=Watched(before.taken.time, before.kernel.boot_id),
                 watched=_Lazy(lambda: map(pages.with_pages, recorded.blocks(before.abi))),
-                evidence=_Lazy(lambda: self._leaves_now(reading, recorded, lost)),
+                evidence=_Lazy(lambda: self._leaves_now(reading, before.abi, recorded, lost)),
             )
         facts = spool(facts)
         if lost.value:
@@ -299,6 +305,11 @@ class KernelSource:
             address of the tree, or the physical one of its root node.
         :raises KhoscopeError: if there is no such tree.
         """
+        if not self._is_radix:
+            raise KhoscopeError(
+                f"this kernel has no radix trees: it keeps preserved memory in {self.abi.tracker}",
+                "leave --root out",
+            )
         root = self._root_of(where)
         reading = self._begin()
 
@@ -362,7 +373,16 @@ class KernelSource:
         return int(follow_phys(self.prog["init_mm"].address_of_(), address).value_())
 
     def stamps(self) -> Iterator[Blocks]:
-        """Every stamped page; a scan of all struct pages."""
+        """
+        Every stamped page; a scan of all struct pages.
+
+        :raises KhoscopeError: if this kernel's stamps have no magic.
+        """
+        if not self.abi.stamp.has_magic:
+            raise KhoscopeError(
+                "the stamps of this kernel are an order alone, and cannot be searched for",
+                "compare it with a snapshot of the kernel before it: khoscope verify --before",
+            )
         return _Scan(self, self._begin().ram).stamps()
 
     def pages(self, start: int, end: int) -> Iterator[PageRuns]:
@@ -384,11 +404,27 @@ class KernelSource:
             return None
 
     def _require_kho(self) -> None:
-        if not self.enabled or not self._tree.root:
+        there = self._tracker.root if self._is_radix else self._out(self._parts.kho_out.fdt)
+        if not self.enabled or not there:
+            lacks = "tree" if self._is_radix else "FDT"
             raise KhoscopeError(
-                "KHO is off in this kernel (kho_enable is false or kho_out has no tree)",
+                f"KHO is off in this kernel (kho_enable is false or kho_out has no {lacks})",
                 "boot it with kho=on",
             )
+
+    def _out(self, path: str) -> Object:
+        """A member of ``kho_out``, or of one of its members."""
+        found = self.prog["kho_out"]
+        for member in path.split("."):
+            found = found.member_(member)
+        return found
+
+    def _fdt_phys(self) -> int:
+        """Where the outgoing root FDT is, or will be once KHO is finalized; 0: nowhere."""
+        fdt = self._out(self._parts.kho_out.fdt)
+        if fdt.type_.type_name() == "struct page *":
+            return int(page_to_phys(fdt).value_()) if fdt else 0
+        return self.phys(fdt)
 
     def _begin(self) -> Reading:
         """Begin a new reading: RAM comes and goes, and so do faults."""
@@ -399,7 +435,10 @@ class KernelSource:
         return PageReader(self.abi, self.layout.pages, self._read_virt, end)
 
     def _snapshot(self, reading: Reading, tree: Tree, kernel: Kernel) -> Snapshot:
-        fdt, blobs = reading.fdt(self.phys(self._kho_out.fdt), outgoing=True)
+        finalized = reading.finalized()
+        written = finalized or self.abi.finalize != Finalize.BEFORE_LOAD
+        fdt, blobs = reading.fdt(self._fdt_phys() if written else 0, outgoing=True)
+        chunks = self._chunks(reading, fdt) if finalized else None
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return Snapshot(
             Provenance(__version__, now.replace("+00:00", "Z"), self._label),
@@ -409,12 +448,23 @@ class KernelSource:
             reading.handover(),
             reading.ram,
             reading.scratch(self.enabled),
-            Side(fdt, tree, blobs),
+            Side(fdt, tree, blobs, serialized=chunks),
             self._incoming(reading),
             image=reading.image(),
             liveupdate=reading.liveupdate(),
+            offline=reading.offline(),
+            nodes=reading.nodes(),
+            crash_image=reading.crash_image(),
             unreadable=list(reading.unreadable),
+            finalized=finalized,
         )
+
+    def _chunks(self, reading: Reading, fdt: Fdt) -> Tree:
+        """The chain that is handed over."""
+        path = self._parts.kho_out.chunks
+        # Where the kernel has no pointer of its own, the FDT has the only one.
+        first = (fdt.memory_map or 0) if path is None else self.phys(self._out(path))
+        return walk_chunks(self.abi, first, reading.ram, reading.read_phys)
 
     def _incoming(self, reading: Reading) -> Side | None:
         phys = reading.incoming_fdt()
@@ -426,7 +476,8 @@ class KernelSource:
         root = reading.fact(
             "the root of the incoming tree (kho_in)", lambda: self._incoming_root(fdt), 0
         )
-        return Side(fdt, walk(self.abi, root, reading.ram, reading.read_phys), blobs)
+        walk_it = walk if self._is_radix else walk_chunks
+        return Side(fdt, walk_it(self.abi, root, reading.ram, reading.read_phys), blobs)
 
     def _incoming_root(self, fdt: Fdt) -> int:
         """
@@ -463,31 +514,37 @@ class KernelSource:
         return Where(self.prog, self._parts, self.abi, ram, read, self._moves)
 
     def _walk_outgoing(self, reading: Reading) -> Tree:
-        return walk(self.abi, self.phys(self._tree.root), reading.ram, reading.read_phys)
+        ram, read = reading.ram, reading.read_phys
+        if self._is_radix:
+            return walk(self.abi, self.phys(self._tracker.root), ram, read)
+        orders = self._tracker.orders
+        head = orders.xa_head.value_()
+        # It is a variable of the kernel's, and not in the direct map.
+        root = self._physical(orders.address_)
+        return walk_track(self.abi, self._track_layout, root, head, ram, read)
 
-    def _leaves_now(self, reading: Reading, recorded: Tree, lost: _Count) -> Iterator[Leaves]:
+    def _leaves_now(
+        self, reading: Reading, recorded_abi: Abi, recorded: Tree, lost: _Count
+    ) -> Iterator[Leaves]:
         """
         What memory holds now where the leaves of another kernel's tree were.
 
         :param lost: is set to how many of these pages cannot be read.
         """
         lost.value = 0
+        size = recorded_abi.bitmap_bytes
         for nodes in recorded.nodes:
             # The addresses come from a file: check them.
-            size = np.uint64(self.abi.page_size)
-            sound = in_ranges(reading.ram, nodes.phys, nodes.phys + size) & (nodes.phys % size == 0)
+            end = nodes.phys + np.uint64(size)
+            sound = in_ranges(reading.ram, nodes.phys, end) & (nodes.phys % np.uint64(size) == 0)
             every = nodes[(nodes.level == 0) & (nodes.used > 0) & sound]
-            step = READ_SIZE // self.abi.page_size
-            for leaves in (every[at : at + step] for at in range(0, len(every), step)):
-                pages = [
-                    reading.read_phys(phys, self.abi.page_size) for phys in leaves.phys.tolist()
-                ]
-                read = np.array([page is not None for page in pages])
-                lost.value += int((~read).sum())
-                if not read.any():
-                    continue
-                raw = b"".join(page for page in pages if page is not None)
-                yield Leaves(leaves.key[read], np.frombuffer(raw, np.uint8).reshape(sum(read), -1))
+            # Bitmaps that make up one leaf must not be told apart.
+            step = READ_SIZE // size if size == recorded_abi.page_size else len(every) + 1
+            for part in (every[at : at + step] for at in range(0, len(every), step)):
+                found = list(read_nodes(reading.read_phys, part.phys, size))
+                lost.value += len(part) - sum(len(rows) for rows, _ in found)
+                for rows, raw in found:
+                    yield leaves_of(recorded_abi, part.key[rows], raw, empty=True)
 
     def _scratch_free(self, facts: Snapshot) -> list[int | None]:
         """Pages of each scratch area that the buddy allocator holds; None: they cannot be read."""

@@ -40,15 +40,20 @@ _HINT: Final = (
     "give a bzImage (vmlinuz), an arm64 Image or a vmlinux, or a directory with one kernel in it"
 )
 
-#: Each is a C string, except the release, which is in the middle of one.
-_STRINGS: Final = {
+#: What follows in a composite compatible: other structures (:mod:`khoscope.abi.compatibles`).
+_PARTS: Final = rb"(?:;[a-z][a-z0-9_-]{0,23}-v[0-9]{1,4}){0,6}"
+#: In the middle of C strings: what luo_session_deserialize() says as it fails is the second.
+_INSIDE: Final = {
     "release": re.compile(rb"Linux version ([!-~]{1,64}) \("),
-    **{
-        name: re.compile(rb"(%b-v[0-9]{1,9})\0" % name.encode()) for name in ("kho", "luo", "memfd")
-    },
+    "misses_files": re.compile(rb"(Failed to deserialize files for session)"),
+}
+#: Each is a whole C string.
+_COMPATIBLES: Final = {
+    kind: re.compile(rb"(%b-v[0-9]{1,9}%b)\0" % (kind.replace("_", "-").encode(), _PARTS))
+    for kind in ("kho", "luo", "memfd", "luo_session", "luo_flb")
 }
 #: No match is longer, even with the byte before it.
-_LONGEST: Final = 128
+_LONGEST: Final = 256
 
 
 def read_image(path: Path) -> NextKernel:
@@ -112,11 +117,11 @@ def _read(path: Path) -> NextKernel:
         else:
             raise KhoscopeError(f"{path}: no bzImage, no arm64 Image and no vmlinux", _HINT)
         found = _strings(pieces)
-    releases = found.pop("release")
+    releases, misses_files = found.pop("release"), found.pop("misses_files")
     if len(releases) != 1:
         which = " and ".join(releases) or "none"
         raise KhoscopeError(f"{path}: should have one Linux kernel in it, has {which}", _HINT)
-    return NextKernel(str(path), compression, releases[0], **found)
+    return NextKernel(str(path), compression, releases[0], **found, misses_files=bool(misses_files))
 
 
 def _payload(file: IO[bytes], start: bytes) -> bytes:
@@ -181,13 +186,14 @@ def _range(file: IO[bytes], offset: int, length: int) -> Iterator[bytes]:
 
 def _strings(pieces: Iterable[bytes]) -> dict[str, tuple[str, ...]]:
     """The strings that tell about a kernel, each once, by kind."""
-    found: dict[str, set[str]] = {name: set() for name in _STRINGS}
+    patterns = _INSIDE | _COMPATIBLES
+    found: dict[str, set[str]] = {name: set() for name in patterns}
     before = b"\0"
     for piece in pieces:
         text = before + piece
-        for name, pattern in _STRINGS.items():
+        for name, pattern in patterns.items():
             for match in pattern.finditer(text):
-                if name == "release" or _begins(text, match.start()):
+                if name in _INSIDE or _begins(text, match.start()):
                     found[name].add(match[1].decode("ascii"))
             if len(found[name]) > _MANY:
                 raise Damaged(f"more than {_MANY} different {name} strings")

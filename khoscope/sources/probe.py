@@ -29,10 +29,21 @@ from drgn.helpers.linux.mm import for_each_vmap_area, phys_to_virt
 from drgn.helpers.linux.mmzone import for_each_online_pgdat
 from drgn.helpers.linux.module import address_to_module
 
-from ..abi.keys import COMPATIBLES_WITHOUT_TYPES, POSTED_TYPE_SHIFT, Abi, Stamp
+from ..abi import compatibles
+from ..abi.keys import (
+    COMPATIBLES_WITHOUT_TYPES,
+    POSTED_TYPE_SHIFT,
+    Abi,
+    BlockLimits,
+    Finalize,
+    Restore,
+    Stamp,
+    Tracker,
+)
 from ..abi.serialized import text
 from ..words.errors import KhoscopeError
 from .pages import PageLayout
+from .track import TrackLayout
 
 #: What drgn raises if debug info has no such type, member, symbol or value.
 _LACKING: Final = (LookupError, AttributeError, TypeError, ObjectAbsentError)
@@ -42,14 +53,9 @@ _LACKING: Final = (LookupError, AttributeError, TypeError, ObjectAbsentError)
 _NEEDED: Final = (
     "kho_enable",
     "kho_in.fdt_phys",
-    "kho_in.kexec_count",
-    "kho_in.previous_release",
-    "kho_out.fdt",
-    "kho_out.radix_tree.root",
     "kho_scratch.addr",
     "kho_scratch.size",
     "kho_scratch_cnt",
-    "struct kho_radix_tree.root",
     "init_mm.pgd",
     "init_uts_ns.name.release",
     "init_uts_ns.name.version",
@@ -65,13 +71,25 @@ _NEEDED: Final = (
     "PAGE_SIZE",
     "__NR_PAGEFLAGS",
 )
+#: By which the two trackers are read.
+_RADIX: Final = ("kho_out.radix_tree.root", "struct kho_radix_tree.root")
+_XARRAY: Final = (
+    "kho_out.finalized",
+    "struct kho_mem_phys.phys_bits.xa_head",
+    "struct kho_mem_phys_bits",
+    "struct kho_mem_track.orders.xa_head",
+    "struct xa_node.shift",
+    "struct xa_node.slots",
+)
 _INCOMING_TREE: Final = ("kho_in.radix_tree.root",)
+_PREDECESSOR: Final = ("kho_in.kexec_count", "kho_in.previous_release")
 _IMAGE: Final = (
     "kexec_image.file_mode",
     "kexec_image.kho.fdt",
     "kexec_image.nr_segments",
     "kexec_image.segment.memsz",
 )
+_CRASH_IMAGE: Final = tuple(path.replace("kexec_", "kexec_crash_", 1) for path in _IMAGE)
 _LIVEUPDATE: Final = (
     "luo_global.enabled",
     "luo_file_handler_list.next",
@@ -80,11 +98,8 @@ _LIVEUPDATE: Final = (
 )
 _SESSIONS: Final = (
     "luo_global.liveupdate_num",
-    "luo_session_global.incoming.block_set.head_pa",
     "luo_session_global.incoming.list",
-    "luo_session_global.outgoing.block_set.head_pa",
     "luo_session_global.outgoing.list",
-    "struct luo_session.file_set.block_set.head_pa",
     "struct luo_session.file_set.count",
     "struct luo_session.file_set.files_list",
     "struct luo_session.list",
@@ -92,17 +107,34 @@ _SESSIONS: Final = (
     "struct luo_session.retrieved",
     "struct luo_file.fh.compatible",
     "struct luo_file.list",
-    "struct luo_file.retrieve_status",
     "struct luo_file.serialized_data",
     "struct luo_file.token",
+)
+#: What the kernel keeps beside its lists, for the next kernel: chains of blocks, or arrays.
+_BLOCKS: Final = (
+    "luo_session_global.incoming.block_set.head_pa",
+    "luo_session_global.outgoing.block_set.head_pa",
+    "struct luo_session.file_set.block_set.head_pa",
+)
+_ARRAYS: Final = (
+    "luo_session_global.incoming.header_ser",
+    "luo_session_global.outgoing.header_ser",
+    "struct luo_session.file_set.files",
+)
+#: Whether a file was retrieved: a status, or up to linux 6.19 a flag.
+_RETRIEVE_STATUS: Final = ("struct luo_file.retrieve_status",)
+_RETRIEVED: Final = ("struct luo_file.retrieved",)
+_FLBS: Final = (
     "luo_flb_global.incoming.active",
     "luo_flb_global.incoming.header_ser",
     "luo_flb_global.list",
     "struct liveupdate_flb.compatible",
     "struct liveupdate_flb.private.list",
-    "struct liveupdate_flb.private.outgoing.count.refs.counter",
+    "struct liveupdate_flb.private.outgoing.count",
     "struct liveupdate_flb.private.outgoing.data",
 )
+#: The count of an FLB was a number before it was a refcount_t.
+_FLB_REFCOUNT: Final = ("struct liveupdate_flb.private.outgoing.count.refs.counter",)
 #: drgn's get_printk_records() needs these, too.
 _LOG: Final = (
     "LOG_CONT",
@@ -133,10 +165,63 @@ _VMALLOC: Final = (
     "struct vm_struct.pages",
     "struct vm_struct.size",
 )
+_SECTIONS: Final = (
+    "mem_section.section_mem_map",
+    "struct mem_section.usage",
+    "struct mem_section_usage.subsection_map",
+    "SECTION_IS_ONLINE_BIT",
+    "SECTION_SIZE_BITS",
+)
 _NODES: Final = (
     "struct pglist_data.node_spanned_pages",
     "struct pglist_data.node_start_pfn",
 )
+
+
+@dataclass(frozen=True)
+class KhoOut:
+    """
+    Where ``struct kho_out`` keeps what every kernel keeps somewhere else.
+
+    :param tracker: ``struct kho_radix_tree`` or ``struct kho_mem_track``.
+    :param fdt: ``void *``, or ``struct page *``.
+    :param chunks: ``struct khoser_mem_chunk *``, if the kernel keeps it anywhere but in the FDT.
+    """
+
+    tracker: str
+    fdt: str
+    chunks: str | None = None
+
+    @property
+    def is_radix(self) -> bool:
+        return self.tracker == "radix_tree"
+
+
+#: Linux 7.1 and later; 6.19, 7.0 and backports; 6.16 to 6.18.
+_KHO_OUT: Final = (
+    KhoOut("radix_tree", "fdt"),
+    KhoOut("track", "fdt"),
+    KhoOut("ser.track", "ser.fdt", "ser.preserved_mem_map"),
+)
+
+
+@dataclass(frozen=True)
+class LuoLists:
+    """
+    How a kernel keeps LUO's sessions, files and FLBs.
+
+    :param arrays: it writes them into arrays, to which an FDT leads (linux 6.19 to 7.1); else into
+        chains of blocks, to which a ``struct luo_ser`` leads.
+    :param retrieve_status: a ``struct luo_file`` knows how it was retrieved; else only whether it
+        was (linux 6.19).
+    :param flbs: it has FLBs (since linux 7.0).
+    :param flb_refcount: an FLB's count is a ``refcount_t``; else a number.
+    """
+
+    arrays: bool
+    retrieve_status: bool
+    flbs: bool
+    flb_refcount: bool
 
 
 class Parts:
@@ -144,8 +229,9 @@ class Parts:
     What only some kernels have, or only some debug info describes; looked up when it is needed.
     """
 
-    def __init__(self, prog: Program) -> None:
+    def __init__(self, prog: Program, kho_out: KhoOut) -> None:
         self._prog = prog
+        self.kho_out = kho_out
 
     @cached_property
     def incoming_tree(self) -> bool:
@@ -153,9 +239,19 @@ class Parts:
         return self._has(_INCOMING_TREE)
 
     @cached_property
+    def predecessor(self) -> bool:
+        """Who handed over, and how many kexecs there were (linux 7.1)."""
+        return self._has(_PREDECESSOR)
+
+    @cached_property
     def image(self) -> bool:
         """``kexec_image``, with the members that concern KHO."""
         return self._has(_IMAGE)
+
+    @cached_property
+    def crash_image(self) -> bool:
+        """``kexec_crash_image`` (``CONFIG_CRASH_DUMP``), likewise."""
+        return self._has(_CRASH_IMAGE)
 
     @cached_property
     def liveupdate(self) -> bool:
@@ -163,9 +259,19 @@ class Parts:
         return self._has(_LIVEUPDATE)
 
     @cached_property
-    def sessions(self) -> bool:
-        """The lists of LUO's sessions, files and FLBs, as they are since linux 7.2."""
-        return self._has(_SESSIONS)
+    def sessions(self) -> LuoLists | None:
+        """How the kernel keeps LUO's sessions; None: in no way that khoscope knows."""
+        status = self._has(_RETRIEVE_STATUS)
+        flbs = self._has(_FLBS)
+        if not self._has(_SESSIONS) or not (status or self._has(_RETRIEVED)):
+            return None
+        # A kernel that has FLBs, but keeps them in another way.
+        if not flbs and self._has(("luo_flb_global",)):
+            return None
+        blocks = self._has(_BLOCKS)
+        if not blocks and not self._has(_ARRAYS):
+            return None
+        return LuoLists(not blocks, status, flbs, self._has(_FLB_REFCOUNT))
 
     @cached_property
     def log(self) -> bool:
@@ -184,12 +290,15 @@ class Parts:
         first = lambda: next(for_each_online_pgdat(self._prog), None)  # noqa: E731
         return self._has(_NODES) and _works(first)
 
-    def _has(self, paths: tuple[str, ...]) -> bool:
-        def look() -> None:
-            for path in paths:
-                _look_up(self._prog, path)
+    @cached_property
+    def sections(self) -> bool:
+        """The sections of sparse memory, found by pointers (``CONFIG_SPARSEMEM_EXTREME``)."""
+        if not self._has(_SECTIONS):
+            return False
+        return bool(self._prog["mem_section"].type_.kind == TypeKind.POINTER)
 
-        return _works(look)
+    def _has(self, paths: tuple[str, ...]) -> bool:
+        return _has(self._prog, paths)
 
 
 @dataclass(frozen=True)
@@ -237,20 +346,32 @@ def probe(prog: Program) -> Parts:
         them.
     """
     try:
-        tree = prog["kho_out"].type_
+        prog["kho_out"]
     except KeyError:
         raise KhoscopeError(
             "this kernel has no kexec handover (no kho_out in its debug info)",
             "boot a kernel that was built with CONFIG_KEXEC_HANDOVER=y",
         ) from None
-    if not tree.has_member("radix_tree"):
+    found = next((o for o in _KHO_OUT if _has(prog, (f"kho_out.{o.tracker}",))), None)
+    if found is None:
         raise KhoscopeError(
-            "this kernel's KHO is older than the radix tree (no kho_out.radix_tree)",
-            "use a kernel that keeps preserved memory in a struct kho_radix_tree",
+            "this kernel keeps preserved memory neither in a radix tree nor in xarrays (kho_out "
+            "has neither radix_tree nor track)",
+            "use a khoscope that knows this kernel",
         )
-    for path in _NEEDED:
+    for path in (*_NEEDED, f"kho_out.{found.fdt}", *(_RADIX if found.is_radix else _XARRAY)):
         _look_up(prog, path)
-    return Parts(prog)
+    return Parts(prog, found)
+
+
+def _has(prog: Program, paths: tuple[str, ...]) -> bool:
+    """Whether debug info has all of these."""
+
+    def look() -> None:
+        for path in paths:
+            _look_up(prog, path)
+
+    return _works(look)
 
 
 def _works(ask: Callable[[], object]) -> bool:
@@ -287,39 +408,93 @@ def _look_up(prog: Program, path: str) -> None:
 
 
 @guarded()
-def probe_abi(prog: Program, compatible: str | None, overrides: Overrides) -> Abi:
+def probe_abi(prog: Program, parts: Parts, compatible: str | None, overrides: Overrides) -> Abi:
     """
     What this kernel does, from its types.
 
-    :param compatible: of its own root FDT.
+    :param compatible: of its own root FDT; None: there is none, or not yet.
     """
     decided: dict[str, str] = {}
     constants = enumerators(prog, "enum kho_radix_consts")
     page_shift = prog["PAGE_SHIFT"].value_()
     computed = Abi.for_page_shift(page_shift)
+    is_radix = parts.kho_out.is_radix
 
     def constant(name: str, otherwise: int) -> int:
         if name in constants:
             decided[name] = "enum kho_radix_consts"
             return constants[name]
-        decided[name] = "computed from PAGE_SHIFT: not in the debug info"
+        if is_radix:
+            decided[name] = "computed from PAGE_SHIFT: not in the debug info"
         return otherwise
 
+    decided["tracker"] = f"kho_out.{parts.kho_out.tracker}"
     stamp = probe_stamp(prog)
     order_0 = constant("KHO_ORDER_0_LOG2", computed.order_0_log2)
+    max_page_order = prog.type("struct zone").member("free_area").type.length - 1
     return Abi(
         page_shift,
         order_0,
         constant("KHO_TABLE_SIZE_LOG2", computed.table_size_log2),
         constant("KHO_BITMAP_SIZE_LOG2", computed.bitmap_size_log2),
         constant("KHO_TREE_MAX_DEPTH", computed.tree_max_depth),
-        prog.type("struct zone").member("free_area").type.length - 1,
+        max_page_order,
         _probe_type_shift(prog, constants, order_0, compatible, overrides, stamp, decided),
         stamp,
         compatible,
         # Trees of bare keys (linux 7.3) have this width, but no longer KHO_ORDER_0_LOG2.
         constants.get("KHO_RADIX_KEY_WIDTH"),
+        Tracker.RADIX if is_radix else Tracker.XARRAY,
+        None if is_radix else 8 * sizeof(prog.type("struct kho_mem_phys_bits")),
+        _finalize(parts.kho_out),
+        _restores_pages_as(prog, parts.kho_out, decided),
+        _probe_limits(prog, compatible, max_page_order, decided),
         decided,
+    )
+
+
+def _finalize(kho_out: KhoOut) -> Finalize:
+    if kho_out.is_radix:
+        return Finalize.NEVER
+    # Where chunks and FDT are made anew by each finalizing, an image can have them only afterwards.
+    return Finalize.BEFORE_KEXEC if kho_out.chunks is None else Finalize.BEFORE_LOAD
+
+
+def _restores_pages_as(prog: Program, kho_out: KhoOut, decided: dict[str, str]) -> Restore:
+    name = "restored pages"
+    if kho_out.is_radix:
+        return Restore.PAGES
+    if _parameters(prog, "kho_restore_pages") is None:
+        decided[name] = "no kho_restore_pages()"
+        return Restore.FOLIO
+    count = _parameters(prog, "kho_restore_page")
+    if count is not None:
+        decided[name] = f"kho_restore_page() has {count} parameters"
+        return Restore.PAGES if count > 1 else Restore.SPLIT_FOLIO
+    decided[name] = f"kho_restore_page() is not in the debug info: as others with {kho_out.tracker}"
+    return Restore.PAGES if kho_out.chunks is None else Restore.SPLIT_FOLIO
+
+
+def _parameters(prog: Program, function: str) -> int | None:
+    """How many parameters a function has; None: debug info knows no such function."""
+    try:
+        return len(prog.function(function).type_.parameters or ())
+    except LookupError:
+        return None
+
+
+def track_layout(prog: Program, direct_map: int) -> TrackLayout:
+    """Where a kernel of the xarray tracker keeps things."""
+    node = prog.type("struct xa_node")
+    slots = node.member("slots").type.length
+    return TrackLayout(
+        head=offsetof(prog.type("struct xarray"), "xa_head"),
+        node=sizeof(node),
+        shift=offsetof(node, "shift"),
+        slots=offsetof(node, "slots"),
+        chunk_log2=slots.bit_length() - 1,
+        phys_bits=offsetof(prog.type("struct kho_mem_phys"), "phys_bits"),
+        direct_map=direct_map,
     )
 
 
@@ -347,7 +522,7 @@ def _probe_type_shift(
     if not enumerators(prog, "enum kho_page_type") and stamp.type_shift is None:
         decided[name] = "no enum kho_page_type, no type in union kho_page_info: no types"
         return None
-    posted = compatible in COMPATIBLES_WITHOUT_TYPES
+    posted = compatibles.base(compatible or "") in COMPATIBLES_WITHOUT_TYPES
     decided[name] = (
         "there are page types, but the bit is a #define that debug info does not carry; "
         + (f"{compatible}: taken for the series as posted" if posted else "guessed as posted")
@@ -355,8 +530,35 @@ def _probe_type_shift(
     return POSTED_TYPE_SHIFT
 
 
+def _probe_limits(
+    prog: Program, compatible: str | None, max_page_order: int, decided: dict[str, str]
+) -> BlockLimits:
+    """No type and no symbol of a kernel says how it computes sizes: its compatible does."""
+    name = "limits"
+    if _has_function(prog, "kho_get_preserved_page"):
+        # It came together with sizes of 64 bits (linux 7.2), mostly inlined.
+        decided[name] = "there is a kho_get_preserved_page(): none"
+        return BlockLimits()
+    limits = compatibles.block_limits(compatible, max_page_order)
+    decided[name] = "its compatible" if compatible else "none: its compatible is not readable"
+    return limits
+
+
+def _has_function(prog: Program, name: str) -> bool:
+    """Whether a kernel has a function: DWARF knows it even if it is inlined everywhere."""
+    for look in (prog.function, prog.symbol):
+        with contextlib.suppress(LookupError):
+            look(name)
+            return True
+    return False
+
+
 def probe_stamp(prog: Program) -> Stamp:
-    """The layout of ``union kho_page_info``."""
+    """The layout of ``union kho_page_info``; without one, stamps are the order alone."""
+    try:
+        info = prog.type("union kho_page_info")
+    except LookupError:
+        return Stamp(magic_shift=None)
     bits: dict[str, tuple[int, int]] = {}
 
     def collect(type_: Type, offset: int) -> None:
@@ -367,7 +569,7 @@ def probe_stamp(prog: Program) -> Stamp:
             else:
                 bits[member.name] = at, member.bit_field_size or 8 * sizeof(member.type)
 
-    collect(prog.type("union kho_page_info"), 0)
+    collect(info, 0)
     return Stamp(bits["order"][1], bits["type"][0] if "type" in bits else None, bits["magic"][0])
 
 
@@ -383,18 +585,15 @@ def page_layout(prog: Program) -> PageLayout:
             "this kernel's struct pages are not one array (no vmemmap)",
             "use a kernel that was built with CONFIG_SPARSEMEM_VMEMMAP=y",
         ) from None
-    if not page.has_member("compound_info"):
-        # In such a kernel, struct pages in the middle of an optimised hugetlb folio read like its
-        # head.
-        raise KhoscopeError(
-            "this kernel's struct page is older than linux 7.1 (no compound_info)",
-            "use khoscope on kernels whose struct page has compound_info",
-        )
-    if page.has_member("memdesc") or _stamp_is_too_large(prog, page):
+    if page.has_member("memdesc") or not _is_folio(prog, page) or _stamp_is_too_large(prog, page):
         raise KhoscopeError(
             "what KHO keeps in a struct page is not in page->private of this kernel",
             "use a khoscope that knows this kernel",
         )
+    # Since linux 7.1, the struct pages of an optimised hugetlb folio that share memory are those of
+    # its tails alone; before, they are those of its head, too.
+    newer = page.has_member("compound_info")
+    flags = enumerators(prog, "enum pageflags")
     return PageLayout(
         vmemmap=cast("unsigned long", vmemmap).value_(),
         size=sizeof(page),
@@ -402,16 +601,47 @@ def page_layout(prog: Program) -> PageLayout:
         private=offsetof(page, "private"),
         refcount=offsetof(page, "_refcount"),
         page_type=offsetof(page, "page_type"),
-        compound=offsetof(page, "compound_info"),
+        compound=offsetof(page, "compound_info" if newer else "compound_head"),
         lru=offsetof(page, "lru"),
-        head_bit=enumerators(prog, "enum pageflags")["PG_head"],
+        mapping=offsetof(page, "mapping"),
+        head_bit=flags["PG_head"],
         buddy_type=pagetype["PGTY_buddy"],
+        flag_count=flags["__NR_PAGEFLAGS"],
         untyped=pagetype["PGTY_mapcount_underflow"],
+        fake_heads=not newer,
     )
 
 
+#: Members of ``struct folio``, and those of ``struct page`` that they are.
+_FOLIO_IS_PAGE: Final = {
+    "flags": "flags",
+    "mapping": "mapping",
+    "private": "private",
+    "_mapcount": "page_type",
+    "_refcount": "_refcount",
+}
+
+
+def _is_folio(prog: Program, page: Type) -> bool:
+    """
+    Whether a folio is its struct pages, so that what they say holds for it, and the low byte of the
+    second one's flags is its order.
+
+    It is so since linux 6.6; once folios are memory of their own, it is not.
+    """
+    folio = prog.type("struct folio")
+    at = {name: offsetof(page, of_page) for name, of_page in _FOLIO_IS_PAGE.items()}
+    at["_flags_1"] = sizeof(page) + at["flags"]
+    return all(folio.has_member(name) and offsetof(folio, name) == at[name] for name in at)
+
+
 def _stamp_is_too_large(prog: Program, page: Type) -> bool:
-    return sizeof(prog.type("union kho_page_info")) > sizeof(page.member("private").type)
+    try:
+        stamp = sizeof(prog.type("union kho_page_info"))
+    except LookupError:
+        # Then it is one of those that had no magic yet.
+        return False
+    return stamp > sizeof(page.member("private").type)
 
 
 @guarded()

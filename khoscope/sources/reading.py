@@ -19,17 +19,20 @@ from typing import Final, TypeVar
 import numpy as np
 from drgn import FaultError, Program
 from drgn.helpers.linux.list import list_for_each_entry
-from drgn.helpers.linux.mmzone import for_each_online_pgdat
+from drgn.helpers.linux.mmzone import NODE_DATA
+from drgn.helpers.linux.nodemask import for_each_online_node, nr_node_ids
 from drgn.helpers.linux.printk import get_printk_records
 
+from ..abi.fdt import total_size
 from ..abi.keys import U64
-from ..abi.kho_fdt import Fdt, parse_root_fdt
+from ..abi.kho_fdt import Fdt, parse_root_fdt, root_fdt
 from ..abi.serialized import text
 from ..facts import budget
 from ..facts.clients import LuoState
-from ..facts.snapshot import Handover, Kernel, KexecImage
+from ..facts.snapshot import Handover, Kernel, KexecImage, Node
 from ..words.errors import KhoscopeError
 from .probe import Parts, enumerators
+from .sections import offline, section_layout
 from .walk import READS, in_ranges
 
 #: ``IORESOURCE_SYSRAM`` (include/linux/ioport.h, a #define).
@@ -44,9 +47,10 @@ COMMAND_LINE_LIMIT: Final = 1 << 16
 #: log_buf_len= says: a ring with more records than this is corrupt.
 LOG_COUNT_BITS: Final = 26
 
-#: What a kernel says when KHO or the page allocator finds something broken.
+#: What a kernel says when KHO, LUO or the page allocator finds something broken.
 TROUBLE = re.compile(
     r"KHO: .*(fail|disabl|incompatib|invalid|broken|too small|not supported)"
+    r"|luo: .*(fail|unable|no registered|mismatch|incompatib)"
     r"|Bad page state|page dumped because"
     r"|(WARNING|kernel BUG).*(kexec_handover|kho_)",
     re.IGNORECASE,
@@ -179,7 +183,7 @@ class Reading:
         what = "where RAM is (iomem_resource): what nodes span is taken for it"
         ranges = self.fact(what, self._resources, None)
         if ranges is None:
-            ranges = list(self._node_spans()) if self.parts.nodes else []
+            ranges = [(node.start, node.end) for node in self.nodes() or ()]
         joined: list[tuple[int, int]] = []
         for start, end in sorted(ranges):
             if joined and start <= joined[-1][1]:
@@ -211,13 +215,40 @@ class Reading:
             waiting += resource.sibling.read_(), resource.child.read_()
         return found
 
-    def _node_spans(self) -> Iterator[tuple[int, int]]:
-        """First and last-plus-one physical address of each NUMA node."""
+    def nodes(self) -> list[Node] | None:
+        """The NUMA nodes that have memory; None: they cannot be read."""
+        return self.fact("the NUMA nodes (struct pglist_data)", self._nodes, None)
+
+    def _nodes(self) -> list[Node] | None:
+        if not self.parts.nodes:
+            raise _Corrupt("the debug info lacks them")
+        if nr_node_ids(self.prog) > budget.NODES:
+            raise _Corrupt("more than any kernel has")
         shift = self.prog["PAGE_SHIFT"].value_()
-        for node in for_each_online_pgdat(self.prog):
+        found = []
+        for number in for_each_online_node(self.prog):
+            node = NODE_DATA(self.prog, number)
             first, pages = node.node_start_pfn.value_(), node.node_spanned_pages.value_()
-            if pages and (first + pages) << shift < 1 << 64:
-                yield first << shift, first + pages << shift
+            if (first + pages) << shift > budget.ADDRESSES:
+                raise _Corrupt(f"node {number} has memory where no processor has any")
+            if pages:
+                found.append(Node(number, first << shift, first + pages << shift))
+        return sorted(found, key=lambda node: node.start)
+
+    def offline(self) -> U64 | None:
+        """The parts of RAM that are offline, as RAM; None: they are not known."""
+        what = "which memory is offline (mem_section)"
+        if not self.parts.sections:
+            self.cannot(f"{what}: the debug info lacks its types")
+            return None
+        return self.fact(what, self._offline, None)
+
+    def _offline(self) -> U64:
+        size = self.prog["PAGE_SIZE"].value_()
+        try:
+            return offline(section_layout(self.prog), self.ram, size, self.prog.read)
+        except ValueError as error:
+            raise _Corrupt(str(error)) from error
 
     # -- KHO --------------------------------------------------------------------------------------
 
@@ -229,6 +260,8 @@ class Reading:
 
     def _handover(self) -> Handover:
         kho_in = self.prog["kho_in"]
+        if not self.parts.predecessor:
+            return Handover(bool(kho_in.fdt_phys), None, None)
         return Handover(
             bool(kho_in.fdt_phys),
             kho_in.previous_release.string_().decode("ascii", "backslashreplace"),
@@ -239,6 +272,16 @@ class Reading:
         """Where the incoming FDT is, ``phys_addr_t``; 0: there is none."""
         what = "how this kernel came to be (kho_in)"
         return self.fact(what, lambda: int(self.prog["kho_in"].fdt_phys.value_()), 0)
+
+    def finalized(self) -> bool | None:
+        """``kho_out.finalized``; None: this kernel does not finalize."""
+        if self.parts.kho_out.is_radix:
+            return None
+        return self.fact(
+            "whether KHO is finalized (kho_out)",
+            lambda: bool(self.prog["kho_out"].finalized),
+            None,
+        )
 
     def scratch(self, enabled: bool) -> U64:
         """
@@ -267,10 +310,18 @@ class Reading:
         """``kexec_image``; None: this kernel lacks it, or one of its members that concern KHO."""
         if not self.parts.image:
             return None
-        return self.fact("the loaded kexec image (kexec_image)", self._image, None)
+        what = "the loaded kexec image (kexec_image)"
+        return self.fact(what, lambda: self._image("kexec_image"), None)
 
-    def _image(self) -> KexecImage:
-        image = self.prog["kexec_image"].read_()
+    def crash_image(self) -> KexecImage | None:
+        """``kexec_crash_image``; None likewise."""
+        if not self.parts.crash_image:
+            return None
+        what = "the loaded crash kernel (kexec_crash_image)"
+        return self.fact(what, lambda: self._image("kexec_crash_image"), None)
+
+    def _image(self, variable: str) -> KexecImage:
+        image = self.prog[variable].read_()
         if not image:
             return KexecImage(False)
         known = min(image.nr_segments.value_(), image.segment.type_.length or 0)
@@ -314,22 +365,28 @@ class Reading:
         fdt, blob = self.root_fdt(phys)
         blobs = {} if blob is None else {"fdt": blob}
         for subtree in fdt.subtrees:
-            if subtree.phys is None or not subtree.size:
+            if subtree.phys is None:
                 continue
-            span = (
-                np.array([subtree.phys], np.uint64),
-                np.array([min(subtree.phys + subtree.size, 2**64 - 1)], np.uint64),
-            )
+            size = subtree.size or self._total_size(subtree.phys)
             # bad-fdt reports a blob that is not in RAM.
-            if not in_ranges(self.ram, *span)[0]:
+            if not size or not self._in_ram(subtree.phys, size):
                 continue
-            kept = min(subtree.size, budget.BLOB, budget.BLOBS - sum(map(len, blobs.values())))
+            kept = min(size, budget.BLOB, budget.BLOBS - sum(map(len, blobs.values())))
             data = self.read_phys(subtree.phys, kept)
             if data:
                 blobs[f"subtree {subtree.name}"] = data
             elif outgoing:
                 self.cannot(f"the outgoing subtree {subtree.name!r}")
-        return fdt, blobs
+        return root_fdt(phys, blobs) if phys else fdt, blobs
+
+    def _total_size(self, phys: int) -> int | None:
+        """The size of an FDT, according to itself."""
+        header = self.read_phys(phys, 8) if self._in_ram(phys, 8) else None
+        return total_size(header) if header else None
+
+    def _in_ram(self, phys: int, size: int) -> bool:
+        span = (np.array([at], np.uint64) for at in (phys, min(phys + size, 2**64 - 1)))
+        return bool(in_ranges(self.ram, *span)[0])
 
     def root_fdt(self, phys: int) -> tuple[Fdt, bytes | None]:
         """A root FDT, and its page."""

@@ -170,40 +170,51 @@ class _Walk:
     def _read_nodes(
         self, level: int, phys: U64
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
-        """
-        The bytes of nodes, in groups of READ_SIZE; one read gets all neighbours in memory.
-
-        :return: pairs of rows of ``phys`` and their bytes, shape (n, PAGE_SIZE).  A node that
-            cannot be read is a problem and is left out.
-        """
-        size = self._abi.page_size
-        group = READ_SIZE // size
-        for start in range(0, len(phys), group):
-            part = phys[start : start + group]
-            breaks = np.flatnonzero(np.diff(part) != np.uint64(size)) + 1
-            bounds = [0, *breaks.tolist(), len(part)]
-            rows: list[int] = []
-            pieces: list[bytes] = []
-            for low, high in pairwise(bounds):
-                data = self._read(int(part[low]), (high - low) * size)
-                if data is not None:
-                    rows += range(start + low, start + high)
-                    pieces.append(data)
-                    continue
-                for i in range(low, high):
-                    data = self._read(int(part[i]), size)
-                    if data is not None:
-                        rows.append(start + i)
-                        pieces.append(data)
-                    else:
-                        self._unreadable(level, part[i : i + 1])
-            if rows:
-                joined = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-                raw = np.frombuffer(joined, np.uint8).reshape(-1, size)
-                yield np.array(rows, np.int64), raw
+        """:func:`read_nodes`; a node that cannot be read is a problem."""
+        read = np.zeros(len(phys), np.bool_)
+        for rows, raw in read_nodes(self._read, phys, self._abi.page_size):
+            read[rows] = True
+            yield rows, raw
+        for row in np.flatnonzero(~read).tolist():
+            self._unreadable(level, phys[row : row + 1])
 
     def _unreadable(self, level: int, phys: U64) -> None:
         self._problems.add(level, phys, np.zeros(1, np.int64), phys, "node cannot be read")
+
+
+def read_nodes(
+    read: ReadPhys, phys: U64, size: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+    """
+    The bytes of nodes, in groups of READ_SIZE; one read gets all neighbours in memory.
+
+    :param phys: u64, ``phys_addr_t`` of each node.
+    :param size: of a node, bytes.
+    :return: pairs of rows of ``phys`` and their bytes, shape (n, size).  Nodes that cannot be read
+        are left out.
+    """
+    group = READ_SIZE // size
+    for start in range(0, len(phys), group):
+        part = phys[start : start + group]
+        breaks = np.flatnonzero(np.diff(part) != np.uint64(size)) + 1
+        bounds = [0, *breaks.tolist(), len(part)]
+        rows: list[int] = []
+        pieces: list[bytes] = []
+        for low, high in pairwise(bounds):
+            data = read(int(part[low]), (high - low) * size)
+            if data is not None:
+                rows += range(start + low, start + high)
+                pieces.append(data)
+                continue
+            for i in range(low, high):
+                data = read(int(part[i]), size)
+                if data is not None:
+                    rows.append(start + i)
+                    pieces.append(data)
+        if rows:
+            joined = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            raw = np.frombuffer(joined, np.uint8).reshape(-1, size)
+            yield np.array(rows, np.int64), raw
 
 
 def settle(walk_once: Callable[[], Tree], use: Callable[[Tree], T]) -> tuple[T, Tree]:
@@ -237,16 +248,16 @@ def _compare(a: Tree, b: Tree) -> tuple[int, list[Leaves]]:
         return sum(int(part.counts().sum()) for part in (left, right) if len(part)), []
     if len(left) == len(right) and (left.key == right.key).all():
         moved = int(np.bitwise_count(left.bitmap ^ right.bitmap).sum())
-        return moved, _groups(Leaves(left.key, left.bitmap & right.bitmap))
+        return moved, groups(Leaves(left.key, left.bitmap & right.bitmap))
     key, i, j = np.intersect1d(left.key, right.key, assume_unique=True, return_indices=True)
     stable = Leaves(key, left.bitmap[i] & right.bitmap[j])
     in_both = int(stable.counts().sum()) if len(stable) else 0
     either = sum(int(group.counts().sum()) for tree in (a, b) for group in tree.leaves)
-    return either - 2 * in_both, _groups(stable)
+    return either - 2 * in_both, groups(stable)
 
 
-def _groups(leaves: Leaves) -> list[Leaves]:
-    """The same in chunks of READ_SIZE."""
+def groups(leaves: Leaves) -> list[Leaves]:
+    """The same leaves in chunks of READ_SIZE."""
     if not len(leaves):
         return []
     step = max(READ_SIZE // leaves.bitmap.shape[1], 1)

@@ -272,8 +272,9 @@ class Probes:
             "STORED_BITS": abi.stored_bits,
             "KEY_WIDTH": 64 if abi.key_width is None else abi.key_width,
             "TYPE_SHIFT": 64 if abi.type_shift is None else abi.type_shift,
-            "STAMP_MAGIC": f"{KHO_PAGE_MAGIC:#x}",
-            "STAMP_MAGIC_SHIFT": abi.stamp.magic_shift,
+            # Without a magic, the high half is 0.
+            "STAMP_MAGIC": 0 if abi.stamp.magic_shift is None else f"{KHO_PAGE_MAGIC:#x}",
+            "STAMP_MAGIC_SHIFT": abi.stamp.magic_shift or 32,
             "STAMP_ORDER_MASK": f"{(1 << abi.stamp.order_bits) - 1:#x}",
             "STACK_FRAMES": self._frames,
             "ONLY": sum(1 << _KINDS.index(kind) for kind in self._wanted.kinds),

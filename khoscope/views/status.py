@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import IO, Any
 
+from ..abi.keys import Finalize, Tracker
 from ..abi.kho_fdt import Subtree
 from ..abi.serialized import LUO
 from ..facts.clients import Luo
-from ..facts.snapshot import KexecImage, Side, Snapshot
-from ..facts.status import READ_FROM, Status
+from ..facts.snapshot import KexecImage, Node, Side, Snapshot
+from ..facts.status import Status, read_from
 from ..words.printable import printable
 from . import documents
-from .text import WIDTH, Text, counted, human, types_in_words, word
+from .text import WIDTH, Text, counted, human, kexecs, predecessor, types_in_words, word
 
 #: Width of the column with a fact's name.
 NAME = 12
@@ -44,6 +45,8 @@ def write_json(facts: Snapshot, status: Status, out: IO[str]) -> None:
             {"phys": f"{area.phys:#x}", "size": area.size, "free": area.free}
             for area in status.scratch
         ],
+        "offline": _offline(facts),
+        "nodes": _nodes(facts.nodes),
         "preserved": totals(status.preserved, facts.abi),
         "unclaimed": None if status.unclaimed is None else totals(status.unclaimed, facts.abi),
         "tree": {"pages": status.tree_pages, "preserved_per_byte": status.per_byte},
@@ -52,10 +55,27 @@ def write_json(facts: Snapshot, status: Status, out: IO[str]) -> None:
         "sessions": _sessions(facts.outgoing.luo),
         "sessions_incoming": _sessions(incoming.luo if incoming else None),
         "image": _image(facts.image),
+        "crash_image": _image(facts.crash_image),
         "taint": status.taint,
-        "read_from": READ_FROM,
+        "read_from": read_from(facts),
     }
     documents.write(document, out)
+
+
+def _offline(facts: Snapshot) -> list[dict[str, Any]] | None:
+    """Ranges of RAM that are offline; None: not known."""
+    if facts.offline is None:
+        return None
+    return [{"phys": f"{first:#x}", "size": end - first} for first, end in facts.offline.tolist()]
+
+
+def _nodes(nodes: list[Node] | None) -> list[dict[str, Any]] | None:
+    if nodes is None:
+        return None
+    return [
+        {"node": node.number, "phys": f"{node.start:#x}", "size": node.end - node.start}
+        for node in nodes
+    ]
 
 
 def _luo_compatible(side: Side | None) -> str | None:
@@ -91,6 +111,7 @@ class StatusText(Text):
     """Prints the status as text."""
 
     def status(self, facts: Snapshot, status: Status) -> None:
+        self._read_from = read_from(facts)
         self.line(self.paint("bold", f"{word(facts.kernel.release)}, {facts.taken.source}"))
         self.line(f"read {facts.taken.time} by khoscope {facts.taken.khoscope}")
         self.line()
@@ -98,10 +119,15 @@ class StatusText(Text):
         self.fact("this boot", _boot(facts), "handover")
         self._abi(facts)
         self._scratch(status)
+        self._offline(facts)
+        self._nodes(facts.nodes or [])
+        self._finalized(facts)
         self._blocks(facts, status)
         self._subtrees(facts, status)
         self._luo(facts)
         self.fact("image", _image_in_words(facts.image, status.kho.on), "image")
+        if facts.crash_image is not None:
+            self.fact("crash image", _crash_image_in_words(facts.crash_image), "crash_image")
         taint = f"{facts.kernel.tainted:#x} ({status.taint})" if status.taint else "no"
         self.fact("tainted", taint, "taint")
 
@@ -111,7 +137,7 @@ class StatusText(Text):
 
     def facts(self, name: str, values: list[str], read_from: str) -> None:
         """Print facts from one source, one fact per line."""
-        source = f"[{READ_FROM[read_from]}]"
+        source = f"[{self._read_from[read_from]}]"
         lines = [
             line
             for value in values
@@ -128,6 +154,8 @@ class StatusText(Text):
     def _abi(self, facts: Snapshot) -> None:
         out = facts.outgoing.fdt
         own = _named(out.compatible) if out.phys else "no FDT"
+        if facts.finalized is False and not out.phys:
+            own = "no FDT before it is finalized"
         self.fact("KHO ABI", f"{own}, {types_in_words(facts.abi)}", "kho_abi")
         if facts.incoming:
             self.fact("", f"{_named(facts.incoming.fdt.compatible)} handed over", "kho_abi_in")
@@ -144,6 +172,14 @@ class StatusText(Text):
             files = ", ".join(live.handlers) or "none"
             self.fact("file ABIs", files, "handlers")
 
+    def _finalized(self, facts: Snapshot) -> None:
+        if facts.abi.finalize == Finalize.NEVER:
+            return
+        state = "not known"
+        if facts.finalized is not None:
+            state = "yes" if facts.finalized else f"no: to be done {facts.abi.finalize}"
+        self.fact("finalized", state, "finalized")
+
     def _scratch(self, status: Status) -> None:
         areas = []
         for area in status.scratch:
@@ -153,6 +189,19 @@ class StatusText(Text):
                 full = f"{used / max(area.size, 1):4.0%} in use"
             areas.append(f"{area.phys:#014x} {human(area.size):>9}  {full}")
         self.facts("scratch", self._some(areas, "areas") or ["none"], "scratch")
+
+    def _offline(self, facts: Snapshot) -> None:
+        """Most kernels have no offline memory, and then there is no line about it."""
+        ranges = _offline(facts) or []
+        lines = [f"{int(each['phys'], 16):#014x} {human(each['size']):>9}" for each in ranges]
+        if lines:
+            self.facts("offline", self._some(lines, "ranges"), "offline")
+
+    def _nodes(self, nodes: list[Node]) -> None:
+        """The NUMA nodes, if there are several."""
+        if len(nodes) > 1:
+            spans = [f"{n.start:#014x} {human(n.end - n.start):>9}  node {n.number}" for n in nodes]
+            self.facts("NUMA nodes", self._some(spans, "nodes"), "nodes")
 
     def _some(self, values: list[str], what: str) -> list[str]:
         """The values, cut to the limit."""
@@ -165,13 +214,16 @@ class StatusText(Text):
     def _blocks(self, facts: Snapshot, status: Status) -> None:
         cost = "there is no tree"
         if status.per_byte is not None:
+            nodes = "node" if facts.abi.tracker == Tracker.XARRAY else "page"
             cost = (
-                f"{counted(status.tree_pages, 'page')}, "
+                f"{counted(status.tree_pages, nodes)}, "
                 f"{status.per_byte:,.1f} bytes preserved per byte of it"
             )
         self.fact("tree", cost, "tree")
         self._totals("preserved", status.preserved, facts, "preserved")
-        if status.unclaimed is None:
+        if not facts.abi.stamp.has_magic and facts.handover.is_kho_boot:
+            self.fact("unclaimed", "not known: stamps of this kernel have no magic", "unclaimed")
+        elif status.unclaimed is None:
             self.fact("unclaimed", NOT_RECORDED, "unclaimed")
         elif facts.handover.is_kho_boot:
             self._totals("unclaimed", status.unclaimed, facts, "unclaimed")
@@ -224,8 +276,7 @@ def _boot(facts: Snapshot) -> str:
     came = facts.handover
     if not came.is_kho_boot:
         return "not a handover"
-    previous = came.previous_release or "an unnamed kernel"
-    return f"a handover from {previous}, {counted(came.kexec_count, 'kexec')} since the cold boot"
+    return f"a handover from {predecessor(came)}, {kexecs(came)}"
 
 
 def _named(compatible: str | None) -> str:
@@ -236,6 +287,14 @@ def _place(subtree: Subtree) -> str:
     where = "no address" if subtree.phys is None else f"{subtree.phys:#014x}"
     size = "no size" if subtree.size is None else human(subtree.size)
     return f"{printable(subtree.name):<16} {where} {size:>8}"
+
+
+def _crash_image_in_words(image: KexecImage) -> str:
+    if not image.loaded:
+        return "none is loaded"
+    how = "kexec_file_load" if image.file_mode else "kexec_load"
+    handed = ", with a handover: it would die" if image.kho_fdt else ""
+    return f"{human(image.size)}, loaded by {how}{handed}"
 
 
 def _image_in_words(image: KexecImage | None, kho_is_on: bool) -> str:

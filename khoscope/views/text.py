@@ -18,13 +18,13 @@ from typing import IO, Any
 
 from tabulate import tabulate
 
-from ..abi.keys import BAD_ORDER, Abi
+from ..abi.keys import BAD_ORDER, Abi, Tracker
 from ..checks import RULES, About, Finding, Report, Severity, Verdict
 from ..checks.pattern import describe, type_name
 from ..facts import diff
 from ..facts.columns import Blocks
 from ..facts.next_kernel import NextKernel
-from ..facts.snapshot import Snapshot
+from ..facts.snapshot import Handover, Snapshot
 from ..facts.tree import Tree
 from ..words.printable import printable
 from .block_filter import BlockFilter
@@ -112,11 +112,14 @@ class Text:
         boot = f"boot {facts.kernel.boot_id}" if facts.kernel.boot_id else "boot without an id yet"
         came = facts.handover
         if came.is_kho_boot:
-            self.line(f"{boot}, kexec {came.kexec_count} since the cold boot")
-            self.line(f"handed over by {came.previous_release or 'an unnamed kernel'}")
+            self.line(f"{boot}, {kexecs(came)}")
+            self.line(f"handed over by {predecessor(came)}")
         else:
             self.line(f"{boot}, not a KHO boot")
         compatible = word(facts.abi.compatible) if facts.abi.compatible else "no compatible"
+        if facts.finalized is not None:
+            state = "finalized" if facts.finalized else "not finalized"
+            compatible = f"{facts.abi.tracker}, {state}, {compatible}"
         self.line(f"{compatible}, {types_in_words(facts.abi)}")
         for said, every in (
             ("cannot be read", facts.unreadable),
@@ -146,7 +149,7 @@ class Text:
                 "Incoming tree: evidence only. Its pages went back to the page allocator after "
                 "this kernel had walked it, and may hold anything by now."
             )
-        self.line(f"{which} tree, root {state.root:#x}")
+        self.line(_tree_in_words(abi, which, state.root))
         if state.problem_count and which == "incoming":
             self.line(f"{state.problem_count} entries make no sense any more, not followed")
         elif state.problem_count:
@@ -310,7 +313,7 @@ class Text:
         self.verdict(report)
 
     def findings(self, report: Report) -> None:
-        """Print the findings by rule, and explain each rule once."""
+        """Print the findings by rule, and each explanation once."""
         by_rule: dict[str, list[Finding]] = {}
         for found in report.findings:
             if not found.follows:
@@ -322,7 +325,9 @@ class Text:
             self.line()
             self.line(f"{severity}: {self.paint('bold', name)} ({count:,})")
             self._rows(found_list, count)
-            self.wrapped(found_list[0].explain, "    ", "  → ")
+            shown = islice(found_list, self._limit)
+            for explain in dict.fromkeys(each.explain for each in shown):
+                self.wrapped(explain, "    ", "  → ")
             if name in report.follows:
                 self.line(f"  and so: {_consequences(report.follows[name])}")
                 # If several rules fire on one block, print one line: the first, which says why.
@@ -454,6 +459,28 @@ def _consequences(follow: Mapping[str, int]) -> str:
 def _fates(report: Report) -> str:
     fates = ", ".join(f"{n:,} {name}" for name, n in (report.fates or {}).items())
     return f"of the recorded blocks: {fates or 'there are none'}"
+
+
+def kexecs(came: Handover) -> str:
+    """How many kexecs there were, in a kernel that was handed over to."""
+    if came.kexec_count is None:
+        return "a KHO boot"
+    return f"{counted(came.kexec_count, 'kexec')} since the cold boot"
+
+
+def predecessor(came: Handover) -> str:
+    """Which kernel handed over."""
+    if came.previous_release is None:
+        return "a kernel whose name this one is not told"
+    return came.previous_release or "an unnamed kernel"
+
+
+def _tree_in_words(abi: Abi, which: str, root: int) -> str:
+    if abi.tracker == Tracker.RADIX:
+        return f"{which} tree, root {root:#x}"
+    if which == "outgoing":
+        return f"{which} {abi.tracker} at {root:#x}"
+    return f"{which} chain of bitmaps, first chunk {root:#x}"
 
 
 def types_in_words(abi: Abi) -> str:

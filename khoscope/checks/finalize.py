@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Rules about kernels in which nothing is handed over before it is finalized (linux 6.16 to 7.0): what
+a kexec takes along then is not the tracker, but what was serialized of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..abi.keys import Finalize
+from ..facts.columns import Blocks
+from ..facts.snapshot import Snapshot
+from ..facts.tree import KeySet
+from .rule import Marked, Message, Severity, rule
+
+#: The file that finalizes (``fops_kho_out_finalize``).
+FINALIZE = "/sys/kernel/debug/kho/out/finalize"
+
+_THEN_LOAD = f"""
+    kho_finalize() writes the root FDT and serializes what is preserved, and kho_fill_kimage() gives
+    the FDT only to an image that is loaded after that. Until then a kexec hands nothing over,
+    without a word in the log, and the next kernel reuses all preserved memory. Finalize (echo 1 >
+    {FINALIZE}), and load the image afterwards (kexec -s -l). Nothing can be preserved in between.
+    """
+_BEFORE_KEXEC = f"""
+    The next kernel finds preserved memory through the chain that kho_finalize() makes. There is
+    none yet, so the next kernel refuses the handover and reuses all preserved memory. LUO would
+    finalize on the way into the kexec, but it is off. Finalize before the kexec (echo 1 >
+    {FINALIZE}).
+    """
+
+
+@rule(
+    "not-finalized",
+    Severity.ERROR,
+    "kexec",
+    f"""
+    Such a kernel hands over what kho_finalize() has serialized, not what is preserved. A kexec
+    without it hands nothing over, and the next kernel reuses all preserved memory. Finalize (echo 1
+    > {FINALIZE}), on Linux 6.16 to 6.18 before the image is loaded.
+    """,
+    kernel="kho_finalize kho_mem_serialize kho_fill_kimage",
+)
+def not_finalized(facts: Snapshot) -> Iterator[Message]:
+    """A kernel that needs finalizing has blocks preserved and is not finalized, or its image was
+    loaded before that."""
+    step, image = facts.abi.finalize, facts.image
+    if step == Finalize.NEVER or facts.finalized is None:
+        return
+    if not facts.finalized:
+        # LUO's liveupdate_reboot() finalizes.
+        by_itself = step == Finalize.BEFORE_KEXEC and facts.liveupdate and facts.liveupdate.enabled
+        count = _preserved(facts)
+        if count and not by_itself:
+            explain = _THEN_LOAD if step == Finalize.BEFORE_LOAD else _BEFORE_KEXEC
+            blocks = "1 block is" if count == 1 else f"{count:,} blocks are"
+            yield Message(f"{blocks} preserved, and KHO is not finalized", explain=explain)
+    elif step == Finalize.BEFORE_LOAD and image and image.file_mode and not image.kho_fdt:
+        yield Message(
+            "the kexec image was loaded before KHO was finalized: load it again",
+            explain=_THEN_LOAD,
+        )
+
+
+def _preserved(facts: Snapshot) -> int:
+    """Blocks that are preserved, but for the page of the root FDT."""
+    side = facts.outgoing
+    count = sum(int(group.counts().sum()) for group in side.tree.leaves)
+    if count and side.fdt.phys:
+        own = facts.abi.kho_radix_encode_key(side.fdt.phys, 0)
+        count -= own in KeySet(facts.abi, side.tree.leaves)
+    return count
+
+
+@rule(
+    "serialized-differs",
+    Severity.ERROR,
+    "tree",
+    f"""
+    The next kernel is handed what kho_mem_serialize() has listed, not what is preserved now. It
+    does not hear of a block that was preserved after that, and reuses its memory. It reserves a
+    block that is listed and no more preserved, and nobody restores it. Finalize again right before
+    the kexec (on Linux 6.19 and 7.0: echo 1 > {FINALIZE} once more).
+    """,
+    kernel="kho_mem_serialize kho_mem_deserialize",
+)
+def serialized_differs(facts: Snapshot, keys: KeySet) -> Iterator[tuple[Blocks, Marked]]:
+    """The serialized chain and the tracker disagree."""
+    chain = facts.outgoing.serialized
+    if chain is None:
+        return
+    listed = KeySet(facts.abi, chain.leaves)
+    yield from _differ(keys.minus(listed), "not among what was serialized: not handed over")
+    yield from _differ(listed.minus(keys), "not preserved any more, but serialized: handed over")
+
+
+def _differ(blocks: Iterator[Blocks], what: str) -> Iterator[tuple[Blocks, Marked]]:
+    for chunk in blocks:
+        yield chunk, Marked(np.ones(len(chunk), np.bool_), lambda _: what)
