@@ -65,7 +65,7 @@ def test_patches_and_pages() -> None:
     assert set(build.NAMES) == {*kernel.NAMES, *arm64.NAMES, kernel.STOCK}
     for name in arm64.NAMES:
         wanted = arm64._wanted(name).splitlines()
-        pages = "64" if "64k" in name else "4"
+        (pages,) = (size for size in ("4", "16", "64") if f"-{size}k" in name)
         assert f"CONFIG_ARM64_{pages}K_PAGES=y" in wanted
         assert kernel.ARM64[name][0] in kernel.KERNELS
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Kernels for arm64 with 4 and 64 KiB pages, and guests to boot them in, under TCG.
+"""Kernels for arm64 with 4, 16 and 64 KiB pages, and guests to boot them in, under TCG.
 
     with Arm64("7.2-arm64-64k") as guest:
         guest.ask("load", guest.command_line(2))
@@ -213,7 +213,7 @@ class Arm64:
         arguments = [
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
             # This is the smallest processor with all page sizes, so its emulation is the fastest.
-            "-machine", "virt,gic-version=3", "-cpu", "cortex-a57", "-accel", "tcg",
+            "-machine", "virt,gic-version=3", "-cpu", "cortex-a35", "-accel", "tcg",
             "-smp", "1", "-m", str(self._memory),
             "-kernel", str(self.kernel.share / "Image"), "-initrd", str(initramfs),
             "-append", self.command_line(1),

@@ -41,6 +41,7 @@ ARM64: dict[str, tuple[str, str]] = {
     "7.2-arm64-64k-rfc": ("7.2-rfc", "CONFIG_ARM64_64K_PAGES=y"),
     "7.2-arm64-64k": ("7.2-fixed", "CONFIG_ARM64_64K_PAGES=y"),
     "7.2-arm64-4k": ("7.2-fixed", "CONFIG_ARM64_4K_PAGES=y"),
+    "7.2-arm64-16k": ("7.2-fixed", "CONFIG_ARM64_16K_PAGES=y"),
 }
 
 #: The kernel of vm/stock.py. It is Debian's own, belongs to no series, and has no KHO to look at.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""arm64 kernels of 4 and 64 KiB pages, looked at over QMP on both sides of a kexec."""
+"""arm64 kernels of 4, 16 and 64 KiB pages, looked at over QMP on both sides of a kexec."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ APPEND = f"test_kho.max_mem={KHO_TEST} reserve_mem={RESERVED}:65536:khoscope"
 #: kho_radix_consts and the series.
 GEOMETRY = {
     "7.2-arm64-4k": (12, 6, 52, 60, 53),
+    "7.2-arm64-16k": (14, 5, 50, 61, 51),
     "7.2-arm64-64k": (16, 4, 48, 58, 49),
     "7.2-arm64-64k-rfc": (16, 4, 48, 58, 63),
 }
@@ -153,8 +154,9 @@ def test_geometry(story: Story) -> None:
         "kho-v4" if story.posted else "kho-v5",
     )
     assert facts.abi.stored_bits == story.stored
-    # A block of MAX_PAGE_ORDER: 4 MiB with 4 KiB pages, 512 MiB with 64 KiB.
-    assert facts.abi.page_size << facts.abi.max_page_order in (4 << 20, 512 << 20)
+    # A block of MAX_PAGE_ORDER: 4 MiB with 4 KiB pages, 32 MiB with 16 KiB, 512 MiB with 64 KiB.
+    largest = facts.abi.page_size << facts.abi.max_page_order
+    assert largest == {12: 4 << 20, 14: 32 << 20, 16: 512 << 20}[story.shift]
     decided = facts.abi.decided
     from_enum = [name for name, how in decided.items() if how == "enum kho_radix_consts"]
     assert len(from_enum) == (4 if story.posted else 5)

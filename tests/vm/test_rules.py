@@ -130,6 +130,20 @@ def test_a_blob_in_the_fdt(fixed: Look) -> None:
     assert "lies in the FDT itself" in finding["message"]
 
 
+def test_two_owners_of_the_same_pages(fixed: Look) -> None:
+    """A subtree whose blob lies in a memfd; what sound clients have is nobody else's."""
+    held = hold(fixed.machine, "two", {1: Memfd(3 * PAGE), 2: Memfd(3 * PAGE)})
+    assert fixed.verify() == []
+    (first, _), *_ = held.files[2].ranges
+    with fixed.made("blob-at", first) as [at]:
+        (finding,) = fixed.verify(status=1)
+    held.let_go()
+    assert (finding["rule"], finding["phys"]) == ("claimed-twice", f"{first:#x}")
+    assert finding["message"] == (
+        f"subtree {at.subtree} and memfd 0x2 of session two: data lead to the same page"
+    )
+
+
 def test_a_full_fdt(fixed: Look) -> None:
     with fixed.made("blob", 200) as blobs:
         (finding,) = fixed.verify()
