@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -266,11 +267,11 @@ class KernelLog:
         It reports 60 of them, and then none until a minute after the first of these.
         """
         text = self.machine.run(("dmesg", "--raw"), check=True).stdout
-        times = [float(time) for time in re.findall(r"\[ *([\d.]+)\] BUG: Bad page state in", text)]
+        times = [float(at) for at in re.findall(r"\[ *([\d.]+)\] BUG: Bad page state in", text)]
         if times and len(times) % _BAD_PAGES == 0:
-            until = times[-_BAD_PAGES] + _BAD_PAGES_SECONDS
-            wait = f"now=$(cut -d. -f1 /proc/uptime); sleep $(({until:.0f} > now ? {until:.0f} - now : 0))"
-            self.machine.run(wait, timeout=2 * _BAD_PAGES_SECONDS, check=True)
+            now = float(self.machine.run(("cat", "/proc/uptime"), check=True).stdout.split()[0])
+            quiet = times[-_BAD_PAGES] + _BAD_PAGES_SECONDS - now
+            time.sleep(max(0.0, quiet))
 
     def complaint(self) -> str | None:
         """``oops``, ``bad page``, ``WARN`` or ``BUG``, or None if the kernel logged none."""
