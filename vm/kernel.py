@@ -52,7 +52,14 @@ SERIES: dict[str, list[str]] = {
     # The same option under another name.
     "7.3": ["CONFIG_PROC_SYSCTL=n", "CONFIG_SYSCTL=y"],
     # Up to 7.1, KHO and deferred struct pages exclude each other; live update is younger than 6.18.
+    # With DEBUG_VM, kho_restore_pages() of 6.18 is a BUG for every block above order 0: it calls
+    # split_page() on a page that it has just made compound. Without it, as in most distributions,
+    # the pages come back and stay compound. The checks of pages that are freed are then on if
+    # INIT_ON_ALLOC is, which distributions have too.
     "6.18": [
+        "CONFIG_DEBUG_VM=n",
+        "CONFIG_DEBUG_VM_PGFLAGS=n",
+        "CONFIG_INIT_ON_ALLOC_DEFAULT_ON=y",
         "CONFIG_DEFERRED_STRUCT_PAGE_INIT=n",
         "CONFIG_KEXEC_HANDOVER_DEBUGFS=n",
         "CONFIG_LIVEUPDATE=n",
@@ -430,8 +437,13 @@ def _compile(name: str, source: Path, patches: _Files, to: Path, log: Log) -> No
         keep(tree, "arch/x86/boot/bzImage", to)
         script = f"$(srctree)/scripts/package/install-extmod-build {to / 'build'}"
         make("run-command", f"KBUILD_RUN_COMMAND={script}")
-        # The module's BTF builds upon the kernel's BTF, which is in vmlinux.
+        # The module's BTF builds upon the kernel's BTF, which is in vmlinux. What it is made with
+        # is missing from the files of 6.18.
         (to / "build/vmlinux").symlink_to("../vmlinux")
+        resolver = Path("tools/bpf/resolve_btfids/resolve_btfids")
+        if not (to / "build" / resolver).exists():
+            (to / "build" / resolver).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tree / resolver, to / "build" / resolver)
 
 
 def kbuild(tree: Path, log: Log, *variables: str, prefix: str = "") -> Callable[..., None]:

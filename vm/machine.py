@@ -555,10 +555,21 @@ class Machine:
         """The words of the running kernel's command line."""
         return self.run(("cat", "/proc/cmdline"), check=True).stdout.split()
 
+    def finalize(self) -> None:
+        """Finalizes KHO on a kernel that hands over only what it has finalized: up to 7.0.
+
+        Such a kernel has the file below. Up to 6.18, nothing more can be preserved after it (EBUSY),
+        and an image that was loaded before it hands nothing over. A second call does nothing.
+        """
+        file = "/sys/kernel/debug/kho/out/finalize"
+        self.run(f"! test -e {file} || grep -q 1 {file} || echo 1 >{file}", check=True)
+
     def load_kexec(
         self, kernel: str | None = None, append: str = "", *, handover: bool = True
     ) -> None:
         """Loads the next kernel with kexec_file_load, which hands over KHO's tree.
+
+        This finalizes KHO first, where the kernel asks for that.
 
         :param kernel: name of a kernel that this machine was made with; None for the running kernel
         :param append: more words for its command line
@@ -579,6 +590,8 @@ class Machine:
             )
         words.append(f"khoscope.boot={self.boots + 1}")
         command_line = " ".join((*words, append)).strip()
+        if handover:
+            self.finalize()
         load = ("kexec", "-s" if handover else "-c", "-l", image)
         self.run((*load, f"--command-line={command_line}"), check=True)
 

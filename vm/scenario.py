@@ -135,6 +135,7 @@ class Run:
         """Run everything."""
         made = preserve(self.exercise, self.names)
         self.names = [name for name in self.names if name in made]
+        self.machine.finalize()
         memory = by_scenario(self.exercise.report())
         recorded = self._recorded(memory)
         rules = self._verify("before the kexec", memory)

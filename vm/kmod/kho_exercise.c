@@ -66,9 +66,6 @@
 #include <linux/debugfs.h>
 #include <linux/dma-mapping.h>
 #include <linux/gfp.h>
-#include <linux/kexec_handover.h>
-#include <linux/kho/abi/kexec_handover.h>
-#include <linux/kho_radix_tree.h>
 #include <linux/ktime.h>
 #include <linux/list.h>
 #include <linux/log2.h>
@@ -84,6 +81,12 @@
 #include <linux/string.h>
 #include <linux/uaccess.h>
 #include <linux/vmalloc.h>
+
+#ifdef HAVE_RADIX_KEYS
+#include <linux/kho_radix_tree.h>
+#endif
+
+#include "compat.h"
 
 #define SUBTREE "kho_exercise"
 
@@ -338,6 +341,8 @@ static int break_outside_ram(struct piece *p)
 
 static int break_unpreserved(struct piece *p)
 {
+	if (!CAN_UNPRESERVE)
+		return -EOPNOTSUPP;
 	if (!p->lacks_first)
 		kho_unpreserve_pages(page_of(p, 0),
 				     1UL << p->area_handover.order);
@@ -473,12 +478,12 @@ static int add_subtree(struct piece *p)
 	subtree_name(p, name, sizeof(name));
 
 	return called(p, "kho_add_subtree",
-		      kho_add_subtree(name, phys_to_virt(p->phys), PAGE_SIZE));
+		      publish_blob(name, phys_to_virt(p->phys)));
 }
 
 static void remove_subtree(struct piece *p)
 {
-	kho_remove_subtree(phys_to_virt(p->phys));
+	withdraw_blob(phys_to_virt(p->phys));
 	called(p, "kho_remove_subtree", 0);
 }
 
@@ -489,7 +494,7 @@ static int retrieve_subtree(struct piece *p)
 	int err;
 
 	subtree_name(p, name, sizeof(name));
-	err = kho_retrieve_subtree(name, &phys, NULL);
+	err = find_blob(name, &phys);
 	if (!err && phys != p->phys)
 		err = -ESTALE;
 
@@ -543,7 +548,7 @@ static struct record *add_record(void)
 	if (last_record) {
 		last_record->next = virt_to_phys(r);
 	} else {
-		err = kho_add_subtree(SUBTREE, r, PAGE_SIZE);
+		err = publish_record(SUBTREE, r);
 		if (err) {
 			kho_unpreserve_free(r);
 			return ERR_PTR(err);
@@ -617,7 +622,7 @@ static void unpreserve(const struct scenario *s, struct piece *p)
 	s->kind->unpreserve(p);
 	if (p->list)
 		kho_unpreserve_vmalloc(&p->list_handover);
-	p->recorded = false;
+	p->recorded = !CAN_UNPRESERVE;
 	p->state = UNPRESERVED;
 }
 
@@ -712,6 +717,11 @@ static void free_while_preserved(const struct scenario *s, struct piece *p)
 	__free_pages(page_of(p, 0), p->order);
 }
 
+static void prepare(const struct scenario *s, struct piece *p)
+{
+	prepare_blob(phys_to_virt(p->phys));
+}
+
 static struct page *alloc_block(const struct scenario *s, unsigned int order)
 {
 	struct folio *folio;
@@ -766,6 +776,11 @@ static int make_blocks(const struct scenario *s, unsigned long n)
 	}
 
 	return err;
+}
+
+static int make_unpreserved(const struct scenario *s, unsigned long n)
+{
+	return CAN_UNPRESERVE ? make_blocks(s, n) : -EOPNOTSUPP;
 }
 
 static int make_part(const struct scenario *s, unsigned long unused)
@@ -1103,7 +1118,7 @@ static const struct scenario scenarios[] = {
 		.name = "unpreserve",
 		.kind = &contiguous,
 		.argument = MAYBE_A_COUNT,
-		.make = make_blocks,
+		.make = make_unpreserved,
 		.after = unpreserve,
 		.free = free_blocks,
 		.first_order = 2,
@@ -1173,12 +1188,14 @@ static const struct scenario scenarios[] = {
 		.kind = &blobs,
 		.argument = MAYBE_A_COUNT,
 		.make = make_blobs,
+		.before = prepare,
 		.free = free_blocks,
 	}, {
 		/* Of a subtree, and not preserved. */
 		.name = "blob-lost",
 		.kind = &lost_blobs,
 		.make = make_blobs,
+		.before = prepare,
 		.free = free_blocks,
 		.never_restored = true,
 	}, {
@@ -1271,7 +1288,8 @@ static struct piece *find_ours(const struct scenario *s)
 	for_each_piece(r, p) {
 		if (!is_of(p, s))
 			continue;
-		if (p->recorded || p->state == RESTORED ||
+		if ((p->recorded && (CAN_UNPRESERVE || p->state != FREED)) ||
+		    p->state == RESTORED ||
 		    (p->state == UNPRESERVED && !p->handed_over))
 			return p;
 	}
@@ -1563,6 +1581,8 @@ static ssize_t time_write(struct file *file, const char __user *from,
 		return err;
 	if (t.order > MAX_PAGE_ORDER)
 		return -EINVAL;
+	if (!CAN_UNPRESERVE)
+		return -EOPNOTSUPP;
 
 	page = alloc_pages(MAY_FAIL, t.order);
 	if (!page)
@@ -1629,6 +1649,24 @@ static int __init make_keys(struct dentry *dir)
 }
 #endif
 
+#ifdef HAVE_KHO_NOTIFIERS
+static void forget(void)
+{
+	struct record *r;
+	struct piece *p;
+
+	guard(mutex)(&lock);
+
+	for_each_piece(r, p) {
+		if (p->state == PRESERVED)
+			p->state = UNPRESERVED;
+		p->recorded = false;
+	}
+	/* The next piece begins another subtree. */
+	last_record = NULL;
+}
+#endif
+
 /* What the previous kernel has handed over */
 
 static int __init take_piece(struct piece *p)
@@ -1658,7 +1696,7 @@ static int __init take_records(void)
 	phys_addr_t phys;
 	int err;
 
-	err = kho_retrieve_subtree(SUBTREE, &phys, NULL);
+	err = find_record(SUBTREE, &phys);
 	if (err)
 		return err == -ENOENT ? 0 : err;
 
@@ -1711,6 +1749,10 @@ static int __init kho_exercise_init(void)
 		goto err_device;
 	}
 
+	err = start_publishing();
+	if (err)
+		goto err_device;
+
 	split_preserved_pages = symbol_get(kho_split_preserved_pages);
 
 	dir = debugfs_create_dir(KBUILD_MODNAME, NULL);
@@ -1728,6 +1770,7 @@ static int __init kho_exercise_init(void)
 
 err_dir:
 	debugfs_remove(dir);
+	stop_publishing();
 err_device:
 	platform_device_unregister(device);
 	return err;
