@@ -34,11 +34,22 @@ from khoscope.facts.next_kernel import NextKernel
 from khoscope.facts.snapshot import Handover, KexecImage, Scan, Snapshot
 from khoscope.facts.tree import NodeProblem, Tree, TreeState
 from khoscope.words.errors import KhoscopeError
-from tests.synthetic import FIXED, PAGE_FLAGS, PLAIN, POSTED, REFUSED, Block, snapshot
+from tests.synthetic import (
+    FIXED,
+    PAGE_FLAGS,
+    PLAIN,
+    POSTED,
+    REFUSED,
+    Block,
+    claims_of,
+    snapshot,
+)
 from tests.track_memory import SMALL, XARRAY
 
 CONTIG, SPLIT = KHO_PAGE_CONTIG, KHO_PAGE_SPLIT
 AT = 0x40000
+#: Pages of 16 KiB in a tree that lacks a level, as in the first kernels that had trees.
+EARLY = replace(Abi.for_page_shift(14, compatible="kho-v2"), tree_max_depth=4)
 NEXT_BOOT = "00000000-0000-0000-0000-000000000002"
 HANDED_OVER = Handover(True, "7.2.0-test", 1)
 LRU = 1 << PAGE_FLAGS.index("lru")
@@ -120,6 +131,12 @@ def claimed(owner: Owner, phys: int, size: int, *blocks: Block, more: int = 0) -
         Claims(*(np.array(c, t) for c, t in zip(columns, Claims.DTYPES.values(), strict=True)))
     ]
     return check(out(*blocks, owners=owners, claims=claims))
+
+
+def claims(*memory: tuple[Owner, int, int], fdt: Fdt | None = None) -> Report:
+    """The report on what owners claim: address and bytes."""
+    owners, claimed = claims_of(*memory)
+    return check(out(fdt=fdt, owners=owners, claims=claimed))
 
 
 def owner(kind: OwnerKind, name: str = "session 'vm1', token 0x1") -> Owner:
@@ -239,6 +256,11 @@ NO_LOAD_FIRST = replace(XARRAY, finalize=Finalize.BEFORE_KEXEC, restores_pages_a
 OTHER_SPLIT = split(2, phys=AT + 0x10000)
 BAD_ENTRY = TreeState(0x1000, problems=[NodeProblem(5, 0x1000, 7, 12, "odd")], problem_count=1)
 
+#: The folios of two memfds, and what else may lead to them.
+ONE, TWO, THREE = (Owner(OwnerKind.MEMFD, f"memfd {n}: data", "vm1", n) for n in (1, 2, 3))
+AREA, CHUNKS = (Owner(kind, "area") for kind in (OwnerKind.VMALLOC_PAGE, OwnerKind.VMALLOC_CHUNK))
+BLOB = Owner(OwnerKind.SUBTREE, "subtree x")
+
 FIRES: dict[str, list[Fires]] = {
     "not-finalized": [
         Fires(lambda: older(folio(2), finalized=False), None),
@@ -255,6 +277,35 @@ FIRES: dict[str, list[Fires]] = {
         Fires(lambda: older(folio(2), listed=[]), AT, 2),
         Fires(lambda: older(listed=[folio(2)]), AT, 2),
         Fires(lambda: older(folio(2), OTHER_FOLIO, listed=[folio(2)]), AT + 0x10000, 2),
+    ],
+    "order-not-stored": [
+        Fires(lambda: one(EARLY), None),
+        Fires(lambda: one(EARLY, Block(1 << 30, 2, compound=2)), None),
+    ],
+    "metadata-in-scratch": [
+        # The root, and the lowest of all nodes; by their last byte, and by their first.
+        Fires(lambda: one(FIXED, scratch=[(0x1FFF, 0x1000)]), 0x1000),
+        Fires(lambda: one(FIXED, contig(0), contig(1), scratch=[(0, 0x1001)]), 0x1000),
+        Fires(lambda: one(FIXED, contig(0), scratch=[(3 << 30, 1), (0x5000, 0x2000)]), 0x5000),
+    ],
+    "claimed-twice": [
+        Fires(lambda: claims((ONE, AT, 0x4000), (TWO, AT, 0x4000))),
+        # A part of it, of the first, the last, and between.
+        Fires(lambda: claims((ONE, AT, 0x4000), (TWO, AT + 0x3000, 0x4000)), AT + 0x3000),
+        Fires(lambda: claims((AREA, AT + 0x3000, 0x4000), (ONE, AT, 0x4000)), AT + 0x3000),
+        Fires(lambda: claims((ONE, AT, 0x4000), (CHUNKS, AT + 0x1000, 0x1000)), AT + 0x1000),
+        Fires(lambda: claims((BLOB, AT + 0x10, 8), (ONE, AT, 0x1000)), AT + 0x10),
+        # Behind others that are shorter, and where a claim reaches beyond all memory.
+        Fires(
+            lambda: claims((ONE, 0, 1 << 30), (THREE, 1 << 31, 0x1000), (TWO, AT, 0x1000)),
+        ),
+        Fires(lambda: claims((ONE, 2**64 - 8, 2**64 - 1), (TWO, 2**64 - 2, 1)), 2**64 - 2),
+        # Each pair is one thing to say, however often they meet.
+        Fires(
+            lambda: claims(
+                *((who, AT + (n << 13), 0x1000) for n in range(9) for who in (ONE, TWO))
+            ),
+        ),
     ],
     "type-not-stored": [Fires(lambda: one(POSTED), None), Fires(lambda: one(REFUSED), None)],
     "abi-not-bumped": [
@@ -462,6 +513,38 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
         lambda: older(folio(2), finalized=False),
         lambda: one(FIXED, split(2)),
     ],
+    "order-not-stored": [
+        *(lambda shift=shift: one(Abi.for_page_shift(shift)) for shift in (12, 14, 16)),
+        lambda: one(FIXED, contig(0)),
+    ],
+    "metadata-in-scratch": [
+        lambda: one(FIXED, contig(0), scratch=[(0, 0x1000), (0x7000, 0x1000)]),
+        lambda: one(FIXED, scratch=[(0x2000, 0x1000), (0x1800, 0)]),
+        # What was handed over has been read.
+        lambda: check(
+            replace(
+                with_incoming_fdt(),
+                outgoing=snapshot(FIXED, [], state=TreeState(0)).outgoing,
+                scratch=np.array([[0x1000, 0x1000]], np.uint64),
+            )
+        ),
+    ],
+    "claimed-twice": [
+        lambda: claims((ONE, AT, 0x4000), (TWO, AT + 0x4000, 0x4000), (THREE, AT - 0x1000, 0x1000)),
+        # Two small blobs in a page; nothing.
+        lambda: claims((BLOB, AT, 8), (replace(BLOB, name="subtree y"), AT + 8, 8)),
+        lambda: claims((ONE, AT, 0x1000), (TWO, AT, 0)),
+        # broken-luo and broken-vmalloc speak of what one owner lists twice.
+        lambda: claims((ONE, AT, 0x4000), (ONE, AT, 0x4000), (ONE, AT + 0x1000, 0x9000)),
+        # Who maps an area of vmalloc leads nobody to it.
+        lambda: claims((ONE, AT, 0x4000), (Owner(OwnerKind.VM_STRUCT, "vm_struct"), AT, 0x4000)),
+        # bad-fdt speaks of a blob in the FDT.
+        lambda: claims(
+            (Owner(OwnerKind.FDT, "root FDT"), 0x2000, 0x1000),
+            (BLOB, 0x2000, 8),
+            fdt=subtrees(Subtree("x", 0x2000, 8)),
+        ),
+    ],
     "type-not-stored": [
         lambda: one(FIXED),
         lambda: one(PLAIN),
@@ -563,6 +646,8 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
             fdt=fdt(subtrees=[Subtree("LUO", AT, 4), Subtree("x", None, 4), Subtree("y", AT, 0)]),
             scratch=[(AT + 4, 0x1000), (0, AT)],
         ),
+        # An area of nothing, as a node without memory has one.
+        lambda: one(FIXED, contig(2), scratch=[(AT + 0x1000, 0)]),
     ],
     "outside-ram": [lambda: one(FIXED, contig(2), ram=[(AT, AT + 0x4000), (1 << 32, 1 << 33)])],
     "bad-key": [lambda: one(FIXED, contig(20, phys=0), contig(0, SPLIT), ram=[(0, 1 << 32)])],
@@ -633,6 +718,7 @@ def with_incoming_problems() -> Snapshot:
 
 def test_the_rules_are_those_that_were_asked_for() -> None:
     assert set(RULES) == {
+        *("order-not-stored", "metadata-in-scratch", "claimed-twice"),
         *("type-not-stored", "type-mismatch", "mixed-refcounts", "wrong-after-restore"),
         *("stale-entry", "both-types", "overlap", "in-scratch", "outside-ram", "bad-key"),
         *("bad-node", "bad-fdt", "abi-not-bumped", "kernel-tainted", "huge-order"),
@@ -834,6 +920,53 @@ def test_what_follows_from_no_lost_type(abi: Abi) -> None:
     report = one(abi, split(2, CONTIG))
     assert report.counts["type-mismatch"] == 1
     assert report.follows == {}
+
+
+def test_what_follows_from_a_lost_order() -> None:
+    """Whatever rule speaks of a block that is none; and what is wrong besides stands for itself."""
+    beyond = 1 << 31  # as a kernel says it: no struct pages are there
+    ram = [(1 << 30, 5 << 30)]
+    pages = [Block(at, unread=beyond) for at in (1 << 32, (1 << 32) + (1 << 14), 3 << 30)]
+    own = [Block(1 << 31, 2, compound=2, head=0, free=1), Block(6 << 30, 1)]
+    report = one(EARLY, *pages, *own, ram=ram)
+    # One of the pages begins at 0 now, and is larger than all memory.
+    assert report.follows == {
+        "order-not-stored": {"outside-ram": 3, "bad-key": 3, "in-scratch": 1, "overlap": 2}
+    }
+    assert report.own("stale-entry") == report.own("outside-ram") == 1
+    assert (report.own("bad-key"), report.own("overlap"), report.incomplete) == (0, 0, [])
+    first = report.reason
+    assert first is not None
+    assert first.message == (
+        "order 0 is key bit 50, the tree stores bits 49:0: each single page is handed over as "
+        "another block"
+    )
+    # A real one is covered by a real one.
+    inside = one(EARLY, Block(1 << 31, 4), Block((1 << 31) + (1 << 15), 1), ram=ram)
+    assert (inside.own("overlap"), inside.follows) == (1, {})
+
+
+def test_clients_of_a_kernel_that_loses_the_order() -> None:
+    """What they did preserve is not preserved: not their fault.  What they did not is."""
+    at, bare = (1 << 30) + (5 << 14), (1 << 30) + (99 << 14)
+    root = fdt(compatible="kho-v2", subtrees=[Subtree("x", at, 64), Subtree("y", bare, 64)])
+    owners, claimed = claims_of(
+        (AREA, at, 1 << 14), (ONE, at + (1 << 14), 1 << 14), (TWO, bare + (1 << 14), 1 << 14)
+    )
+    blocks = [Block(each, unread=1 << 31) for each in (at, at + (1 << 14))]
+    for abi, wanted in ((EARLY, "order-not-stored"), (Abi.for_page_shift(14), None)):
+        facts = out(*blocks, abi=abi, fdt=root, owners=owners, claims=claimed)
+        report = check(replace(facts, ram=np.array([[1 << 30, 5 << 30]], np.uint64)))
+        found = {(f.rule, f.phys): f.follows for f in report.findings}
+        assert found["blob-not-preserved", bare] == ""
+        assert found["blob-not-preserved", bare + (1 << 14)] == ""
+        for name, phys in (
+            ("blob-not-preserved", at),
+            ("blob-not-preserved", at + (1 << 14)),
+            ("broken-vmalloc", at),
+        ):
+            assert found.get((name, phys)) == wanted
+        assert report.own("blob-not-preserved") == 2
 
 
 def test_nothing_follows_from_what_was_not_asked() -> None:

@@ -269,7 +269,9 @@ def test_chain_of_another_area() -> None:
     assert following.vmalloc(desc(first, 3), 0, SOMEBODY)[0].problems == []
     area, listed = following.vmalloc(desc(first, 3), 16, replace(SOMEBODY, name="another"))
     assert area.problems[0] == f"chunk 0 at {first:#x} was there before: the chain loops"
-    assert len(listed) == 0
+    assert (area.chunks, len(listed)) == (0, 0)
+    # Both lead to it.
+    assert claimed(following, OwnerKind.VMALLOC_CHUNK) == [(first, first + PAGE)] * 2
 
 
 @pytest.mark.parametrize(

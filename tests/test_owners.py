@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from khoscope.abi.keys import Abi
 from khoscope.facts.clients import Claims, Owner, OwnerKind
-from khoscope.facts.owners import UNKNOWN, Owners
+from khoscope.facts.owners import UNKNOWN, Owners, shared
 from khoscope.facts.tree import KeySet
 from tests.synthetic import FIXED, Block, Memory, columns, snapshot
 from tests.test_walk import ABIS
@@ -23,8 +23,8 @@ Claim = tuple[int, int, int]
 NAMES = [Owner(OwnerKind.FILE, str(n)) for n in range(6)]
 
 
-def owners(claims: list[Claim], chunks: int = 1) -> Owners:
-    rows = [
+def columns_of(claims: list[Claim], chunks: int = 1) -> list[Claims]:
+    return [
         Claims(
             np.array([start for start, _, _ in part], np.uint64),
             np.array([size for _, size, _ in part], np.uint64),
@@ -32,7 +32,10 @@ def owners(claims: list[Claim], chunks: int = 1) -> Owners:
         )
         for part in (claims[n::chunks] for n in range(chunks))
     ]
-    return Owners(NAMES, rows, 12)
+
+
+def owners(claims: list[Claim], chunks: int = 1) -> Owners:
+    return Owners(NAMES, columns_of(claims, chunks), 12)
 
 
 def at(found: Owners, start: int, end: int) -> int:
@@ -103,6 +106,40 @@ def test_owner_of_a_block(phys: int, owner: int) -> None:
         ],
     )
     assert Owners.of_side(side, 12).of(blocks).tolist() == [owner]
+
+
+# What two owners claim
+
+
+@given(some_claims, st.integers(1, 3))
+def test_shared(claims: list[Claim], chunks: int) -> None:
+    """Pages that two owners claim, page by page; here an owner may be listed twice."""
+    listed = [NAMES[owner % 4] for owner in range(6)]
+    rows = columns_of([(start << 12, size << 12, owner) for start, size, owner in claims], chunks)
+    side = replace(snapshot(FIXED, []).outgoing, owners=listed, claims=rows)
+    found = shared(side, 12)
+    whose: dict[int, set[Owner]] = {}
+    for start, size, owner in claims:
+        for page in range(start, start + size):
+            whose.setdefault(page, set()).add(listed[owner])
+    twice = {page: owners for page, owners in whose.items() if len(owners) > 1}
+    # All that is claimed twice is reported, and nothing else.
+    assert bool(found) == bool(twice)
+    assert {each.phys >> 12 for each in found} <= twice.keys()
+    assert min((each.phys >> 12 for each in found), default=0) == min(twice, default=0)
+    assert [each.phys for each in found] == sorted(each.phys for each in found)
+    pairs = [{each.one, each.other} for each in found]
+    assert all(len(pair) == 2 and pairs.count(pair) == 1 for pair in pairs)
+    for each in found:
+        both = [page for page, owners in twice.items() if {each.one, each.other} <= owners]
+        assert each.phys >> 12 in both
+        assert 1 <= each.pages <= len(both)
+    # Of two owners, nothing is left out.
+    if len({owner for owners in whose.values() for owner in owners}) == 2 and twice:
+        (each,) = found
+        assert each.pages == len(twice)
+    # Nobody who shares memory goes unnamed.
+    assert {owner for owners in twice.values() for owner in owners} == set().union(*pairs, set())
 
 
 # KeySet

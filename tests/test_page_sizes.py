@@ -250,6 +250,56 @@ def test_type_not_stored_at_every_bit(size: Size) -> None:
     assert not checks.check(snapshot(abi_of(size, None), [])).counts
 
 
+def early(size: Size) -> Size:
+    """
+    The same in the first kernels that had trees: as many levels as all bits below the order bit of
+    order 0 need, but not that bit.
+    """
+    levels, digits = 1, size.bitmap
+    while digits < size.order_0:
+        levels, digits = levels + 1, digits + size.table
+    return replace(size, depth=levels, stored=digits)
+
+
+def test_levels_of_early_kernels() -> None:
+    """Only 16 KiB pages had one too few."""
+    assert [early(size).depth for size in SIZES] == [6, 4, 4]
+    assert [early(size).stored for size in SIZES] == [60, 50, 58]
+
+
+@each_size
+@given(st.sets(st.integers(0, (1 << 20) - 1), min_size=1, max_size=20), st.integers(1, 11))
+def test_order_0_in_early_kernels(size: Size, pages: set[int], order: int) -> None:
+    """The blocks are those that the model's walk gives; a single page comes back as it went in
+    where there is a level for its order bit."""
+    size = early(size)
+    model = Model(size)
+    larger = (1 << 34, order, NO_TYPE)
+    model.add(key_bits(size, larger, None))
+    single = {(page << size.page_shift, 0, NO_TYPE) for page in pages}
+    for block in single:
+        model.add(key_bits(size, block, None))
+    abi = replace(abi_of(size, None), compatible="kho-v2", tree_max_depth=size.depth)
+    blocks, keys, _ = read_back(size, model, abi)
+    assert keys == model.walked()
+    assert keys == {abi.kho_radix_encode_key(phys, at) for phys, at, _ in {larger, *single}}
+    walked = {decoded(size, key, None) for key in keys if key}
+    assert {block for block in blocks if block[1] != BAD_ORDER} == walked
+    assert larger in blocks
+    report = checks.check(snapshot(abi, []))
+    assert report.incomplete == []
+    found = [f.message for f in report.findings if f.rule == "order-not-stored"]
+    if size.stored > size.order_0:
+        assert found == []
+        assert blocks == {larger, *single}
+        return
+    assert (len(found), size.page_shift) == (1, 14)
+    assert not blocks & single
+    # Of a number of a page, the highest bit is taken for the order.
+    for block in walked - {larger}:
+        assert block[1] >= 50 - 19
+
+
 @each_size
 @pytest.mark.parametrize("kind", ["none", "posted", "fixed"])
 def test_stamps_and_snapshot_files(size: Size, kind: str, tmp_path: Path) -> None:

@@ -107,7 +107,16 @@ class Piece:
 
     @property
     def shape(self) -> str:
-        """The reference counts as head/tails (``1/0``, ``1/1``, ``1``), or else every run."""
+        """The reference counts as head/tails (``1/0``, ``1/1``, ``1``), or else every run.
+
+        Where the pages are a compound one and a tail of it has another count than 0, ``compound``
+        follows: they are two things at once.
+        """
+        tails = any(value for at, (value, n) in enumerate(self.refs) if at or n > 1)
+        return f"{self._counts} compound" if self.compound and tails else self._counts
+
+    @property
+    def _counts(self) -> str:
         match self.refs:
             case ((head, 1),):
                 return f"{head}"

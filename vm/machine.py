@@ -54,6 +54,8 @@ KEXEC_TIMEOUT = 120.0
 #: The agent keeps at most this much of a command's output (GUEST_EXEC_MAX_OUTPUT in QEMU).
 MAX_OUTPUT = 16 << 20
 _CHUNK = 1 << 20
+#: Debugfs has this on the kernels up to 7.0, which hand over only what somebody has finalized.
+FINALIZE = "/sys/kernel/debug/kho/out/finalize"
 _AGENT_NAME = "org.qemu.guest_agent.0"
 _TEMPORARY = "khoscope-vm-"
 _CONSOLE_TAIL = 40
@@ -556,20 +558,26 @@ class Machine:
         return self.run(("cat", "/proc/cmdline"), check=True).stdout.split()
 
     def finalize(self) -> None:
-        """Finalizes KHO on a kernel that hands over only what it has finalized: up to 7.0.
+        """Finalizes KHO, on a kernel that hands over only what is finalized.
 
-        Such a kernel has the file below. Up to 6.18, nothing more can be preserved after it (EBUSY),
-        and an image that was loaded before it hands nothing over. A second call does nothing.
+        On 6.18, nothing can be preserved after that (EBUSY), and an image that was loaded before
+        that hands nothing over. A second call does nothing.
+
+        :raise CommandFailed: if a client of KHO, or KHO, refuses
         """
-        file = "/sys/kernel/debug/kho/out/finalize"
-        self.run(f"! test -e {file} || grep -q 1 {file} || echo 1 >{file}", check=True)
+        words = f"! test -e {FINALIZE} || grep -q 1 {FINALIZE} || echo 1 >{FINALIZE}"
+        self.run(words, check=True)
+
+    def must_finalize(self) -> bool:
+        """Does :meth:`finalize` do anything on this kernel?"""
+        return self.run(("test", "-e", FINALIZE)).returncode == 0
 
     def load_kexec(
         self, kernel: str | None = None, append: str = "", *, handover: bool = True
     ) -> None:
-        """Loads the next kernel with kexec_file_load, which hands over KHO's tree.
+        """Loads the next kernel with kexec_file_load, which hands over what KHO preserves.
 
-        This finalizes KHO first, where the kernel asks for that.
+        This finalizes KHO first.
 
         :param kernel: name of a kernel that this machine was made with; None for the running kernel
         :param append: more words for its command line

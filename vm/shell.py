@@ -15,7 +15,7 @@ import tty
 from collections.abc import Iterator
 
 from vm import kernel as kernels
-from vm.machine import GuestError, Machine, MachineError
+from vm.machine import FINALIZE, GuestError, Machine, MachineError
 
 
 def shell(kernel: kernels.Kernel | str, accel: str | None = None) -> None:
@@ -27,12 +27,13 @@ def shell(kernel: kernels.Kernel | str, accel: str | None = None) -> None:
     append = f"khoscope.shell={os.environ.get('TERM', 'dumb')},{size.lines},{size.columns}"
     with Machine(kernel, accel=accel, append=append) as machine:
         vmlinux = shlex.quote(str(machine.kernel.share / "vmlinux"))
+        first = f"echo 1 >{FINALIZE} && " if machine.must_finalize() else ""
         print(
             f"{machine.kernel.name} ({machine.kernel.release}) booted in"
             f" {machine.boot_seconds:.1f} s with {machine.accel}. From the host:\n"
             f"  khoscope --qemu {machine.qmp_socket} --vmlinux {vmlinux} tree\n"
             f"  drgn --qemu {machine.qmp_socket} -s {vmlinux}\n"
-            "Kexec in the guest: kexec -s -l /kernel/bzImage --reuse-cmdline && kexec -e\n"
+            f"Kexec in the guest: {first}kexec -s -l /kernel/bzImage --reuse-cmdline && kexec -e\n"
             "Ctrl-D ends the VM.",
             flush=True,
         )

@@ -167,8 +167,13 @@ class Abi:
 
     @property
     def page_size(self) -> int:
-        """``PAGE_SIZE``, bytes; also the size of every node."""
+        """``PAGE_SIZE``, bytes."""
         return 1 << self.page_shift
+
+    @property
+    def node_size(self) -> int:
+        """Bytes of a node of the tree: a page."""
+        return self.page_size
 
     @property
     def table_entries(self) -> int:
@@ -197,6 +202,11 @@ class Abi:
         drops the higher bits.
         """
         return self.bitmap_size_log2 + (self.tree_max_depth - 1) * self.table_size_log2
+
+    @property
+    def order_is_stored(self) -> bool:
+        """Whether the tree has a level for the order bit of order 0, the highest of all orders."""
+        return self.order_0_log2 < self.stored_bits
 
     @property
     def has_types(self) -> bool:
@@ -239,7 +249,8 @@ class Abi:
         :param phys: ``phys_addr_t`` of the block's first page.
         """
         key = 1 << (self.order_0_log2 - order) | phys >> (self.page_shift + order)
-        return key | (self.type_bit if page_type == KHO_PAGE_SPLIT else 0)
+        key |= self.type_bit if page_type == KHO_PAGE_SPLIT else 0
+        return key & (1 << self.stored_bits) - 1
 
     def kho_radix_encode_keys(self, phys: U64, order: int, page_type: int) -> U64:
         """:meth:`kho_radix_encode_key` for many addresses of one order and type."""

@@ -14,10 +14,12 @@ from ..facts.snapshot import Snapshot
 from ..facts.tree import KeySet, decode_leaves
 from .inplace import InPlace
 from .pattern import (
+    ORDER_LOST,
     describe,
     fits,
     is_contig,
     is_split,
+    lost_orders,
     lost_type,
     named,
     readable,
@@ -184,7 +186,7 @@ def in_scratch(facts: Snapshot, blocks: Blocks) -> Marked:
 
     def say(row: int) -> str:
         for address, size in facts.scratch.tolist():
-            if int(start[row]) < address + size and int(end[row]) > address:
+            if size and int(start[row]) < address + size and int(end[row]) > address:
                 return f"lies in the scratch area {address:#x}..{address + size:#x}"
         raise AssertionError("a marked block lies in an area")
 
@@ -193,6 +195,7 @@ def in_scratch(facts: Snapshot, blocks: Blocks) -> Marked:
 
 def _in_areas(areas: U64, start: U64, end: U64) -> NDArray[np.bool_]:
     """Which of the spans [start, end) share memory with an area; areas as Snapshot.scratch."""
+    areas = areas[areas[:, 1] > 0]
     areas = areas[np.argsort(areas[:, 0], kind="stable")]
     reach = np.maximum.accumulate(areas[:, 0] + np.minimum(areas[:, 1], ~areas[:, 0]))
     # Of the areas that begin before the span's end, take the one that reaches furthest.
@@ -213,12 +216,39 @@ def subtree_in_scratch(facts: Snapshot) -> Iterator[Message]:
         if not _in_areas(facts.scratch, *span)[0]:
             continue
         for address, size in facts.scratch.tolist():
-            if subtree.phys < address + size and subtree.phys + subtree.size > address:
+            if size and subtree.phys < address + size and subtree.phys + subtree.size > address:
                 yield Message(
                     f"the blob of subtree {subtree.name!r} ({subtree.size} bytes) lies in the "
                     f"scratch area {address:#x}..{address + size:#x}",
                     subtree.phys,
                 )
+
+
+@rule(
+    "metadata-in-scratch",
+    Severity.ERROR,
+    "kernel",
+    """
+    The next kernel boots in the scratch areas: it allocates memory there before it has read these
+    pages, which say what is preserved. Whatever it has put there by then, it takes for that: it
+    reserves other memory than was preserved, or crashes, a different one each time. Do not kexec
+    with this handover. If kfence is on, its pool may lie in scratch, and kernels up to 6.17.8 take
+    these pages from that pool: boot them with kfence.sample_interval=0.
+    """,
+    kernel="kho_memory_init kho_mem_retrieve",
+)
+def metadata_in_scratch(facts: Snapshot) -> Iterator[Message]:
+    """The kernel's own record of what is preserved lies in a scratch area."""
+    size = np.uint64(facts.abi.node_size)
+    count, first = 0, 2**64
+    for nodes in facts.outgoing.tree.nodes:
+        end = nodes.phys + np.minimum(size, ~nodes.phys)
+        hit = nodes.phys[_in_areas(facts.scratch, nodes.phys, end)]
+        if len(hit):
+            count, first = count + len(hit), min(first, int(hit.min()))
+    if count:
+        nodes_lie = "1 node lies" if count == 1 else f"{count:,} nodes lie"
+        yield Message(f"{nodes_lie} in scratch, the first at {first:#x}", first)
 
 
 @rule(
@@ -359,6 +389,7 @@ def overlap(facts: Snapshot, every: KeySet) -> Iterator[tuple[Blocks, Marked]]:
     regular = (every.leaves.key & ~np.uint64(abi.type_bit)) != 0
     regular &= orders != BAD_ORDER
     present = sorted(set(orders[regular].tolist()))
+    lost = set(orders[regular & lost_orders(facts, every.leaves)].tolist())
     for i in np.flatnonzero(regular).tolist():
         leaf = every.leaves[i : i + 1]
         larger = [order for order in present if order > orders[i]]
@@ -368,11 +399,16 @@ def overlap(facts: Snapshot, every: KeySet) -> Iterator[tuple[Blocks, Marked]]:
         hit = leaf.bitmap & np.packbits(covered, bitorder="little")
         if hit.any():
             blocks = decode_leaves(abi, Leaves(leaf.key, hit))
+            real = [order for order in larger if order not in lost]
+            inside = _covered(facts, every, int(leaf.key[0]), int(orders[i]), real)
+            bit = (blocks.key & np.uint64(abi.leaf_bits - 1)).astype(np.int64)
             yield (
                 blocks,
                 Marked(
                     np.ones(len(blocks), np.bool_),
                     lambda row: "lies inside a larger block that is preserved too",
+                    ORDER_LOST,
+                    np.ones(len(blocks), np.bool_) if inside is None else ~inside[bit],
                 ),
             )
 

@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from ..abi.keys import U64
 from ..facts.clients import Claims, Luo, OwnerKind
+from ..facts.columns import Leaves
+from ..facts.owners import shared
 from ..facts.snapshot import Snapshot
 from ..facts.tree import KeySet, Run
 from .kernel import misplaced
+from .pattern import ORDER_LOST, lost_orders
 from .rule import Message, Severity, rule
 
 #: Owners whose memory the next kernel looks for.  The blobs of subtrees are checked separately,
@@ -45,16 +49,18 @@ NEEDED = {
 def blob_not_preserved(facts: Snapshot, keys: KeySet) -> Iterator[Message]:
     """A subtree's blob, or memory that a client's structures lead to, is not wholly covered by
     preserved blocks."""
-    fdt = facts.outgoing.fdt
+    fdt, meant = facts.outgoing.fdt, _as_added(facts, keys)
     for subtree in fdt.subtrees:
         start, size = subtree.phys, subtree.size
         if start is None or not size or misplaced(facts, fdt, subtree):
             continue
         if not keys.covers(start, size):
             what = f"the blob of subtree {subtree.name!r} ({size:,} bytes)"
-            yield Message(f"{what} is not, or not wholly, preserved", start)
-    for owner, pages, first in _uncovered(facts, keys, NEEDED):
-        yield Message(f"{facts.outgoing.owners[owner].name}: {_not_preserved(pages)}", first)
+            cause = ORDER_LOST if meant.covers(start, size) else ""
+            yield Message(f"{what} is not, or not wholly, preserved", start, cause=cause)
+    for owner, pages, first, cause in _uncovered(facts, keys, NEEDED):
+        what = facts.outgoing.owners[owner].name
+        yield Message(f"{what}: {_not_preserved(pages)}", first, cause=cause)
 
 
 @rule(
@@ -75,11 +81,35 @@ def broken_vmalloc(facts: Snapshot, keys: KeySet) -> Iterator[Message]:
     for area in facts.outgoing.vmallocs:
         for problem in area.problems:
             yield Message(f"{area.name}: {problem}", area.phys)
-    for owner, pages, first in _uncovered(
+    for owner, pages, first, cause in _uncovered(
         facts, keys, {OwnerKind.VMALLOC_CHUNK, OwnerKind.VMALLOC_PAGE}
     ):
         whose = facts.outgoing.owners[owner]
-        yield Message(f"{whose.name}, {whose.kind}s: {_not_preserved(pages)}", first)
+        yield Message(f"{whose.name}, {whose.kind}s: {_not_preserved(pages)}", first, cause=cause)
+
+
+@rule(
+    "claimed-twice",
+    Severity.ERROR,
+    "clients",
+    """
+    Each of the two restores the memory. Whoever comes first takes the stamps off its pages. The
+    other one finds none: kho_restore_page() warns, which panics a kernel with panic_on_warn, and
+    the restore fails (a memfd cannot be retrieved, an area of vmalloc is NULL). To finish a session
+    whose files nobody has retrieved restores their memory, too, and frees it. In this kernel each
+    block has one mark for both: as soon as one of them unpreserves it, it is not preserved for the
+    other. Have one of the two give up its claim (unpreserve it, or close the session).
+    """,
+    kernel="kho_restore_page kho_restore_vmalloc memfd_luo_retrieve memfd_luo_finish",
+)
+def claimed_twice(facts: Snapshot, keys: KeySet) -> Iterator[Message]:
+    """Two owners lead to the same pages: each of them will restore these."""
+    for both in shared(facts.outgoing, facts.abi.page_shift):
+        if {both.one.kind, both.other.kind} == {OwnerKind.FDT, OwnerKind.SUBTREE}:
+            # bad-fdt speaks of it.
+            continue
+        pages = "page" if both.pages == 1 else f"{both.pages:,} pages"
+        yield Message(f"{both.one} and {both.other} lead to the same {pages}", both.phys)
 
 
 @rule(
@@ -125,9 +155,33 @@ def _not_preserved(pages: int) -> str:
     return "1 page is not preserved" if pages == 1 else f"{pages:,} pages are not preserved"
 
 
+def _as_added(facts: Snapshot, keys: KeySet) -> KeySet:
+    """The tree as it would be if it had kept the order bits of single pages."""
+    leaves = keys.leaves
+    lost = lost_orders(facts, leaves)
+    if not lost.any():
+        return keys
+    bit = np.uint64(1 << facts.abi.order_0_log2)
+    with_bits = Leaves(leaves.key[lost] | bit, leaves.bitmap[lost])
+    abi = replace(facts.abi, tree_max_depth=facts.abi.tree_max_depth + 1)
+    return KeySet(abi, [leaves[~lost], with_bits])
+
+
 def _uncovered(
     facts: Snapshot, keys: KeySet, kinds: set[OwnerKind]
-) -> Iterator[tuple[int, int, int]]:
+) -> Iterator[tuple[int, int, int, str]]:
+    """
+    Memory of the owners of some kinds that lies in no preserved block.
+
+    :return: owner, how many of its pages, the first one's address, and the rule that explains it.
+    """
+    meant = _as_added(facts, keys)
+    bare = {owner for owner, *_ in _bare(facts, meant, kinds)} if meant is not keys else None
+    for owner, pages, first in _bare(facts, keys, kinds):
+        yield owner, pages, first, "" if bare is None or owner in bare else ORDER_LOST
+
+
+def _bare(facts: Snapshot, keys: KeySet, kinds: set[OwnerKind]) -> Iterator[tuple[int, int, int]]:
     """
     Memory of the owners of some kinds that lies in no preserved block.
 

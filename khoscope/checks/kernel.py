@@ -64,6 +64,30 @@ def type_not_stored(abi: Abi) -> Iterator[Message]:
 
 
 @rule(
+    "order-not-stored",
+    Severity.ERROR,
+    "abi",
+    """
+    The tree has one level too few: kho_radix_add_page() drops the key bit that says order 0, and of
+    the key of a single page only the page's number is left. The walk of the next kernel takes the
+    highest bit of that number for the order. Instead of the page it reserves memory of another
+    order at another address, where mostly no RAM is, and writes a stamp into a struct page that
+    does not exist: expect a crash early in the boot. The page itself is not reserved, and is lost.
+    Do not kexec with this handover. Use a kernel with d64b0372760e (linux 7.1), or one whose pages
+    are not of 16 KiB.
+    """,
+    kernel="kho_radix_add_page kho_radix_walk_tree kho_radix_decode_key",
+)
+def order_not_stored(abi: Abi) -> Iterator[Message]:
+    """The tree has no level for the key bit that says order 0."""
+    if not abi.order_is_stored:
+        yield Message(
+            f"order 0 is key bit {abi.order_0_log2}, the tree stores bits "
+            f"{abi.stored_bits - 1}:0: each single page is handed over as another block"
+        )
+
+
+@rule(
     "abi-not-bumped",
     Severity.WARNING,
     "abi",

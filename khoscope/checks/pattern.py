@@ -9,11 +9,17 @@ itself.  The series makes this distinction by the second page's refcount.
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi.keys import KHO_PAGE_CONTIG, NO_TYPE, TYPE_NAMES, Abi, Restore
-from ..facts.columns import Blocks, Pages
+from ..abi.keys import KHO_PAGE_CONTIG, NO_TYPE, TYPE_NAMES, U64, Abi, Restore
+from ..facts.columns import Blocks, Leaves, Pages
+from ..facts.snapshot import Snapshot
+
+#: The rule whose finding explains all that is wrong with blocks of a lost order.
+ORDER_LOST: Final = "order-not-stored"
 
 
 def readable(pages: Pages) -> NDArray[np.bool_]:
@@ -73,6 +79,30 @@ def lost_type(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
         return np.zeros(len(blocks), np.bool_)
     pages = blocks.facts
     return (blocks.type == KHO_PAGE_CONTIG) & is_split(pages) & (tails(pages) > 0)
+
+
+def lost_order(facts: Snapshot, blocks: Blocks) -> NDArray[np.bool_]:
+    """
+    Blocks that are none: the tree dropped the order bit of single pages.
+
+    All that is left of the key of such a page is the page's number.  The keys of other blocks are
+    higher than the numbers of all pages in RAM, up to blocks of 32 GiB on machines with 8 TiB.
+    """
+    return _are_page_numbers(facts, blocks.key, 1)
+
+
+def lost_orders(facts: Snapshot, leaves: Leaves) -> NDArray[np.bool_]:
+    """Leaves with such blocks, and with no others."""
+    return _are_page_numbers(facts, leaves.key, facts.abi.leaf_bits)
+
+
+def _are_page_numbers(facts: Snapshot, keys: U64, count: int) -> NDArray[np.bool_]:
+    """Keys that begin so many numbers of pages, of which some lie in RAM; a lost order's."""
+    if facts.abi.order_is_stored or not len(facts.ram):
+        return np.zeros(len(keys), np.bool_)
+    shift = np.uint64(facts.abi.page_shift)
+    at = np.searchsorted(facts.ram[:, 0], (keys + np.uint64(count)) << shift).astype(np.int64) - 1
+    return (at >= 0) & (facts.ram[np.maximum(at, 0), 1] > keys << shift)
 
 
 def fits(pages: Pages, split: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -44,11 +44,13 @@ class Message:
 
     :param phys: the address, if there is one.
     :param explain: what will happen here, if the rule's own explanation is about other kernels too.
+    :param cause: the rule whose finding, if there is one, explains this one.
     """
 
     text: str
     phys: int | None = None
     explain: str = ""
+    cause: str = ""
 
 
 @dataclass(frozen=True)

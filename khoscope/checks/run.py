@@ -31,6 +31,7 @@ from . import next_kernel as _image_rules  # noqa: F401 - registers its rules
 from .clients import malformed
 from .evidence import Rows, all_gaps, gaps
 from .inplace import InPlace
+from .pattern import ORDER_LOST, lost_order
 from .rule import (
     EVERYTHING,
     RULES,
@@ -157,8 +158,13 @@ class Report:
     def add_messages(self, rule: Rule, messages: Iterable[Message]) -> None:
         for message in messages:
             self.counts[rule.name] += 1
-            if self._room(rule):
-                found = rule.finding(message.text, message.phys, explain=message.explain)
+            cause = message.cause if self.counts[message.cause] else ""
+            if cause:
+                self.follows.setdefault(cause, Counter())[rule.name] += 1
+            if self._room(rule, cause):
+                found = rule.finding(
+                    message.text, message.phys, explain=message.explain, follows=cause
+                )
                 self._keep(rule, [found])
 
     def add_marked(
@@ -281,8 +287,15 @@ def _check_blocks(facts: Snapshot, keys: Callable[[], KeySet], report: Report) -
     rows = Rows(facts, keys())
     for blocks in facts.outgoing.blocks:
         rows.add(blocks)
+        lost = lost_order(facts, blocks)
         for rule, find in rules:
-            report.add_marked(rule, blocks, find(facts, blocks))
+            marked = find(facts, blocks)
+            if lost.any():
+                theirs = marked.rows & lost
+                because = dataclasses.replace(marked, rows=theirs, cause=ORDER_LOST, follows=lost)
+                report.add_marked(rule, blocks, because)
+                marked = dataclasses.replace(marked, rows=marked.rows & ~lost)
+            report.add_marked(rule, blocks, marked)
     report.blocks = rows.count
     report.incomplete += rows.gaps()
 

@@ -162,6 +162,74 @@ def claimed(side: Side) -> list[tuple[Owner, int]]:
     return list(zip(side.owners, sizes.tolist(), strict=True))
 
 
+@dataclass(frozen=True)
+class Shared:
+    """
+    Memory that two owners lead to.
+
+    :param phys: ``phys_addr_t`` of the first byte.
+    :param pages: how many pages it has.
+    """
+
+    one: Owner
+    other: Owner
+    phys: int
+    pages: int
+
+
+def shared(side: Side, page_shift: int) -> list[Shared]:
+    """
+    What owners claim that somebody else claims, too, each pair of owners once, sorted by address.
+
+    If more than two claim the same, each of them is in a pair, but not with all others.  Areas of
+    vmalloc are left out: who maps memory does not lead the next kernel to it.
+    """
+    # An owner may be listed more than once.
+    number: dict[Owner, int] = {}
+    same = [number.setdefault(owner, i) for i, owner in enumerate(side.owners)]
+    leads = np.array([owner.kind != OwnerKind.VM_STRUCT for owner in side.owners], np.bool_)
+    every = Claims.concatenate(side.claims)
+    every = every[leads[every.owner] & (every.size > 0)]
+    start, end, owner = _united(every, np.array(same, np.int64)[every.owner])
+    by = np.argsort(start, kind="stable")
+    start, end, owner = start[by], end[by], owner[by]
+    # Of the claims that begin before another one, take the one that reaches furthest.
+    reach = np.maximum.accumulate(end)
+    furthest = np.maximum.accumulate(np.where(end == reach, np.arange(len(end)), 0))
+    late = np.flatnonzero(start[1:] < reach[:-1]) + 1
+    early = furthest[late - 1]
+    shift = np.uint64(page_shift)
+    last = np.minimum(end[late], reach[late - 1]) - np.uint64(1)
+    pages = (last >> shift) - (start[late] >> shift) + np.uint64(1)
+    pair = np.minimum(owner[early], owner[late]) << 32 | np.maximum(owner[early], owner[late])
+    pairs, first, where = np.unique(pair, return_index=True, return_inverse=True)
+    total = np.zeros(len(pairs), np.uint64)
+    np.add.at(total, where, pages)
+    found = zip(pairs.tolist(), start[late][first].tolist(), total.tolist(), strict=True)
+    return sorted(
+        (
+            Shared(side.owners[both >> 32], side.owners[both & (1 << 32) - 1], phys, count)
+            for both, phys, count in found
+        ),
+        key=lambda each: each.phys,
+    )
+
+
+def _united(claims: Claims, owner: NDArray[np.int64]) -> tuple[U64, U64, NDArray[np.int64]]:
+    """Start, end and owner of claims, sorted by owner; those of one owner are apart."""
+    by = np.lexsort((claims.phys, owner))
+    start, owner = claims.phys[by], owner[by]
+    # The claims of a corrupt structure may reach beyond all memory.
+    end = start + np.minimum(claims.size[by], ~start)
+    # The furthest end so far of this owner: the ends' ranks are higher for each next owner.
+    ends, rank = np.unique(end, return_inverse=True)
+    reach = np.maximum.accumulate(owner * len(end) + rank) - owner * len(end)
+    begins = np.ones(len(start), np.bool_)
+    begins[1:] = (owner[1:] != owner[:-1]) | (start[1:] > ends[reach[:-1]])
+    closes = np.append(begins[1:], np.ones(min(len(start), 1), np.bool_))
+    return start[begins], ends[reach[closes]], owner[begins]
+
+
 class ClaimsByOwner:
     """The memory of a side's owners, by owner."""
 

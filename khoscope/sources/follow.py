@@ -162,6 +162,8 @@ class ClientWalker:
         unknown = int(desc["flags"]) & ~sum(KHO_VMALLOC_FLAGS)
         if unknown:
             problems.append(f"flags {unknown:#x} are unknown: they are not restored")
+        # That of another area, if somebody has copied its descriptor: then both lead to it.
+        followed = first in self._followed
         chunks, entries = self._chunks(first, total >> order, problems)
         size = self.abi.page_size << order
         good = self.are_pages(entries, size)
@@ -186,7 +188,8 @@ class ClientWalker:
             problems,
         )
         self.vmallocs.append(area)
-        self.claim(replace(whose, kind=OwnerKind.VMALLOC_CHUNK), chunks, self.abi.page_size)
+        mine = replace(whose, kind=OwnerKind.VMALLOC_CHUNK)
+        self.claim(mine, first if followed else chunks, self.abi.page_size)
         self.claim(replace(whose, kind=OwnerKind.VMALLOC_PAGE), entries[good], size)
         return area, entries if good.all() else entries[: int(good.argmin())]
 

@@ -41,6 +41,21 @@ def test_shape_of_reference_counts(refs: str, shape: str) -> None:
     assert Piece.parse(_LINE % refs).shape == shape
 
 
+@pytest.mark.parametrize(
+    ("refs", "shape"),
+    [
+        ("[[1,1]]", "1"),
+        ("[[1,1],[0,4]]", "1/0"),
+        ("[[1,5]]", "1/1 compound"),
+        ("[[0,4],[1,1]]", "0x4 1 compound"),
+        ("[]", ""),
+    ],
+)
+def test_shape_of_compound_pages(refs: str, shape: str) -> None:
+    line = _LINE.replace('"compound":false', '"compound":true')
+    assert Piece.parse(line % refs).shape == shape
+
+
 def test_ranges_of_a_piece() -> None:
     piece = Piece.parse(_LINE % "[[1,5]]")
     assert piece.ranges == ((0x1E88000, 0x1E8D000),)
