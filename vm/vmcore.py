@@ -165,9 +165,7 @@ def write(
     at += len(notes)
     for load in loads:
         segments.append(
-            _SEGMENT.pack(
-                _PT_LOAD, 0, at, load.virtual, load.physical, load.size, load.size, 0
-            )
+            _SEGMENT.pack(_PT_LOAD, 0, at, load.virtual, load.physical, load.size, load.size, 0)
         )
         at += load.size
     sizes = (_HEADER.size, _SEGMENT.size, count, 0, 0, 0)
