@@ -43,7 +43,7 @@ def __getattr__(name: str) -> "Any":
 
     if name == "btf":
         return import_module(".sources.btf", __name__)
-    if not {"kho", "luo"}.isdisjoint(name.split("_")) or name == "KhoBlock":
+    if not {"kho", "khoser", "luo"}.isdisjoint(name.split("_")) or name == "KhoBlock":
         helpers = import_module(".helpers", __name__)
         if name in helpers.__all__:
             return getattr(helpers, name)

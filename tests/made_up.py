@@ -22,9 +22,11 @@ from drgn import (
     TypeKind,
     TypeKindSet,
     TypeMember,
+    TypeParameter,
     sizeof,
 )
 
+from khoscope.helpers import kexec_handover as helpers_module
 from khoscope.sources import kernel as kernel_module
 from khoscope.sources import luo as luo_module
 from khoscope.sources import probe as probe_module
@@ -38,7 +40,7 @@ VMEMMAP = 0xFFFF_EA00_0000_0000
 RAM = 1 << 26
 
 #: Structures by name, members in their order: packed as C would.
-_STRUCTS: dict[str, str] = {
+STRUCTS: dict[str, str] = {
     "list_head": "list_head *next; list_head *prev",
     "resource": "u64 start; u64 end; u64 flags; resource *sibling; resource *child",
     "kho_radix_node": "u64 table[512]",
@@ -56,8 +58,11 @@ _STRUCTS: dict[str, str] = {
     "zone": "free_area free_area[11]",
     "kho_page_info": "u32 order; u32 magic",
     "atomic": "s32 counter",
-    "page": "u64 flags; u64 compound_info; list_head lru; u64 private; u32 page_type;"
+    # Of compound_info and lru, one is in the other in real kernels.
+    "page": "u64 flags; u64 compound_info; list_head lru; u64 mapping; u64 private; u32 page_type;"
     " atomic _refcount; u64 rest",
+    "folio": "u64 flags; u64 more[3]; u64 mapping; u64 private; u32 _mapcount; atomic _refcount;"
+    " u64 rest; u64 _flags_1",
     "luo_state": "u64 enabled; u64 liveupdate_num",
     "liveupdate_file_handler": "char compatible[48]; list_head list",
     "kho_block_set": "u64 head_pa",
@@ -75,7 +80,10 @@ _STRUCTS: dict[str, str] = {
     "liveupdate_flb": "char compatible[48]; flb_private private",
     "vm_struct": "void *caller; u32 nr_pages; u64 size; void *pages",
     "vmap_area": "list_head list; vm_struct *vm",
+    "mem_section_usage": "u64 rcu[2]; u64 subsection_map[1]",
+    "mem_section": "u64 section_mem_map; mem_section_usage *usage",
     "pglist_data": "u64 node_start_pfn; u64 node_spanned_pages",
+    "nodemask": "u64 bits[1]",
     "dev_info": "char subsystem[16]; char device[48]",
     "printk_info": "u64 seq; u64 ts_nsec; u16 text_len; u8 facility; u8 flags; u32 level;"
     " u32 caller_id; dev_info dev_info",
@@ -105,13 +113,19 @@ _VARIABLES: dict[str, str] = {
     "luo_session_global": "luo_session_global",
     "luo_flb_global": "luo_flb_global",
     "vmap_area_list": "list_head",
+    "mem_section": "mem_section **",
+    "node_data": "pglist_data *[4]",
+    "node_states": "nodemask[2]",
+    "nr_node_ids": "u32",
     "prb": "printk_ringbuffer *",
 }
-_CONSTANTS = {"PAGE_SHIFT": 12, "PAGE_SIZE": 4096, "LOG_CONT": 8}
+_CONSTANTS = {"PAGE_SHIFT": 12, "PAGE_SIZE": 4096, "LOG_CONT": 8, "SECTION_SIZE_BITS": 27}
 _ENUMS: dict[str, dict[str, int]] = {
     "pageflags": {"PG_locked": 0, "PG_head": 6, "__NR_PAGEFLAGS": 7},
     "pagetype": {"PGTY_buddy": 0xF0, "PGTY_mapcount_underflow": 0xFF},
     "kho_radix_consts": {},
+    "section_flags": {"SECTION_IS_ONLINE_BIT": 2},
+    "node_states": {"N_POSSIBLE": 0, "N_ONLINE": 1},
     "desc_state": {"desc_committed": 1, "desc_finalized": 2},
 }
 #: Room for each variable.
@@ -126,12 +140,14 @@ class MadeUp:
     :param lacks: variables and structures that its debug info does not have.
     :param members: of structures, as above, where they are others.
     :param faults: virtual addresses of pages, and names of variables, that cannot be read.
+    :param functions: how many parameters each function has.
     """
 
     lacks: set[str] = field(default_factory=set)
     members: dict[str, str] = field(default_factory=dict)
     memory: Memory = field(default_factory=lambda: Memory(PLAIN, RAM, RAM // 2))
     faults: set[str | int] = field(default_factory=set)
+    functions: dict[str, int] = field(default_factory=dict)
     platform: Platform = field(default_factory=lambda: Platform(Architecture.X86_64))
 
     def __post_init__(self) -> None:
@@ -155,6 +171,8 @@ class MadeUp:
         self.set("sysctl_bootid", 1, 1)
         self.set("saved_command_line", self.new(b"kho=on\0"))
         self.ram((0, RAM))
+        self.sections({0: 2**64 - 1})
+        self.nodes((0, RAM))
         for name in ("luo_file_handler_list", "luo_flb_global", "vmap_area_list"):
             self.link(self.address(name))
         sessions = self.address("luo_session_global")
@@ -205,6 +223,33 @@ class MadeUp:
             raw = [start, end - 1, 0x0100_0200, following, 0]
             following = self.new(b"".join(v.to_bytes(8, "little") for v in raw))
         self.set("iomem_resource", 0, 2**64 - 1, 0, 0, following)
+
+    def sections(self, maps: dict[int, int], offline: tuple[int, ...] = ()) -> None:
+        """
+        ``mem_section``: the map of subsections of each section, and which of them are offline.
+        """
+        found: dict[int, bytearray] = {}
+        for number, bits in maps.items():
+            usage = self.new(bytes(16) + bits.to_bytes(8, "little"))
+            flags = 0b1011 if number in offline else 0b1111
+            raw = found.setdefault(number // 256, bytearray(4096))
+            at = number % 256 * 16
+            raw[at : at + 16] = flags.to_bytes(8, "little") + usage.to_bytes(8, "little")
+        roots = [0] * (max(found, default=0) + 1)
+        for root, raw in found.items():
+            roots[root] = self.new(bytes(raw))
+        self.set("mem_section", self.new(b"".join(v.to_bytes(8, "little") for v in roots)))
+
+    def nodes(self, *spans: tuple[int, int]) -> None:
+        """NUMA nodes; an empty span: one without memory."""
+        made = [self.new(b"".join(v.to_bytes(8, "little") for v in self._pages(*s))) for s in spans]
+        self.set("node_data", *made)
+        self.set("node_states", 0, (1 << len(spans)) - 1)
+        self.set("nr_node_ids", len(spans))
+
+    @staticmethod
+    def _pages(start: int, end: int) -> tuple[int, int]:
+        return start >> 12, end - start >> 12
 
     def areas(self, *areas: tuple[int, int]) -> None:
         """Scratch areas."""
@@ -267,12 +312,17 @@ class MadeUp:
             """As in "u64", "u64[4]" and "list_head *"."""
             name, _, length = text.partition("[")
             if length:
-                return prog.array_type(known[name], int(length[:-1]))
-            return prog.pointer_type(known[name[:-2]]) if name.endswith(" *") else known[name]
+                return prog.array_type(found(name), int(length[:-1]))
+            if name.endswith("*"):
+                return prog.pointer_type(found(name[:-1].rstrip()))
+            return known[name]
 
-        for name, text in {**_STRUCTS, **self.members}.items():
+        structs = {**STRUCTS, **self.members}
+
+        def make(name: str) -> Type:
+            """A structure, after those that are members of it."""
             members, at = [], 0
-            for each in text.split(";"):
+            for each in structs[name].split(";"):
                 kind, _, member = each.strip().partition(" ")
                 if member.startswith("*"):
                     # What it points to may not have been made yet.
@@ -282,13 +332,19 @@ class MadeUp:
                     at += 8
                     continue
                 member, _, length = member.partition("[")
+                if kind not in known:
+                    known[kind] = make(kind)
                 align = _alignment(known[kind])
                 at = -(-at // align) * align
                 whole = found(f"{kind}[{length}" if length else kind)
                 members.append(TypeMember(whole, member, 8 * at))
                 at += sizeof(whole)
-            make = prog.union_type if name == "kho_page_info" else prog.struct_type
-            known[name] = make(name, -(-at // 8) * 8 if at > 8 else at, tuple(members))
+            kind_of = prog.union_type if name == "kho_page_info" else prog.struct_type
+            return kind_of(name, -(-at // 8) * 8 if at > 8 else at, tuple(members))
+
+        for name in structs:
+            if name not in known:
+                known[name] = make(name)
         for name, values in _ENUMS.items():
             listed = tuple(TypeEnumerator(*each) for each in values.items())
             known[name] = prog.enum_type(name, known["u32"], listed)
@@ -311,6 +367,9 @@ class MadeUp:
             return Object(prog, self._types["u64"], constants[name])
         if name == "vmemmap":
             return Object(prog, prog.pointer_type(self._types["page"]), VMEMMAP)
+        if name in self.functions:
+            parameters = (TypeParameter(self._types["u64"]),) * self.functions[name]
+            return Object(prog, prog.function_type(prog.void_type(), parameters), address=DATA)
         if name in self._variables:
             return Object(prog, self._variables[name], address=self.address(name))
         return None
@@ -333,14 +392,27 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def virt_to_phys(pointer: Object) -> Object:
         return Object(pointer.prog_, "unsigned long", pointer.value_() - DIRECT_MAP)
 
+    def follow_phys(mm: Object, address: int) -> Object:
+        return Object(mm.prog_, "unsigned long", address - DATA)
+
+    def page_to_phys(page: Object) -> Object:
+        pfn = (page.value_() - VMEMMAP) // sizeof(page.type_.type)
+        return Object(page.prog_, "unsigned long", pfn << 12)
+
     def phys_to_virt(prog: Program, address: int) -> Object:
         return Object(prog, "unsigned long", DIRECT_MAP + address)
 
     with monkeypatch.context() as patch:
         patch.setattr(kernel_module, "virt_to_phys", virt_to_phys)
         patch.setattr(luo_module, "virt_to_phys", virt_to_phys)
+        patch.setattr(kernel_module, "follow_phys", follow_phys)
+        patch.setattr(kernel_module, "page_to_phys", page_to_phys)
         patch.setattr(probe_module, "phys_to_virt", phys_to_virt)
+        patch.setattr(helpers_module, "phys_to_virt", phys_to_virt)
+        patch.setattr(helpers_module, "virt_to_phys", virt_to_phys)
         yield
 
 
 BIG_ENDIAN = Platform(Architecture.X86_64, PlatformFlags.IS_64_BIT)
+
+BITS_32 = Platform(Architecture.ARM, PlatformFlags.IS_LITTLE_ENDIAN)

@@ -7,6 +7,7 @@ Real kernels are what khoscope is shown on (tests/vm).  This is for what no kern
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -32,6 +33,7 @@ from khoscope.facts.snapshot import (
     Handover,
     Kernel,
     KexecImage,
+    Node,
     Provenance,
     Scan,
     Side,
@@ -157,6 +159,7 @@ class Block:
     compound: int = Pages.NOT_COMPOUND
     page_type: int = 0xFFFFFFFF
     unread: int = 0
+    pristine: int = 0
     key: int | None = None
 
     @classmethod
@@ -276,12 +279,15 @@ def snapshot(
     fdt: Fdt | None = None,
     state: TreeState | None = None,
     ram: Iterable[tuple[int, int]] = ((0, 1 << 32),),
+    offline: Iterable[tuple[int, int]] = (),
+    borders: Iterable[int] = (),
 ) -> Snapshot:
     """
     A snapshot built by hand.
 
     :param watched: the earlier snapshot and what became of its blocks.
     :param evidence: the blocks of the earlier tree's leaves as they are now; None: all of them.
+    :param borders: where a NUMA node ends and the next one begins.
     """
     out = columns(abi, blocks)
     tree = tree_of(abi, out)
@@ -321,7 +327,17 @@ def snapshot(
         list(filter(len, [columns(watched[0].abi, watched[1])])) if watched else [],
         left,
         image=KexecImage(True, True, found.phys, 1 << 20),
+        offline=np.array(list(offline), np.uint64).reshape(-1, 2),
+        nodes=numa_nodes(areas, borders),
     )
+
+
+def numa_nodes(ram: U64, borders: Iterable[int]) -> list[Node]:
+    """NUMA nodes that have all of RAM, and meet at the borders."""
+    if not len(ram):
+        return []
+    edges = [int(ram[0, 0]), *borders, int(ram[-1, 1])]
+    return [Node(i, *span) for i, span in enumerate(itertools.pairwise(edges))]
 
 
 def some_blocks() -> list[Block]:

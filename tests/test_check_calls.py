@@ -12,7 +12,7 @@ import pytest
 
 from khoscope.abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
 from khoscope.checks import BatchFindings, Finding, Report, check_batch, end_trace, run, start_trace
-from khoscope.checks.rule import TRACE, of_scopes
+from khoscope.checks.rule import RULES, TRACE, of_scopes
 from khoscope.facts.calls import BIT_CLEAR, BIT_SET, BIT_UNKNOWN, Action, Batch, Calls, Losses
 from khoscope.facts.columns import Pages
 from tests.synthetic import (
@@ -30,6 +30,7 @@ from tests.test_checks import Fires, assert_fires, assert_silent
 
 CONTIG, SPLIT = KHO_PAGE_CONTIG, KHO_PAGE_SPLIT
 AT = 0x40000
+TAIL = Pages.COMPOUND_TAIL
 
 
 def split(order: int, kind: int = SPLIT, **more: int) -> Block:
@@ -40,8 +41,9 @@ def contig(order: int, kind: int = CONTIG, **more: int) -> Block:
     return Block(AT, order, kind, **more)
 
 
-def folio(order: int) -> Block:
-    return contig(order, compound=order)
+def folio(order: int, **more: int) -> Block:
+    """A single page is a folio, and no compound page."""
+    return contig(order, compound=order if order else Pages.NOT_COMPOUND, **more)
 
 
 def add(block: Block, before: int = BIT_CLEAR, ret: int = 0) -> Touch:
@@ -61,6 +63,11 @@ def pages_restored(block: Block, asked: int | None = None, was: Block | None = N
 def folio_restored(block: Block, ret: int = 0x1000, was: Block | None = None) -> Touch:
     """``kho_restore_folio``."""
     return Touch(block, Action.RESTORE, ret, as_folio=True, was=was)
+
+
+def preserved_as_pages(block: Block, ret: int = 0) -> Touch:
+    """``kho_preserve_pages``, which asks for an order of its own."""
+    return replace(add(block, BIT_CLEAR), asked=block.order, ret=ret)
 
 
 def stamped(block: Block) -> Block:
@@ -86,11 +93,36 @@ def trace(
     return report
 
 
-def calling(name: str, ret: int = 0, **more: object) -> Callable[[], Report]:
-    return lambda: trace(FIXED, calls=[call_of(name, ret, **more)])  # type: ignore[arg-type]
+def calling(
+    name: str, ret: int = 0, borders: Iterable[int] = (), **more: object
+) -> Callable[[], Report]:
+    call = call_of(name, ret, **more)  # type: ignore[arg-type]
+    return lambda: trace(FIXED, calls=[call], borders=borders)
+
+
+# A block of order 3, of which each half is in another node
+
+BORDER = AT + 0x4000
+
+
+def preserving(phys: int, pages: int, ret: int = 0, borders: Iterable[int] = (BORDER,)) -> Report:
+    call = call_of("kho_preserve_pages", ret, phys=phys, pages=pages)
+    return trace(PLAIN, calls=[call], borders=borders)
+
+
+def half(second: bool = False) -> Block:
+    return replace(split(2), phys=BORDER if second else AT)
 
 
 FIRES: dict[str, list[Fires]] = {
+    "cut-at-node": [
+        Fires(lambda: preserving(AT, 8), AT),
+        Fires(lambda: preserving(AT - 0x1000, 20), AT - 0x1000),
+        # A small part of the memory is in another node.
+        Fires(lambda: preserving(AT, 8, borders=[AT + 0x7000]), AT),
+        # Two borders, one finding for the call.
+        Fires(lambda: preserving(AT, 16, borders=[BORDER, AT + 0xC000]), AT),
+    ],
     "preserved-twice": [
         Fires(lambda: trace(FIXED, add(contig(2), BIT_SET)), AT, 2),
         Fires(lambda: trace(PLAIN, add(split(2), BIT_SET)), AT, 2),
@@ -122,6 +154,14 @@ FIRES: dict[str, list[Fires]] = {
         # Two unsplit blocks that became one come back wrong everywhere.
         Fires(lambda: trace(FIXED, pages_restored(contig(3), was=contig(3, ones=1, odd=4))), AT, 3),
     ],
+    "wrong-preserve-call": [
+        Fires(lambda: trace(FIXED, preserved_as_pages(folio(2))), AT, 2),
+        Fires(lambda: trace(PLAIN, preserved_as_pages(folio(4))), AT, 4),
+        # Two pages of it, and more than it.
+        Fires(lambda: trace(PLAIN, preserved_as_pages(contig(1, compound=3))), AT, 1),
+        Fires(lambda: trace(PLAIN, preserved_as_pages(contig(3, compound=2))), AT, 3),
+        Fires(lambda: trace(PLAIN, preserved_as_pages(contig(0, compound=TAIL))), AT, 0),
+    ],
     "wrong-restore-call": [
         Fires(lambda: trace(FIXED, folio_restored(stamped(split(2)), ret=0)), AT, 2),
         Fires(lambda: trace(FIXED, folio_restored(replace(folio(2), type=SPLIT))), AT, 2),
@@ -150,6 +190,17 @@ FIRES: dict[str, list[Fires]] = {
 }
 
 SILENT: dict[str, list[Callable[[], Report]]] = {
+    "cut-at-node": [
+        lambda: preserving(AT, 8, borders=[]),
+        lambda: preserving(AT, 8, borders=[AT, AT + 0x8000]),
+        # Restore's steps end at the border.
+        lambda: preserving(AT, 7),
+        lambda: preserving(AT + 0x1000, 7),
+        lambda: preserving(AT, 8, ret=-12),
+        # Each page is restored by itself; where the memory is, the arguments do not say.
+        calling("kho_preserve_vmalloc", pages=8, borders=[BORDER]),
+        calling("kho_unpreserve_pages", phys=AT, pages=8, borders=[BORDER]),
+    ],
     "preserved-twice": [
         lambda: trace(FIXED, add(contig(2))),
         lambda: trace(FIXED, add(contig(2), BIT_UNKNOWN)),
@@ -205,6 +256,18 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
         # A kernel address is negative as an i64; void returns nothing.
         calling("kho_restore_pages", -(1 << 46), phys=AT, pages=16),
         calling("kho_unpreserve_pages", 0, phys=AT, pages=16),
+    ],
+    "wrong-preserve-call": [
+        # By kho_preserve_folio().
+        lambda: trace(FIXED, add(folio(2))),
+        lambda: trace(FIXED, preserved_as_pages(contig(2)), preserved_as_pages(split(2))),
+        lambda: trace(FIXED, preserved_as_pages(folio(0))),
+        # It is not preserved.
+        lambda: trace(FIXED, preserved_as_pages(folio(2), ret=-34)),
+        lambda: trace(FIXED, delete(folio(2), BIT_SET)),
+        lambda: trace(FIXED, preserved_as_pages(folio(2, unread=4))),
+        # wrong-restore-call speaks of that.
+        lambda: trace(PLAIN, pages_restored(folio(2))),
     ],
     "events-lost": [
         lambda: trace(FIXED),
@@ -288,6 +351,49 @@ def test_wrong_refcounts_says_what_was_expected(abi: Abi, touch: Touch, wanted: 
 )
 def test_wrong_restore_call_says_the_most_that_is_known(touch: Touch, wanted: str) -> None:
     assert messages(trace(FIXED, touch), "wrong-restore-call") == [wanted]
+
+
+def test_what_preserving_has_cut() -> None:
+    assert messages(preserving(AT, 16, borders=[BORDER, AT + 0xD000]), "cut-at-node") == [
+        f"kho_preserve_pages() of 16 pages has cut them at the border of nodes 0 and 1 "
+        f"({BORDER:#x}): kho_restore_pages() will skip 12 pages"
+    ]
+
+
+def test_a_restore_that_the_kernel_gets_wrong() -> None:
+    """The stamp is smaller than the step, and the client is not at fault."""
+    step = pages_restored(half(), asked=3)
+    (found,) = trace(PLAIN, step, borders=[BORDER]).findings
+    assert (found.rule, found.phys, found.order) == ("wrong-restore-call", AT, 2)
+    assert found.message == (
+        "kho_restore_pages() stepped over 4 pages, which kho_preserve_pages() had cut off at the "
+        f"border of nodes 0 and 1 ({BORDER:#x})"
+    )
+    assert "The kernel is wrong here, and not the client" in found.explain
+    # Who knows of no border, or of another one, has to take it for the client's.
+    for borders in ([], [BORDER - 0x1000], [BORDER + 0x4000]):
+        (found,) = trace(PLAIN, step, borders=borders).findings
+        assert "asked for order 3, the stamp is of order 2" in found.message
+        assert found.explain == RULES["wrong-restore-call"].explain
+
+
+def test_a_restore_that_goes_by_stamps() -> None:
+    """A kernel that does not step over the second part, and one step of two calls."""
+    first, second = pages_restored(half(), asked=3), pages_restored(half(second=True))
+    assert trace(PLAIN, first, second, borders=[BORDER]).findings == []
+    (found,) = trace(PLAIN, first, replace(second, call=2), borders=[BORDER]).findings
+    assert (found.rule, found.phys) == ("wrong-restore-call", AT)
+    further = replace(second, block=replace(second.block, phys=BORDER + 0x4000))
+    (found,) = trace(PLAIN, first, further, borders=[BORDER]).findings
+    assert (found.rule, found.phys) == ("wrong-restore-call", AT)
+
+
+def test_a_folio_at_a_border_is_the_clients() -> None:
+    step = pages_restored(half(), asked=3, was=folio(2))
+    report = trace(PLAIN, step, borders=[BORDER])
+    (found,) = (f for f in report.findings if f.rule == "wrong-restore-call")
+    assert found.message == "was a folio of order 2, restored as pages"
+    assert found.explain == RULES["wrong-restore-call"].explain
 
 
 def test_tree_keys_are_said_with_their_type() -> None:

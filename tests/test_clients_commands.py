@@ -112,6 +112,33 @@ def test_luo_as_text(facts: Snapshot, ask: Callable[..., str]) -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
+@pytest.mark.parametrize(
+    ("live", "retrieved", "words"),
+    [
+        (False, None, "session vm: 1 file, 72 KiB, not looked at by the kernel yet\n"),
+        (True, None, "session vm: 1 file, 72 KiB, given up by the kernel\n"),
+        (True, False, "session vm: 1 file, 72 KiB\n"),
+        (True, True, "session vm: 1 file, 72 KiB, retrieved\n"),
+    ],
+)
+def test_what_the_kernel_has_made_of_a_session(
+    facts: Snapshot, ask: Callable[..., str], live: bool, retrieved: bool | None, words: str
+) -> None:
+    luo = facts.outgoing.luo
+    assert luo is not None
+    sessions = [replace(each, retrieved=retrieved) for each in luo.sessions]
+    luo = replace(luo, live=live, sessions=sessions)
+    assert words in ask(replace(facts, outgoing=replace(facts.outgoing, luo=luo)), "luo")
+
+
+def test_luo_that_an_fdt_leads_to(facts: Snapshot, ask: Callable[..., str]) -> None:
+    luo = facts.outgoing.luo
+    assert luo is not None
+    old = replace(luo, compatible="luo-v1")
+    text = ask(replace(facts, outgoing=replace(facts.outgoing, luo=old)), "luo")
+    assert "outgoing: luo-v1, live update 3, 1 session, FDT at 0x1000" in text
+
+
 def test_luo_as_json(facts: Snapshot, ask: Callable[..., str]) -> None:
     document = json.loads(ask(facts, "luo", "--json"))
     assert document["schema"] == "khoscope.luo/1"

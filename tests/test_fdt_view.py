@@ -254,6 +254,21 @@ def test_luo() -> None:
     assert "sessions_pa       0x5000\n" in text
 
 
+def test_luo_that_is_an_fdt() -> None:
+    nodes = [
+        node("luo-session", {"luo-session-header": u64(0x50000)}),
+        node("luo-flb", {"luo-flb-header": bytes(4)}),
+    ]
+    root = node("", {"compatible": b"luo-v1\0", "liveupdate-number": u64(3)}, *nodes)
+    facts = facts_of({"LUO": fdt(root)})
+    found = only(facts)
+    assert found.kind == BlobKind.FDT
+    assert found.problems == ["property '/luo-flb/luo-flb-header' has 4 bytes, not 8"]
+    text = text_of(facts, [found])
+    assert "liveupdate-number = [03 00 00 00 00 00 00 00]; /* 3 */" in text
+    assert "luo-session-header = [00 00 05 00 00 00 00 00]; /* 0x50000 */" in text
+
+
 def test_memblock() -> None:
     facts = facts_of({"memblock": MEMBLOCK})
     text = text_of(facts, [only(facts)])

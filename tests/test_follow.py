@@ -18,7 +18,12 @@ from khoscope.abi.serialized import (
     KHO_MAX_BLOCKS,
     KHO_VMALLOC,
     LUO_FILE_SER,
+    MEMFD_COMPATIBLE,
     MEMFD_LUO_SER,
+    MEMFD_LUO_SER_V1,
+    MEMFD_V1,
+    MEMFDS,
+    Array,
 )
 from khoscope.facts import store
 from khoscope.facts.clients import Claims, Luo, Memfd, Owner, OwnerKind
@@ -111,7 +116,21 @@ class Machine:
                 self.words(made[-2], made[-1])
         return made
 
-    def memfd(self, folios: list[tuple[int, int]], size: int, nr: int | None = None) -> int:
+    def array(self, of: Array, entries: list[bytes]) -> int:
+        """A list of luo-v1; its header counts the entries if they fit."""
+        made = [self.page() for _ in range(of.pages)]
+        raw = b"".join([u64(len(entries))[: of.header], *entries])
+        for number, at in enumerate(made):
+            self.write(at, raw[number * self.abi.page_size :][: self.abi.page_size])
+        return made[0]
+
+    def memfd(
+        self,
+        folios: list[tuple[int, int]],
+        size: int,
+        nr: int | None = None,
+        handler: str = MEMFD_COMPATIBLE,
+    ) -> int:
         """
         A ``struct memfd_luo_ser``.
 
@@ -125,7 +144,8 @@ class Machine:
         number = len(folios) if nr is None else nr
         ser = self.page()
         desc = (first, len(listed), 1, 0)
-        self.write(ser, self.record(MEMFD_LUO_SER, 5, size, 0, 0, number, desc))
+        seals = (0, 0) if handler == MEMFD_COMPATIBLE else ()
+        self.write(ser, self.record(MEMFDS[handler], 5, size, *seals, number, desc))
         return ser
 
 
@@ -649,6 +669,33 @@ def test_list_of_huge_pages() -> None:
     assert data == [(DATA + 1024 * PAGE, DATA + 1224 * PAGE)]
     # As much as is wanted of it.
     assert machine.bytes_read == MEMFD_LUO_SER.itemsize + PAGE + 200 * 16
+
+
+def test_memfd_v1() -> None:
+    """It has no room for seals, so all else lies in front of where it is in memfd-v2."""
+    machine = Machine()
+    ser = machine.memfd([(PFN, 0), (PFN + 8, 1)], PAGE + 1, handler=MEMFD_V1)
+    following = machine.following()
+    found = following.memfd(ser, SOMEBODY, MEMFD_V1)
+    assert isinstance(found, Memfd)
+    assert (found.pos, found.size, found.seals, found.flags) == (5, PAGE + 1, 0, 0)
+    assert (found.nr_folios, found.pages, found.problems) == (2, 2, [])
+    assert found.folios is not None
+    assert (found.folios.phys, found.folios.problems) == (ser + 24, [])
+    assert claimed(following, OwnerKind.FILE) == [(ser, ser + MEMFD_LUO_SER_V1.itemsize)]
+    assert len(claimed(following, OwnerKind.MEMFD)) == 2
+    holds(following)
+    # Whoever takes one for the other finds something wrong.
+    other = machine.following().memfd(ser, SOMEBODY)
+    assert isinstance(other, Memfd)
+    assert other.problems
+
+
+def test_memfd_v1_that_is_empty() -> None:
+    machine = Machine()
+    found = machine.following().memfd(machine.memfd([], 0, handler=MEMFD_V1), SOMEBODY, MEMFD_V1)
+    assert isinstance(found, Memfd)
+    assert (found.size, found.folios, found.pages, found.problems) == (0, None, 0, [])
 
 
 @pytest.mark.parametrize("at", [0, 8, END, DATA + 8, 2**64 - 1, 2**63])

@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 
 from khoscope.abi.serialized import (
     LUO_FILE_SER,
+    LUO_FILES,
     LUO_FLB_HEADER_SER,
     LUO_FLB_SER,
     LUO_SESSION_SER,
+    LUO_SESSIONS,
     MEMFD_COMPATIBLE,
+    MEMFD_V1,
 )
 from khoscope.facts import budget, store
 from khoscope.facts.clients import Flb, Luo, LuoFile, LuoSession, Memfd, OwnerKind
@@ -27,6 +30,7 @@ from tests.test_follow import (
     END,
     PAGE,
     PFN,
+    RAM,
     WORDS,
     Machine,
     bound,
@@ -52,15 +56,17 @@ class Handed:
     """
     A machine with what LUO hands over: sessions with a memfd of a page each.
 
-    :param files: ``phys_addr_t`` of each session's first block.
+    :param head: ``phys_addr_t`` of the sessions' first block, or of their array.
+    :param files: of each session's first block, or of its array.
     """
 
     machine: Machine
     head: int
     files: list[int]
+    arrays: bool = False
 
 
-def handed_over(*files: int) -> Handed:
+def handed_over(*files: int, arrays: bool = False, handler: str = MEMFD_COMPATIBLE) -> Handed:
     """:param files: how many each session has."""
     machine = Machine()
     sessions: list[bytes] = []
@@ -69,11 +75,16 @@ def handed_over(*files: int) -> Handed:
     for number, count in enumerate(files):
         entries = []
         for token in range(count):
-            entries.append(file_ser(machine.memfd([(PFN + 2 * memfds, 0)], PAGE), token))
+            ser = machine.memfd([(PFN + 2 * memfds, 0)], PAGE, handler=handler)
+            entries.append(file_ser(ser, token, handler.encode()))
             memfds += 1
-        blocks = machine.blocks(LUO_FILE_SER, entries)
-        heads.append(blocks[0] if blocks else 0)
+        if arrays:
+            heads.append(machine.array(LUO_FILES, entries) if entries else 0)
+        else:
+            heads.append(next(iter(machine.blocks(LUO_FILE_SER, entries)), 0))
         sessions.append(session_ser(b"session %d" % number, heads[-1], count))
+    if arrays:
+        return Handed(machine, machine.array(LUO_SESSIONS, sessions), heads, True)
     blocks = machine.blocks(LUO_SESSION_SER, sessions)
     return Handed(machine, blocks[0] if blocks else 0, heads)
 
@@ -81,15 +92,17 @@ def handed_over(*files: int) -> Handed:
 def read(handed: Handed, kept: int = budget.ENTRIES) -> tuple[list[LuoSession], list[str]]:
     """The sessions, and what is wrong with the list of them."""
     following = handed.machine.following()
-    serialized = Serialized(following, _left=kept)
+    serialized = Serialized(following, arrays=handed.arrays, _left=kept)
     sessions = serialized.sessions(handed.head)
-    holds(following, Luo(DATA, "luo-v5", 1, False, sessions, problems=serialized.problems))
+    abi = "luo-v1" if handed.arrays else "luo-v5"
+    holds(following, Luo(DATA, abi, 1, False, sessions, problems=serialized.problems))
     return sessions, serialized.problems
 
 
+@pytest.mark.parametrize("arrays", [False, True])
 @pytest.mark.parametrize("files", [(), (0,), (1,), (3, 0, 2), (70,), (1,) * 60])
-def test_sessions(files: tuple[int, ...]) -> None:
-    handed = handed_over(*files)
+def test_sessions(files: tuple[int, ...], arrays: bool) -> None:
+    handed = handed_over(*files, arrays=arrays)
     sessions, problems = read(handed)
     assert problems == []
     assert [(s.name, s.retrieved, s.count, s.problems) for s in sessions] == [
@@ -115,6 +128,26 @@ def test_whose_what_they_preserve_is() -> None:
     ]
     assert claimed(following, OwnerKind.LUO) == [(handed.head, handed.head + PAGE)]
     assert claimed(following, OwnerKind.SESSION) == [(at, at + PAGE) for at in sorted(handed.files)]
+
+
+def test_whose_the_arrays_are() -> None:
+    """All of their memory, whether or not it is in use."""
+    handed = handed_over(1, 0, 2, arrays=True)
+    following = handed.machine.following()
+    Serialized(following, arrays=True).sessions(handed.head)
+    assert claimed(following, OwnerKind.LUO) == [(handed.head, handed.head + 16 * PAGE)]
+    assert claimed(following, OwnerKind.SESSION) == [
+        (at, at + 2 * PAGE) for at in sorted(filter(None, handed.files))
+    ]
+
+
+def test_memfds_of_linux_6_19() -> None:
+    (session,), problems = read(handed_over(2, arrays=True, handler=MEMFD_V1))
+    assert (problems, session.problems) == ([], [])
+    for file in session.files:
+        assert (file.handler, file.problems) == ("memfd-v1", [])
+        assert file.memfd is not None
+        assert (file.memfd.phys, file.memfd.pages, file.memfd.problems) == (file.data, 1, [])
 
 
 def test_files_of_another_handler_are_not_followed() -> None:
@@ -217,6 +250,100 @@ def test_all_that_is_kept_can_be_stored() -> None:
     assert again.luo.sessions == found
 
 
+# Arrays
+
+#: ``LUO_SESSION_MAX`` and ``LUO_FILE_MAX``, for pages of 4 KiB.
+SESSION_MAX, FILE_MAX = 819, 128
+
+
+def test_arrays_that_are_full() -> None:
+    assert (LUO_SESSIONS.room(PAGE), LUO_FILES.room(PAGE)) == (SESSION_MAX, FILE_MAX)
+    sessions, problems = read(handed_over(*[0] * (SESSION_MAX - 1), FILE_MAX, arrays=True))
+    assert problems == []
+    assert len(sessions) == SESSION_MAX
+    assert sessions[-1].problems == []
+    assert len(sessions[-1].files) == FILE_MAX
+
+
+@pytest.mark.parametrize("count", [SESSION_MAX + 1, 2**63, 2**64 - 1])
+def test_more_sessions_than_an_array_has_room_for(count: int) -> None:
+    handed = handed_over(1, arrays=True)
+    handed.machine.words(handed.head, count)
+    assert read(handed) == (
+        [],
+        [f"the array at {handed.head:#x} says to have {count} entries, {SESSION_MAX} fit"],
+    )
+
+
+@pytest.mark.parametrize("count", [FILE_MAX + 1, 2**63, 2**64 - 1])
+def test_more_files_than_an_array_has_room_for(count: int) -> None:
+    handed = handed_over(1, 1, arrays=True)
+    handed.machine.words(handed.head + 8 + 64 + 8, count)
+    first, second = read(handed)[0]
+    assert first.problems == [
+        f"the array at {handed.files[0]:#x} says to have {count} entries, {FILE_MAX} fit",
+        f"counts {count} files, lists 0",
+    ]
+    assert (second.problems, len(second.files)) == ([], 1)
+
+
+def test_a_count_without_an_array() -> None:
+    """The kernel warns, and takes the session for an empty one."""
+    handed = handed_over(0, arrays=True)
+    handed.machine.words(handed.head + 8 + 64 + 8, 3)
+    ((session,), _) = read(handed)
+    assert session.problems == ["counts 3 files, lists 0"]
+
+
+@pytest.mark.parametrize("at", [8, DATA + 8, END, END - PAGE, RAM[0][1] - PAGE, 2**64 - PAGE])
+def test_arrays_that_do_not_lie_in_ram(at: int) -> None:
+    handed = handed_over(2, 1, arrays=True)
+    handed.machine.words(handed.head + 8 + 64, at)
+    said = f"the array at {at:#x} does not lie in RAM"
+    sessions, _ = read(handed)
+    assert sessions[0].problems == [said, "counts 2 files, lists 0"]
+    assert sessions[1].problems == []
+    handed.head = at
+    assert read(handed) == ([], [said])
+
+
+@pytest.mark.parametrize("shared", ["files", "sessions", "half"])
+def test_arrays_that_lie_in_each_other(shared: str) -> None:
+    """Each is restored, and freed, on its own."""
+    handed = handed_over(2, 2, arrays=True)
+    at = {"files": handed.files[0], "sessions": handed.head + 4 * PAGE}.get(shared)
+    at = handed.files[0] + PAGE if at is None else at
+    handed.machine.words(handed.head + 8 + 80 + 64, at)
+    sessions, problems = read(handed)
+    assert problems == sessions[0].problems == []
+    assert sessions[1].problems == [
+        f"the array at {at:#x} lies where another list is",
+        "counts 2 files, lists 0",
+    ]
+
+
+@pytest.mark.parametrize("which", ["sessions", "files"])
+def test_arrays_that_cannot_be_read(which: str) -> None:
+    handed = handed_over(1, arrays=True)
+    at = handed.head if which == "sessions" else handed.files[0]
+    handed.machine.unreadable.add(at)
+    sessions, problems = read(handed)
+    said = f"the array at {at:#x} cannot be read"
+    if which == "sessions":
+        assert (sessions, problems) == ([], [said])
+    else:
+        assert sessions[0].problems == [said, "counts 1 files, lists 0"]
+
+
+def test_sessions_that_are_left_out() -> None:
+    """The kernel has read them: what they lead to is followed from its own lists."""
+    handed = handed_over(1, 2, 1, arrays=True)
+    following = handed.machine.following()
+    sessions = Serialized(following, arrays=True).sessions(handed.head, {"session 1"})
+    assert [session.name for session in sessions] == ["session 0", "session 2"]
+    assert {owner.session for owner in following.owners} == {None, "session 0", "session 2"}
+
+
 # FLBs
 
 
@@ -267,13 +394,21 @@ def test_flbs_that_are_nowhere(ser: int) -> None:
 
 
 @fuzz
-@given(st.lists(st.integers(0, 3), max_size=3), st.none() | WORDS, st.data())
-def test_any_sessions(files: list[int], head: int | None, data: st.DataObject) -> None:
-    handed = handed_over(*files)
+@given(
+    st.lists(st.integers(0, 3), max_size=3),
+    st.booleans(),
+    st.sampled_from([MEMFD_COMPATIBLE, MEMFD_V1]),
+    st.none() | WORDS,
+    st.data(),
+)
+def test_any_sessions(
+    files: list[int], arrays: bool, handler: str, head: int | None, data: st.DataObject
+) -> None:
+    handed = handed_over(*files, arrays=arrays, handler=handler)
     if handed.machine.pages:
         data.draw(scribbled(handed.machine))
     following = handed.machine.following()
-    serialized = Serialized(following)
+    serialized = Serialized(following, arrays=arrays)
     sessions = serialized.sessions(handed.head if head is None else head)
     bound(
         handed.machine,
@@ -286,8 +421,9 @@ def test_any_sessions(files: list[int], head: int | None, data: st.DataObject) -
 @given(
     st.lists(st.binary(max_size=300), min_size=1, max_size=5),
     st.lists(st.integers(0, 4), max_size=6),
+    st.booleans(),
 )
-def test_any_bytes(pages: list[bytes], chain: list[int]) -> None:
+def test_any_bytes(pages: list[bytes], chain: list[int], arrays: bool) -> None:
     """Pages of garbage, chained."""
     machine = Machine()
     made = [machine.page() for _ in pages]
@@ -296,7 +432,7 @@ def test_any_bytes(pages: list[bytes], chain: list[int]) -> None:
     for before, after in pairwise(chain):
         machine.words(made[before % len(made)], made[after % len(made)], 1 + after)
     following = machine.following()
-    serialized = Serialized(following)
+    serialized = Serialized(following, arrays=arrays)
     found = serialized.sessions(made[0])
     flbs = serialized.flbs(made[-1])
     bound(machine, following, Luo(DATA, "luo-v5", sessions=found, flbs=flbs))

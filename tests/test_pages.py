@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -26,14 +26,16 @@ LAYOUT = PageLayout(
     page_type=48,
     compound=8,
     lru=8,
+    mapping=24,
     head_bit=6,
     buddy_type=0xF0,
+    flag_count=23,
 )
 STRUCT_PAGE = np.dtype(
     {
-        "names": ["flags", "info", "prev", "private", "page_type", "refcount"],
-        "formats": ["<u8", "<u8", "<u8", "<u8", "<u4", "<i4"],
-        "offsets": [0, 8, 16, 40, 48, 52],
+        "names": ["flags", "info", "prev", "mapping", "private", "page_type", "refcount"],
+        "formats": ["<u8", "<u8", "<u8", "<u8", "<u8", "<u4", "<i4"],
+        "offsets": [0, 8, 16, 24, 40, 48, 52],
         "itemsize": 64,
     }
 )
@@ -52,6 +54,7 @@ class Vmemmap:
     count: int = 2048
     #: pfns whose struct pages cannot be read; whole pages of them, as hide() makes them.
     unreadable: set[int] = field(default_factory=set)
+    layout: PageLayout = LAYOUT
 
     def __post_init__(self) -> None:
         self.pages = np.zeros(self.count, STRUCT_PAGE)
@@ -69,7 +72,7 @@ class Vmemmap:
         return self.pages.tobytes()[offset : offset + size]
 
     def reader(self) -> PageReader:
-        return PageReader(self.abi, LAYOUT, self.read, self.count)
+        return PageReader(self.abi, self.layout, self.read, self.count)
 
     def hide(self, first: int, count: int) -> None:
         """Make struct pages unreadable: memory is there, or not, by the page that holds them."""
@@ -78,6 +81,19 @@ class Vmemmap:
     def facts(self, *blocks: tuple[int, int]) -> Pages:
         """The facts of some blocks, given as (pfn, order)."""
         return self.reader().with_pages(columns(blocks)).facts
+
+    def node(self, pfn: int) -> int:
+        """The address of a page's ``lru``."""
+        return LAYOUT.vmemmap + pfn * 64 + LAYOUT.lru
+
+    def is_pristine(self, pfn: int) -> bool:
+        page = self.pages[pfn]
+        return (
+            {int(page["info"]), int(page["prev"])} == {self.node(pfn)}
+            and not page["mapping"]
+            and page["page_type"] == NO_PAGE_TYPE
+            and not int(page["flags"]) % (1 << LAYOUT.flag_count)
+        )
 
     def is_free(self, pfn: int) -> bool:
         """Whether the buddy allocator holds a page: in any free block around it."""
@@ -100,6 +116,7 @@ def columns(blocks: tuple[tuple[int, int], ...] | list[tuple[int, int]]) -> Bloc
 def plain_facts(memory: Vmemmap, pfn: int, order: int) -> dict[str, int]:
     """A row of facts, page by page.  What the model does not know is left out."""
     names = ["zeros", "ones", "others", "odd", "free", "head", "private", "flags", "page_type"]
+    names.append("pristine")
     row = {"unread": 0, "compound": Pages.NOT_COMPOUND, **dict.fromkeys(names, 0)}
     if order == BAD_ORDER:
         return row
@@ -112,6 +129,7 @@ def plain_facts(memory: Vmemmap, pfn: int, order: int) -> dict[str, int]:
             count = refcounts[at]
             row["zeros" if count == 0 else "ones" if count == 1 else "others"] += 1
         row["free"] += int(memory.pages["page_type"][at]) >> 24 == 0xF0
+        row["pristine"] += memory.is_pristine(at)
     if len(readable) == len(there):
         odd = [at - pfn for at in there[2:] if refcounts[at] != refcounts[pfn + 1]]
         row["odd"] = odd[0] if odd else 0
@@ -142,13 +160,19 @@ def machines(draw: st.DrawFn) -> Vmemmap:
     lengths = rng.choice([1, 2, 7, 60, 300], n)
     counts = rng.choice(np.array([0, 0, 1, 1, 2, -1, 4096], np.int32), n)
     memory.pages["refcount"] = np.repeat(counts, lengths)[:n]
+    if draw(st.booleans()):
+        nodes = np.arange(n, dtype=np.uint64) * np.uint64(64) + np.uint64(memory.node(0))
+        memory.pages["info"] = memory.pages["prev"] = nodes
+        memory.pages["flags"] = 1 << 56
     odd = draw(st.sampled_from([0.0, 0.05, 0.5]))
 
     def sometimes(column: str, values: list[int]) -> None:
         pick = rng.random(n) < odd
         memory.pages[column][pick] = rng.choice(np.array(values, np.uint64), int(pick.sum()))
 
-    sometimes("flags", [HEAD, HEAD | 3, 3, 9, 0xFFFF])
+    sometimes("flags", [HEAD, HEAD | 3, 3, 9, 0xFFFF, 1 << 56])
+    sometimes("prev", [0, 0xDEAD000000000122])
+    sometimes("mapping", [0, 0x400])
     sometimes("info", [1, 1, 2, 64])
     sometimes("private", [0, 1, 3, 10, 11, 1 << 40])
     sometimes("page_type", [BUDDY, BUDDY | 5, 0xF5000000, 7, 0])
@@ -222,6 +246,133 @@ def test_compound_pages() -> None:
     assert facts.compound.tolist() == [3, tail, tail, Pages.NOT_COMPOUND]
     memory.pages["flags"][9] = 0xFE
     assert memory.facts((8, 3)).compound.tolist() == [127]
+
+
+def optimised(memory: Vmemmap, head: int, order: int, kept: int) -> None:
+    """
+    A hugetlb folio as the kernel before linux 7.1 has it: behind the first ones, the struct pages
+    of each page of them are those of the first.
+
+    :param kept: struct pages that it has.
+    """
+    at = LAYOUT.vmemmap + head * 64
+    pages = memory.pages[head : head + (1 << order)]
+    pages["flags"] = 1 << 56
+    pages["info"] = at + 1
+    pages["prev"] = 0xDEAD000000000122
+    pages["refcount"] = 0
+    pages["info"][0] = at + LAYOUT.lru
+    pages["flags"][0] |= HEAD
+    pages["refcount"][0] = 3
+    pages["private"][0] = 0xAAAA
+    pages["page_type"][0] = HUGETLB
+    pages["flags"][1] |= order
+    for first in range(kept, 1 << order, TOGETHER):
+        pages[first : first + TOGETHER] = pages[kept - TOGETHER : kept]
+
+
+HUGETLB = 0xF4000000
+OLDER = replace(LAYOUT, fake_heads=True)
+
+
+@pytest.mark.parametrize("kept", [64, 128])
+@pytest.mark.parametrize("window", [1, 63, 64, 65, 1 << 15])
+def test_fake_heads(kept: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One page of struct pages is left of a folio, or two; all others are the last one again."""
+    monkeypatch.setattr(pages_module, "WINDOW", window)
+    tail = Pages.COMPOUND_TAIL
+    plain, memory = Vmemmap(layout=OLDER), Vmemmap(layout=OLDER)
+    # The struct pages of neighbours are their own, and one is a folio, too.
+    for each in (plain, memory):
+        each.pages["flags"][1024] = HEAD
+        each.pages["flags"][1025] = 1
+        each.pages["info"][1025] = LAYOUT.vmemmap + 1024 * 64 + 1
+        each.pages["refcount"][1024] = 1
+    optimised(plain, 512, 9, 512)
+    optimised(memory, 512, 9, kept)
+    blocks = [(512, 9), (512, 8), (576, 6), (640, 0), (639, 0), (1024, 1), (448, 7), (500, 10)]
+    blocks += [(1000, 5)]
+    facts = memory.facts(*blocks)
+    assert facts.head.tolist() == [3, 3, 0, 0, 0, 1, 0, 0, 0]
+    assert facts.zeros.tolist() == [511, 255, 63, 0, 0, 1, 126, 1021, 30]
+    assert facts.ones.tolist() == [0] * 6 + [0, 1, 1]
+    assert facts.compound.tolist() == [9, 9, tail, tail, tail, 1, *[Pages.NOT_COMPOUND] * 2, tail]
+    wanted = plain.facts(*blocks)
+    for name in Pages.DTYPES:
+        assert getattr(facts, name).tolist() == getattr(wanted, name).tolist(), name
+    # As a kernel from linux 7.1 on would be read, the pages look like heads that are held.
+    newer = replace(memory, layout=LAYOUT)
+    newer.pages[:] = memory.pages
+    if kept == 64:
+        assert newer.facts((512, 9)).others.tolist() == [7]
+
+
+def test_fake_heads_page_by_page() -> None:
+    plain, memory = Vmemmap(layout=OLDER), Vmemmap(layout=OLDER)
+    for each, kept in ((plain, 512), (memory, 64)):
+        each.pages["page_type"][100] = BUDDY
+        each.pages["private"][100] = 2
+        optimised(each, 512, 9, kept)
+        # The head is stamped; a stamp of a tail is none.
+        each.pages["private"][512::64] = FIXED.stamp.encode(9)
+        each.pages["private"][513 if kept == 512 else 1024 :] = 0
+    first, second = (
+        [runs for runs in each.reader().pages(64, 1100) if len(runs)] for each in (plain, memory)
+    )
+    for one, other in zip(first, second, strict=True):
+        for name, values in vars(one).items():
+            assert values.tolist() == getattr(other, name).tolist(), name
+    [stamps], scanned, _ = stamped(memory, [(0, 2048 * 4096)])
+    assert (stamps.phys.tolist(), scanned) == ([512 * 4096], 2048)
+
+
+@pytest.mark.parametrize(
+    ("flags", "info", "fake"),
+    [
+        (HEAD, 1 + 64 * 64, True),
+        # A folio of its own; no head; a page that is followed by no tail; leads to nowhere.
+        (HEAD, 1 + 128 * 64, False),
+        (3, 1 + 64 * 64, False),
+        (HEAD, 64 * 64, False),
+    ],
+)
+def test_what_a_fake_head_is(flags: int, info: int, fake: bool) -> None:
+    """The one at 128 says that it is a head; the page behind it says whose."""
+    memory = Vmemmap(layout=OLDER)
+    memory.pages["refcount"] = 1
+    memory.pages["flags"][128] = flags
+    memory.pages["info"][129] = info + LAYOUT.vmemmap
+    tail = memory.facts((128, 0)).compound.tolist() == [Pages.COMPOUND_TAIL]
+    assert (tail, memory.facts((128, 0)).head.tolist()) == (fake, [0 if fake else 1])
+    # Only the first struct page of a page of them can be one.
+    memory.pages["flags"][130] = HEAD
+    memory.pages["info"][131] = LAYOUT.vmemmap + 64 * 64 + 1
+    assert memory.facts((130, 0)).head.tolist() == [1]
+
+
+def test_pages_as_the_boot_left_them() -> None:
+    memory = Vmemmap()
+    memory.pages["info"] = [memory.node(pfn) for pfn in range(memory.count)]
+    memory.pages["prev"] = memory.pages["info"]
+    # Whom a page belongs to by number, its refcount and what KHO wrote into it do not matter.
+    memory.pages["flags"] = 0xFFFF << 48
+    memory.pages["refcount"] = 1
+    memory.pages["private"] = 7
+    assert memory.facts((0, 4), (16, 0), (17, 0)).pristine.tolist() == [16, 1, 1]
+    for n, (column, value) in enumerate(
+        [
+            ("flags", 1),
+            ("flags", 1 << 22),
+            ("info", 0xDEAD000000000100),
+            ("prev", 0xDEAD000000000122),
+            ("info", 0),
+            ("mapping", 0x400),
+            ("page_type", 0),
+            ("page_type", BUDDY),
+        ]
+    ):
+        memory.pages[column][16 * n + 3] = value
+    assert memory.facts(*((16 * n, 4) for n in range(9))).pristine.tolist() == [15] * 8 + [16]
 
 
 def test_inside_a_free_block() -> None:
@@ -339,8 +490,6 @@ def test_no_stamps() -> None:
 
 
 def test_odd_layouts_are_refused() -> None:
-    page = pages_module.StructPages(
-        PageLayout(0, 64, 0, 40, 51, 48, 8, 8, head_bit=6, buddy_type=0xF0), bytes(64)
-    )
+    page = pages_module.StructPages(replace(LAYOUT, refcount=51), bytes(64), 0, 4096)
     with pytest.raises(ValueError, match="odd offset 51"):
         _ = page.refcount

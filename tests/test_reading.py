@@ -6,15 +6,20 @@ What is read of a made-up kernel: each fact is there or is named, and a bug of o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
+from drgn import Platform, Program
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from khoscope.facts.columns import Leaves
-from khoscope.facts.snapshot import Snapshot
+from khoscope.facts.snapshot import Node, Snapshot
 from khoscope.sources import reading as reading_module
 from khoscope.sources.kernel import KernelSource
+from khoscope.sources.probe import refuse_platform
 from khoscope.words.errors import KhoscopeError
-from tests.made_up import BIG_ENDIAN, DIRECT_MAP, RAM, MadeUp, mapped
+from tests.made_up import BIG_ENDIAN, BITS_32, DIRECT_MAP, RAM, STRUCTS, MadeUp, mapped
 from tests.test_fdt import blob, data
 
 
@@ -81,7 +86,7 @@ def test_debug_info_that_lacks_what_is_needed(lacks: str) -> None:
         ({"desc_committed"}, ["the kernel log (prb): the debug info lacks its types"]),
         ({"vm_struct"}, ["the areas of vmalloc: the debug info lacks their types"]),
         ({"vmap_area_list"}, ["the areas of vmalloc: the debug info lacks their types"]),
-        ({"pglist_data"}, []),
+        ({"pglist_data"}, ["the NUMA nodes (struct pglist_data): the debug info lacks them"]),
     ],
 )
 def test_parts_that_not_all_kernels_have(lacks: set[str], named: list[str]) -> None:
@@ -89,22 +94,161 @@ def test_parts_that_not_all_kernels_have(lacks: set[str], named: list[str]) -> N
     assert facts.unreadable == named
     assert (facts.image is None) == ("kexec_image" in lacks)
     assert (facts.liveupdate is None) == ("luo_global" in lacks)
+    assert (facts.nodes is None) == ("pglist_data" in lacks)
 
 
 def test_kernels_that_keep_it_elsewhere() -> None:
-    page = "u64 flags; u64 compound_info; u64 lru; u64 private; u32 page_type; atomic _refcount"
-    for other, said in (
-        (page.replace("compound_info", "compound_head"), "no compound_info"),
-        (page + "; u64 memdesc", "not in page->private"),
-        (page.replace("u64 private", "u32 private"), "not in page->private"),
+    page, folio = STRUCTS["page"], STRUCTS["folio"]
+    for members, said in (
+        ({"page": page + "; u64 memdesc"}, "not in page->private"),
+        ({"page": page.replace("u64 private", "u32 private; u32 pad")}, "not in page->private"),
+        # A folio is memory of its own, with members at other places, or without some.
+        ({"folio": "u64 more; " + folio}, "not in page->private"),
+        ({"folio": folio.replace("_refcount", "_count")}, "not in page->private"),
+        ({"folio": folio.replace("u64 rest; u64 _flags_1", "u64 _flags_1")}, "not in page"),
+        ({"folio": folio.replace("_flags_1", "_folio_order")}, "not in page->private"),
+        ({"page": page.replace("_refcount", "_count")}, "debug info lacks .*_refcount"),
+        ({"page": page.replace("compound_info", "compound")}, "debug info lacks .*compound_head"),
     ):
         with pytest.raises(KhoscopeError, match=said):
-            MadeUp(members={"page": other}).source()
+            MadeUp(members=members).source()
+
+
+def test_where_heads_may_be_fake() -> None:
+    """What leads from a tail to its head has another name in kernels where they may be."""
+    newer = MadeUp().source().layout.pages
+    older = MadeUp(
+        members={"page": STRUCTS["page"].replace("compound_info", "compound_head")}
+    ).source()
+    assert (newer.fake_heads, older.layout.pages.fake_heads) == (False, True)
+    assert replace(older.layout.pages, fake_heads=False) == newer
+    assert older.snapshot().unreadable == []
+
+
+@pytest.mark.parametrize("platform", [BIG_ENDIAN, BITS_32, None])
+def test_other_platforms(platform: Platform | None) -> None:
+    with pytest.raises(KhoscopeError, match="64-bit little-endian") as raised:
+        refuse_platform(Program(platform))
+    assert "x86-64 or arm64" in raised.value.hint
+    if platform is not None:
+        # Before anything else is asked of it.
+        with pytest.raises(KhoscopeError, match="64-bit little-endian"):
+            KernelSource(Program(platform), "made up", False)
 
 
 def test_big_endian() -> None:
     with pytest.raises(KhoscopeError, match="64-bit little-endian"):
         MadeUp(platform=BIG_ENDIAN).source()
+
+
+# Sections
+
+
+def offline_of(
+    ram: list[tuple[int, int]], maps: dict[int, int], gone: tuple[int, ...]
+) -> list[list[int]]:
+    machine = MadeUp()
+    machine.ram(*ram)
+    machine.sections(maps, gone)
+    facts = machine.source().tree()
+    assert facts.unreadable == []
+    assert facts.offline is not None
+    found: list[list[int]] = facts.offline.tolist()
+    return found
+
+
+FULL = 2**64 - 1
+SECTION, SUBSECTION = 1 << 27, 1 << 21
+
+
+@pytest.mark.parametrize(
+    ("ram", "maps", "gone", "wanted"),
+    [
+        ([(0, RAM)], {0: FULL}, (), []),
+        ([(0, RAM)], {0: FULL}, (0,), [[0, RAM]]),
+        ([(0, 4 * SECTION)], dict.fromkeys(range(4), FULL), (1, 2), [[SECTION, 3 * SECTION]]),
+        # Only what is RAM matters.
+        (
+            [(0, RAM), (SECTION + 0x5000, SECTION + 0x9000), (3 * SECTION, 4 * SECTION)],
+            {0: FULL, 1: FULL, 3: FULL},
+            (1,),
+            [[SECTION + 0x5000, SECTION + 0x9000]],
+        ),
+        # A part of a section, at its beginning, its end and in between; and one without a map.
+        ([(0, RAM)], {0: FULL << 3 & FULL}, (), [[0, 3 * SUBSECTION]]),
+        ([(0, SECTION)], {0: FULL >> 1}, (), [[63 * SUBSECTION, SECTION]]),
+        ([(0, SECTION)], {0: FULL ^ 6}, (), [[SUBSECTION, 3 * SUBSECTION]]),
+        ([(0, 3 * SECTION)], {0: FULL >> 1, 2: FULL}, (), [[63 * SUBSECTION, 2 * SECTION]]),
+        # Sections of another root, and one whose root is not there.
+        ([(0, RAM), (300 * SECTION, 301 * SECTION)], {0: FULL, 300: FULL}, (), []),
+        (
+            [(0, RAM), (300 * SECTION, 301 * SECTION), (600 * SECTION, 601 * SECTION)],
+            {0: FULL, 600: FULL},
+            (),
+            [[300 * SECTION, 301 * SECTION]],
+        ),
+    ],
+)
+def test_what_is_offline(
+    ram: list[tuple[int, int]], maps: dict[int, int], gone: tuple[int, ...], wanted: list[list[int]]
+) -> None:
+    assert offline_of(ram, maps, gone) == wanted
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@given(
+    st.lists(st.integers(0, 6 * 64), min_size=2, max_size=8, unique=True).map(sorted),
+    st.dictionaries(
+        st.integers(0, 5), st.sampled_from([FULL, 0, 1, FULL >> 7, 0x5555]), max_size=6
+    ),
+    st.sets(st.integers(0, 5), max_size=3),
+)
+def test_what_is_offline_against_a_model(
+    bounds: list[int], maps: dict[int, int], gone: set[int]
+) -> None:
+    """RAM begins and ends anywhere in subsections."""
+    ram = [
+        (first * SUBSECTION + 0x1000, last * SUBSECTION)
+        for first, last in zip(bounds[::2], bounds[1::2], strict=False)
+    ]
+    # Of each subsection that RAM reaches into, the first page of RAM in it.
+    reached = {
+        max(at, first) for first, last in ram for at in range(first & -SUBSECTION, last, SUBSECTION)
+    }
+    wanted = {
+        at
+        for at in reached
+        if at // SECTION in gone or not maps.get(at // SECTION, 0) >> at // SUBSECTION % 64 & 1
+    }
+    found = offline_of(ram, maps, tuple(gone))
+    assert wanted == {at for at in reached if any(first <= at < end for first, end in found)}
+    # No more, and nothing twice.
+    parts = [end - first for first, end in found]
+    sizes = [
+        min(at - at % SUBSECTION + SUBSECTION, last) - at
+        for at in wanted
+        for first, last in ram
+        if first <= at < last
+    ]
+    assert sum(parts) == sum(sizes)
+
+
+def test_sections_that_cannot_be_read() -> None:
+    machine = MadeUp()
+    machine.faults.add("mem_section")
+    facts = machine.source().snapshot()
+    assert (facts.offline, facts.unreadable) == (None, ["which memory is offline (mem_section)"])
+    machine = MadeUp({"mem_section_usage"})
+    facts = machine.source().snapshot()
+    assert facts.offline is None
+    assert facts.unreadable == [
+        "which memory is offline (mem_section): the debug info lacks its types"
+    ]
+    machine = MadeUp()
+    machine.ram((0, 1 << 60))
+    assert machine.source().tree().unreadable == [
+        "which memory is offline (mem_section): there is more RAM than any machine has"
+    ]
 
 
 # One reading and the next
@@ -167,6 +311,8 @@ def test_a_fault_of_an_attempt_that_is_thrown_away(monkeypatch: pytest.MonkeyPat
         ("luo_global", "LUO's state (luo_global)"),
         ("luo_file_handler_list", "LUO's file handlers (luo_file_handler_list)"),
         ("kho_scratch", "the scratch areas (kho_scratch)"),
+        ("node_states", "the NUMA nodes (struct pglist_data)"),
+        ("node_data", "the NUMA nodes (struct pglist_data)"),
         ("kho_scratch_cnt", "the scratch areas (kho_scratch)"),
         ("kho_in", "how this kernel came to be (kho_in)"),
     ],
@@ -214,12 +360,42 @@ def test_handlers_that_loop() -> None:
 
 
 def test_resources_that_loop() -> None:
-    """Nodes are of no help here: there are none."""
+    """What nodes span is taken for RAM, if there are any."""
     machine = MadeUp()
     child = machine.prog["iomem_resource"].child.value_()
     machine.words(child + 24, child)
+    facts = machine.source().tree()
+    assert facts.ram.tolist() == [[0, RAM]]
+    assert facts.unreadable == [
+        "where RAM is (iomem_resource): what nodes span is taken for it: its list is corrupt"
+    ]
+    machine.nodes()
     with pytest.raises(KhoscopeError, match="no System RAM"):
         machine.source()
+
+
+def test_nodes() -> None:
+    """Those that have memory, in the order of their memory."""
+    machine = MadeUp()
+    machine.nodes((RAM // 2, RAM), (0, 0), (0x1000, RAM // 2))
+    for facts in every(machine.source()):
+        assert facts.nodes == [Node(2, 0x1000, RAM // 2), Node(0, RAM // 2, RAM)]
+        assert facts.unreadable == []
+
+
+def test_nodes_that_make_no_sense() -> None:
+    machine = MadeUp()
+    source = machine.source()
+    machine.nodes((0, RAM), (1 << 52, 1 << 53))
+    facts = source.tree()
+    assert facts.nodes is None
+    assert facts.unreadable == [
+        "the NUMA nodes (struct pglist_data): node 1 has memory where no processor has any"
+    ]
+    machine.set("nr_node_ids", 1 << 31)
+    assert source.tree().unreadable == [
+        "the NUMA nodes (struct pglist_data): more than any kernel has"
+    ]
 
 
 def test_a_subtree_that_cannot_be_read_is_named() -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from khoscope.abi.keys import BAD_ORDER
@@ -17,8 +18,8 @@ from khoscope.cli import main
 from khoscope.facts import diff, store
 from khoscope.facts.clients import Luo, LuoFile, LuoSession, LuoState
 from khoscope.facts.columns import Nodes
-from khoscope.facts.snapshot import Handover, KexecImage, Scan, Snapshot
-from khoscope.facts.status import READ_FROM, kho_switch, status, taint_letters
+from khoscope.facts.snapshot import Handover, KexecImage, Node, Scan, Snapshot
+from khoscope.facts.status import kho_switch, read_from, status, taint_letters
 from khoscope.facts.tree import TreeState
 from khoscope.views.status import StatusText
 from tests.synthetic import FIXED, PLAIN, Block, rich, snapshot
@@ -50,8 +51,10 @@ def full() -> Snapshot:
         outgoing=outgoing,
         incoming=handed,
         scratch_free=[1 << 11, 1 << 12],
+        nodes=[Node(0, 0, 3 << 29), Node(1, 3 << 29, 1 << 32)],
         image=KexecImage(True, True, 0x2000, 12 << 20),
         liveupdate=LuoState(True, ["memfd-v2"]),
+        offline=np.array([[1 << 30, 3 << 29]], np.uint64),
     )
 
 
@@ -189,6 +192,9 @@ def test_text() -> None:
         r"this boot   a handover from 7.2.0-test, 3 kexecs since the cold boot    [kho_in]",
         r"scratch     0x000020000000    16 MiB   50% in use                  [kho_scratch]",
         r"            0x0000c0000000    16 MiB    0% in use",
+        r"offline     0x000040000000   512 MiB                               [mem_section]",
+        r"NUMA nodes  0x000000000000   1.5 GiB  node 0                [struct pglist_data]",
+        r"            0x000060000000   2.5 GiB  node 1",
         r"LUO ABI     luo-v5                                            [kho_out.fdt, LUO]",
         r"file ABIs   memfd-v2                                     [luo_file_handler_list]",
         r"sessions    disks: 1 file                          [luo_session_global.outgoing]",
@@ -200,7 +206,9 @@ def test_text() -> None:
         assert line in words
     # Each place that is read from is named; this LUO has its sessions in its lists.
     named = {line[line.find("[") :] for line in shown}
-    assert {f"[{source}]" for source in READ_FROM.values()} - named == {"[struct luo_session_ser]"}
+    assert {f"[{source}]" for source in read_from(full()).values()} - named == {
+        "[struct luo_session_ser]"
+    }
 
 
 def test_sessions_that_are_serialized() -> None:
@@ -221,7 +229,7 @@ def test_text_when_off() -> None:
     assert any(line.startswith("tree        there is no tree") for line in shown)
     assert any(line.startswith("preserved   no blocks") for line in shown)
     assert any(line.startswith("image       none is loaded") for line in shown)
-    assert not any("unclaimed" in line for line in shown)
+    assert not any("unclaimed" in line or "offline" in line for line in shown)
 
 
 def test_an_image_that_hands_nothing_over() -> None:
@@ -280,6 +288,8 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "handlers": ["memfd-v2"],
     }
     assert found["scratch"][0] == {"phys": "0x20000000", "size": 1 << 24, "free": 1 << 23}
+    assert found["offline"] == [{"phys": "0x40000000", "size": 1 << 29}]
+    assert found["nodes"][1] == {"node": 1, "phys": "0x60000000", "size": 5 << 29}
     assert sum(total["blocks"] for total in found["preserved"]) == 41
     assert sum(total["blocks"] for total in found["unclaimed"]) == 3
     assert found["subtrees"][0] == {
@@ -297,7 +307,7 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "size": 12 << 20,
     }
     assert found["taint"] == "B"
-    assert found["read_from"] == READ_FROM
+    assert found["read_from"] == read_from(full())
 
 
 def test_json_of_what_is_not_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -443,6 +443,20 @@ def test_orders_as_kho_restore_pages_asks_for_them(pfn: int, nr_pages: int) -> N
     assert touches.asked.tolist() == [order for _, order in steps]
 
 
+@given(st.integers(0, 1 << 20), st.integers(1, 5000))
+def test_orders_as_kho_preserve_pages_asks_for_them(pfn: int, nr_pages: int) -> None:
+    """The arithmetic is that of restoring, on a struct page."""
+    steps = kho_restore_pages(pfn, nr_pages)
+    outer: dict[str, Any] = {
+        "outer": NUMBERS["kho_preserve_pages"],
+        "outer_args": (page_at(pfn), nr_pages),
+    }
+    records = [added(at, order, **outer) for at, order in steps]
+    touches = touches_of(*records)
+    assert touches.asked.tolist() == [order for _, order in steps]
+    assert not touches.as_folio.any()
+
+
 def test_nobody_else_asks_for_an_order() -> None:
     """A folio's order is in its stamp alone."""
     stamp = FIXED.stamp.encode(0)
@@ -457,7 +471,20 @@ def test_nobody_else_asks_for_an_order() -> None:
         # No loop goes there.
         restored(0x104, stamp, **outside),
         restored(0x1000, stamp, **outside),
-        added(0x100, outer=NUMBERS["kho_preserve_pages"], outer_args=(page_at(0x100), 1)),
+        added(0x100, outer=NUMBERS["kho_preserve_folio"], outer_args=(page_at(0x100), 1)),
+        added(0x100, outer=NUMBERS["kho_split_preserved_pages"], outer_args=(page_at(0x100), 1)),
+        added(0x100),
+        added(0x104, outer=NUMBERS["kho_preserve_pages"], outer_args=(page_at(0x100), 4)),
+        # What is deleted was asked for when it was preserved.
+        block(
+            "kho_radix_del_page",
+            0x100,
+            0,
+            [1],
+            key=1 << 52 | 0x100,
+            outer=NUMBERS["kho_preserve_pages"],
+            outer_args=(page_at(0x100), 1),
+        ),
     ]
     assert touches_of(*records).asked.tolist() == [NO_ORDER] * len(records)
 

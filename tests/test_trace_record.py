@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from khoscope.abi.keys import BAD_ORDER
 from khoscope.facts import budget, store
+from khoscope.facts.archive import RECORDING, SNAPSHOT
 from khoscope.facts.calls import (
     FUNCTIONS,
     NO_ORDER,
@@ -629,10 +630,11 @@ def test_symbols_without_end(whole: bytes, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_newer_schema(whole: bytes) -> None:
-    for name, schema in (("", "khotrace"), ("facts/", "khosnap")):
-        newer = {"schema": f"{schema}/3", "unheard_of": {}}
+    for name, kind in (("", RECORDING), ("facts/", SNAPSHOT)):
+        schema, reads = f"{kind.name}/{kind.version + 1}", kind.schema
+        newer = {"schema": schema, "unheard_of": {}}
         data = with_meta(whole, lambda meta, newer=newer: meta.update(newer), name)  # type: ignore[misc]
-        refused(data, rf"schema is {schema}/3, this .* reads up to {schema}/2")
+        refused(data, rf"schema is {schema}, this .* reads up to {reads}")
 
 
 def test_facts_of_another_kind(whole: bytes) -> None:

@@ -15,6 +15,8 @@ from vm.machine import Machine
 #:
 #: - ``scratch`` preserves at an address that only the running kernel tells, and all kernels but
 #:   7.2-nodebug refuse it;
+#: - ``node-border`` and ``node-halves`` preserve what lies around the border of two NUMA nodes, one
+#:   of those of ``Machine(borders=…)``, and restore it with one call, or with one for each node;
 #: - ``huge`` preserves a block above MAX_PAGE_ORDER;
 #: - ``vmalloc-pages`` preserves the pages of an area, without ``kho_preserve_vmalloc()``;
 #: - ``slab`` preserves the page of an object of ``kmalloc()``;
@@ -24,6 +26,7 @@ SCENARIOS = (
     "contig",
     "split",
     "folio",
+    "compound",
     "dma",
     "vmalloc",
     "vmalloc-huge",
@@ -155,7 +158,8 @@ class Exercise:
             each order). For ``many``, ``vmalloc`` and ``vmalloc-pages`` it is the number of pages.
             For ``blob`` it is the number of subtrees; the scenario ends with the first subtree that
             KHO refuses. For ``scratch`` and ``blob-at`` it is the physical address, a multiple of
-            four pages or of one page
+            four pages or of one page; for ``node-border`` and
+            ``node-halves`` that of the border
         """
         words = scenario if number is None else f"{scenario} {number}"
         self._write("preserve", words, timeout)

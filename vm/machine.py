@@ -18,6 +18,7 @@ import asyncio
 import base64
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
 import shlex
@@ -169,6 +170,7 @@ class Machine:
     :param accel: ``kvm`` or ``tcg``; if None, :func:`accelerator` chooses
     :param append: more words for the kernel's command line
     :param memory: the guest's memory in MiB
+    :param borders: where a second and further NUMA nodes begin, in KiB
     :param la57: under TCG, give the guest page tables of five levels
 
     Start and use a machine in one thread: see :func:`start_qemu`.
@@ -181,6 +183,7 @@ class Machine:
         accel: str | None = None,
         append: str = "",
         memory: int = 1024,
+        borders: Sequence[int] = (),
         la57: bool = False,
     ) -> None:
         self.kernel = _built(kernel)
@@ -196,6 +199,7 @@ class Machine:
         self._root = root
         self._append = append
         self._memory = memory
+        self._borders = tuple(borders)
         self._la57 = la57
         self._cleanup = contextlib.ExitStack()
 
@@ -277,7 +281,8 @@ class Machine:
             "-nodefaults", "-no-user-config", "-display", "none",
             "-machine", f"q35,accel={self.accel}",
             "-cpu", "host" if self.accel == "kvm" else tcg,
-            "-smp", "2", "-m", f"{self._memory}",
+            # Processors of two nodes are in two sockets.
+            "-smp", "2,sockets=2" if self._borders else "2", "-m", f"{self._memory}",
             # A panic (pvpanic), a reset and a power-off each end QEMU. A kexec does not.
             "-no-reboot", "-device", "pvpanic-pci",
             "-kernel", str(self.kernel.share / "bzImage"), "-append", command_line,
@@ -297,6 +302,13 @@ class Machine:
             "-qmp", f"unix:{_escape(self.qmp_socket)},server=on,wait=off",
         ]
         # fmt: on
+        if self._borders:
+            edges = (0, *self._borders, self._memory << 10)
+            for node, (start, end) in enumerate(itertools.pairwise(edges)):
+                cpus = f",cpus={node}" if node < 2 else ""
+                backend = f"memory-backend-ram,id=node{node},size={end - start}K"
+                numa = f"node,nodeid={node},memdev=node{node}{cpus}"
+                arguments += ["-object", backend, "-numa", numa]
         if (initrd := self.kernel.share / "initrd").exists():
             arguments += ["-initrd", str(initrd)]
         for number, (tag, path) in enumerate(shares.items()):

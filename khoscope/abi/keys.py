@@ -90,6 +90,11 @@ class Stamp:
     type_shift: int | None = None
     magic_shift: int | None = 32
 
+    @property
+    def has_magic(self) -> bool:
+        """Whether a stamp can be told from any other word."""
+        return self.magic_shift is not None
+
     def encode(self, order: int, page_type: int = KHO_PAGE_CONTIG) -> int:
         """The ``page->private`` word of a stamp."""
         word = order
@@ -169,11 +174,6 @@ class Abi:
     def page_size(self) -> int:
         """``PAGE_SIZE``, bytes."""
         return 1 << self.page_shift
-
-    @property
-    def node_size(self) -> int:
-        """Bytes of a node of the tree: a page."""
-        return self.page_size
 
     @property
     def table_entries(self) -> int:

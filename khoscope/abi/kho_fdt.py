@@ -115,6 +115,74 @@ def compatible_of(blob: bytes) -> str | None:
     return None if found is None else serialized.text(found.value)
 
 
+@dataclass(frozen=True)
+class LuoFdt:
+    """
+    The FDT of luo-v1, to which LUO's subtree leads up to Linux 7.1.
+
+    :param compatible: of its root; None: the bytes are not a readable FDT, or it has none.
+    :param liveupdate_num: ``liveupdate-number``.
+    :param sessions: ``phys_addr_t`` of the ``struct luo_session_header_ser``.
+    :param flbs: ``phys_addr_t`` of the ``struct luo_flb_header_ser``.
+    :param unknown: nodes of another version than the one that is known: names and compatibles.
+    :param problems: what is missing or malformed, in words.
+    """
+
+    compatible: str | None
+    liveupdate_num: int | None = None
+    sessions: int | None = None
+    flbs: int | None = None
+    unknown: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether all of it is of the version that is known."""
+        return self.compatible == serialized.LUO_FDT_COMPATIBLE and not self.unknown
+
+
+def parse_luo_fdt(blob: bytes, flbs: bool = True) -> LuoFdt:
+    """
+    Read what ``luo_fdt_setup`` writes (kernel/liveupdate/luo_core.c).
+
+    :param flbs: there must be a node for FLBs.
+    """
+    try:
+        tree = read(blob)
+    except Unreadable as error:
+        return LuoFdt(None, problems=[f"not a readable FDT ({error})"])
+    compatible = _text(tree.root, "compatible")
+    if compatible != serialized.LUO_FDT_COMPATIBLE:
+        return LuoFdt(compatible)
+    problems: list[str] = []
+    unknown: dict[str, str] = {}
+
+    def header(of: tuple[str, str, str], needed: bool) -> int | None:
+        name, known, leads = of
+        node = tree.root.child(name)
+        if node is None:
+            problems.extend([f"no node {name}"] if needed else [])
+            return None
+        version = _text(node, "compatible")
+        if version is not None and version != known:
+            unknown[name] = version
+            return None
+        found = ["no compatible"] if version is None else []
+        at = _u64(node, leads, found)
+        problems.extend(f"node {name}: {problem}" for problem in found)
+        return at
+
+    number = _u64(tree.root, serialized.LUO_FDT_LIVEUPDATE_NUM, problems)
+    sessions = header(serialized.LUO_FDT_SESSION, True)
+    lists = header(serialized.LUO_FDT_FLB, flbs)
+    return LuoFdt(compatible, number, sessions, lists, unknown, problems + tree.problems)
+
+
+def _text(node: Node, name: str) -> str | None:
+    found = node.property(name)
+    return None if found is None else serialized.text(found.value)
+
+
 def reserve_mem_areas(blobs: dict[str, bytes]) -> list[tuple[str, int, int]]:
     """
     What the ``memblock`` subtree hands over (``prepare_kho_fdt`` in mm/memblock.c).

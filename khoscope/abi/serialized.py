@@ -4,11 +4,14 @@ What clients of KHO write into preserved memory for the next kernel: layouts, as
 
 Each layout is a contract between kernels, named by a ``compatible`` string or a version.  khoscope
 does not decode structures with another name.  All are packed and in CPU byte order.
-Kernel sources: ``include/linux/kho/abi/``, the same in Linux 7.2 and 7.3.
+Kernel sources: ``include/linux/kho/abi/``.  What has no older form beside it here is the same in
+Linux 6.19 to 7.3, or appeared in between.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -19,10 +22,19 @@ KEXEC_METADATA: Final = "kexec-metadata"
 MEMBLOCK: Final = "memblock"
 KHO_TEST: Final = "kho_test"
 
-#: The ``LUO_ABI_COMPATIBLE`` of these layouts (luo.h).
+#: The ``LUO_ABI_COMPATIBLE`` of a blob that is a ``struct luo_ser`` (luo.h, since Linux 7.2).
 LUO_COMPATIBLE: Final = "luo-v5"
-#: ``MEMFD_LUO_FH_COMPATIBLE`` (memfd.h).
+#: ``LUO_FDT_COMPATIBLE``: the blob is an FDT (luo.h, Linux 6.19 to 7.1).
+LUO_FDT_COMPATIBLE: Final = "luo-v1"
+#: ``LUO_FDT_LIVEUPDATE_NUM``, a property of its root.
+LUO_FDT_LIVEUPDATE_NUM: Final = "liveupdate-number"
+#: The nodes below its root: their names, their compatibles, and the property in each that is the
+#: address of a header (``LUO_FDT_SESSION_*``; ``LUO_FDT_FLB_*`` since Linux 7.0).
+LUO_FDT_SESSION: Final = ("luo-session", "luo-session-v2", "luo-session-header")
+LUO_FDT_FLB: Final = ("luo-flb", "luo-flb-v1", "luo-flb-header")
+#: ``MEMFD_LUO_FH_COMPATIBLE`` (memfd.h) since Linux 7.1, and before.
 MEMFD_COMPATIBLE: Final = "memfd-v2"
+MEMFD_V1: Final = "memfd-v1"
 #: ``MEMBLOCK_KHO_NODE_COMPATIBLE`` and ``RESERVE_MEM_KHO_NODE_COMPATIBLE`` (memblock.h).
 MEMBLOCK_COMPATIBLE: Final = "memblock-v1"
 RESERVE_MEM_COMPATIBLE: Final = "reserve-mem-v1"
@@ -50,6 +62,33 @@ LUO_FILE_SER: Final = np.dtype([("compatible", "S48"), ("data", "<u8"), ("token"
 LUO_FLB_HEADER_SER: Final = np.dtype([("pgcnt", "<u8"), ("count", "<u8")])
 #: ``struct luo_flb_ser``.
 LUO_FLB_SER: Final = np.dtype([("name", "S48"), ("data", "<u8"), ("count", "<u8")])
+
+#: ``struct luo_session_header_ser`` of luo-v1; the entries follow it.
+LUO_SESSION_HEADER_SER: Final = np.dtype([("count", "<u8")])
+
+
+@dataclass(frozen=True)
+class Array:
+    """
+    A list of luo-v1, in memory that the kernel allocates in one piece.
+
+    :param entry: the layout of its entries.
+    :param pages: of that memory.
+    :param header: bytes in front of the first entry.
+    """
+
+    entry: np.dtype[np.void]
+    pages: int
+    header: int = 0
+
+    def room(self, page_size: int) -> int:
+        """How many entries it can have."""
+        return (self.pages * page_size - self.header) // self.entry.itemsize
+
+
+#: The sessions of luo-v1 (``LUO_SESSION_PGCNT``), and the files of a session (``LUO_FILE_PGCNT``).
+LUO_SESSIONS: Final = Array(LUO_SESSION_SER, 16, LUO_SESSION_HEADER_SER.itemsize)
+LUO_FILES: Final = Array(LUO_FILE_SER, 2)
 
 #: ``struct kho_block_header_ser``; the entries of a block follow it within its page.
 KHO_BLOCK_HEADER_SER: Final = np.dtype([("next", "<u8"), ("count", "<u8")])
@@ -79,8 +118,15 @@ MEMFD_LUO_SER: Final = np.dtype(
         ("folios", KHO_VMALLOC),
     ]
 )
-#: Offset of ``folios`` in it, bytes.
-MEMFD_FOLIOS_AT: Final = MEMFD_LUO_SER.itemsize - KHO_VMALLOC.itemsize
+#: The same of memfd-v1, which forgets the seals.
+MEMFD_LUO_SER_V1: Final = np.dtype(
+    [("pos", "<u8"), ("size", "<u8"), ("nr_folios", "<u8"), ("folios", KHO_VMALLOC)]
+)
+#: ``struct memfd_luo_ser`` by the compatible of its handler.  In all of them, ``folios`` is last.
+MEMFDS: Final[Mapping[str, np.dtype[np.void]]] = {
+    MEMFD_COMPATIBLE: MEMFD_LUO_SER,
+    MEMFD_V1: MEMFD_LUO_SER_V1,
+}
 #: ``struct memfd_luo_folio_ser``: the pfn in the low 52 bits, flags in the high 12.
 MEMFD_LUO_FOLIO_SER: Final = np.dtype([("pfn_and_flags", "<u8"), ("index", "<u8")])
 MEMFD_PFN_BITS: Final = 52

@@ -40,6 +40,8 @@ MFD_NOEXEC_SEAL = 0x0008
 
 #: Bytes, enough for most snapshots. Only a larger snapshot has to be taken twice.
 SLACK = 256 << 10
+#: Bytes that are written at once.
+PIECE = 1 << 20
 #: How many times a memfd may turn out to be too small.
 ATTEMPTS = 3
 
@@ -178,11 +180,18 @@ def _device() -> LiveUpdate:
 
 
 def _memfd(room: int) -> IO[bytes]:
-    """A memfd of that size. When LUO preserves the memfd, it fills holes with pages of zeros."""
+    """
+    A memfd of that size, all of it written.
+
+    memfd-v1 (linux 6.19 and 7.0) records whether a page is up to date when it preserves the page.
+    A hole is not, and the next kernel gives back zeros for what is written into it later.
+    """
     with _told("cannot make a memfd", _PRESERVE):
         fd = os.memfd_create(SESSION, os.MFD_CLOEXEC | MFD_NOEXEC_SEAL)
         memfd = open(fd, "r+b")  # noqa: SIM115 - the caller closes it
-        memfd.truncate(room)
+        for at in range(0, room, PIECE):
+            memfd.write(bytes(min(PIECE, room - at)))
+        memfd.flush()
     return memfd
 
 

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, U64
+from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, U64, Tracker
+from ..facts.clients import OwnerKind
 from ..facts.columns import Blocks, Leaves, Pages
+from ..facts.owners import FolioTotal
 from ..facts.snapshot import Snapshot
 from ..facts.tree import KeySet, decode_leaves
 from .inplace import InPlace
@@ -106,7 +108,8 @@ _STAYS_COMPOUND = """
 def wrong_after_restore(facts: Snapshot, blocks: Blocks) -> Marked:
     """What the next kernel's restore will set differs from what is there now; it is assumed to
     be the same kernel."""
-    # Assume that clients restore a folio with kho_restore_folio().
+    # Assume that clients restore a folio with kho_restore_folio(); where that is not known,
+    # needs-folio-restore says so.
     folio = blocks.facts.compound > 0
     split = restores_split(facts.abi, blocks.type, folio)
     compound = stays_compound(facts.abi, blocks.order, folio)
@@ -125,6 +128,55 @@ def wrong_after_restore(facts: Snapshot, blocks: Blocks) -> Marked:
         lost_type(facts.abi, blocks),
         _STAYS_COMPOUND if compound.any() else "",
     )
+
+
+@also("wrong-after-restore", "folios")
+def folios_in_vmalloc(facts: Snapshot, folios: list[FolioTotal]) -> Iterator[Message]:
+    """A vmalloc area has folios among its pages, which it gets back as single pages."""
+    for each in folios:
+        if each.owner is not None and each.owner.kind == OwnerKind.VMALLOC_PAGE:
+            yield Message(
+                f"{each.owner.name} has {_folios(each)} among its pages; "
+                f"kho_restore_vmalloc() restores no folio",
+                each.first[0],
+                """
+                kho_restore_vmalloc() restores every page of the area by kho_restore_pages(), which
+                makes no compound page of what was one. Whoever takes these pages for folios then
+                frees the first of each, and leaks the others. Do not put folios into an area that
+                is handed over.
+                """,
+            )
+
+
+@rule(
+    "needs-folio-restore",
+    Severity.WARNING,
+    "folios",
+    """
+    Nothing in memory says how their owner will restore these compound pages: kho_preserve_folio()
+    and kho_preserve_pages() make the same entries. They come back as they are only by
+    kho_restore_folio(). kho_restore_pages() makes no compound page: on a kernel without page types
+    freeing the block then trips "Bad page state", on one with them folio_put() frees the first page
+    and leaks the rest. Look at the owner's code, or at its calls (khoscope trace,
+    wrong-preserve-call).
+    """,
+    kernel="kho_preserve_folio kho_restore_folio kho_restore_pages",
+)
+def needs_folio_restore(facts: Snapshot, folios: list[FolioTotal]) -> Iterator[Message]:
+    """Folios whose owner is not known, or does not say how they will be restored: they come back
+    as they are only if they are restored as folios."""
+    for each in folios:
+        if each.owner is not None and each.owner.kind == OwnerKind.VMALLOC_PAGE:
+            continue
+        whose = "of an unknown owner" if each.owner is None else f"of {each.owner}"
+        first = ", ".join(f"{phys:#x}" for phys in each.first)
+        more = ", …" if each.folios > len(each.first) else ""
+        yield Message(f"{_folios(each)} {whose}, at {first}{more}")
+
+
+def _folios(total: FolioTotal) -> str:
+    count = "1 folio" if total.folios == 1 else f"{total.folios:,} folios"
+    return f"{count} ({total.pages:,} pages)"
 
 
 @rule(
@@ -235,13 +287,19 @@ def subtree_in_scratch(facts: Snapshot) -> Iterator[Message]:
     with this handover. If kfence is on, its pool may lie in scratch, and kernels up to 6.17.8 take
     these pages from that pool: boot them with kfence.sample_interval=0.
     """,
-    kernel="kho_memory_init kho_mem_retrieve",
+    kernel="kho_memory_init kho_mem_retrieve kho_mem_deserialize",
 )
 def metadata_in_scratch(facts: Snapshot) -> Iterator[Message]:
     """The kernel's own record of what is preserved lies in a scratch area."""
-    size = np.uint64(facts.abi.node_size)
+    abi, side = facts.abi, facts.outgoing
+    # Of xarrays, the next kernel reads what finalizing makes of them: chunks, and the same bitmaps.
+    is_radix = abi.tracker == Tracker.RADIX
+    tree = side.tree if is_radix or side.serialized is None else side.serialized
     count, first = 0, 2**64
-    for nodes in facts.outgoing.tree.nodes:
+    for nodes in tree.nodes:
+        if tree is side.tree and not is_radix:
+            nodes = nodes[nodes.level == 0]
+        size = np.where(nodes.level == 0, np.uint64(abi.bitmap_bytes), np.uint64(abi.page_size))
         end = nodes.phys + np.minimum(size, ~nodes.phys)
         hit = nodes.phys[_in_areas(facts.scratch, nodes.phys, end)]
         if len(hit):
@@ -275,6 +333,40 @@ def outside_ram(facts: Snapshot, blocks: Blocks) -> Marked:
         good_key & ~inside,
         lambda row: f"{start[row]:#x}..{end[row]:#x} is not all RAM",
     )
+
+
+@rule(
+    "preserved-offline",
+    Severity.ERROR,
+    "blocks",
+    """
+    kho_restore_page() looks the block up with pfn_to_online_page(), which has no page where memory
+    is offline: kho_restore_folio() and kho_restore_pages() return NULL, and the owner does not get
+    the block back. Before a kexec it also means that the block is not what was preserved: a kernel
+    takes memory offline only once all its pages were freed or moved elsewhere. Unpreserve memory
+    before taking it offline, or keep it online. After a kexec, bring it online before its owner
+    restores it (echo online >/sys/devices/system/memory/memoryN/state).
+    """,
+    kernel="kho_restore_page pfn_to_online_page offline_pages",
+)
+def preserved_offline(facts: Snapshot, blocks: Blocks) -> Marked:
+    """A preserved block lies in memory that is offline."""
+    return Marked(
+        offline(facts.offline, blocks, facts.abi.page_shift),
+        lambda row: "its memory, or some of it, is offline",
+    )
+
+
+def offline(ranges: U64 | None, blocks: Blocks, page_shift: int) -> NDArray[np.bool_]:
+    """
+    Blocks that share memory with what is offline.
+
+    :param ranges: as Snapshot.offline; None, as if nothing was: it is a gap then.
+    """
+    if ranges is None or not len(ranges):
+        return np.zeros(len(blocks), np.bool_)
+    areas = np.stack([ranges[:, 0], ranges[:, 1] - ranges[:, 0]], axis=1)
+    return _in_areas(areas, blocks.phys, blocks.end(page_shift)) & (blocks.order != BAD_ORDER)
 
 
 @rule(

@@ -21,8 +21,10 @@ from ..facts.calls import (
     Touches,
 )
 from ..facts.columns import Pages
+from ..facts.nodes import Step, borders_of, steps_across
 from ..facts.snapshot import Snapshot
 from . import handover as _handover_rules  # noqa: F401 - registers what is looked for here, too
+from .nodes import STEPS_OVER
 from .pattern import describe, differs, fits, named, readable, restores_split, type_name
 from .rule import Marked, Message, Severity, also, rule
 
@@ -122,6 +124,8 @@ def wrong_restore_call(facts: Snapshot, touches: Touches) -> Marked:
     folio_as_pages = ~folio & known & (was.compound > 0)
     pages_as_folio = folio & known & (was.compound <= 0) & (was.compound != Pages.COMPOUND_TAIL)
     miscounted = (touches.asked != NO_ORDER) & (touches.asked != blocks.order)
+    miscounted &= ~_goes_on(facts, touches)
+    cut = _cut_by_kernel(facts, touches, miscounted)
 
     def say(row: int) -> str:
         order, asked = int(blocks.order[row]), int(touches.asked[row])
@@ -132,13 +136,76 @@ def wrong_restore_call(facts: Snapshot, touches: Touches) -> Marked:
             return f"was a folio of order {was.compound[row]}, restored as pages"
         if pages_as_folio[row]:
             return f"was {describe(was, row)} and no folio, restored as a folio of order {order}"
+        if row in cut:
+            return (
+                f"kho_restore_pages() stepped over {cut[row].skipped:,} pages, which "
+                f"kho_preserve_pages() had cut off at {cut[row].border.named(facts.abi.page_shift)}"
+            )
         return (
             f"kho_restore_pages() asked for order {asked}, the stamp is of order {order}: "
             f"{1 << order:,} pages come back where {1 << asked:,} were asked for"
         )
 
     wrong = split_as_folio | folio_as_pages | pages_as_folio | miscounted
-    return Marked(_restores(touches) & wrong, say)
+    by_kernel = miscounted & ~(split_as_folio | folio_as_pages | pages_as_folio)
+    return Marked(
+        _restores(touches) & wrong,
+        say,
+        explain=lambda row: STEPS_OVER if by_kernel[row] and row in cut else "",
+    )
+
+
+def _goes_on(facts: Snapshot, touches: Touches) -> NDArray[np.bool_]:
+    """Restores after which the same call restored the block right behind: it goes by stamps."""
+    goes_on = np.zeros(len(touches), np.bool_)
+    if len(touches) > 1:
+        end = touches.blocks.end(facts.abi.page_shift)
+        goes_on[:-1] = (touches.call[1:] == touches.call[:-1]) & (
+            touches.blocks.phys[1:] == end[:-1]
+        )
+    return goes_on
+
+
+def _cut_by_kernel(
+    facts: Snapshot, touches: Touches, miscounted: NDArray[np.bool_]
+) -> dict[int, Step]:
+    """Rows of restores that preserving had cut where two nodes meet, with the restore's step."""
+    borders, shift, blocks = borders_of(facts), facts.abi.page_shift, touches.blocks
+    found = {}
+    for row in np.flatnonzero(miscounted & np.bool_(bool(borders))).tolist():
+        pfn, order = int(blocks.phys[row]) >> shift, int(touches.asked[row])
+        steps = steps_across(pfn, pfn + (1 << order), borders)
+        if steps and steps[0].blocks[0] == (pfn, int(blocks.order[row])):
+            found[row] = steps[0]
+    return found
+
+
+@rule(
+    "wrong-preserve-call",
+    Severity.WARNING,
+    "touches",
+    """
+    kho_preserve_pages() makes the same entry for a folio as kho_preserve_folio() does. Its
+    counterpart, kho_restore_pages(), makes no folio of it: the owner's folio_put() then frees the
+    first page and leaks the others, or freeing them as one block trips "Bad page state" where the
+    kernel has no page types. A part of a folio comes back without the rest. Preserve a folio with
+    kho_preserve_folio(), and restore it with kho_restore_folio(); or allocate the memory without
+    __GFP_COMP.
+    """,
+    kernel="kho_preserve_pages kho_preserve_folio kho_restore_pages",
+)
+def wrong_preserve_call(facts: Snapshot, touches: Touches) -> Marked:
+    """A folio, or a part of one, was preserved as pages."""
+    pages = touches.blocks.facts
+    inside = pages.compound == Pages.COMPOUND_TAIL
+    by_pages = (touches.action == Action.ADD) & touches.succeeded & (touches.asked != NO_ORDER)
+
+    def say(row: int) -> str:
+        if inside[row]:
+            return "kho_preserve_pages() of pages in the middle of a folio"
+        return f"kho_preserve_pages() of a folio of order {pages.compound[row]}"
+
+    return Marked(by_pages & readable(pages) & ((pages.compound > 0) | inside), say)
 
 
 @rule(

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..abi.keys import U64
+from ..abi.serialized import LUO_FDT_COMPATIBLE
 from ..facts.clients import Claims, Luo, OwnerKind
 from ..facts.columns import Leaves
 from ..facts.owners import shared
@@ -112,6 +113,16 @@ def claimed_twice(facts: Snapshot, keys: KeySet) -> Iterator[Message]:
         yield Message(f"{both.one} and {both.other} lead to the same {pages}", both.phys)
 
 
+#: What broken-luo means where an FDT leads to arrays.
+_BROKEN_ARRAYS = """
+    The next kernel reads the FDT early in its boot, and panics if a node or a property is missing.
+    It follows the addresses and counts in the arrays without a check when /dev/liveupdate is opened
+    first: it oopses, or takes garbage for sessions and files. A session or a file that it cannot
+    read never comes back to whoever waits for it. Somebody wrote over LUO's memory. Do not kexec;
+    close the session and make it again.
+    """
+
+
 @rule(
     "broken-luo",
     Severity.ERROR,
@@ -125,11 +136,15 @@ def claimed_twice(facts: Snapshot, keys: KeySet) -> Iterator[Message]:
     kernel="luo_early_startup kho_block_set_restore luo_session_deserialize memfd_luo_retrieve",
 )
 def broken_luo(facts: Snapshot, keys: KeySet) -> Iterator[Message]:
-    """What LUO hands over is malformed: its chains, a session, a file or a memfd."""
+    """What LUO hands over is malformed: its lists, a session, a file or a memfd."""
     luo = facts.outgoing.luo
-    if luo is not None:
-        yield from (Message(f"LUO: {problem}", luo.phys) for problem in luo.problems)
-        yield from _session_trouble(luo)
+    if luo is None:
+        return
+    explain = _BROKEN_ARRAYS if luo.compatible == LUO_FDT_COMPATIBLE else ""
+    for problem in luo.problems:
+        yield Message(f"LUO: {problem}", luo.phys, explain)
+    for message in _session_trouble(luo):
+        yield replace(message, explain=explain)
 
 
 def malformed(luo: Luo | None) -> Iterator[str]:

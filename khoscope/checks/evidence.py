@@ -12,10 +12,11 @@ from collections.abc import Iterator
 
 from ..abi import serialized
 from ..abi.keys import COMPATIBLES
-from ..abi.kho_fdt import compatible_of
+from ..abi.kho_fdt import compatible_of, parse_luo_fdt
 from ..facts import invariants
 from ..facts.clients import Luo
 from ..facts.columns import Blocks
+from ..facts.nodes import are_known
 from ..facts.snapshot import Side, Snapshot
 from ..facts.tree import KeySet
 from . import blocks as blocks_rules
@@ -44,6 +45,10 @@ def _off(facts: Snapshot) -> Iterator[str]:
         yield "KHO is off, or has no tree: there is nothing to judge"
     elif not len(facts.scratch):
         yield "KHO is on, and where its scratch areas are is not known"
+    elif not are_known(facts):
+        yield "where NUMA nodes meet is not known"
+    if facts.offline is None and not facts.unreadable and not facts.unrecorded:
+        yield "which memory is offline is not known"
 
 
 def _unknown(side: Side, outgoing: bool) -> Iterator[str]:
@@ -59,7 +64,7 @@ def _unknown(side: Side, outgoing: bool) -> Iterator[str]:
         if serialized.LUO in there:
             yield "LUO: what it hands over was not looked at"
     elif luo.raw is not None or luo.compatible is None:
-        yield f"LUO: {_named(luo.compatible)}: its sessions were not looked at"
+        yield f"LUO: {_luo_named(side, luo)}: its sessions were not looked at"
     else:
         yield from _unknown_files(luo)
     for name, known in serialized.SUBTREE_COMPATIBLES.items():
@@ -78,10 +83,19 @@ def _named(compatible: str | None) -> str:
     return f"{compatible!r} is an ABI that khoscope does not know"
 
 
+def _luo_named(side: Side, luo: Luo) -> str:
+    """What of LUO's ABI is not known."""
+    blob = side.blobs.get(f"subtree {serialized.LUO}", b"")
+    nodes = parse_luo_fdt(blob).unknown.items()
+    return ", ".join(f"node {node}: {_named(says)}" for node, says in nodes) or _named(
+        luo.compatible
+    )
+
+
 def _unknown_files(luo: Luo) -> Iterator[str]:
     handlers = Counter(file.handler for session in luo.sessions for file in session.files)
     for handler, count in handlers.items():
-        if handler != serialized.MEMFD_COMPATIBLE:
+        if handler not in serialized.MEMFDS:
             yield f"LUO: {count:,} files of handler {handler!r}: their memory was not looked at"
 
 

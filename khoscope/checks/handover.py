@@ -3,20 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, Abi
+from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, U64, Abi
 from ..abi.serialized import LUO
 from ..facts.clients import LuoSession
 from ..facts.columns import Blocks, Pages
+from ..facts.nodes import Border
 from ..facts.snapshot import Snapshot
 from ..facts.tree import KeySet
+from .blocks import offline
 from .inplace import InPlace
+from .nodes import STEPS_OVER, stepped_over
 from .pattern import (
     describe,
     differs,
@@ -29,6 +32,7 @@ from .pattern import (
     typed,
 )
 from .rule import Marked, Message, Severity, also, rule
+from .sessions import files_that_came, named, nobodys
 
 
 class Fate(IntEnum):
@@ -62,12 +66,16 @@ class Pairs:
     :param after: the new kernel's facts of the same pages.
     :param fate: what became of each, :class:`Fate`.
     :param abi: the new kernel's.
+    :param offline: the new kernel's memory that is offline, as in Snapshot.
+    :param borders: where NUMA nodes met in the old kernel.
     """
 
     before: Blocks
     after: Pages
     fate: NDArray[np.int8]
     abi: Abi
+    offline: U64 | None
+    borders: Sequence[Border] = ()
 
     @property
     def stamped(self) -> NDArray[np.bool_]:
@@ -106,7 +114,12 @@ class Evidence:
 
 
 def pair(
-    before: Blocks, after: Blocks, now: Snapshot, evidence: Evidence, in_place: InPlace
+    before: Blocks,
+    after: Blocks,
+    now: Snapshot,
+    evidence: Evidence,
+    in_place: InPlace,
+    borders: Sequence[Border] = (),
 ) -> Pairs:
     """Decide the fate of each block of a chunk."""
     pages = after.facts
@@ -123,7 +136,18 @@ def pair(
         [Fate.UNREAD, Fate.IN_PLACE, Fate.NOT_RESTORED, Fate.LOST, Fate.RELEASED],
         Fate.RESTORED,
     )
-    return Pairs(before, pages, fate.astype(np.int8), now.abi)
+    return Pairs(before, pages, fate.astype(np.int8), now.abi, now.offline, borders)
+
+
+def undecided(pairs: Pairs) -> NDArray[np.bool_]:
+    """
+    Blocks that were folios, and of which an older file does not say whether they were freed or
+    restored as pages.
+    """
+    was = pairs.before.facts
+    alike = is_contig(pairs.after) | is_split(pairs.after)
+    unknown = (pairs.after.pristine == Pages.UNRECORDED) & (pairs.after.compound <= 0)
+    return unknown & (was.compound > 0) & alike & (pairs.fate == Fate.RELEASED)
 
 
 def _reused(before: Blocks, after: Blocks, now: Snapshot) -> NDArray[np.bool_]:
@@ -133,7 +157,8 @@ def _reused(before: Blocks, after: Blocks, now: Snapshot) -> NDArray[np.bool_]:
     ``kho_restore_page`` leaves either a folio of the block's order, or pages with the same refcount
     on all but the first, none of which is on an LRU list or has a page type.  A block that was a
     folio but no longer is one counts as freed: kho_test frees its folios at every boot, and pages
-    that were allocated anew one by one look like a folio that was restored as pages.
+    that were allocated anew one by one have the refcounts of a folio that was restored as pages.
+    But none of its pages has been in the page allocator if they all are as the boot left them.
     """
     pages = after.facts
     folio = pages.compound > 0
@@ -147,11 +172,16 @@ def _reused(before: Blocks, after: Blocks, now: Snapshot) -> NDArray[np.bool_]:
         (pages.head <= 0)
         | (pages.free > 0)
         | other_folio
-        | (was_folio & ~folio)
+        | (was_folio & ~folio & ~never_freed(before, pages))
         | (~folio & ((pages.flags & lru) != 0))
         | has_page_type(pages)
         | ~(is_contig(pages) | is_split(pages))
     )
+
+
+def never_freed(before: Blocks, after: Pages) -> NDArray[np.bool_]:
+    """Blocks none of whose pages can have been in the page allocator since the boot."""
+    return after.pristine == before.page_count
 
 
 @rule(
@@ -296,6 +326,15 @@ def wrong_refcounts(pairs: Pairs) -> Marked:
     )
 
 
+@also("preserved-offline", "pairs")
+def handed_over_offline(pairs: Pairs) -> Marked:
+    """A block that was handed over lies in memory that is offline in the new kernel."""
+    return Marked(
+        offline(pairs.offline, pairs.before, pairs.abi.page_shift),
+        lambda row: "the new kernel has its memory, or some of it, offline",
+    )
+
+
 @rule(
     "not-restored",
     Severity.WARNING,
@@ -309,10 +348,22 @@ def wrong_refcounts(pairs: Pairs) -> Marked:
 )
 def not_restored(pairs: Pairs) -> Marked:
     """The stamp is still there: nobody has claimed the block, or retrieved the session."""
-    return Marked(
-        pairs.fate == Fate.NOT_RESTORED,
-        lambda row: f"not claimed by anybody; the pages are {describe(pairs.after, row)}",
-    )
+    left = pairs.fate == Fate.NOT_RESTORED
+    came = (pairs.fate == Fate.RESTORED) | (pairs.fate == Fate.RELEASED)
+    shift = pairs.abi.page_shift
+    over = stepped_over(pairs.before, came, left, pairs.borders, shift)
+
+    def say(row: int) -> str:
+        pages = describe(pairs.after, row)
+        if row not in over:
+            return f"not claimed by anybody; the pages are {pages}"
+        step = over[row]
+        return (
+            f"skipped at {step.border.named(shift)}: the block at {step.pfn << shift:#x} was "
+            f"restored, and kho_restore_pages() steps over this one; the pages are {pages}"
+        )
+
+    return Marked(left, say, explain=lambda row: STEPS_OVER if row in over else "")
 
 
 @also("lost", "handover")
@@ -325,13 +376,19 @@ def client_lost(before: Snapshot, after: Snapshot) -> Iterator[Message]:
     for subtree in before.outgoing.fdt.subtrees:
         if subtree.name not in came:
             yield Message(f"subtree {subtree.name!r} was not handed over", subtree.phys)
+    told = nobodys(after)
     for was, now in _sessions(before, after):
-        name = f"session {was.name!r}"
         if now is None:
-            yield Message(f"{name} ({_files(was.count)}) was not handed over")
+            yield Message(f"{named(was)} was not handed over")
+            continue
+        luo = after.incoming.luo if after.incoming is not None else None
+        count = now.count if luo is None else files_that_came(luo, now)
         # Files of a session that was retrieved may be finished and gone.
-        elif not now.retrieved and now.count < was.count:
-            yield Message(f"{name} came with {now.count:,} of {_files(was.count)}")
+        if not now.retrieved and count < was.count:
+            # If the kernel could not read it, nobody has taken its memory.
+            explain = told[was.name].explain if was.name in told else ""
+            name = f"session {was.name!r}"
+            yield Message(f"{name} came with {count:,} of {_files(was.count)}", explain=explain)
 
 
 @also("not-restored", "handover")
@@ -342,7 +399,7 @@ def session_not_retrieved(before: Snapshot, after: Snapshot) -> Iterator[Message
             continue
         name = f"session {was.name!r}"
         if not now.retrieved:
-            yield Message(f"{name} ({_files(now.count)}) came, and nobody has retrieved it")
+            yield Message(f"{named(now)} came, and nobody has retrieved it")
         for file in now.files:
             if file.retrieve_status is not None and file.retrieve_status < 0:
                 yield Message(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi.serialized import KEXEC_METADATA, MEMBLOCK
+from ..abi.serialized import KEXEC_METADATA, LUO, LUO_FDT_COMPATIBLE, MEMBLOCK
 from ..facts.clients import FLB_LIST, Claims, OwnerKind
 from ..facts.columns import Blocks
 from ..facts.snapshot import Snapshot
@@ -17,18 +17,21 @@ READ_IN_PLACE = {KEXEC_METADATA, MEMBLOCK}
 
 class InPlace:
     """
-    The root FDT, the kernel's own subtrees, LUO's list of FLBs (``luo_flb_setup_incoming``), and
-    what ``reserve_mem=`` has set aside.
+    The root FDT, the kernel's own subtrees, LUO's list of FLBs (``luo_flb_setup_incoming``), LUO's
+    blob if it is an FDT (``luo_early_startup`` up to linux 7.1), and what ``reserve_mem=`` has set
+    aside.
 
-    Neither 7.2 nor 7.3 restores any of it: the stamps stay.
+    No kernel from 7.1 to 7.3 restores any of it: the stamps stay.
     """
 
     def __init__(self, facts: Snapshot) -> None:
         side = facts.outgoing
         self._page_shift = facts.abi.page_shift
         self._spots = [side.fdt.phys] if side.fdt.phys else []
+        keeps_luo = side.luo is not None and side.luo.compatible == LUO_FDT_COMPATIBLE
+        names = {*READ_IN_PLACE, LUO} if keeps_luo else READ_IN_PLACE
         for subtree in side.fdt.subtrees:
-            if subtree.name in READ_IN_PLACE and subtree.phys is not None:
+            if subtree.name in names and subtree.phys is not None:
                 self._spots.append(subtree.phys)
         theirs = [owner == FLB_LIST or owner.kind == OwnerKind.RESERVE_MEM for owner in side.owners]
         areas = Claims.empty()

@@ -6,10 +6,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from ..abi.fdt import Unreadable, read
+from ..abi.fdt import MAGIC, Unreadable, read
 from ..abi.keys import COMPATIBLES_WITHOUT_TYPES, Abi, Finalize, Tracker
 from ..abi.kho_fdt import Fdt, Subtree
-from ..abi.serialized import SUBTREE_COMPATIBLES
+from ..abi.serialized import LUO, SUBTREE_COMPATIBLES
 from ..facts.snapshot import Side, Snapshot, in_ram
 from ..facts.tree import Tree, TreeState
 from .rule import Message, Severity, rule
@@ -150,15 +150,20 @@ def _fdt_trouble(facts: Snapshot, which: str, side: Side) -> Iterator[Message]:
 
 
 def _subtree_trouble(side: Side) -> Iterator[Message]:
-    """Subtrees whose blobs should be FDTs, by their names, but are not."""
+    """Subtrees whose blobs should be FDTs, by their names or beginnings, but are not."""
     for subtree in side.fdt.subtrees:
         blob = side.blobs.get(f"subtree {subtree.name}")
-        if subtree.name not in SUBTREE_COMPATIBLES or blob is None:
+        if blob is None or not _should_be_fdt(subtree.name, blob):
             continue
         try:
             read(blob)
         except Unreadable as error:
             yield Message(f"subtree {subtree.name!r}: not a readable FDT ({error})", subtree.phys)
+
+
+def _should_be_fdt(name: str, blob: bytes) -> bool:
+    # LUO's blob is an FDT up to linux 7.1, and a struct since.
+    return name in SUBTREE_COMPATIBLES or (name == LUO and blob.startswith(MAGIC))
 
 
 def misplaced(facts: Snapshot, fdt: Fdt, subtree: Subtree) -> str | None:
@@ -264,14 +269,14 @@ def bad_node(facts: Snapshot) -> Iterator[Message]:
     Severity.WARNING,
     "kernel",
     """
-    The kernel itself has complained about pages or about KHO. This is what wrong refcounts lead to
-    after a kexec: bad pages leak, and a page that was freed wrongly may be in use twice. Read the
-    log (dmesg) around these lines.
+    The kernel itself has complained about pages, KHO or LUO. Wrong refcounts lead to this after a
+    kexec: bad pages leak, and a page that was freed wrongly may be in use twice. Read the log
+    (dmesg) around these lines.
     """,
     kernel="bad_page",
 )
 def kernel_tainted(facts: Snapshot) -> Iterator[Message]:
-    """Bad-page taint, or "Bad page state" / KHO warnings in the log."""
+    """Bad-page taint, or "Bad page state" / KHO and LUO warnings in the log."""
     if facts.kernel.tainted >> TAINT_BAD_PAGE & 1:
         yield Message(f"tainted: bad page (tainted_mask {facts.kernel.tainted:#x})")
     for line in facts.kernel.log:

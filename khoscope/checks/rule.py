@@ -62,14 +62,19 @@ class Marked:
     :param say: the message for one row; called for rows that are shown, not for all.
     :param cause: the rule whose finding, if there is one, explains the rows of ``follows``.
     :param follows: mask; None: no row.
-    :param explain: what explains this kernel's, in place of the rule's explanation; "": nothing.
+    :param explain: what explains this kernel's rows, or a single row, in place of the rule's
+        explanation; "": nothing.
     """
 
     rows: NDArray[np.bool_]
     say: Callable[[int], str]
     cause: str = ""
     follows: NDArray[np.bool_] | None = None
-    explain: str = ""
+    explain: str | Callable[[int], str] = ""
+
+    def explanation(self, row: int) -> str:
+        """What explains a row; "": the rule's explanation."""
+        return self.explain if isinstance(self.explain, str) else self.explain(row)
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,7 @@ ScopeName = Literal[
     "clients",
     "tree",
     "blocks",
+    "folios",
     "pairs",
     "stamps",
     "calls",
@@ -169,8 +175,12 @@ SCOPES: dict[ScopeName, Scope] = {
     ),
     "next": Scope("(snapshot, NextKernel) → messages", "the next kernel's image (--next)"),
     "abi": Scope("(abi) → messages, whatever the tree holds", "the key layout, KHO's ABI"),
-    "kexec": Scope("(snapshot) → messages, where a kexec is to come", "the kexec image"),
-    "kernel": Scope("(snapshot) → messages", "root FDT, tree entries, kernel log"),
+    "kexec": Scope(
+        "(snapshot) → messages, where a kexec is to come", "the kexec image, incoming sessions"
+    ),
+    "kernel": Scope(
+        "(snapshot) → messages", "root FDT, tree entries, incoming sessions, kernel log"
+    ),
     "clients": Scope(
         "(snapshot, KeySet of its tree) → messages", "what the clients hand over, the tree"
     ),
@@ -179,6 +189,9 @@ SCOPES: dict[ScopeName, Scope] = {
         "the tree",
     ),
     "blocks": Scope("(snapshot, a chunk of blocks) → marked rows", "blocks and their struct pages"),
+    "folios": Scope(
+        "(snapshot, FolioTotals) → messages", "which of the blocks are folios, and whose"
+    ),
     "pairs": Scope("(handover.Pairs) → marked rows", "struct pages before and after the kexec"),
     "stamps": Scope("(before, its keys, a chunk of stamps) → marked rows", "stamped pages"),
     "calls": Scope("(snapshot, a chunk of Calls) → marked rows", "calls (trace)"),
@@ -191,7 +204,7 @@ SCOPES: dict[ScopeName, Scope] = {
 
 #: Scopes that every kernel has; scopes before a kexec; scopes that need the image of the next
 #: kernel; scopes that need an earlier snapshot, too; scopes of a trace.
-ONE_KERNEL: set[ScopeName] = {"abi", "kernel", "clients", "tree", "blocks"}
+ONE_KERNEL: set[ScopeName] = {"abi", "kernel", "clients", "tree", "blocks", "folios"}
 KEXEC: set[ScopeName] = {"kexec"}
 NEXT: set[ScopeName] = {"next"}
 ACROSS: set[ScopeName] = {"handover", "pairs", "stamps"}

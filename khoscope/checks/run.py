@@ -19,7 +19,8 @@ from ..facts import invariants
 from ..facts.calls import NO_PHYS, Action, Batch, Calls, Losses
 from ..facts.columns import Blocks, aligned
 from ..facts.next_kernel import NextKernel
-from ..facts.owners import UNKNOWN, Owners
+from ..facts.nodes import borders_of
+from ..facts.owners import UNKNOWN, FolioTally, Owners
 from ..facts.snapshot import Snapshot
 from ..facts.tree import KeySet
 from ..words.errors import KhoscopeError
@@ -28,6 +29,8 @@ from . import finalize as _finalize_rules  # noqa: F401 - registers its rules
 from . import handover as handover_rules
 from . import kernel as _kernel_rules  # noqa: F401 - registers its rules
 from . import next_kernel as _image_rules  # noqa: F401 - registers its rules
+from . import nodes as _node_rules  # noqa: F401 - registers its rules
+from . import sessions as _session_rules  # noqa: F401 - registers its rules
 from .clients import malformed
 from .evidence import Rows, all_gaps, gaps
 from .inplace import InPlace
@@ -195,7 +198,7 @@ class Report:
             row: rule.finding(
                 marked.say(row),
                 *_where(chunk, row),
-                explain=marked.explain,
+                explain=marked.explanation(row),
                 follows=cause if so else "",
             )
             for row, so in zip(rows[made].tolist(), follows[made].tolist(), strict=True)
@@ -281,10 +284,10 @@ def _check_tree(facts: Snapshot, keys: Callable[[], KeySet], report: Report) -> 
 
 def _check_blocks(facts: Snapshot, keys: Callable[[], KeySet], report: Report) -> None:
     """Run the rules about blocks."""
-    rules = report.finders("blocks")
-    if not rules:
+    rules, of_folios = report.finders("blocks"), report.finders("folios")
+    if not rules and not of_folios:
         return
-    rows = Rows(facts, keys())
+    rows, folios = Rows(facts, keys()), FolioTally(facts)
     for blocks in facts.outgoing.blocks:
         rows.add(blocks)
         lost = lost_order(facts, blocks)
@@ -296,6 +299,10 @@ def _check_blocks(facts: Snapshot, keys: Callable[[], KeySet], report: Report) -
                 report.add_marked(rule, blocks, because)
                 marked = dataclasses.replace(marked, rows=marked.rows & ~lost)
             report.add_marked(rule, blocks, marked)
+        if of_folios:
+            folios.add(blocks)
+    for rule, find in of_folios:
+        report.add_messages(rule, find(facts, folios.totals()))
     report.blocks = rows.count
     report.incomplete += rows.gaps()
 
@@ -363,7 +370,9 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> list[s
     report.fates = Counter()
     owners = _OwnersNow(before, after)
     evidence, in_place = handover_rules.Evidence(before, after), InPlace(before)
+    borders = borders_of(before)
     rows, wrong = Rows(before, evidence.recorded), Counter[str]()
+    undecided = 0
     for was, now in aligned(before.outgoing.blocks, after.watched):
         if len(was) != len(now) or (was.key != now.key).any():
             raise KhoscopeError(
@@ -372,9 +381,10 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> list[s
             )
         rows.add(was)
         wrong += invariants.of_blocks(before.abi, now)
-        pairs = handover_rules.pair(was, now, after, evidence, in_place)
+        pairs = handover_rules.pair(was, now, after, evidence, in_place, borders)
         whose = owners.of(was)
         _add_fates(report, pairs.fate, whose, owners)
+        undecided += int(handover_rules.undecided(pairs).sum())
         for rule, find in rules:
             report.add_marked(rule, was, owners.named(find(pairs), was, whose))
     # The owner with the most blocks comes first.
@@ -382,6 +392,11 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> list[s
     if report.fates["unread"]:
         report.incomplete.append(
             f"the pages of {report.fates['unread']} recorded blocks could not be read"
+        )
+    if undecided:
+        report.incomplete.append(
+            f"not recorded by khoscope {after.taken.khoscope}: whether {undecided:,} folios were "
+            "freed, or restored as pages"
         )
     report.incomplete += [
         f"facts contradict each other: {count:,} recorded blocks, as they are now, {what}"
@@ -461,6 +476,12 @@ class _OwnersNow:
 def _compare_stamps(before: Snapshot, after: Snapshot, report: Report) -> None:
     """Run the rules about stamps."""
     rules = report.finders("stamps")
+    if not after.abi.stamp.has_magic:
+        report.incomplete.append(
+            "stamps of this kernel have no magic: khoscope has looked at the recorded blocks "
+            "alone, and cannot tell those that nobody has restored"
+        )
+        return
     if not rules:
         return
     recorded = KeySet(before.abi, before.outgoing.tree.leaves)

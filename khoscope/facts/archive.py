@@ -78,7 +78,7 @@ SNAPSHOT: Final = Format(
 
 RECORDING: Final = Format(
     "khotrace",
-    2,
+    3,
     "recording",
     "record the trace again, or copy the file again",
     "khoscope trace --replay FILE shows it",
@@ -97,6 +97,11 @@ NPY_HEADER = re.compile(
 
 #: No column of the set has two dimensions.
 NARROW: Final[Mapping[str, int]] = {}
+
+
+#: Columns that files lack below this version, and what then stands in them.  None is the first of
+#: its set.
+LATER: Final[Mapping[str, tuple[int, int]]] = {"pristine": (3, Pages.UNRECORDED)}
 
 
 #: The column that tells how many claims a chunk has.
@@ -248,6 +253,7 @@ class Archive:
     def __init__(self, file: IO[bytes], name: str, format: Format, ours: bool = False) -> None:
         self._name = name
         self._format = format
+        self._version = format.version
         self._prefix = ""
         self.ours = ours
         with self.damage():
@@ -327,7 +333,8 @@ class Archive:
                 "use the khoscope that wrote it, or a newer one",
             )
         with self.damage():
-            shape = _Shape(may_lack.get(int(version), ()))
+            self._version = int(version)
+            shape = _Shape(may_lack.get(self._version, ()))
             shape.of(msgspec.json.decode(raw), kind, "")
             return msgspec.json.decode(raw, type=kind), shape.lacking
 
@@ -414,7 +421,11 @@ class Archive:
         columns: dict[str, NDArray[Any]] = {}
         for column, dtype in kind.DTYPES.items():
             wide = (width[column],) if column in width else ()
-            columns[column] = self.array(f"{prefix}{column}", dtype, (length, *wide))
+            since, unrecorded = LATER.get(column, (0, 0))
+            if self._version < since:
+                columns[column] = np.full(length or 0, unrecorded, dtype)
+            else:
+                columns[column] = self.array(f"{prefix}{column}", dtype, (length, *wide))
             length = len(columns[column])
         return columns
 

@@ -49,6 +49,11 @@ _PROPERTIES: Final[Mapping[str, Mapping[str, np.dtype[Any]]]] = {
         "folios_info": KHO_VMALLOC,
         "csum": _U32,
     },
+    serialized.LUO_FDT_COMPATIBLE: {
+        serialized.LUO_FDT_LIVEUPDATE_NUM: _U64,
+        serialized.LUO_FDT_SESSION[2]: _U64,
+        serialized.LUO_FDT_FLB[2]: _U64,
+    },
 }
 #: Members that are not counts but addresses or patterns of bits.
 _HEX: Final = frozenset(
@@ -61,6 +66,8 @@ _HEX: Final = frozenset(
         "first",
         "sessions_pa",
         "flbs_pa",
+        serialized.LUO_FDT_SESSION[2],
+        serialized.LUO_FDT_FLB[2],
     }
 )
 
@@ -283,7 +290,7 @@ class Blobs:
 
 
 def _is_fdt(name: str | None, raw: bytes) -> bool:
-    # Show every FDT as one, whatever its name: LUO's blob once was an FDT.
+    # Show every FDT as one, whatever its name: up to Linux 7.1, LUO's blob is an FDT.
     return raw.startswith(MAGIC) or name in (serialized.MEMBLOCK, serialized.KHO_TEST)
 
 

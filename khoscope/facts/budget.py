@@ -30,6 +30,8 @@ LIST: Final = 1 << 17
 #: Ranges of System RAM, and bytes of address space that any processor has (52 bits).
 RAM_RANGES: Final = 1 << 14
 ADDRESSES: Final = 1 << 52
+#: NUMA nodes: no kernel can be configured for more (NODES_SHIFT).
+NODES: Final = 1 << 10
 #: Scratch areas: more than any kernel supports nodes (MAX_NUMNODES is 1024).
 SCRATCH: Final = 1 << 12
 #: Subtrees of a root FDT: 64 KiB have room for 1,200.

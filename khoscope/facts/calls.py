@@ -211,8 +211,8 @@ class Touches(Columns):
         ``BIT_SET`` or ``BIT_UNKNOWN``.
     :param after: u8, likewise at return.
     :param as_folio: bool, restored by ``kho_restore_folio``; else by ``kho_restore_pages``.
-    :param asked: u8, the order of the block by the caller's own arithmetic (``kho_restore_pages``);
-        ``NO_ORDER``: the caller has none.
+    :param asked: u8, the order of the block by the arithmetic of the caller,
+        ``kho_preserve_pages`` or ``kho_restore_pages``; ``NO_ORDER``: it is another caller.
     :param looked: u32, the number of pages whose refcount was read; if the block has more pages, it
         was sampled.
     :param blocks: the blocks.  Added and deleted blocks have key and type as the tree stores them,

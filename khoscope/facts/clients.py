@@ -138,7 +138,8 @@ class LuoFile:
     :param handler: ``compatible`` of its handler.
     :param data: ``serialized_data``: its meaning is up to the handler; mostly it is a physical
         address.
-    :param retrieve_status: as in ``struct luo_file``; None if only the serialized form is there.
+    :param retrieve_status: as in ``struct luo_file``, or 1 if that only says that it was retrieved;
+        None if only the serialized form is there.
     :param memfd: what ``data`` leads to, if the handler is known and the structure is still there.
     """
 
@@ -183,13 +184,13 @@ class Flb:
 @dataclass(frozen=True)
 class Luo:
     """
-    What the Live Update Orchestrator hands over, or was handed (``struct luo_ser``).
+    What the Live Update Orchestrator hands over, or was handed.
 
-    :param phys: ``phys_addr_t`` of the ``struct luo_ser``.
+    :param phys: ``phys_addr_t`` of the blob that leads to it: a ``struct luo_ser``, or an FDT.
     :param compatible: its ABI; None: not readable.
     :param liveupdate_num: live updates up to the next kernel, or up to this one.
     :param live: the sessions come from the kernel's lists, not from the serialized form.
-    :param raw: the structure's bytes in hex if the ABI is not known.
+    :param raw: the first bytes of the blob in hex if the ABI is not known.
     """
 
     phys: int

@@ -105,6 +105,10 @@ class Pages(Columns):
     :param compound: i8, order of the compound page that starts here; ``NOT_COMPOUND``, or
         ``COMPOUND_TAIL`` for a page in the middle of one.
     :param unread: u32, how many struct pages could not be read.
+    :param pristine: u32, how many pages are as the boot left them, whatever their refcount: no
+        flag, no page type, no mapping, and a list head that leads to itself.  KHO's restoring
+        changes none of that, except in a folio.  A page that came from the page allocator is not
+        so.  ``UNRECORDED`` in older files; 0 in traces.
     """
 
     private: U64
@@ -118,9 +122,11 @@ class Pages(Columns):
     page_type: NDArray[np.uint32]
     compound: NDArray[np.int8]
     unread: NDArray[np.uint32]
+    pristine: NDArray[np.uint32]
 
     NOT_COMPOUND: ClassVar[int] = -1
     COMPOUND_TAIL: ClassVar[int] = -2
+    UNRECORDED: ClassVar[int] = 2**32 - 1
 
     @classmethod
     def blank(cls, rows: int) -> Pages:

@@ -73,6 +73,8 @@ def _single_facts(s: Snapshot) -> dict[str, str]:
         "RAM": ", ".join(f"{x:#x}..{y:#x}" for x, y in s.ram.tolist()),
         "scratch": ", ".join(f"{x:#x}+{y:#x}" for x, y in s.scratch.tolist()),
     }
+    if s.nodes is not None:
+        found["NUMA nodes"] = ", ".join(f"{n.number}: {n.start:#x}..{n.end:#x}" for n in s.nodes)
     if s.kernel.command_line:
         found["command line"] = s.kernel.command_line
     if s.image is not None:
@@ -156,7 +158,11 @@ def blocks(a: Snapshot, b: Snapshot) -> Iterator[BlockChanges]:
 def _pages_differ(a: Pages, b: Pages) -> NDArray[np.bool_]:
     differ = np.zeros(len(a), np.bool_)
     for column in Pages.DTYPES:
-        differ |= getattr(a, column) != getattr(b, column)
+        changed = getattr(a, column) != getattr(b, column)
+        if column == "pristine":
+            # An older file does not have it.
+            changed &= (a.pristine != Pages.UNRECORDED) & (b.pristine != Pages.UNRECORDED)
+        differ |= changed
     return differ
 
 

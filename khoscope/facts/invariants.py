@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..abi import serialized
+from ..abi.fdt import MAGIC
 from ..abi.keys import BAD_ORDER, NO_TYPE, Abi, Tracker
-from ..abi.kho_fdt import kho_test_folios, reserve_mem_areas, root_fdt
+from ..abi.kho_fdt import kho_test_folios, parse_luo_fdt, reserve_mem_areas, root_fdt
 from .clients import Luo, LuoFile, LuoSession, Memfd, Owner, OwnerKind, Vmalloc
 from .columns import Blocks, Pages
 from .owners import claimed
-from .snapshot import KexecImage, Side, Snapshot, in_ram
+from .snapshot import KexecImage, Node, Side, Snapshot, in_ram
 from .tree import KeySet
 
 #: How ``--type-shift`` shows in ``Abi.decided``.
@@ -34,6 +35,8 @@ def contradictions(facts: Snapshot) -> Iterator[str]:
     yield from _abi(facts.abi)
     yield from _kernel(facts)
     yield from _memory(facts)
+    if facts.nodes is not None:
+        yield from _nodes(facts.nodes)
     if facts.image is not None:
         yield from _image(facts.image, facts.outgoing.fdt.phys)
     for which, side in (("outgoing", facts.outgoing), ("incoming", facts.incoming)):
@@ -104,6 +107,11 @@ def _memory(facts: Snapshot) -> Iterator[str]:
     if not len(ram) or (ram[:, 0] >= ram[:, 1]).any() or (ram[1:, 0] < ram[:-1, 1]).any():
         yield "RAM: its ranges are none, empty, or not in order"
         return
+    off = np.zeros((0, 2), np.uint64) if facts.offline is None else facts.offline
+    if (off[:, 0] >= off[:, 1]).any() or (off[1:, 0] <= off[:-1, 1]).any():
+        yield "offline memory: its ranges are empty, or not in order"
+    elif not all(in_ram(ram, first, end - first) for first, end in off.tolist()):
+        yield "offline memory: not all of it is RAM"
     areas, free = facts.scratch.tolist(), facts.scratch_free
     if any(size and not in_ram(ram, phys, size) for phys, size in areas):
         yield "scratch: an area is not in RAM"
@@ -117,6 +125,14 @@ def _memory(facts: Snapshot) -> Iterator[str]:
         looked, pages = facts.scan.scanned + facts.scan.unread, ram_pages(facts)
         if looked != pages:
             yield f"the search for stamps looked at {looked:,} struct pages, RAM has {pages:,}"
+
+
+def _nodes(nodes: list[Node]) -> Iterator[str]:
+    numbers, starts = [n.number for n in nodes], [n.start for n in nodes]
+    if not nodes or len({*numbers}) < len(nodes) or sorted(starts) != starts:
+        yield "NUMA nodes: there are none, two of one number, or they are not in order"
+    if any(node.start >= node.end for node in nodes):
+        yield "NUMA nodes: one without memory"
 
 
 def ram_pages(facts: Snapshot) -> int:
@@ -158,13 +174,11 @@ def _blobs(side: Side) -> Iterator[str]:
 def _luo(side: Side, luo: Luo, outgoing: bool) -> Iterator[str]:
     named = {s.name: s.phys for s in side.fdt.subtrees}
     if named.get(serialized.LUO) != luo.phys:
-        yield f"struct luo_ser at {luo.phys:#x}, the root FDT does not have it there"
+        yield f"its blob is at {luo.phys:#x}, the root FDT does not have it there"
     raw = side.blobs.get(f"subtree {serialized.LUO}", b"")
-    if outgoing and luo.raw is None and len(raw) >= serialized.LUO_SER.itemsize:
-        ser = serialized.unpack(serialized.LUO_SER, raw)
-        says = serialized.text(bytes(ser["compatible"])), int(ser["liveupdate_num"])
-        if not luo.problems and says != (luo.compatible, luo.liveupdate_num):
-            yield f"{luo.compatible}, live update {luo.liveupdate_num}: its bytes say {says}"
+    says = _luo_says(raw) if outgoing and luo.raw is None and not luo.problems else None
+    if says not in (None, (luo.compatible, luo.liveupdate_num)):
+        yield f"{luo.compatible}, live update {luo.liveupdate_num}: its bytes say {says}"
     if luo.raw is not None and (luo.sessions or luo.flbs):
         yield "sessions of an ABI that is not known"
     names = Counter(session.name for session in luo.sessions)
@@ -172,6 +186,17 @@ def _luo(side: Side, luo: Luo, outgoing: bool) -> Iterator[str]:
         yield "two sessions of one name"
     for session in luo.sessions:
         yield from (f"session {session.name!r}: {said}" for said in _session(session))
+
+
+def _luo_says(raw: bytes) -> tuple[str | None, int | None] | None:
+    """Compatible and number of LUO's blob; None: there is too little of it."""
+    if raw.startswith(MAGIC):
+        fdt = parse_luo_fdt(raw)
+        return fdt.compatible, fdt.liveupdate_num
+    if len(raw) < serialized.LUO_SER.itemsize:
+        return None
+    ser = serialized.unpack(serialized.LUO_SER, raw)
+    return serialized.text(bytes(ser["compatible"])), int(ser["liveupdate_num"])
 
 
 def _session(session: LuoSession) -> Iterator[str]:
@@ -184,7 +209,7 @@ def _session(session: LuoSession) -> Iterator[str]:
 
 
 def _file(file: LuoFile) -> Iterator[str]:
-    known = file.handler == serialized.MEMFD_COMPATIBLE and not file.retrieve_status
+    known = file.handler in serialized.MEMFDS and not file.retrieve_status
     if file.memfd is None:
         if known and not file.problems:
             yield "a memfd of which nothing was recorded"
@@ -309,6 +334,7 @@ def _more_than_all(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
     pages, count = blocks.facts, blocks.page_count
     # A compound page may have any order: its folio was resized, or memory holds anything.
     compound = pages.compound < Pages.COMPOUND_TAIL
+    compound |= (pages.pristine > count) & (pages.pristine != Pages.UNRECORDED)
     return compound | (pages.free > count) | ((pages.odd > 0) & (pages.odd >= count))
 
 

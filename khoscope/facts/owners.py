@@ -154,6 +154,71 @@ class OwnerTotal:
     pages: int
 
 
+@dataclass(frozen=True)
+class FolioTotal:
+    """
+    Folios of several pages that are preserved and that one owner has.
+
+    :param owner: None: not known.
+    :param first: the lowest of their addresses, a few of them.
+    """
+
+    owner: Owner | None
+    folios: int
+    pages: int
+    first: list[int]
+
+
+#: Owners of which it matters that they have folios: nothing says that they restore folios.
+#: Memfds, LUO, KHO's own client and whoever has a blob made by ``kho_alloc_preserve()`` do.
+FOLIOS_OF: Final = frozenset({OwnerKind.SLAB, OwnerKind.VM_STRUCT, OwnerKind.VMALLOC_PAGE})
+
+
+class FolioTally:
+    """Counts the folios among preserved blocks, chunk by chunk, for :data:`FOLIOS_OF`."""
+
+    #: How many addresses are kept of each owner.
+    KEPT: Final = 3
+
+    def __init__(self, facts: Snapshot) -> None:
+        self._owners = BlockOwners(facts)
+        every = self._owners.owners
+        # UNKNOWN (-1) indexes the last entry.
+        self._counts = np.array([*(owner.kind in FOLIOS_OF for owner in every), True], np.bool_)
+        self._folios = np.zeros(len(self._counts), np.int64)
+        self._pages = np.zeros(len(self._counts), np.uint64)
+        self._first: dict[int, U64] = {}
+
+    def add(self, blocks: Blocks) -> None:
+        """Look at the next chunk."""
+        facts = blocks.facts
+        folio = (facts.compound > 0) & (facts.compound == blocks.order)
+        blocks = blocks[folio & (facts.unread == 0) & (facts.free == 0)]
+        if not len(blocks):
+            return
+        owner = self._owners.of(blocks)
+        counts = self._counts[owner]
+        blocks, owner = blocks[counts], owner[counts]
+        np.add.at(self._folios, owner, 1)
+        np.add.at(self._pages, owner, blocks.page_count)
+        for each in np.unique(owner).tolist():
+            known = self._first.get(each, np.zeros(0, np.uint64))
+            phys = np.append(known, blocks.phys[owner == each])
+            self._first[each] = np.sort(phys)[: self.KEPT]
+
+    def totals(self) -> list[FolioTotal]:
+        """One for each owner that has folios; those whose owner is not known come last."""
+        return [
+            FolioTotal(
+                None if owner == UNKNOWN else self._owners.owners[owner],
+                int(self._folios[owner]),
+                int(self._pages[owner]),
+                self._first[owner].tolist(),
+            )
+            for owner in sorted(self._first, key=lambda owner: (owner == UNKNOWN, owner))
+        ]
+
+
 def claimed(side: Side) -> list[tuple[Owner, int]]:
     """How many bytes each owner claims."""
     sizes = np.zeros(len(side.owners), np.uint64)

@@ -138,6 +138,21 @@ class Watched:
 
 
 @dataclass(frozen=True)
+class Node:
+    """
+    A NUMA node that has memory (``struct pglist_data``).
+
+    :param number: the kernel's.
+    :param start: ``phys_addr_t`` of its first page.
+    :param end: last-plus-one physical address.  Pages in between may be another node's.
+    """
+
+    number: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """
     Everything that was read from one kernel.
@@ -147,8 +162,12 @@ class Snapshot:
     :param scratch: u64, shape (n, 2): address and size of each area (``kho_scratch``).
     :param scratch_free: pages of each area that the buddy allocator holds, None if their struct
         pages cannot be read; empty: not counted.
+    :param nodes: the NUMA nodes, in order of their first pages; None: they cannot be read, or were
+        not recorded.
     :param image: the kexec image; None: not looked at.
     :param liveupdate: LUO in this kernel; None: it has none, or was not looked at.
+    :param offline: u64, likewise: the parts of RAM for which ``pfn_to_online_page()`` has no page;
+        None: not known.
     :param unreadable: what else of the kernel's memory could not be read, in words: a vmcore may
         lack pages.
     :param unrecorded: what the version of khoscope that took it did not record yet, in words.
@@ -183,10 +202,12 @@ class Snapshot:
     scratch_free: list[int | None] = field(default_factory=list)
     image: KexecImage | None = None
     liveupdate: LuoState | None = None
+    offline: U64 | None = None
     unreadable: list[str] = field(default_factory=list)
     unrecorded: list[str] = field(default_factory=list)
     contradictions: list[str] = field(default_factory=list)
     finalized: bool | None = None
+    nodes: list[Node] | None = None
 
 
 def in_ram(ram: U64, phys: int, size: int) -> bool:

@@ -28,6 +28,8 @@ READ_FROM: Final = {
     "luo_abi_in": "kho_in.fdt_phys, LUO",
     "handlers": "luo_file_handler_list",
     "scratch": "kho_scratch",
+    "offline": "mem_section",
+    "nodes": "struct pglist_data",
     "preserved": "kho_out.radix_tree",
     "unclaimed": "page->private",
     "tree": "kho_out.radix_tree",

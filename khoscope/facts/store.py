@@ -15,19 +15,32 @@ from typing import IO, Final, TypeVar
 
 import numpy as np
 
-from ..abi.keys import Abi, Tracker
+from ..abi.keys import U64, Abi, Tracker
 from ..abi.kho_fdt import Fdt, root_fdt
 from . import budget, invariants
 from .archive import SNAPSHOT, Archive, Stored, Writer
 from .clients import Claims, Luo, LuoState, Owner, Vmalloc
 from .columns import CHUNK_BLOCKS, Blocks, Columns, Leaves, Nodes
 from .files import NewFile, open_file
-from .snapshot import Handover, Kernel, KexecImage, Provenance, Scan, Side, Snapshot, Watched
+from .snapshot import (
+    Handover,
+    Kernel,
+    KexecImage,
+    Node,
+    Provenance,
+    Scan,
+    Side,
+    Snapshot,
+    Watched,
+)
 from .tree import Tree, TreeState
 
 #: Snapshots up to this size stay in memory, larger ones go to an unnamed temporary file.
 SPOOL_MEMORY = 64 << 20
 
+
+#: Files of this schema may lack the streams of claims.
+FIRST_SCHEMA: Final = f"{SNAPSHOT.name}/1"
 
 #: The root FDT that a source gives if the kernel has none.
 NO_FDT: Final = Fdt(0, problems=["there is none"])
@@ -65,12 +78,16 @@ class _Meta:
     scratch_free: list[int | None] = field(default_factory=list)
     image: KexecImage | None = None
     liveupdate: LuoState | None = None
+    #: First and last-plus-one address of each range, as in ``ram``.
+    offline: list[list[int]] | None = None
     unreadable: list[str] = field(default_factory=list)
     finalized: bool | None = None
+    nodes: list[Node] | None = None
 
 
 #: Members that files of version 1 and 2 lack: those who wrote them refused any kernel whose KHO is
-#: older than the radix tree.
+#: older than the radix tree, and looked at no sections.  The verdict names the NUMA nodes where
+#: there may be several.
 UNRECORDED_2: Final[dict[str, str]] = {
     "Abi.tracker": "",
     "Abi.preserve_bits": "",
@@ -78,6 +95,8 @@ UNRECORDED_2: Final[dict[str, str]] = {
     "Abi.restores_pages_as": "",
     "_SideMeta.serialized": "",
     "_Meta.finalized": "",
+    "_Meta.offline": "which memory is offline",
+    "_Meta.nodes": "",
 }
 #: Members that files of version 1 may lack, since khoscope 0.1.0 recorded them only later: class
 #: and member, and what the verdict then names as not recorded; "": no rule needs it.
@@ -149,8 +168,10 @@ def write_snapshot(snapshot: Snapshot, writer: Writer) -> None:
         snapshot.scratch_free,
         snapshot.image,
         snapshot.liveupdate,
+        None if snapshot.offline is None else snapshot.offline.tolist(),
         snapshot.unreadable,
         snapshot.finalized,
+        snapshot.nodes,
     )
     writer.json("meta.json", meta)
 
@@ -201,6 +222,7 @@ def read_snapshot(archive: Archive) -> Snapshot:
     meta, lacking = archive.meta(SNAPSHOT, _Meta, may_lack)
     with archive.damage():
         _check_abi(meta.abi)
+        offline = _ranges(meta.offline)
         if not archive.ours:
             _check_lists(meta)
     streams = _Streams(archive, meta.abi, meta.chunks)
@@ -247,9 +269,11 @@ def read_snapshot(archive: Archive) -> Snapshot:
         meta.scratch_free,
         meta.image,
         meta.liveupdate,
+        offline,
         meta.unreadable,
         sorted(what for what in said if what),
         finalized=meta.finalized,
+        nodes=meta.nodes,
     )
     _check_members(archive, meta)
     if not archive.ours:
@@ -264,6 +288,15 @@ def _whole(decoded: T) -> T:
     not write them again.
     """
     return dataclasses.replace(decoded)
+
+
+def _ranges(listed: list[list[int]] | None) -> U64 | None:
+    """Ranges of memory; refuses what is none."""
+    if listed is None:
+        return None
+    if any(len(each) != 2 for each in listed):
+        raise ValueError("a range of offline memory has a beginning and an end")
+    return np.array(listed, np.uint64).reshape(-1, 2)
 
 
 def _derived(recorded: Fdt, blobs: dict[str, bytes]) -> Fdt:
@@ -303,6 +336,9 @@ def _check_memory(facts: Snapshot) -> None:
         raise ValueError("more ranges of RAM or scratch areas than any machine has")
     if len(facts.ram) and int(facts.ram.max()) > budget.ADDRESSES:
         raise ValueError(f"RAM at {int(facts.ram.max()):#x}, where no processor has any")
+    nodes = facts.nodes or []
+    if len(nodes) > budget.NODES or max((n.end for n in nodes), default=0) > budget.ADDRESSES:
+        raise ValueError("more NUMA nodes than any machine has, or in no memory")
 
 
 def _check_members(archive: Archive, meta: _Meta) -> None:
@@ -317,7 +353,7 @@ def _check_members(archive: Archive, meta: _Meta) -> None:
     counted = meta.chunks.keys()
     with archive.damage():
         if not {*streams} <= counted <= {*streams, *claims} or (
-            meta.schema == SNAPSHOT.schema and not {*claims} <= counted
+            meta.schema != FIRST_SCHEMA and not {*claims} <= counted
         ):
             raise ValueError("meta.json does not count the chunks of each stream")
     blobs = {

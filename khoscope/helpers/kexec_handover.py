@@ -20,19 +20,21 @@ from typing import NamedTuple
 from drgn import IntegerLike, Object, Program, reinterpret, sizeof
 from drgn.helpers import ValidationError
 from drgn.helpers.common.prog import takes_program_or_default
-from drgn.helpers.linux.mm import phys_to_page
+from drgn.helpers.linux.mm import phys_to_page, phys_to_virt, virt_to_phys
 
 __all__ = (
     "KhoBlock",
     "is_kho_boot",
     "kho_decode_radix_key",
     "kho_is_enabled",
+    "kho_mem_track_for_each",
     "kho_page_info",
     "kho_radix_tree_for_each",
     "kho_radix_tree_for_each_key",
     "kho_restored",
     "kho_scratch_for_each",
     "kho_vmalloc_for_each_page",
+    "khoser_mem_chunk_for_each",
 )
 
 # "KHOP", a #define in kernel/liveupdate/kexec_handover.c, which debug info does not have.
@@ -182,6 +184,107 @@ def _set_bits(bitmap: Object, base: int) -> Iterator[int]:
         while word:
             yield base + i * bits + (word & -word).bit_length() - 1
             word &= word - 1
+
+
+def kho_mem_track_for_each(track: Object) -> Iterator[KhoBlock]:
+    """
+    Iterate over the blocks of pages in the xarrays that kernels had before the radix tree (linux
+    6.16 to 7.0).
+
+    >>> for block in kho_mem_track_for_each(prog["kho_out"].ser.track):
+    ...     print(hex(block.phys), block.order)
+    ...
+    0xcf1000 0
+    0x6b8000 1
+    ...
+
+    :param track: ``struct kho_mem_track *`` (or the ``struct kho_mem_track`` itself)
+    :return: Iterator of blocks, by ascending order, then by ascending address.
+    :raises ValidationError: if a node of an xarray was visited before, or is not below the node
+        that leads to it, or if an entry is not a pointer
+    """
+    prog = track.prog_
+    for order, physxa in _xa_for_each(track.orders):
+        phys_bits = Object(prog, "struct kho_mem_phys", address=physxa).phys_bits
+        for index, bits in _xa_for_each(phys_bits):
+            bitmap = Object(prog, "struct kho_mem_phys_bits", address=bits)
+            yield from _bitmap_blocks(bitmap, order, index * 8 * sizeof(bitmap) << order)
+
+
+def khoser_mem_chunk_for_each(chunk: Object) -> Iterator[KhoBlock]:
+    """
+    Iterate over the blocks of pages that such a kernel hands over once it is finalized.
+
+    >>> chunk = prog["kho_out"].ser.preserved_mem_map
+    >>> sum(1 for block in khoser_mem_chunk_for_each(chunk))
+    17
+
+    :param chunk: ``struct khoser_mem_chunk *``, the first of the chain, or ``NULL``
+    :return: Iterator of blocks, in the order in which the next kernel reserves them.
+    :raises ValidationError: if a chunk is not at the address of a page, was visited before, or says
+        to have more bitmaps than fit into it
+    """
+    prog, seen = chunk.prog_, set[int]()
+    page_shift = prog["PAGE_SHIFT"].value_()
+    at = virt_to_phys(chunk).value_() if chunk else 0
+    while at:
+        if at % prog["PAGE_SIZE"] or at in seen:
+            why = "was there before" if at in seen else "is not aligned"
+            raise ValidationError(f"chunk {len(seen)} at {at:#x} {why}")
+        seen.add(at)
+        found = Object(prog, chunk.type_.type, address=phys_to_virt(prog, at).value_())
+        header = found.hdr.read_()
+        order, count = header.order.value_(), header.num_elms.value_()
+        if count > (capacity := found.bitmaps.type_.length or 0):
+            raise ValidationError(f"chunk at {at:#x}: {count} bitmaps, room for {capacity}")
+        for i in range(count):
+            where = phys_to_virt(prog, found.bitmaps[i].bitmap.phys).value_()
+            bitmap = Object(prog, "struct kho_mem_phys_bits", address=where)
+            first = found.bitmaps[i].phys_start.value_() >> page_shift
+            yield from _bitmap_blocks(bitmap, order, first)
+        at = header.next.phys.value_()
+
+
+def _bitmap_blocks(bitmap: Object, order: int, first: int) -> Iterator[KhoBlock]:
+    """
+    :param bitmap: ``struct kho_mem_phys_bits``
+    :param first: pfn that bit 0 stands for
+    """
+    page_shift = bitmap.prog_["PAGE_SHIFT"].value_()
+    bits = int.from_bytes(bitmap.to_bytes_(), "little")
+    while bits:
+        bit = (bits & -bits).bit_length() - 1
+        bits &= bits - 1
+        yield KhoBlock(first + (bit << order) << page_shift, order, None)
+
+
+def _xa_for_each(xa: Object) -> Iterator[tuple[int, int]]:
+    """
+    Like :func:`drgn.helpers.linux.xarray.xa_for_each()` for xarrays of pointers, but it ends
+    whatever the nodes hold.
+
+    :return: Iterator of index and pointer
+    """
+    seen: set[int] = set()
+
+    def entries(entry: int, index: int, above: int) -> Iterator[tuple[int, int]]:
+        if not entry & 3:
+            if entry:
+                yield index, entry
+            return
+        # See xa_is_node().
+        if entry & 3 != 2 or entry <= 4096:
+            raise ValidationError(f"xarray entry {entry:#x} is not a pointer")
+        node = Object(xa.prog_, "struct xa_node", address=entry - 2).read_()
+        shift = node.shift.value_()
+        if entry in seen or shift >= above:
+            why = "was there before" if entry in seen else f"has shift {shift} below {above}"
+            raise ValidationError(f"xarray node at {entry - 2:#x} {why}")
+        seen.add(entry)
+        for i, slot in enumerate(node.slots):
+            yield from entries(slot.value_(), index + (i << shift), shift)
+
+    yield from entries(xa.xa_head.value_(), 0, 64)
 
 
 @takes_program_or_default

@@ -87,6 +87,7 @@ VARIABLES: dict[str, str] = {
     "min_low_pfn": "unsigned long",
     "node_data": "struct pglist_data *[]",
     "node_states": "nodemask_t []",
+    "nr_node_ids": "unsigned int",
     "page_offset_base": "unsigned long",
     "slab_caches": "struct list_head",
     "vmalloc_base": "unsigned long",

@@ -19,7 +19,7 @@ from ..facts.owners import UNKNOWN, Owners
 from ..facts.snapshot import Side
 from ..facts.tree import KeySet
 from .follow import ClientWalker
-from .luo import Handed, read_incoming, read_outgoing, unknown
+from .luo import From, Handed, read_incoming, read_outgoing, unknown
 from .pages import PageLayout
 from .probe import Parts, module_at
 from .walk import READS, ReadPhys
@@ -71,15 +71,17 @@ def with_clients(at: Where, side: Side, outgoing: Side | None) -> tuple[Side, li
 def _luo(
     at: Where, following: ClientWalker, handed: Handed, outgoing: Side | None
 ) -> tuple[Luo, list[str]]:
-    if not at.parts.sessions:
+    kept = at.parts.sessions
+    if kept is None:
         return unknown(following, handed), []
+    kernel = From(at.prog, kept, at.moves)
     if outgoing is None:
-        return read_outgoing(at.prog, following, handed, at.moves)
+        return read_outgoing(kernel, following, handed)
     # A kernel accepts the same ABI that it writes.
     its = outgoing.luo
     if its is not None and its.raw is not None:
         return unknown(following, handed), []
-    return read_incoming(at.prog, following, handed, at.moves)
+    return read_incoming(kernel, following, handed)
 
 
 def with_vm_structs(at: Where, layout: PageLayout, side: Side) -> tuple[Side, list[str]]:

@@ -25,11 +25,13 @@ from ..abi.serialized import (
     KHO_BLOCK_HEADER_SER,
     KHO_MAX_BLOCKS,
     KHO_TEST,
+    KHO_VMALLOC,
     KHO_VMALLOC_FLAGS,
-    MEMFD_FOLIOS_AT,
+    MEMFD_COMPATIBLE,
     MEMFD_LUO_FOLIO_SER,
-    MEMFD_LUO_SER,
     MEMFD_PFN_BITS,
+    MEMFDS,
+    Array,
     unpack,
 )
 from ..facts.clients import Claims, Memfd, Owner, OwnerKind, Vmalloc
@@ -235,25 +237,77 @@ class ClientWalker:
         entries = np.concatenate([np.zeros(0, layout), *blocks.values()])
         return np.array(list(blocks), np.uint64), entries
 
+    # -- arrays of entries ------------------------------------------------------------------------
+
+    def array(
+        self, at: int, of: Array, count: int | None, problems: list[str]
+    ) -> tuple[int, NDArray[Any]]:
+        """
+        The entries of a list that is one piece of memory.
+
+        :param at: ``phys_addr_t``; 0: there is none.
+        :param count: how many entries it has; None: its header says so.
+        :return: bytes of the memory, and the entries; 0 and none if it is no memory in RAM, or was
+            there before.
+        """
+        none = np.zeros(0, of.entry)
+        size = self.room(at, of, problems)
+        if not size:
+            return 0, none
+        if count is None:
+            header = self.bytes_at(at, of.header)
+            count = 0 if header is None else int.from_bytes(header, "little")
+        fit = of.room(self.abi.page_size)
+        if count > fit:
+            problems.append(f"the array at {at:#x} says to have {count} entries, {fit} fit")
+            return size, none
+        raw = self.bytes_at(at, of.header + count * of.entry.itemsize)
+        if raw is None:
+            problems.append(f"the array at {at:#x} cannot be read")
+            return size, none
+        return size, np.frombuffer(raw, of.entry, count, of.header)
+
+    def room(self, at: int, of: Array, problems: list[str]) -> int:
+        """
+        How many bytes the memory of an array has; 0: there is none.
+
+        :param at: ``phys_addr_t``; 0: there is none.
+        """
+        size = of.pages * self.abi.page_size
+        if not at:
+            return 0
+        if at % self.abi.page_size or not self.in_ram(at, size):
+            problems.append(f"the array at {at:#x} does not lie in RAM")
+            return 0
+        pages = range(at, at + size, self.abi.page_size)
+        # The kernel allocates, restores and frees each of them on its own.
+        if not self._followed.isdisjoint(pages):
+            problems.append(f"the array at {at:#x} lies where another list is")
+            return 0
+        self._followed.update(pages)
+        return size
+
     # -- memfd ------------------------------------------------------------------------------------
 
-    def memfd(self, phys: int, whose: Owner) -> Memfd | str:
+    def memfd(self, phys: int, whose: Owner, handler: str = MEMFD_COMPATIBLE) -> Memfd | str:
         """
         Follow a ``struct memfd_luo_ser``.
 
+        :param handler: the compatible of its file handler, one of MEMFDS.
         :return: the memfd, or why it cannot be read.
         """
-        ser = self.structure(phys, MEMFD_LUO_SER)
+        layout = MEMFDS[handler]
+        ser = self.structure(phys, layout)
         if ser is None or phys % self.abi.page_size:
             return f"struct memfd_luo_ser at {phys:#x} is no readable page in RAM"
-        self.claim(
-            replace(whose, name=f"{whose.name}: memfd_luo_ser"), phys, MEMFD_LUO_SER.itemsize
-        )
+        self.claim(replace(whose, name=f"{whose.name}: memfd_luo_ser"), phys, layout.itemsize)
+        sealed = "seals" in (layout.names or ())
         problems: list[str] = []
         folios, pages = None, 0
         if int(ser["nr_folios"]):
             listed = replace(whose, name=f"{whose.name}: folio list")
-            folios, areas = self.vmalloc(ser["folios"], phys + MEMFD_FOLIOS_AT, listed)
+            at = phys + layout.itemsize - KHO_VMALLOC.itemsize
+            folios, areas = self.vmalloc(ser["folios"], at, listed)
             data = replace(whose, kind=OwnerKind.MEMFD, name=f"{whose.name}: data")
             pages = self._folios(ser, areas, self.abi.page_size << folios.order, data, problems)
         elif int(ser["size"]):
@@ -262,8 +316,9 @@ class ClientWalker:
             phys,
             int(ser["pos"]),
             int(ser["size"]),
-            int(ser["seals"]),
-            int(ser["flags"]),
+            # memfd-v1 hands over neither.
+            int(ser["seals"]) if sealed else 0,
+            int(ser["flags"]) if sealed else 0,
             int(ser["nr_folios"]),
             folios,
             pages,

@@ -181,7 +181,7 @@ class KernelSource:
         reading = self._begin()
         facts = self._clients(reading)
         facts = replace(facts, scratch_free=self._scratch_free(facts))
-        if not facts.handover.is_kho_boot:
+        if not facts.handover.is_kho_boot or not self.abi.stamp.has_magic:
             return facts
         scan = _Scan(self, facts.ram)
         facts = spool(replace(facts, stamps=_Lazy(scan.stamps)))
@@ -193,7 +193,8 @@ class KernelSource:
         All facts, read once and kept.
 
         :param before: also look at the pages of the blocks that this snapshot recorded.
-        :param stamps: also look for stamps, which takes a scan of all struct pages.
+        :param stamps: also look for stamps, which takes a scan of all struct pages; of no use in a
+            kernel whose stamps have no magic.
         :raises KhoscopeError: if KHO is off.
         """
         self._require_kho()
@@ -205,6 +206,8 @@ class KernelSource:
             )
         reading = self._begin()
         kernel = reading.kernel()
+        # Without a magic, there is nothing to look for.
+        stamps = stamps and self.abi.stamp.has_magic
 
         def read(tree: Tree) -> Snapshot:
             return self._everything(reading.attempt(), tree, kernel, before, stamps)
@@ -370,7 +373,16 @@ class KernelSource:
         return int(follow_phys(self.prog["init_mm"].address_of_(), address).value_())
 
     def stamps(self) -> Iterator[Blocks]:
-        """Every stamped page; a scan of all struct pages."""
+        """
+        Every stamped page; a scan of all struct pages.
+
+        :raises KhoscopeError: if this kernel's stamps have no magic.
+        """
+        if not self.abi.stamp.has_magic:
+            raise KhoscopeError(
+                "the stamps of this kernel are an order alone, and cannot be searched for",
+                "compare it with a snapshot of the kernel before it: khoscope verify --before",
+            )
         return _Scan(self, self._begin().ram).stamps()
 
     def pages(self, start: int, end: int) -> Iterator[PageRuns]:
@@ -440,6 +452,8 @@ class KernelSource:
             self._incoming(reading),
             image=reading.image(),
             liveupdate=reading.liveupdate(),
+            offline=reading.offline(),
+            nodes=reading.nodes(),
             unreadable=list(reading.unreadable),
             finalized=finalized,
         )

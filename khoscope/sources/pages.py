@@ -8,6 +8,7 @@ Kernel sources: ``include/linux/mm_types.h``, ``page-flags.h``; free pages as in
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -45,6 +46,11 @@ class PageLayout:
     :param compound: offset of the word whose bit 0 says "tail of a compound page"
         (``compound_info``; ``compound_head`` before linux 7.1).
     :param lru: offset of ``lru``, where a page on a free list hangs.
+    :param mapping: offset of ``mapping``.
+    :param flag_count: ``__NR_PAGEFLAGS``: the bits of ``flags`` that are flags; what lies above
+        them says where the page is.
+    :param fake_heads: whether a tail may read like its head (:attr:`StructPages.is_fake_head`);
+        not since linux 7.1.
     """
 
     vmemmap: int
@@ -55,17 +61,31 @@ class PageLayout:
     page_type: int
     compound: int
     lru: int
+    mapping: int
     head_bit: int
     buddy_type: int
+    flag_count: int
     untyped: int = 0xFF
+    fake_heads: bool = False
+
+
+#: ``page_type`` of a page that has no type and is mapped nowhere (``_mapcount`` is -1).
+NO_PAGE_TYPE: Final = np.uint32(0xFFFFFFFF)
 
 
 class StructPages:
-    """A run of struct pages, as columns."""
+    """
+    Struct pages, as columns.
 
-    def __init__(self, layout: PageLayout, raw: bytes) -> None:
+    :param pfn: of the first page of a run, or of each page.
+    :param page_size: bytes.
+    """
+
+    def __init__(self, layout: PageLayout, raw: bytes, pfn: int | U64, page_size: int) -> None:
         self._layout = layout
         self._raw = np.frombuffer(raw, np.uint8)
+        self._pfn = pfn
+        self._page_size = page_size
 
     def _column(self, offset: int, dtype: type[np.generic]) -> NDArray[Any]:
         width = np.dtype(dtype).itemsize
@@ -73,25 +93,65 @@ class StructPages:
             raise ValueError(f"struct page member at odd offset {offset}")
         return self._raw.view(dtype)[offset // width :: self._layout.size // width]
 
+    @functools.cached_property
+    def _address(self) -> U64:
+        """u64, the virtual address of each struct page."""
+        pfn = self._pfn
+        if isinstance(pfn, int):
+            pfn = np.arange(len(self._raw) // self._layout.size, dtype=np.uint64) + np.uint64(pfn)
+        return pfn * np.uint64(self._layout.size) + np.uint64(self._layout.vmemmap)
+
+    @functools.cached_property
+    def is_fake_head(self) -> NDArray[np.bool_]:
+        """
+        Tails of a hugetlb folio that read like its head (``page_is_fake_head()`` in page-flags.h).
+
+        The kernel gave the memory of their struct pages back and maps that of the head's in its
+        place, where every first struct page is the head.  The struct page behind it tells: it
+        leads to another head.
+        """
+        raw_flags = self._column(self._layout.flags, np.uint64)
+        fake = np.zeros(len(raw_flags), np.bool_)
+        if not self._layout.fake_heads:
+            return fake
+        address, one = self._address, np.uint64(1)
+        first = address[:-1] & np.uint64(self._page_size - 1) == 0
+        head = (raw_flags[:-1] >> np.uint64(self._layout.head_bit)) & one != 0
+        leads = self._column(self._layout.compound, np.uint64)[1:]
+        fake[:-1] = first & head & (leads & one != 0) & (leads - one != address[:-1])
+        return fake
+
+    def _but_fake(self, values: NDArray[Any], otherwise: Any) -> NDArray[Any]:
+        """A column in which fake heads have what tails have."""
+        if not self._layout.fake_heads:
+            return values
+        return np.where(self.is_fake_head, otherwise, values)
+
     @property
     def refcount(self) -> NDArray[np.int32]:
-        return self._column(self._layout.refcount, np.int32)
+        return self._but_fake(self._column(self._layout.refcount, np.int32), np.int32(0))
 
     @property
     def private(self) -> U64:
-        return self._column(self._layout.private, np.uint64)
+        return self._but_fake(self._column(self._layout.private, np.uint64), np.uint64(0))
 
     @property
     def flags(self) -> U64:
-        return self._column(self._layout.flags, np.uint64)
+        flags = self._column(self._layout.flags, np.uint64)
+        return self._but_fake(flags, flags & ~self._flag_mask)
+
+    @property
+    def _flag_mask(self) -> np.uint64:
+        return np.uint64((1 << self._layout.flag_count) - 1)
 
     @property
     def page_type(self) -> NDArray[np.uint32]:
-        return self._column(self._layout.page_type, np.uint32)
+        return self._but_fake(self._column(self._layout.page_type, np.uint32), NO_PAGE_TYPE)
 
     @property
     def is_tail(self) -> NDArray[np.bool_]:
-        return (self._column(self._layout.compound, np.uint64) & np.uint64(1)) != 0
+        compound = self._column(self._layout.compound, np.uint64)
+        return ((compound & np.uint64(1)) != 0) | self.is_fake_head
 
     @property
     def is_head(self) -> NDArray[np.bool_]:
@@ -100,6 +160,19 @@ class StructPages:
     @property
     def is_buddy(self) -> NDArray[np.bool_]:
         return (self.page_type >> np.uint32(24)) == self._layout.buddy_type
+
+    @property
+    def is_pristine(self) -> NDArray[np.bool_]:
+        """Pages that are as the boot left them, but for refcount and ``private``."""
+        layout = self._layout
+        node = self._address + np.uint64(layout.lru)
+        return (
+            (self._column(layout.lru, np.uint64) == node)
+            & (self._column(layout.lru + 8, np.uint64) == node)
+            & (self._column(layout.mapping, np.uint64) == 0)
+            & (self._column(layout.page_type, np.uint32) == NO_PAGE_TYPE)
+            & (self._column(layout.flags, np.uint64) & self._flag_mask == 0)
+        )
 
     def compound_order(self) -> NDArray[np.int8]:
         """i8 for each page but the last: order of the compound page that starts there."""
@@ -142,7 +215,7 @@ class PageReader:
             last = end >> shift
             for pfn in range(-(-first >> shift), last, WINDOW):
                 for start, raw in self._readable(pfn, min(pfn + WINDOW, last), progress):
-                    found = self._stamped(start, StructPages(self._layout, raw))
+                    found = self._stamped(start, self._view(start, raw))
                     if len(found):
                         waiting.append(self.with_pages(found))
                         rows += len(found)
@@ -218,6 +291,9 @@ class PageReader:
             yield from self._readable(start, middle, progress)
             yield from self._readable(middle, end, progress)
 
+    def _view(self, start: int, raw: bytes) -> StructPages:
+        return StructPages(self._layout, raw, start, self._abi.page_size)
+
     def _read_pages(self, start: int, end: int) -> bytes | None:
         size = self._layout.size
         return self._read(self._layout.vmemmap + start * size, (end - start) * size)
@@ -269,7 +345,7 @@ class PageReader:
     def _parts(self, start: int, end: int) -> list[tuple[int, StructPages]]:
         """What can be read of the pages [start, end), and where each part begins."""
         parts = self._readable(start, min(end, self._ram_end), lambda _: None)
-        return [(at, StructPages(self._layout, raw)) for at, raw in parts]
+        return [(at, self._view(at, raw)) for at, raw in parts]
 
     def _buddy(
         self, start: int, end: int, parts: list[tuple[int, StructPages]]
@@ -371,7 +447,7 @@ class _Gather:
         if raw is None:
             facts.unread[rows] += (np.minimum(end, high) - np.maximum(start, low)).astype(np.uint32)
             return None
-        pages = StructPages(reader._layout, raw)
+        pages = reader._view(low, raw)
         refcount = pages.refcount[: high - low]
 
         def tails(which: NDArray[np.bool_]) -> NDArray[np.uint32]:
@@ -383,9 +459,14 @@ class _Gather:
         facts.ones[rows] += ones
         facts.others[rows] += (last - first).astype(np.uint32) - zeros - ones
 
-        buddy = np.concatenate([[0], np.cumsum(pages.is_buddy[: high - low])])
         begin = np.maximum(start, low) - low
-        facts.free[rows] += (buddy[last] - buddy[begin]).astype(np.uint32)
+
+        def every(which: NDArray[np.bool_]) -> NDArray[np.uint32]:
+            total = np.concatenate([[0], np.cumsum(which[: high - low])])
+            return (total[last] - total[begin]).astype(np.uint32)
+
+        facts.free[rows] += every(pages.is_buddy)
+        facts.pristine[rows] += every(pages.is_pristine)
 
         # The first tail that differs from the one before it differs from the second page, too.
         before = np.concatenate([[refcount[0] if carry is None else carry], refcount[:-1]])

@@ -95,11 +95,8 @@ _LIVEUPDATE: Final = (
 )
 _SESSIONS: Final = (
     "luo_global.liveupdate_num",
-    "luo_session_global.incoming.block_set.head_pa",
     "luo_session_global.incoming.list",
-    "luo_session_global.outgoing.block_set.head_pa",
     "luo_session_global.outgoing.list",
-    "struct luo_session.file_set.block_set.head_pa",
     "struct luo_session.file_set.count",
     "struct luo_session.file_set.files_list",
     "struct luo_session.list",
@@ -107,17 +104,34 @@ _SESSIONS: Final = (
     "struct luo_session.retrieved",
     "struct luo_file.fh.compatible",
     "struct luo_file.list",
-    "struct luo_file.retrieve_status",
     "struct luo_file.serialized_data",
     "struct luo_file.token",
+)
+#: What the kernel keeps beside its lists, for the next kernel: chains of blocks, or arrays.
+_BLOCKS: Final = (
+    "luo_session_global.incoming.block_set.head_pa",
+    "luo_session_global.outgoing.block_set.head_pa",
+    "struct luo_session.file_set.block_set.head_pa",
+)
+_ARRAYS: Final = (
+    "luo_session_global.incoming.header_ser",
+    "luo_session_global.outgoing.header_ser",
+    "struct luo_session.file_set.files",
+)
+#: Whether a file was retrieved: a status, or up to linux 6.19 a flag.
+_RETRIEVE_STATUS: Final = ("struct luo_file.retrieve_status",)
+_RETRIEVED: Final = ("struct luo_file.retrieved",)
+_FLBS: Final = (
     "luo_flb_global.incoming.active",
     "luo_flb_global.incoming.header_ser",
     "luo_flb_global.list",
     "struct liveupdate_flb.compatible",
     "struct liveupdate_flb.private.list",
-    "struct liveupdate_flb.private.outgoing.count.refs.counter",
+    "struct liveupdate_flb.private.outgoing.count",
     "struct liveupdate_flb.private.outgoing.data",
 )
+#: The count of an FLB was a number before it was a refcount_t.
+_FLB_REFCOUNT: Final = ("struct liveupdate_flb.private.outgoing.count.refs.counter",)
 #: drgn's get_printk_records() needs these, too.
 _LOG: Final = (
     "LOG_CONT",
@@ -147,6 +161,13 @@ _VMALLOC: Final = (
     "struct vm_struct.nr_pages",
     "struct vm_struct.pages",
     "struct vm_struct.size",
+)
+_SECTIONS: Final = (
+    "mem_section.section_mem_map",
+    "struct mem_section.usage",
+    "struct mem_section_usage.subsection_map",
+    "SECTION_IS_ONLINE_BIT",
+    "SECTION_SIZE_BITS",
 )
 _NODES: Final = (
     "struct pglist_data.node_spanned_pages",
@@ -181,6 +202,25 @@ _KHO_OUT: Final = (
 )
 
 
+@dataclass(frozen=True)
+class LuoLists:
+    """
+    How a kernel keeps LUO's sessions, files and FLBs.
+
+    :param arrays: it writes them into arrays, to which an FDT leads (linux 6.19 to 7.1); else into
+        chains of blocks, to which a ``struct luo_ser`` leads.
+    :param retrieve_status: a ``struct luo_file`` knows how it was retrieved; else only whether it
+        was (linux 6.19).
+    :param flbs: it has FLBs (since linux 7.0).
+    :param flb_refcount: an FLB's count is a ``refcount_t``; else a number.
+    """
+
+    arrays: bool
+    retrieve_status: bool
+    flbs: bool
+    flb_refcount: bool
+
+
 class Parts:
     """
     What only some kernels have, or only some debug info describes; looked up when it is needed.
@@ -211,9 +251,19 @@ class Parts:
         return self._has(_LIVEUPDATE)
 
     @cached_property
-    def sessions(self) -> bool:
-        """The lists of LUO's sessions, files and FLBs, as they are since linux 7.2."""
-        return self._has(_SESSIONS)
+    def sessions(self) -> LuoLists | None:
+        """How the kernel keeps LUO's sessions; None: in no way that khoscope knows."""
+        status = self._has(_RETRIEVE_STATUS)
+        flbs = self._has(_FLBS)
+        if not self._has(_SESSIONS) or not (status or self._has(_RETRIEVED)):
+            return None
+        # A kernel that has FLBs, but keeps them in another way.
+        if not flbs and self._has(("luo_flb_global",)):
+            return None
+        blocks = self._has(_BLOCKS)
+        if not blocks and not self._has(_ARRAYS):
+            return None
+        return LuoLists(not blocks, status, flbs, self._has(_FLB_REFCOUNT))
 
     @cached_property
     def log(self) -> bool:
@@ -231,6 +281,13 @@ class Parts:
         """``struct pglist_data`` of each NUMA node."""
         first = lambda: next(for_each_online_pgdat(self._prog), None)  # noqa: E731
         return self._has(_NODES) and _works(first)
+
+    @cached_property
+    def sections(self) -> bool:
+        """The sections of sparse memory, found by pointers (``CONFIG_SPARSEMEM_EXTREME``)."""
+        if not self._has(_SECTIONS):
+            return False
+        return bool(self._prog["mem_section"].type_.kind == TypeKind.POINTER)
 
     def _has(self, paths: tuple[str, ...]) -> bool:
         return _has(self._prog, paths)
@@ -495,18 +552,15 @@ def page_layout(prog: Program) -> PageLayout:
             "this kernel's struct pages are not one array (no vmemmap)",
             "use a kernel that was built with CONFIG_SPARSEMEM_VMEMMAP=y",
         ) from None
-    if not page.has_member("compound_info"):
-        # In such a kernel, struct pages in the middle of an optimised hugetlb folio read like its
-        # head.
-        raise KhoscopeError(
-            "this kernel's struct page is older than linux 7.1 (no compound_info)",
-            "use khoscope on kernels whose struct page has compound_info",
-        )
-    if page.has_member("memdesc") or _stamp_is_too_large(prog, page):
+    if page.has_member("memdesc") or not _is_folio(prog, page) or _stamp_is_too_large(prog, page):
         raise KhoscopeError(
             "what KHO keeps in a struct page is not in page->private of this kernel",
             "use a khoscope that knows this kernel",
         )
+    # Since linux 7.1, the struct pages of an optimised hugetlb folio that share memory are those of
+    # its tails alone; before, they are those of its head, too.
+    newer = page.has_member("compound_info")
+    flags = enumerators(prog, "enum pageflags")
     return PageLayout(
         vmemmap=cast("unsigned long", vmemmap).value_(),
         size=sizeof(page),
@@ -514,14 +568,38 @@ def page_layout(prog: Program) -> PageLayout:
         private=offsetof(page, "private"),
         refcount=offsetof(page, "_refcount"),
         page_type=offsetof(page, "page_type"),
-        compound=offsetof(
-            page, "compound_info" if page.has_member("compound_info") else "compound_head"
-        ),
+        compound=offsetof(page, "compound_info" if newer else "compound_head"),
         lru=offsetof(page, "lru"),
-        head_bit=enumerators(prog, "enum pageflags")["PG_head"],
+        mapping=offsetof(page, "mapping"),
+        head_bit=flags["PG_head"],
         buddy_type=pagetype["PGTY_buddy"],
+        flag_count=flags["__NR_PAGEFLAGS"],
         untyped=pagetype["PGTY_mapcount_underflow"],
+        fake_heads=not newer,
     )
+
+
+#: Members of ``struct folio``, and those of ``struct page`` that they are.
+_FOLIO_IS_PAGE: Final = {
+    "flags": "flags",
+    "mapping": "mapping",
+    "private": "private",
+    "_mapcount": "page_type",
+    "_refcount": "_refcount",
+}
+
+
+def _is_folio(prog: Program, page: Type) -> bool:
+    """
+    Whether a folio is its struct pages, so that what they say holds for it, and the low byte of the
+    second one's flags is its order.
+
+    It is so since linux 6.6; once folios are memory of their own, it is not.
+    """
+    folio = prog.type("struct folio")
+    at = {name: offsetof(page, of_page) for name, of_page in _FOLIO_IS_PAGE.items()}
+    at["_flags_1"] = sizeof(page) + at["flags"]
+    return all(folio.has_member(name) and offsetof(folio, name) == at[name] for name in at)
 
 
 def _stamp_is_too_large(prog: Program, page: Type) -> bool:

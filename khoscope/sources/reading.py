@@ -19,7 +19,8 @@ from typing import Final, TypeVar
 import numpy as np
 from drgn import FaultError, Program
 from drgn.helpers.linux.list import list_for_each_entry
-from drgn.helpers.linux.mmzone import for_each_online_pgdat
+from drgn.helpers.linux.mmzone import NODE_DATA
+from drgn.helpers.linux.nodemask import for_each_online_node, nr_node_ids
 from drgn.helpers.linux.printk import get_printk_records
 
 from ..abi.fdt import total_size
@@ -28,9 +29,10 @@ from ..abi.kho_fdt import Fdt, parse_root_fdt, root_fdt
 from ..abi.serialized import text
 from ..facts import budget
 from ..facts.clients import LuoState
-from ..facts.snapshot import Handover, Kernel, KexecImage
+from ..facts.snapshot import Handover, Kernel, KexecImage, Node
 from ..words.errors import KhoscopeError
 from .probe import Parts, enumerators
+from .sections import offline, section_layout
 from .walk import READS, in_ranges
 
 #: ``IORESOURCE_SYSRAM`` (include/linux/ioport.h, a #define).
@@ -45,9 +47,10 @@ COMMAND_LINE_LIMIT: Final = 1 << 16
 #: log_buf_len= says: a ring with more records than this is corrupt.
 LOG_COUNT_BITS: Final = 26
 
-#: What a kernel says when KHO or the page allocator finds something broken.
+#: What a kernel says when KHO, LUO or the page allocator finds something broken.
 TROUBLE = re.compile(
     r"KHO: .*(fail|disabl|incompatib|invalid|broken|too small|not supported)"
+    r"|luo: .*(fail|unable|no registered|mismatch|incompatib)"
     r"|Bad page state|page dumped because"
     r"|(WARNING|kernel BUG).*(kexec_handover|kho_)",
     re.IGNORECASE,
@@ -180,7 +183,7 @@ class Reading:
         what = "where RAM is (iomem_resource): what nodes span is taken for it"
         ranges = self.fact(what, self._resources, None)
         if ranges is None:
-            ranges = list(self._node_spans()) if self.parts.nodes else []
+            ranges = [(node.start, node.end) for node in self.nodes() or ()]
         joined: list[tuple[int, int]] = []
         for start, end in sorted(ranges):
             if joined and start <= joined[-1][1]:
@@ -212,13 +215,40 @@ class Reading:
             waiting += resource.sibling.read_(), resource.child.read_()
         return found
 
-    def _node_spans(self) -> Iterator[tuple[int, int]]:
-        """First and last-plus-one physical address of each NUMA node."""
+    def nodes(self) -> list[Node] | None:
+        """The NUMA nodes that have memory; None: they cannot be read."""
+        return self.fact("the NUMA nodes (struct pglist_data)", self._nodes, None)
+
+    def _nodes(self) -> list[Node] | None:
+        if not self.parts.nodes:
+            raise _Corrupt("the debug info lacks them")
+        if nr_node_ids(self.prog) > budget.NODES:
+            raise _Corrupt("more than any kernel has")
         shift = self.prog["PAGE_SHIFT"].value_()
-        for node in for_each_online_pgdat(self.prog):
+        found = []
+        for number in for_each_online_node(self.prog):
+            node = NODE_DATA(self.prog, number)
             first, pages = node.node_start_pfn.value_(), node.node_spanned_pages.value_()
-            if pages and (first + pages) << shift < 1 << 64:
-                yield first << shift, first + pages << shift
+            if (first + pages) << shift > budget.ADDRESSES:
+                raise _Corrupt(f"node {number} has memory where no processor has any")
+            if pages:
+                found.append(Node(number, first << shift, first + pages << shift))
+        return sorted(found, key=lambda node: node.start)
+
+    def offline(self) -> U64 | None:
+        """The parts of RAM that are offline, as RAM; None: they are not known."""
+        what = "which memory is offline (mem_section)"
+        if not self.parts.sections:
+            self.cannot(f"{what}: the debug info lacks its types")
+            return None
+        return self.fact(what, self._offline, None)
+
+    def _offline(self) -> U64:
+        size = self.prog["PAGE_SIZE"].value_()
+        try:
+            return offline(section_layout(self.prog), self.ram, size, self.prog.read)
+        except ValueError as error:
+            raise _Corrupt(str(error)) from error
 
     # -- KHO --------------------------------------------------------------------------------------
 

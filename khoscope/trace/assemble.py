@@ -199,7 +199,9 @@ class Assembler:
         return Blocks(key, phys, order, np.where(restored, types, kind), self._pages(raw, restored))
 
     def _pages(self, raw: NDArray[np.void], restored: NDArray[np.bool_]) -> Pages:
-        pages = StructPages(self._layout.pages, raw["pages"].tobytes())
+        # Of each block, the first two.
+        pfn = np.stack([raw["pfn"], raw["pfn"] + np.uint64(1)], axis=1).reshape(-1)
+        pages = StructPages(self._layout.pages, raw["pages"].tobytes(), pfn, self._abi.page_size)
         head = pages.refcount[0::2]
         looked = raw["looked"].astype(np.int64)
         # The counts include the first page.  The kernel reads that page a second time for them, and
@@ -223,25 +225,35 @@ class Assembler:
             page_type=page_type.copy(),
             compound=compound.copy(),
             unread=raw["unread"].copy(),
+            pristine=np.zeros(len(raw), np.uint32),
         )
 
     def _asked(self, raw: NDArray[np.void], by_page: NDArray[np.bool_]) -> NDArray[np.uint8]:
         """
-        The order by the arithmetic of ``kho_restore_pages``, if that was the caller; else
-        ``NO_ORDER``.
+        The order by the arithmetic of ``kho_preserve_pages`` or ``kho_restore_pages``, if that was
+        the caller; else ``NO_ORDER``.
         """
         pages = NUMBERS["kho_restore_pages"]
         inner = by_page & (raw["outer"] == pages)
-        args = np.where(inner[:, None], raw["outer_args"], raw["args"][:, :2])
+        preserved = (_ACTIONS[raw["function"]] == Action.ADD) & (
+            raw["outer"] == NUMBERS["kho_preserve_pages"]
+        )
+        args = np.where((inner | preserved)[:, None], raw["outer_args"], raw["args"][:, :2])
         shift = np.uint64(self._abi.page_shift)
-        left = (args[:, 0] >> shift) + args[:, 1] - raw["pfn"]
-        known = (inner | (raw["function"] == pages)) & (left > 0) & (left < 1 << 52)
+        first = np.where(preserved, self._pfn_of(args[:, 0]), args[:, 0] >> shift)
+        left = first + args[:, 1] - raw["pfn"]
+        known = (inner | preserved | (raw["function"] == pages)) & (left > 0) & (left < 1 << 52)
         left = np.where(known, left, 1)
         # Below 2^53 a float is exact: frexp gives ilog2() + 1.
         most = np.frexp(left.astype(np.float64))[1] - 1
         lowest = raw["pfn"] & (~raw["pfn"] + np.uint64(1))
         ctz = np.where(lowest == 0, 64, np.frexp(lowest.astype(np.float64))[1] - 1)
         return np.where(known, np.minimum(ctz, most), NO_ORDER).astype(np.uint8)
+
+    def _pfn_of(self, page: U64) -> U64:
+        """``page_to_pfn()``."""
+        layout = self._layout.pages
+        return (page - np.uint64(layout.vmemmap)) // np.uint64(layout.size)
 
     def _calls(self, raw: NDArray[np.void], touches: Touches, of: NDArray[np.int64]) -> Calls:
         function = raw["function"]
@@ -286,10 +298,7 @@ class Assembler:
         elif "blob" in by_name:
             phys = by_name["blob"] - np.uint64(self._layout.direct_map)
         elif "page" in by_name or "folio" in by_name:
-            layout = self._layout.pages
-            page = by_name.get("page", by_name.get("folio", args[:, 0]))
-            pfn = (page - np.uint64(layout.vmemmap)) // np.uint64(layout.size)
-            phys = pfn << shift
+            phys = self._pfn_of(by_name.get("page", by_name.get("folio", args[:, 0]))) << shift
         if "nr_pages" in by_name:
             return phys, by_name["nr_pages"]
         if "order" in by_name and "page" in by_name:

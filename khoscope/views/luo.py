@@ -6,7 +6,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import IO, Any
 
-from ..abi.serialized import SEALS, bits
+from ..abi.serialized import LUO_FDT_COMPATIBLE, SEALS, bits
 from ..facts.clients import Luo, LuoFile, LuoSession, Memfd
 from ..facts.owners import ClaimsByOwner
 from ..facts.snapshot import Side, Snapshot
@@ -43,15 +43,16 @@ class LuoText(VmallocText):
             return
         memory = ClaimsByOwner(side, shift)
         for session in islice(luo.sessions, self._limit):
-            self._session(memory, session)
+            self._session(memory, session, luo.live)
         self._more(len(luo.sessions), len(luo.sessions), "sessions")
         for flb in islice(luo.flbs, self._limit):
             self.line(f"  FLB {flb.name}: data {flb.data:#x}, {counted(flb.count, 'file')}")
         self._more(len(luo.flbs), len(luo.flbs), "FLBs")
 
-    def _session(self, memory: ClaimsByOwner, session: LuoSession) -> None:
+    def _session(self, memory: ClaimsByOwner, session: LuoSession, live: bool) -> None:
         self.line()
-        state = {True: ", retrieved", False: "", None: ", not looked at by the kernel yet"}
+        unread = "given up by the kernel" if live else "not looked at by the kernel yet"
+        state = {True: ", retrieved", False: "", None: f", {unread}"}
         self.line(
             f"  session {session.name}: {counted(session.count, 'file')}, "
             f"{human(memory.session_bytes(session.name))}{state[session.retrieved]}"
@@ -96,7 +97,8 @@ def _title(luo: Luo) -> str:
     number = "" if luo.liveupdate_num is None else f", live update {luo.liveupdate_num}"
     compatible = luo.compatible or "nothing that can be read"
     sessions = counted(len(luo.sessions), "session")
-    return f"{compatible}{number}, {sessions}, struct luo_ser at {luo.phys:#x}"
+    blob = "FDT" if luo.compatible == LUO_FDT_COMPATIBLE else "struct luo_ser"
+    return f"{compatible}{number}, {sessions}, {blob} at {luo.phys:#x}"
 
 
 def _status(retrieve_status: int | None) -> str:

@@ -12,7 +12,7 @@ from ..abi.keys import Finalize, Tracker
 from ..abi.kho_fdt import Subtree
 from ..abi.serialized import LUO
 from ..facts.clients import Luo
-from ..facts.snapshot import KexecImage, Side, Snapshot
+from ..facts.snapshot import KexecImage, Node, Side, Snapshot
 from ..facts.status import Status, read_from
 from ..words.printable import printable
 from . import documents
@@ -45,6 +45,8 @@ def write_json(facts: Snapshot, status: Status, out: IO[str]) -> None:
             {"phys": f"{area.phys:#x}", "size": area.size, "free": area.free}
             for area in status.scratch
         ],
+        "offline": _offline(facts),
+        "nodes": _nodes(facts.nodes),
         "preserved": totals(status.preserved, facts.abi),
         "unclaimed": None if status.unclaimed is None else totals(status.unclaimed, facts.abi),
         "tree": {"pages": status.tree_pages, "preserved_per_byte": status.per_byte},
@@ -57,6 +59,22 @@ def write_json(facts: Snapshot, status: Status, out: IO[str]) -> None:
         "read_from": read_from(facts),
     }
     documents.write(document, out)
+
+
+def _offline(facts: Snapshot) -> list[dict[str, Any]] | None:
+    """Ranges of RAM that are offline; None: not known."""
+    if facts.offline is None:
+        return None
+    return [{"phys": f"{first:#x}", "size": end - first} for first, end in facts.offline.tolist()]
+
+
+def _nodes(nodes: list[Node] | None) -> list[dict[str, Any]] | None:
+    if nodes is None:
+        return None
+    return [
+        {"node": node.number, "phys": f"{node.start:#x}", "size": node.end - node.start}
+        for node in nodes
+    ]
 
 
 def _luo_compatible(side: Side | None) -> str | None:
@@ -100,6 +118,8 @@ class StatusText(Text):
         self.fact("this boot", _boot(facts), "handover")
         self._abi(facts)
         self._scratch(status)
+        self._offline(facts)
+        self._nodes(facts.nodes or [])
         self._finalized(facts)
         self._blocks(facts, status)
         self._subtrees(facts, status)
@@ -167,6 +187,19 @@ class StatusText(Text):
             areas.append(f"{area.phys:#014x} {human(area.size):>9}  {full}")
         self.facts("scratch", self._some(areas, "areas") or ["none"], "scratch")
 
+    def _offline(self, facts: Snapshot) -> None:
+        """Most kernels have no offline memory, and then there is no line about it."""
+        ranges = _offline(facts) or []
+        lines = [f"{int(each['phys'], 16):#014x} {human(each['size']):>9}" for each in ranges]
+        if lines:
+            self.facts("offline", self._some(lines, "ranges"), "offline")
+
+    def _nodes(self, nodes: list[Node]) -> None:
+        """The NUMA nodes, if there are several."""
+        if len(nodes) > 1:
+            spans = [f"{n.start:#014x} {human(n.end - n.start):>9}  node {n.number}" for n in nodes]
+            self.facts("NUMA nodes", self._some(spans, "nodes"), "nodes")
+
     def _some(self, values: list[str], what: str) -> list[str]:
         """The values, cut to the limit."""
         shown = list(islice(values, self._limit))
@@ -185,7 +218,9 @@ class StatusText(Text):
             )
         self.fact("tree", cost, "tree")
         self._totals("preserved", status.preserved, facts, "preserved")
-        if status.unclaimed is None:
+        if not facts.abi.stamp.has_magic and facts.handover.is_kho_boot:
+            self.fact("unclaimed", "not known: stamps of this kernel have no magic", "unclaimed")
+        elif status.unclaimed is None:
             self.fact("unclaimed", NOT_RECORDED, "unclaimed")
         elif facts.handover.is_kho_boot:
             self._totals("unclaimed", status.unclaimed, facts, "unclaimed")

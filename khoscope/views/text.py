@@ -313,7 +313,7 @@ class Text:
         self.verdict(report)
 
     def findings(self, report: Report) -> None:
-        """Print the findings by rule, and explain each rule once."""
+        """Print the findings by rule, and each explanation once."""
         by_rule: dict[str, list[Finding]] = {}
         for found in report.findings:
             if not found.follows:
@@ -325,7 +325,9 @@ class Text:
             self.line()
             self.line(f"{severity}: {self.paint('bold', name)} ({count:,})")
             self._rows(found_list, count)
-            self.wrapped(found_list[0].explain, "    ", "  → ")
+            shown = islice(found_list, self._limit)
+            for explain in dict.fromkeys(each.explain for each in shown):
+                self.wrapped(explain, "    ", "  → ")
             if name in report.follows:
                 self.line(f"  and so: {_consequences(report.follows[name])}")
                 # If several rules fire on one block, print one line: the first, which says why.

@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 
 from khoscope.carry.memfd import SESSION, TOKEN
-from tests.vm.test_khoscope import HEALTHY, TIMEOUT, _refused, guest
+from tests.vm.test_clients import KERNELS
+from tests.vm.test_khoscope import HEALTHY, HEALTHY_ON_BASE, TIMEOUT, _refused, guest
 from vm.exercise import Exercise
+from vm.kernel import what
 from vm.machine import Machine
 
 
-@pytest.fixture(scope="module")
-def machine() -> Iterator[Machine]:
-    with Machine("7.2-fixed") as machine:
+@pytest.fixture(scope="module", params=KERNELS)
+def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    with Machine(request.param) as machine:
         yield machine
 
 
@@ -87,19 +89,22 @@ def test_not_root(machine: Machine) -> None:
     _refused(machine.run(words, timeout=TIMEOUT), "/dev/liveupdate: permission denied", "as root")
 
 
-def test_luo_is_off() -> None:
-    with Machine("7.2-fixed", append="liveupdate=off") as machine:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_luo_is_off(kernel: str) -> None:
+    with Machine(kernel, append="liveupdate=off") as machine:
         for command in ("carry", "verify --before carried"):
             result = machine.run(f"khoscope {command}", timeout=TIMEOUT)
             _refused(result, "LUO is off", "CONFIG_LIVEUPDATE", "liveupdate=on")
 
 
-def test_across_a_kexec() -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_across_a_kexec(kernel: str) -> None:
     """The carried snapshot says what a file says, before the clients restore and after it."""
-    with Machine("7.2-fixed") as machine:
+    healthy = HEALTHY if what(kernel) == "fixed" else HEALTHY_ON_BASE
+    with Machine(kernel) as machine:
         exercise = Exercise(machine)
         exercise.load()
-        for name in HEALTHY:
+        for name in healthy:
             exercise.preserve(name)
         pieces = {f"{p.ranges[0][0]:#x}" for p in exercise.report()}
         start(machine)
@@ -121,7 +126,7 @@ def test_across_a_kexec() -> None:
         modes = machine.run("stat -c '%a %F' /run/khoscope /run/khoscope/*", check=True).stdout
         assert modes.splitlines() == ["700 directory", "600 regular file"]
         exercise.load()
-        for name in HEALTHY:
+        for name in healthy:
             exercise.restore(name)
         restored = verify(machine, "carried")
         assert restored["verdict"] == "pass"

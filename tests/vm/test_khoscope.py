@@ -25,6 +25,8 @@ from vm.machine import REPOSITORY, Machine, Result
 
 #: Kinds of memory that come back right from the repaired kernels.
 HEALTHY = ["contig", "split", "folio", "dma", "vmalloc", "vmalloc-huge"]
+#: Those that come back right from kernels without patches.
+HEALTHY_ON_BASE = ["split", "folio", "vmalloc", "vmalloc-huge"]
 TIMEOUT = 300.0
 
 

@@ -4,7 +4,8 @@
  *
  * In /sys/kernel/debug/kho_exercise:
  *
- *   preserve  write "NAME", "NAME N", "many N", "scratch PHYS" or "blob-at PHYS":
+ *   preserve  write "NAME", "NAME N", "many N", "scratch PHYS", "blob-at PHYS",
+ *             "node-border PHYS" or "node-halves PHYS":
  *             allocates the memory of a scenario and has KHO preserve it. N is
  *             how many blocks of the scenarios that are made of some, of all its
  *             orders in turn (else one of each); how many pages "many" has, and
@@ -285,6 +286,26 @@ static const struct kind mistaken = {
 	.preserve = preserve_pages,
 	.unpreserve = unpreserve_pages,
 	.restore = restore_mistaken,
+};
+
+/* Pages of two nodes, half of them in each, restored node by node */
+
+static int restore_halves(struct piece *p)
+{
+	const unsigned long half = p->pages / 2;
+	struct page *page;
+
+	page = kho_restore_pages(p->phys, half);
+	if (page)
+		page = kho_restore_pages(p->phys + PFN_PHYS(half), half);
+
+	return restored(p, "kho_restore_pages", page);
+}
+
+static const struct kind halves = {
+	.preserve = preserve_pages,
+	.unpreserve = unpreserve_pages,
+	.restore = restore_halves,
 };
 
 /* Folios */
@@ -647,6 +668,13 @@ static void free_part(struct piece *p)
 	} else {
 		__free_pages(page_of(p, 0), p->order);
 	}
+}
+
+/* Before the kexec it is somebody else's. */
+static void free_border(struct piece *p)
+{
+	if (p->handed_over)
+		free_blocks(p);
 }
 
 static void free_folio(struct piece *p)
@@ -1038,6 +1066,32 @@ static int make_scratch(const struct scenario *s, unsigned long phys)
 	return 0;
 }
 
+/*
+ * The smallest block that would lie on both sides of the border of two nodes, in
+ * one call. Whose it is now does not matter: after the kexec it is nobody's.
+ */
+static int make_border(const struct scenario *s, unsigned long phys)
+{
+	const unsigned long pfn = PHYS_PFN(phys);
+	struct piece *p;
+
+	if (!PAGE_ALIGNED(phys) || !pfn_to_online_page(pfn - 1) ||
+	    !pfn_to_online_page(pfn) || pfn_to_nid(pfn - 1) == pfn_to_nid(pfn))
+		return -EINVAL;
+
+	p = new_piece(s);
+	if (IS_ERR(p))
+		return PTR_ERR(p);
+
+	p->order = __ffs(pfn) + 1;
+	p->pages = 1UL << p->order;
+	p->phys = phys - PFN_PHYS(p->pages / 2);
+	/* It is freed page by page. */
+	p->split = true;
+
+	return preserve(s, p);
+}
+
 static const struct scenario scenarios[] = {
 	{
 		.name = "contig",
@@ -1064,6 +1118,16 @@ static const struct scenario scenarios[] = {
 		.free = free_folio,
 		.first_order = 0,
 		.last_order = 3,
+	}, {
+		/* A folio to all others, and pages to KHO. */
+		.name = "compound",
+		.kind = &contiguous,
+		.argument = MAYBE_A_COUNT,
+		.make = make_blocks,
+		.free = free_blocks,
+		.first_order = 1,
+		.last_order = 4,
+		.gfp = __GFP_COMP,
 	}, {
 		.name = "dma",
 		.kind = &contiguous,
@@ -1213,6 +1277,18 @@ static const struct scenario scenarios[] = {
 		.first_order = 0,
 		.last_order = 2,
 		.never_restored = true,
+	}, {
+		.name = "node-border",
+		.kind = &contiguous,
+		.argument = AN_ADDRESS,
+		.make = make_border,
+		.free = free_border,
+	}, {
+		.name = "node-halves",
+		.kind = &halves,
+		.argument = AN_ADDRESS,
+		.make = make_border,
+		.free = free_border,
 	},
 };
 

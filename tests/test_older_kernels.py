@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Kernels before the radix tree, as types say what they are: linux 6.18 was booted (tests/vm), those
+that cannot be had here are made up with the types that their sources have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import pytest
+from drgn import Object, offsetof, sizeof
+from drgn.helpers import ValidationError
+
+from khoscope.abi.keys import NO_TYPE, Abi, Finalize, Restore, Stamp, Tracker
+from khoscope.abi.kho_fdt import Fdt
+from khoscope.checks import check, compare
+from khoscope.facts.snapshot import Snapshot
+from khoscope.helpers.kexec_handover import kho_mem_track_for_each, khoser_mem_chunk_for_each
+from khoscope.sources.kernel import KernelSource
+from khoscope.words.errors import KhoscopeError
+from tests.made_up import DIRECT_MAP, RAM, VMEMMAP, MadeUp, mapped
+from tests.synthetic import blocks_of, fdt_blob
+from tests.track_memory import LAYOUT, TrackMemory, xarray_abi
+
+#: Where the page of the root FDT is.
+FDT = 0x20_0000
+
+_TRACK = {
+    "xarray": "u64 xa_lock; u64 xa_head",
+    "xa_node": "u8 shift; u8 offset; u8 count; u8 nr_values; u64 parent; u64 array;"
+    " list_head private_list; u64 slots[64]",
+    "kho_mem_phys": "xarray phys_bits",
+    "kho_mem_phys_bits": "u64 preserve[512]",
+    "kho_mem_track": "xarray orders",
+    "kho_in": "u64 fdt_phys; u64 scratch_phys",
+    "khoser_ptr": "u64 phys",
+    "khoser_mem_bitmap_ptr": "u64 phys_start; khoser_ptr bitmap",
+    "khoser_mem_chunk_hdr": "khoser_ptr next; u32 order; u32 num_elms",
+    "khoser_mem_chunk": "khoser_mem_chunk_hdr hdr; khoser_mem_bitmap_ptr bitmaps[255]",
+}
+_SER = {
+    **_TRACK,
+    "kho_serialization": "page *fdt; list_head fdt_list; kho_mem_track track;"
+    " khoser_mem_chunk *preserved_mem_map",
+    "kho_out": "u64 chain_head; kho_serialization ser; u8 finalized",
+}
+_LACKS = {"kho_radix_tree", "kho_radix_node", "kho_radix_consts"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """
+    A kernel.
+
+    :param members: of its structures.
+    :param abi: what khoscope should take it for.
+    """
+
+    members: dict[str, str]
+    abi: Abi
+    lacks: set[str] = field(default_factory=lambda: _LACKS)
+    functions: dict[str, int] = field(default_factory=dict)
+    release: str = "7.2.0-made-up"
+
+    def made(self) -> Kernel:
+        kernel = MadeUp(
+            self.lacks, self.members, TrackMemory(self.abi, RAM, RAM // 2), functions=self.functions
+        )
+        kernel.write(kernel.address("init_uts_ns"), self.release.encode().ljust(65, b"\0"))
+        return Kernel(kernel, self)
+
+
+@dataclass
+class Kernel:
+    """One of them, with KHO on."""
+
+    made: MadeUp
+    kind: Kind
+
+    def __post_init__(self) -> None:
+        self.made.set("kho_out", *[0] * 32)
+        if "ser" in self._members:
+            self._set("ser.fdt", VMEMMAP + sizeof(self.made.prog.type("struct page")) * (FDT >> 12))
+        else:
+            self._set("fdt", DIRECT_MAP + FDT)
+        self.root_fdt(0)
+
+    @property
+    def _members(self) -> set[str | None]:
+        return {member.name for member in self.made.prog.type("struct kho_out").members or ()}
+
+    @property
+    def memory(self) -> TrackMemory:
+        assert isinstance(self.made.memory, TrackMemory)
+        return self.made.memory
+
+    def _set(self, path: str, value: int) -> None:
+        at = offsetof(self.made.prog.type("struct kho_out"), path)
+        self.made.words(self.made.address("kho_out") + at, value)
+
+    def preserve(self, phys: int, order: int) -> None:
+        self.memory.preserve(phys, order)
+        track = "ser.track" if "ser" in self._members else "track"
+        self._set(f"{track}.orders.xa_head", self.memory.head)
+
+    def root_fdt(self, memory_map: int) -> None:
+        root = fdt_blob(Fdt(FDT, "kho-v1", memory_map))
+        self.memory.pages[FDT] = bytearray(root.ljust(4096, b"\0"))
+
+    def finalize(self) -> None:
+        self.memory.finalize()
+        self._set("finalized", 1)
+        self.root_fdt(self.memory.first)
+        if "ser" in self._members:
+            self._set("ser.preserved_mem_map", DIRECT_MAP + self.memory.first)
+
+    def track(self) -> Object:
+        """``struct kho_mem_track``."""
+        found = self.made.prog["kho_out"]
+        return found.ser.track if "ser" in self._members else found.track
+
+    def source(self, moves: bool = False) -> KernelSource:
+        return self.made.source(moves)
+
+
+LINUX_6_17 = Kind(
+    {**_SER, "kho_mem_phys_bits": "u64 preserve[64]"},
+    xarray_abi(1 << 12, stamp=Stamp(magic_shift=None), restores_pages_as=Restore.FOLIO),
+    _LACKS | {"kho_page_info"},
+)
+#: Since 6.17.9.
+LINUX_6_17_9 = replace(LINUX_6_17, members=_SER, abi=replace(LINUX_6_17.abi, preserve_bits=1 << 15))
+LINUX_6_18 = Kind(_SER, xarray_abi(), functions={"kho_restore_pages": 2, "kho_restore_page": 1})
+#: With the fix of restored pages, as a stable kernel may get it.
+LINUX_6_18_FIXED = replace(
+    LINUX_6_18,
+    abi=xarray_abi(restores_pages_as=Restore.PAGES),
+    functions={"kho_restore_pages": 2, "kho_restore_page": 2},
+)
+#: Also 6.19.
+LINUX_7_0 = Kind(
+    {**_TRACK, "kho_out": "void *fdt; u8 finalized; u64 lock; kho_mem_track track"},
+    xarray_abi(finalize=Finalize.BEFORE_KEXEC, restores_pages_as=Restore.PAGES),
+    functions={"kho_restore_pages": 2, "kho_restore_page": 2},
+)
+#: A cloud distribution's backport to a kernel that had no KHO of its own; its compiler has inlined
+#: kho_restore_page().
+BACKPORT = replace(LINUX_7_0, functions={"kho_restore_pages": 2}, release="6.6.102-cloud")
+KINDS = {
+    "6.17": LINUX_6_17,
+    "6.17.9": LINUX_6_17_9,
+    "6.18": LINUX_6_18,
+    "6.18-fixed": LINUX_6_18_FIXED,
+    "7.0": LINUX_7_0,
+    "backport": BACKPORT,
+}
+BLOCKS = {(0x10_0000, 0, NO_TYPE), (0x18_0000, 3, NO_TYPE), (0x100_0000, 9, NO_TYPE)}
+
+
+@pytest.fixture(autouse=True)
+def _mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with mapped(monkeypatch):
+        yield
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def kernel(kind: Kind) -> Kernel:
+    made = kind.made()
+    for phys, order, _ in BLOCKS:
+        made.preserve(phys, order)
+    return made
+
+
+def test_types_say_what_it_is(kind: Kind) -> None:
+    abi = kind.made().source().abi
+    no_fdt_yet = kind.abi.finalize == Finalize.BEFORE_LOAD
+    assert replace(abi, compatible="kho-v1", decided={}) == kind.abi, abi.decided
+    assert abi.tracker == Tracker.XARRAY
+    assert abi.decided["tracker"] in ("kho_out.ser.track", "kho_out.track")
+    assert no_fdt_yet == (abi.decided["tracker"] == "kho_out.ser.track")
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_what_is_preserved(kernel: Kernel, moves: bool) -> None:
+    facts = kernel.source(moves).tree()
+    assert blocks_of(facts.abi, facts.outgoing.tree) == BLOCKS
+    assert facts.finalized is False
+    assert facts.outgoing.serialized is None
+    report = check(facts)
+    assert report.counts["not-finalized"] == 1
+    assert not report.counts["bad-fdt"]
+
+
+def test_what_is_handed_over(kernel: Kernel) -> None:
+    kernel.finalize()
+    facts = kernel.source().tree()
+    assert facts.finalized
+    chain = facts.outgoing.serialized
+    assert chain is not None
+    assert blocks_of(facts.abi, chain) == BLOCKS
+    assert chain.state.root == kernel.memory.first == facts.outgoing.fdt.memory_map
+    report = check(facts)
+    assert not {"not-finalized", "serialized-differs", "bad-fdt"} & report.counts.keys()
+
+
+def test_what_was_preserved_after_finalizing(kernel: Kernel) -> None:
+    """As 6.19 and 7.0 permit; in a bitmap that is serialized, it is handed over all the same."""
+    kernel.finalize()
+    kernel.preserve(0x10_1000, 0)
+    kernel.preserve(0x200_0000, 2)
+    found = serialized_differs(kernel.source().tree())
+    assert found == [(0x200_0000, 2)]
+
+
+def test_a_chain_without_a_block(kernel: Kernel) -> None:
+    kernel.finalize()
+    at = kernel.memory.bitmaps[9, 0]
+    # Not the bitmap itself, to which both lead.
+    copy = kernel.memory.new_node()
+    kernel.memory.set_word(kernel.memory.first, kernel.memory.word(kernel.memory.first))
+    for chunk in (page for page in kernel.memory.pages if page >= kernel.memory.first):
+        for slot in range(24, 4096, 16):
+            if kernel.memory.word(chunk + slot) == at:
+                kernel.memory.set_word(chunk + slot, copy)
+    assert serialized_differs(kernel.source().tree()) == [(0x100_0000, 9)]
+
+
+def serialized_differs(facts: Snapshot) -> list[tuple[int | None, int | None]]:
+    found = check(facts).findings
+    return [(f.phys, f.order) for f in found if f.rule == "serialized-differs"]
+
+
+def test_a_boot_by_such_a_kernel(kernel: Kernel) -> None:
+    """Its incoming side is the chain that it was handed."""
+    kernel.finalize()
+    kernel.made.set("kho_in", FDT)
+    facts = kernel.source().tree()
+    assert facts.incoming is not None
+    assert blocks_of(facts.abi, facts.incoming.tree) == BLOCKS
+    came = facts.handover
+    assert (came.is_kho_boot, came.previous_release, came.kexec_count) == (True, None, None)
+
+
+def test_all_facts(kernel: Kernel) -> None:
+    kernel.finalize()
+    facts = kernel.source().snapshot()
+    assert not facts.contradictions
+    assert not facts.unreadable
+    assert sum(map(len, facts.outgoing.blocks)) == len(BLOCKS)
+
+
+def test_a_track_that_cannot_be_read(kernel: Kernel) -> None:
+    kernel.finalize()
+    head = kernel.memory.track(0) + LAYOUT.head
+    kernel.memory.set_word(head, DIRECT_MAP + (1 << 45) + 2)
+    facts = kernel.source().tree()
+    assert facts.outgoing.tree.state.problem_count
+    report = check(facts)
+    assert report.counts["bad-node"]
+    assert not report.passed
+
+
+def test_stamps_without_a_magic(kernel: Kernel) -> None:
+    """Whatever a snapshot finds of the blocks that another has recorded, it is no pass."""
+    kernel.finalize()
+    before = kernel.source().snapshot()
+    kernel.made.set("sysctl_bootid", 2, 2)
+    kernel.made.set("kho_in", FDT)
+    after = kernel.source().snapshot(before)
+    report = compare(before, after)
+    without = not kernel.kind.abi.stamp.has_magic
+    assert any("have no magic" in why for why in report.incomplete) == without
+    assert (after.scan is None) == without
+    if without:
+        assert not report.passed
+        assert kernel.source().status().scan is None
+        with pytest.raises(KhoscopeError, match="cannot be searched for"):
+            kernel.source().stamps()
+
+
+def test_the_helpers(kernel: Kernel) -> None:
+    """Those that name what the kernel names."""
+    kernel.finalize()
+    prog = kernel.made.prog
+    chunk = Object(prog, "struct khoser_mem_chunk *", DIRECT_MAP + kernel.memory.first)
+    for found in (kho_mem_track_for_each(kernel.track()), khoser_mem_chunk_for_each(chunk)):
+        assert [(b.phys, b.order, NO_TYPE) for b in found] == sorted(BLOCKS, key=lambda b: b[1])
+    assert not list(khoser_mem_chunk_for_each(Object(prog, "struct khoser_mem_chunk *", 0)))
+
+
+def test_the_helpers_end_whatever_memory_holds(kernel: Kernel) -> None:
+    kernel.finalize()
+    prog, memory = kernel.made.prog, kernel.memory
+    chunk = Object(prog, "struct khoser_mem_chunk *", DIRECT_MAP + memory.first)
+    memory.set_word(memory.first, memory.first)
+    with pytest.raises(ValidationError, match="was there before"):
+        list(khoser_mem_chunk_for_each(chunk))
+    memory.set_word(memory.first, memory.first + 8)
+    with pytest.raises(ValidationError, match="is not aligned"):
+        list(khoser_mem_chunk_for_each(chunk))
+    memory.set_word(memory.first + 8, 256 << 32)
+    with pytest.raises(ValidationError, match="256 bitmaps, room for 255"):
+        list(khoser_mem_chunk_for_each(chunk))
+    node = memory.head - 2
+    memory.set_word(node - DIRECT_MAP + LAYOUT.slots, memory.head)
+    with pytest.raises(ValidationError, match=r"xarray node .* was there before"):
+        list(kho_mem_track_for_each(kernel.track()))
+    memory.set_word(node - DIRECT_MAP + LAYOUT.slots, 17)
+    with pytest.raises(ValidationError, match="not a pointer"):
+        list(kho_mem_track_for_each(kernel.track()))
+
+
+def test_bitmaps_in_scratch(kernel: Kernel) -> None:
+    """They, and the chunks, are what the next kernel reads; the nodes of xarrays are not."""
+    memory = kernel.memory
+    bitmap = memory.bitmaps[9, 0]
+    node = memory.head - 2 - DIRECT_MAP
+
+    def said(start: int, size: int) -> list[int | None]:
+        kernel.made.areas((start, size))
+        found = check(kernel.source().tree()).findings
+        return [f.phys for f in found if f.rule == "metadata-in-scratch"]
+
+    size = kernel.kind.abi.bitmap_bytes
+    assert said(bitmap + size - 1, 1) == [bitmap]
+    assert said(bitmap - 1, 1) == said(bitmap + size, 8) == said(node, 8) == []
+    kernel.finalize()
+    assert said(bitmap, 1) == [bitmap]
+    assert said(memory.first + 4095, 1) == [memory.first]
+    assert said(node, 8) == []
