@@ -17,7 +17,7 @@ import pytest
 from khoscope.abi.kho_fdt import LuoFdt, parse_luo_fdt
 from khoscope.abi.serialized import LUO_FLB_HEADER_SER, LUO_FLB_SER
 from khoscope.checks import check
-from khoscope.facts import invariants
+from khoscope.facts import invariants, store
 from khoscope.facts.clients import Claims, Flb, Luo, OwnerKind
 from khoscope.facts.snapshot import Side, Snapshot
 from khoscope.sources.probe import KhoOut, LuoLists, Parts
@@ -30,7 +30,7 @@ PAGE = 4096
 #: What is different from Linux 7.2.
 LINUX_7_1 = {
     "luo_session_header": "list_head list; void *header_ser",
-    "luo_file_set": "list_head files_list; void *files; u64 count",
+    "luo_file_set": "list_head files_list; void *files; s64 count",
 }
 LINUX_7_0 = {**LINUX_7_1, "flb_state": "u64 data; s64 count"}
 LINUX_6_19 = {
@@ -379,6 +379,15 @@ def test_arrays_that_are_nowhere() -> None:
         phys = (at - DIRECT_MAP) % 2**64
         assert session.problems == [f"the array at {phys:#x} does not lie in RAM"]
         assert [file.token for file in session.files] == [7]
+
+
+def test_a_count_that_is_negative() -> None:
+    kernel = Kernel()
+    kernel.listed(24, kernel.session("a", 7, count=2**64 - 1))
+    facts = store.spool(kernel.facts())
+    assert facts.outgoing.luo is not None
+    (session,) = facts.outgoing.luo.sessions
+    assert session.problems == [f"counts {2**64 - 1} files, lists 1"]
 
 
 def test_two_sessions_with_one_array() -> None:

@@ -78,8 +78,8 @@ class _Leads:
     """
     Where LUO's blob leads.
 
-    :param sessions: ``phys_addr_t`` of the array of sessions; None: the kernel's own lists say
-        where its sessions are written.
+    :param sessions: ``phys_addr_t`` of the array of sessions, 0: there is none; None: the kernel's
+        own lists say where its sessions are written.
     :param flbs: ``phys_addr_t`` of the ``struct luo_flb_header_ser``; 0: there is none.
     """
 
@@ -364,7 +364,8 @@ class _Lists(Serialized):
             listed += 1
             if tokens.is_new(file.token.value_()):
                 files.append(self._listed_file(name, file))
-        count = file_set.count.value_()
+        # A long, which the kernel hands over as u64.
+        count = file_set.count.value_() % 2**64
         if count != listed:
             problems.append(f"counts {count} files, lists {listed}")
         return LuoSession(name, bool(session.retrieved), count, files, problems)

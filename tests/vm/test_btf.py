@@ -20,6 +20,7 @@ from khoscope.sources.open import debug_info, open_qemu
 from tests.vm.test_khoscope import TIMEOUT, guest, host
 from vm.exercise import Exercise
 from vm.kernel import under_test
+from vm.luo import Memfd, hold
 from vm.machine import Machine
 
 #: What differs between any two runs.
@@ -49,6 +50,8 @@ def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
         exercise.load()
         for name in ("contig", "folio", "dma", "vmalloc"):
             exercise.preserve(name)
+        if has_luo(machine):
+            hold(machine, "a session", {1: Memfd(4096), 2: Memfd(0)})
         # The kernel makes its boot id when it is first asked for it.
         machine.run("cat /proc/sys/kernel/random/boot_id", check=True)
         yield machine
@@ -64,8 +67,13 @@ def bare(machine: Machine) -> Iterator[Machine]:
         machine.run(SHOW, check=True)
 
 
-def documents(run: Any) -> dict[str, Any]:
-    found = {command: json.loads(run(command, "--json")) for command in COMMANDS}
+def has_luo(machine: Machine) -> bool:
+    return machine.run("test -e /dev/liveupdate").returncode == 0
+
+
+def documents(run: Any, luo: bool) -> dict[str, Any]:
+    commands = (*COMMANDS, "luo") if luo else COMMANDS
+    found = {command: json.loads(run(command, "--json")) for command in commands}
     for document in found.values():
         for name in TIMES:
             document.pop(name, None)
@@ -86,15 +94,18 @@ def in_guest(machine: Machine, types: str) -> dict[str, Any]:
         assert result.stderr.startswith(f"khoscope: types: {types}"), result
         return result.stdout
 
-    return documents(run)
+    return documents(run, has_luo(machine))
 
 
 def test_the_guest_needs_no_vmlinux(machine: Machine, request: pytest.FixtureRequest) -> None:
     with_dwarf = in_guest(machine, "DWARF")
     request.getfixturevalue("bare")
     without = in_guest(machine, "BTF (khoscope), /sys/kernel/btf/vmlinux\n")
-    for command in COMMANDS:
+    for command in with_dwarf:
         assert without[command] == with_dwarf[command], command
+    if "luo" in with_dwarf:
+        (session,) = with_dwarf["luo"]["outgoing"]["sessions"]
+        assert [file["memfd"]["pages"] for file in session["files"]] == [1, 0]
     assert len(with_dwarf["tree"]["blocks"]) > 20
 
 
@@ -108,7 +119,7 @@ def test_the_host_needs_no_vmlinux(machine: Machine) -> None:
             status = int(command == "verify" and failing(machine))
             return host(*where, command, *options, status=status)
 
-        return documents(one)
+        return documents(one, has_luo(machine))
 
     assert run(*qemu) == run(*qemu, *vmlinux)
 
