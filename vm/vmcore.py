@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ class Vmcore:
     def __init__(self, path: Path) -> None:
         self.path = path
         with path.open("rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise VmcoreError(f"{path}: empty")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         #: Physical addresses of the pages that programs made by :meth:`program` have read.
         self.read: set[int] = set()
