@@ -647,8 +647,9 @@ FIRES: dict[str, list[Fires]] = {
         # A folio restored as pages.
         Fires(lambda: across([folio(2)], [split(2, CONTIG, pristine=4)], abi=PLAIN), AT, 2),
         # In linux 6.18, whatever it was.
-        Fires(lambda: across([folio(2)], [HALF], abi=XARRAY), AT, 2),
-        Fires(lambda: across([contig(2)], [HALF], abi=XARRAY), AT, 2),
+        Fires(lambda: across([folio(2)], [HALF], abi=XARRAY), AT, 2, True),
+        Fires(lambda: across([contig(2)], [HALF], abi=XARRAY), AT, 2, True),
+        Fires(lambda: across([split(2)], [HALF], abi=XARRAY), AT, 2, True),
     ],
     "not-restored": [
         Fires(lambda: across([contig(2)], [stamped(contig(2))]), AT, 2),
@@ -972,7 +973,6 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
         lambda: across([folio(2)], [split(2, CONTIG, pristine=3)], abi=PLAIN),
         # Its refcounts are what they were.
         lambda: across([folio(2)], [contig(2, pristine=4)]),
-        lambda: across([split(2)], [HALF], abi=XARRAY),
         # No other kernel leaves that, so it is somebody else's.
         lambda: across([folio(2)], [HALF], abi=PLAIN),
         lambda: across([contig(3)], [replace(HALF, order=3, compound=2)], abi=XARRAY),
