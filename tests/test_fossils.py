@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -114,6 +115,15 @@ def wrapped(value: Any, indent: int = 0) -> str:
 def test_it_says_what_it_said(kernel: str, tmp_path: Path) -> None:
     for name, text in look(kernel, tmp_path):
         assert text == KEPT.text(name), name
+
+
+def test_drgn_opens_one(tmp_path: Path) -> None:
+    """By itself, as any other vmcore; our plugin's BTF gives it types."""
+    unpack(FOSSILS / f"{KERNELS[0]}{SUFFIX}", tmp_path)
+    show = "from khoscope import btf; btf.register(prog); print(prog['kho_out'])"
+    drgn = [str(Path(sys.executable).with_name("drgn")), "--quiet", "-c", "before", "-e", show]
+    done = subprocess.run(drgn, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("(struct kho_out){\n")
 
 
 def test_every_command_is_kept() -> None:
