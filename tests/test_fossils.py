@@ -53,7 +53,8 @@ def look(kernel: str, directory: Path) -> Iterator[tuple[str, str]]:
             run = functools.partial(_main, stage)
             known: dict[str, Any] = {}
             for command, runs in said(run, stage, places, directory):
-                yield f"{kernel}-{stage}-{command}", "".join(_kept(each, known) for each in runs)
+                kept = wrapped([_kept(each, known) for each in runs])
+                yield f"{kernel}-{stage}-{command}", f"{kept}\n"
             helpers = helped(sources.open_core(directory / stage))
             yield f"{kernel}-{stage}-helpers", f"{wrapped(shortened(helpers))}\n"
 
@@ -62,7 +63,7 @@ def _main(core: str, words: list[str]) -> int:
     return main(["--core", core, *words])
 
 
-def _kept(run: Said, known: dict[str, Any]) -> str:
+def _kept(run: Said, known: dict[str, Any]) -> Any:
     """
     What is kept of one run.
 
@@ -77,7 +78,7 @@ def _kept(run: Said, known: dict[str, Any]) -> str:
                 del document[name]
             else:
                 known[name] = document[name]
-    return f"{wrapped(shortened(fields))}\n"
+    return shortened(fields)
 
 
 def shortened(value: Any) -> Any:
