@@ -176,20 +176,19 @@ def _reused(before: Blocks, after: Blocks, now: Snapshot) -> NDArray[np.bool_]:
         | (was_folio & ~folio & ~never_freed(before, pages))
         | (~folio & ((pages.flags & lru) != 0))
         | has_page_type(pages)
-        | ~(is_contig(pages) | is_split(pages) | _half_a_folio(before, after, now.abi))
+        | ~(is_contig(pages) | is_split(pages) | _half_a_folio(before, pages, now.abi))
     )
 
 
-def _half_a_folio(before: Blocks, after: Blocks, abi: Abi) -> NDArray[np.bool_]:
+def _half_a_folio(before: Blocks, now: Pages, abi: Abi) -> NDArray[np.bool_]:
     """
-    Unsplit blocks that the oldest kernels restored as pages: compound, and each page held.
+    Blocks that the oldest kernels restored as pages: compound, and each page held.
 
     Nothing else leaves such a block.
     """
-    now = after.facts
     every = (now.head == 1) & (now.ones == tails(now)) & (now.compound == before.order)
     as_pages = np.zeros(len(before), np.bool_)
-    return every & is_contig(before.facts) & stays_compound(abi, before.order, as_pages)
+    return every & stays_compound(abi, before.order, as_pages)
 
 
 def never_freed(before: Blocks, after: Pages) -> NDArray[np.bool_]:
@@ -318,6 +317,16 @@ def type_changed(pairs: Pairs) -> Marked:
     )
 
 
+#: What :func:`wrong_refcounts` says about a kernel that splits what it has made compound.
+_STAYED_COMPOUND = """
+    kho_restore_pages() of this kernel made a compound page of the block and handed it to
+    split_page(), which is not made for compound pages: each page got a refcount of 1, and all kept
+    the flags of a compound page. Freeing the block, or one of its pages, trips "Bad page state",
+    taints the kernel and leaks the memory. Keep the owner from freeing the block until the next
+    cold boot.
+    """
+
+
 @rule(
     "wrong-refcounts",
     Severity.ERROR,
@@ -331,11 +340,14 @@ def type_changed(pairs: Pairs) -> Marked:
     kernel="kho_restore_page kho_init_pages kho_init_folio",
 )
 def wrong_refcounts(pairs: Pairs) -> Marked:
-    """Restored, and the refcounts are not what they were before."""
+    """Restored, and the refcounts are not what they were before, or are of what is now a compound
+    page."""
     was, now = pairs.before.facts, pairs.after
+    half = _half_a_folio(pairs.before, now, pairs.abi)
     return Marked(
         (pairs.fate == Fate.RESTORED) & differs(was, now),
         lambda row: f"restored as {describe(now, row)}, was {describe(was, row)}",
+        explain=lambda row: _STAYED_COMPOUND if half[row] else "",
     )
 
 
