@@ -20,6 +20,7 @@ from khoscope.abi.keys import (
     BlockLimits,
     Finalize,
     Restore,
+    Stamp,
 )
 from khoscope.abi.kho_fdt import Fdt, Subtree
 from khoscope.checks import RULES, Report, RuleSelection, Severity, check, compare, run
@@ -1320,6 +1321,21 @@ def test_clients_of_a_kernel_that_loses_the_order() -> None:
         ):
             assert found.get((name, phys)) == wanted
         assert report.own("blob-not-preserved") == 2
+
+
+@pytest.mark.parametrize(("magic", "says"), [(32, "warns"), (None, "gives it away")])
+def test_what_becomes_of_the_second_restore(magic: int | None, says: str) -> None:
+    owners, claimed = claims_of((ONE, AT, 0x3000), (TWO, AT, 0x1000), (THREE, AT + 0x2000, 0x1000))
+    abi = replace(PLAIN, stamp=Stamp(magic_shift=magic))
+    found = check(out(abi=abi, owners=owners, claims=claimed)).findings
+    said = [f for f in found if f.rule == "claimed-twice"]
+    assert [(f.message, f.phys) for f in said] == [
+        (f"{ONE} and {TWO} lead to the same page", AT),
+        (f"{ONE} and {THREE} lead to the same page", AT + 0x2000),
+    ]
+    for finding in said:
+        assert says in finding.explain
+        assert ("warns" in finding.explain) == bool(magic)
 
 
 def test_nothing_follows_from_what_was_not_asked() -> None:

@@ -18,8 +18,9 @@ import pytest
 
 from khoscope import demo
 from khoscope.cli import main
+from tests.kept import Kept
 
-KEPT = Path(__file__).parent / "recorded" / "json"
+KEPT = Kept(Path(__file__).parent / "recorded" / "json")
 RECORDING = Path(__file__).parent / "recorded" / "rfc.khotrace"
 
 #: Of one snapshot.
@@ -70,16 +71,12 @@ def printed(words: tuple[str, ...]) -> str:
 
 @pytest.mark.parametrize(("name", "words"), list(commands()), ids=[name for name, _ in commands()])
 def test_json_is_what_it_was(name: str, words: tuple[str, ...]) -> None:
-    assert printed(words) == (KEPT / f"{name}.json").read_text()
+    assert printed(words) == KEPT.text(name)
 
 
 def test_nothing_else_is_kept() -> None:
-    assert {path.stem for path in KEPT.iterdir()} == {name for name, _ in commands()}
+    assert KEPT.names() == {name for name, _ in commands()}
 
 
 if __name__ == "__main__":
-    KEPT.mkdir(exist_ok=True)
-    for old in KEPT.iterdir():
-        old.unlink()
-    for kept, argv in commands():
-        (KEPT / f"{kept}.json").write_text(printed(argv))
+    KEPT.replace((kept, printed(argv)) for kept, argv in commands())

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from khoscope.abi.keys import BlockLimits
 from khoscope.facts.columns import Leaves
 from khoscope.facts.snapshot import KexecImage, Node, Snapshot
+from khoscope.sources import probe
 from khoscope.sources import reading as reading_module
 from khoscope.sources.kernel import KernelSource
 from khoscope.sources.probe import refuse_platform
@@ -77,6 +78,15 @@ def test_limits_of_blocks(compatible: str, limits: BlockLimits) -> None:
     abi = machine.source().abi
     assert (abi.compatible, abi.limits) == (compatible, limits)
     assert abi.decided["limits"] == "its compatible"
+
+
+def test_limits_of_a_kernel_with_a_repair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another compatible than the kernels that came with it."""
+    machine = MadeUp()
+    root = {"compatible": b"kho-v3\0", "preserved-memory-map": bytes(8)}
+    machine.set("kho_out", machine.new(blob(root)))
+    monkeypatch.setattr(probe, "_has_function", lambda _, name: name == "kho_get_preserved_page")
+    assert machine.source().abi.limits == BlockLimits()
 
 
 def test_limits_of_a_kernel_that_does_not_say_what_it_is() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from vm import build, kernel
 from vm.cache import BuildError
 from vm.exercise import SCENARIOS, ExerciseError
+from vm.fossil import fossil
 from vm.machine import NAMES, Machine, MachineError
 from vm.record import record
 from vm.scenario import scenario
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _run(arguments.kernel, arguments.words, arguments.accel)
             case "scenario":
                 return scenario(arguments.kernel, arguments.name, arguments.accel)
+            case "fossil":
+                return fossil(arguments.kernel, arguments.accel)
             case _:
                 return record(arguments.accel)
     except (BuildError, MachineError, ExerciseError) as error:
@@ -103,6 +106,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=[*SCENARIOS, []],
         metavar="NAME",
         help=f"one or more of {', '.join(SCENARIOS)} (default: all)",
+    )
+    commands.add_parser(
+        "fossil",
+        parents=[one(kernel.NAMES)],
+        help="make vmcores for tests/fossils, with the pages alone that khoscope reads",
     )
     commands.add_parser("record", parents=[boots], help="make the snapshots of khoscope demo")
     return parser

@@ -89,6 +89,16 @@ def broken_vmalloc(facts: Snapshot, keys: KeySet) -> Iterator[Message]:
         yield Message(f"{whose.name}, {whose.kind}s: {_not_preserved(pages)}", first, cause=cause)
 
 
+#: What :func:`claimed_twice` says of kernels whose stamps have no magic.
+_RESTORED_TWICE = """
+    Each of the two restores the memory, and a kernel whose stamps have no magic refuses neither of
+    them: each restore sets the refcounts anew, and both owners think that the memory is theirs.
+    Whoever frees it first gives it away while the other one uses it. In this kernel each block has
+    one mark for both: as soon as one of them unpreserves it, it is not preserved for the other.
+    Have one of the two give up its claim (unpreserve it).
+    """
+
+
 @rule(
     "claimed-twice",
     Severity.ERROR,
@@ -110,7 +120,9 @@ def claimed_twice(facts: Snapshot, keys: KeySet) -> Iterator[Message]:
             # bad-fdt speaks of it.
             continue
         pages = "page" if both.pages == 1 else f"{both.pages:,} pages"
-        yield Message(f"{both.one} and {both.other} lead to the same {pages}", both.phys)
+        said = f"{both.one} and {both.other} lead to the same {pages}"
+        why = "" if facts.abi.stamp.has_magic else _RESTORED_TWICE
+        yield Message(said, both.phys, explain=why)
 
 
 #: What broken-luo means where an FDT leads to arrays.

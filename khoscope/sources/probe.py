@@ -533,14 +533,14 @@ def _probe_type_shift(
 def _probe_limits(
     prog: Program, compatible: str | None, max_page_order: int, decided: dict[str, str]
 ) -> BlockLimits:
-    """No type and no symbol of a kernel says how it computes sizes: its compatible does."""
+    """Its compatible says it, unless there is a function that came with the repair."""
     name = "limits"
-    if _has_function(prog, "kho_get_preserved_page"):
-        # It came together with sizes of 64 bits (linux 7.2), mostly inlined.
-        decided[name] = "there is a kho_get_preserved_page(): none"
-        return BlockLimits()
     limits = compatibles.block_limits(compatible, max_page_order)
     decided[name] = "its compatible" if compatible else "none: its compatible is not readable"
+    if limits != BlockLimits() and _has_function(prog, "kho_get_preserved_page"):
+        # Linux 7.2; sizes have 64 bits there.  BTF does not know it: it is inlined.
+        decided[name] = "there is a kho_get_preserved_page(): none"
+        return BlockLimits()
     return limits
 
 

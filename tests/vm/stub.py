@@ -27,7 +27,7 @@ def poke(machine: Machine, phys: int, old: bytes, new: bytes) -> None:
         assert _ask(stub, f"M{phys:x},{len(new):x}:{new.hex()}") == "OK"
         assert _ask(stub, "D") == "OK"
     _monitor(machine, "gdbserver none")
-    path.unlink()
+    path.unlink(missing_ok=True)
 
 
 def _monitor(machine: Machine, command: str) -> None:
@@ -40,9 +40,13 @@ def _ask(stub: socket.socket, packet: str) -> str:
     data = packet.encode()
     stub.sendall(b"$%b#%02x" % (data, sum(data) % 256))
     answer = b""
-    while not (whole := re.search(rb"\$([^#]*)#..", answer)):
-        piece = stub.recv(4096)
-        assert piece, f"QEMU hung up after {packet!r}"
-        answer += piece
-    stub.sendall(b"+")
-    return whole[1].decode("ascii")
+    while True:
+        while not (whole := re.search(rb"\$([^#]*)#..", answer)):
+            piece = stub.recv(4096)
+            assert piece, f"QEMU hung up after {packet!r}"
+            answer += piece
+        stub.sendall(b"+")
+        answer = answer[whole.end() :]
+        # That the guest has stopped may be said once more.
+        if packet == "?" or not whole[1].startswith(b"T"):
+            return whole[1].decode("ascii")

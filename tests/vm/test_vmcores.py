@@ -39,6 +39,7 @@ class Story:
     tree: Any = None
     verify: Any = None
     stamps: Any = None
+    crash_image: Any = None
     core: Path = Path()
     flattened: Path = Path()
     #: By format.
@@ -66,7 +67,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         qemu = ("--qemu", str(machine.qmp_socket))
         story.tree = json.loads(host(*qemu, "tree", "--json"))
         story.verify = json.loads(host(*qemu, "verify", "--json"))
-        story.stamps = json.loads(host(*qemu, "status", "--json"))["unclaimed"]
+        status = json.loads(host(*qemu, "status", "--json"))
+        story.stamps, story.crash_image = status["unclaimed"], status["crash_image"]
         story.core = directory / "core"
         machine.dump(story.core)
         story.flattened = directory / "flattened"
@@ -98,13 +100,21 @@ def agrees(story: Story, core: Path, *options: str) -> None:
     found = json.loads(host(*where, "verify", "--json"))
     for part in ("verdict", "counts", "blocks", "incomplete"):
         assert found[part] == story.verify[part], part
-    assert json.loads(host(*where, "status", "--json"))["unclaimed"] == story.stamps
+    status = json.loads(host(*where, "status", "--json"))
+    assert (status["unclaimed"], status["crash_image"]) == (story.stamps, story.crash_image)
 
 
 def test_there_is_something_to_see(story: Story) -> None:
     assert len(story.tree["blocks"]) > 20
     assert sum(row["blocks"] for row in story.stamps) > 10
     assert story.verify["verdict"] == "pass"
+    assert story.crash_image == {
+        "loaded": True,
+        "file_mode": True,
+        "kho_fdt": "0x0",
+        "size": story.crash_image["size"],
+    }
+    assert story.crash_image["size"] > 8 << 20
 
 
 @pytest.mark.parametrize("debug_info", ["DWARF", "BTF"])

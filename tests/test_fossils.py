@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Every command on a vmcore of every kernel, before and after its kexec: it says what it said.
+
+`python -m vm fossil KERNEL` makes the vmcores (docs/lab.md). To change on purpose what is said of
+them: ``python -m tests.test_fossils``, and look at the difference before you commit it. With the
+names of kernels, that writes anew what is said of those.
+
+What is kept is for people to read, so long lists and texts are cut. The hash of what was cut off
+is kept, too: nothing in there changes without being seen.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from khoscope.cli import main
+from khoscope.sources import open as sources
+from tests.kept import Kept
+from vm.fossil import COMMANDS, FOSSILS, OF_STAGE, STAGES, SUFFIX, Said, helped, said, unpack
+
+KEPT = Kept(Path(__file__).parent / "recorded" / "fossils")
+
+KERNELS = sorted(path.name.removesuffix(SUFFIX) for path in FOSSILS.iterdir())
+
+#: The widest line that is kept, if it holds more than one value; of a longer list or text, how much
+#: is kept.
+WIDTH, ITEMS, CHARACTERS = 100, 12, 400
+
+
+def look(kernel: str, directory: Path) -> Iterator[tuple[str, str]]:
+    """
+    What all commands and helpers say about a kernel's fossils, as it is kept, by the files' names.
+
+    :param directory: an empty one
+    """
+    places = unpack(FOSSILS / f"{kernel}{SUFFIX}", directory)
+    # Opening one takes longer than any command.
+    with patch.object(sources, "open_core", functools.cache(sources.open_core)):
+        for stage in STAGES:
+            run = functools.partial(_main, stage)
+            known: dict[str, Any] = {}
+            for command, runs in said(run, stage, places, directory):
+                yield f"{kernel}-{stage}-{command}", "".join(_kept(each, known) for each in runs)
+            helpers = helped(sources.open_core(directory / stage))
+            yield f"{kernel}-{stage}-helpers", f"{wrapped(shortened(helpers))}\n"
+
+
+def _main(core: str, words: list[str]) -> int:
+    return main(["--core", core, *words])
+
+
+def _kept(run: Said, known: dict[str, Any]) -> str:
+    """
+    What is kept of one run.
+
+    :param known: what earlier documents said about the kernel, which is not said again
+    """
+    fields = asdict(run)
+    for document in fields["documents"]:
+        for name in ("kernel", "abi"):
+            if name not in document:
+                continue
+            if document[name] == known.get(name):
+                del document[name]
+            else:
+                known[name] = document[name]
+    return f"{wrapped(shortened(fields))}\n"
+
+
+def shortened(value: Any) -> Any:
+    """JSON in which long lists and texts are cut, and end in a hash of what was cut off."""
+    if isinstance(value, str) and len(value) > CHARACTERS:
+        return f"{value[:CHARACTERS]}… {_digest(value)}"
+    if isinstance(value, dict):
+        return {key: shortened(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        cut = [shortened(each) for each in value[:ITEMS]]
+        return [*cut, f"… of {len(value)}, {_digest(value)}"] if len(value) > ITEMS else cut
+    return value
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def wrapped(value: Any, indent: int = 0) -> str:
+    """JSON whose lines are as long as can be: what fits into one is in one."""
+    flat = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, dict | list) or not value or indent + len(flat) <= WIDTH:
+        return flat
+    if isinstance(value, dict):
+        brackets = "{}"
+        parts = [f"{json.dumps(key)}: {wrapped(each, indent + 1)}" for key, each in value.items()]
+    else:
+        brackets = "[]"
+        parts = [wrapped(each, indent + 1) for each in value]
+    body = ",\n".join(f"{' ' * (indent + 1)}{part}" for part in parts)
+    return f"{brackets[0]}\n{body}\n{' ' * indent}{brackets[1]}"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_it_says_what_it_said(kernel: str, tmp_path: Path) -> None:
+    for name, text in look(kernel, tmp_path):
+        assert text == KEPT.text(name), name
+
+
+def test_every_command_is_kept() -> None:
+    """Of all kernels, and of no other."""
+    commands = {stage: {*COMMANDS, *OF_STAGE[stage], "helpers"} for stage in STAGES}
+    assert KEPT.names() == {
+        f"{kernel}-{stage}-{command}"
+        for kernel in KERNELS
+        for stage in STAGES
+        for command in commands[stage]
+    }
+
+
+def test_they_are_small() -> None:
+    """The repository holds them for good."""
+    assert KERNELS
+    for kernel in KERNELS:
+        assert (FOSSILS / f"{kernel}{SUFFIX}").stat().st_size < len(STAGES) * (3 << 19)
+
+
+if __name__ == "__main__":
+    for each in sys.argv[1:] or KERNELS:
+        with tempfile.TemporaryDirectory() as made:
+            KEPT.replace(look(each, Path(made)), f"{each}-")
