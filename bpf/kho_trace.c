@@ -6,9 +6,15 @@
  * the one with struct pt_regs: what is known of this kernel is passed in.
  *
  * sizes, offsets and addresses, in bytes unless they say otherwise:
- *   VMEMMAP, PAGE_STRUCT_SIZE, REFCOUNT_OFFSET, PRIVATE_OFFSET  of struct page
+ *   VMEMMAP, PAGE_STRUCT_SIZE, REFCOUNT_OFFSET, PRIVATE_OFFSET, FLAGS_OFFSET  of struct page
+ *   HEAD_BIT                             PG_head in its flags
  *   PAGE_SHIFT_BITS, DIRECT_MAP          the page size, and where phys 0 is mapped
- *   TREE, ROOT_OFFSET                    &kho_out.radix_tree and .root in it
+ *   TREE, ROOT_OFFSET                    &kho_out.radix_tree and .root in it; 0: there is none
+ *   ORDERS                               the xarray of struct kho_mem_track; 0: there is none
+ *   XA_HEAD                              .xa_head in struct xarray
+ *   XA_SHIFT, XA_SLOTS, XA_CHUNK_LOG2    .shift and .slots in struct xa_node, and how many slots
+ *   PHYS_BITS                            .phys_bits in struct kho_mem_phys
+ *   PRESERVE_LOG2                        bits in struct kho_mem_phys_bits
  *   ORDER_0_LOG2, TABLE_LOG2, BITMAP_LOG2, DEPTH, STORED_BITS   enum kho_radix_consts
  *   KEY_WIDTH                            bits of a key that the tree takes; 64: any
  *   TYPE_SHIFT                           key bit of the page type; 64: none
@@ -22,10 +28,10 @@
  * The functions to trace follow behind the last line: FENTRY() and FEXIT(), or KPROBE()
  * and KRETPROBE(), of each, with
  *   name, number    of the function, in khoscope/facts/calls.py
- *   arguments       how many it has
  *   kind            bit of ONLY
  *   use             enum block_use
- *   adds            whether it adds the block: then its refcounts are looked at
+ *   adds            whether it adds blocks: then their refcounts are looked at
+ *   a, b, c, d      where its arguments are
  *   ret             where its result is; 0 if it has none
  */
 
@@ -38,6 +44,11 @@ enum block_use {
 	BLOCK_BY_PFN,	/* kho_radix_{add,del}_page(tree, pfn, order, type) */
 	BLOCK_BY_KEY,	/* kho_radix_{add,del}_key(tree, key) */
 	BLOCK_BY_STAMP,	/* kho_restore_page(phys, …): the order is in the stamp */
+	/* Where no function of its own adds, deletes or restores a block: */
+	BLOCK_OF_FOLIO,	/* kho_{,un}preserve_folio(folio) */
+	BLOCKS_OF_PAGES,	/* kho_{,un}preserve_pages(page, nr_pages) */
+	BLOCKS_OF_PHYS,	/* kho_preserve_phys(phys, size) */
+	BLOCKS_BY_STAMP,	/* kho_restore_pages(phys, nr_pages) */
 };
 
 /* Whether a block's bit is set in the tree. */
@@ -58,6 +69,13 @@ enum bit {
 #define WINDOWS_ORDER 6
 #define WINDOW (1 << WINDOW_ORDER)
 #define WINDOWS (1 << WINDOWS_ORDER)
+
+/*
+ * A range of less than 2^32 pages is cut into no more blocks.  So many windows of all of
+ * them are looked at.
+ */
+#define BLOCKS 64
+#define ALL_WINDOWS 128
 
 struct header {
 	u64 call;		/* names the outermost call of this one */
@@ -109,12 +127,25 @@ struct frame {
 	u64 function;
 };
 
+/* Blocks of the range that a call names, one by one. */
+struct range {
+	u64 pfn;		/* where the next one begins */
+	u64 end;
+	u64 page;		/* of it, the next to be looked at */
+	u64 step;		/* pages from one window to the next */
+	u32 order;		/* as the call cuts it off */
+	u32 block;		/* its number */
+	u64 stamps[BLOCKS];	/* page->private at entry */
+	u8 before[BLOCKS];	/* enum bit, at entry */
+};
+
 struct task {
 	u32 depth;
 	u32 muted;		/* nobody asked for what this task is doing */
 	struct frame frames[8];	/* MAX_DEPTH, and what an index of 3 bits reaches */
 	union record outer;	/* its .call */
 	union record inner;	/* its .block, one at a time */
+	struct range range;
 	u64 step;		/* pages from one window to the next */
 	u8 window[WINDOW * PAGE_STRUCT_SIZE];
 };
@@ -306,6 +337,74 @@ INLINE u32 highest_bit(u64 key)
 	return bit;
 }
 
+#if ORDERS
+/* Levels of an xarray whose last index belongs to the last page that there can be. */
+#define XA_LEVELS ((ORDER_0_LOG2 - PRESERVE_LOG2 + XA_CHUNK_LOG2 - 1) / XA_CHUNK_LOG2)
+/* Internal entries up to here are no nodes (xa_is_node()). */
+#define XA_NOT_A_NODE 4096
+/* Not readable, or moving. */
+#define XA_UNKNOWN 1
+
+/* xa_load(), with no lock. */
+INLINE u64 xa_entry(u64 xarray, u64 index)
+{
+	u64 entry = 0;
+	u8 shift = 64;
+
+	if (bpf_probe_read_kernel(&entry, sizeof(entry), (void *)(xarray + XA_HEAD)))
+		return XA_UNKNOWN;
+
+#pragma unroll
+	for (int level = 0; level < XA_LEVELS; level++) {
+		const u64 node = entry - 2;
+		u64 slot;
+
+		if ((entry & 3) != 2)
+			break;
+		if (entry <= XA_NOT_A_NODE)
+			return XA_UNKNOWN;
+		if (bpf_probe_read_kernel(&shift, sizeof(shift), (void *)(node + XA_SHIFT)))
+			return XA_UNKNOWN;
+		slot = index >> (shift & 63);
+		if (slot >> XA_CHUNK_LOG2)
+			return 0;
+		index &= (1ULL << (shift & 63)) - 1;
+		if (bpf_probe_read_kernel(&entry, sizeof(entry),
+					  (void *)(node + XA_SLOTS + 8 * slot)))
+			return XA_UNKNOWN;
+	}
+
+	/* Only nodes have entries for anything but index 0. */
+	return index ? 0 : entry;
+}
+
+/* Is the block's bit set in KHO's bitmaps? As __kho_preserve_order() finds it. */
+INLINE u8 bit_in_track(u64 pfn, u32 order)
+{
+	const u64 high = pfn >> (order & 63);
+	u64 found;
+	u8 byte = 0;
+
+	found = xa_entry(ORDERS, order);
+	if (found && !(found & 3))
+		found = xa_entry(found + PHYS_BITS, high >> PRESERVE_LOG2);
+	if (!found)
+		return BIT_CLEAR;
+	if (found & 3)
+		return BIT_UNKNOWN;
+	found += (high & ((1ULL << PRESERVE_LOG2) - 1)) >> 3;
+	if (bpf_probe_read_kernel(&byte, sizeof(byte), (void *)found))
+		return BIT_UNKNOWN;
+
+	return (byte >> (high & 7)) & 1;
+}
+#else
+INLINE u8 bit_in_track(u64 pfn, u32 order)
+{
+	return BIT_UNKNOWN;
+}
+#endif
+
 /* The block that a call is about to add, to delete or to restore. */
 INLINE void
 name_block(struct task *t, int use, u64 a, u64 b, u64 c, u64 d)
@@ -374,6 +473,184 @@ block_at_entry(struct task *t, int use, int adds, u64 a, u64 b, u64 c, u64 d)
 	name_block(t, use, a, b, c, d);
 	if (adds && block->order < 64)
 		look(t);
+}
+
+INLINE u64 page_to_pfn(u64 page)
+{
+	return (page - VMEMMAP) / PAGE_STRUCT_SIZE;
+}
+
+INLINE u64 pfn_to_page(u64 pfn)
+{
+	return VMEMMAP + pfn * PAGE_STRUCT_SIZE;
+}
+
+/* folio_nr_pages() */
+INLINE u64 folio_pages(u64 folio)
+{
+	u64 flags = 0;
+
+	if (bpf_probe_read_kernel(&flags, sizeof(flags), (void *)(folio + FLAGS_OFFSET)) ||
+	    !(flags >> HEAD_BIT & 1))
+		return 1;
+	/* The order is in the flags of the second page. */
+	folio += PAGE_STRUCT_SIZE;
+	if (bpf_probe_read_kernel(&flags, sizeof(flags), (void *)(folio + FLAGS_OFFSET)))
+		return 1;
+
+	return 1ULL << (flags & 0xff & 63);
+}
+
+/* The range that a call names. */
+INLINE void set_range(struct task *t, int use, u64 a, u64 b)
+{
+	struct range *r = &t->range;
+	u64 pfn, pages;
+
+	switch (use) {
+	case BLOCK_OF_FOLIO:
+		pfn = page_to_pfn(a);
+		pages = folio_pages(a);
+		break;
+	case BLOCKS_OF_PAGES:
+		pfn = page_to_pfn(a);
+		pages = b;
+		break;
+	case BLOCKS_OF_PHYS:
+		pfn = a >> PAGE_SHIFT_BITS;
+		pages = b >> PAGE_SHIFT_BITS;
+		break;
+	default:
+		pfn = a >> PAGE_SHIFT_BITS;
+		pages = b;
+	}
+	r->pfn = pfn;
+	r->end = pfn + pages;
+	r->page = 0;
+	r->block = 0;
+}
+
+/*
+ * The order of the next block of a range, as KHO cuts it off:
+ * min(count_trailing_zeros(pfn), ilog2(end - pfn)).
+ */
+INLINE u32 next_order(struct range *r)
+{
+	const u64 left = r->end - r->pfn;
+	u64 size = r->pfn & -r->pfn;
+
+	/* Nothing is too large to begin at pfn 0. */
+	size |= IS_ZERO(r->pfn) << 62;
+	size += LESS(left, size) * (left - size);
+
+	return highest_bit(size);
+}
+
+/* What is known of the blocks of a range only before something becomes of them. */
+INLINE void range_at_entry(struct task *t, int use, u64 a, u64 b)
+{
+	struct range *r = &t->range;
+
+	set_range(t, use, a, b);
+	for (u32 i = 0; i < BLOCKS; i++) {
+		u32 order;
+
+		asm volatile("" : : : "memory");
+		if (r->pfn == r->end)
+			break;
+		order = next_order(r);
+		if (use == BLOCKS_BY_STAMP) {
+			r->stamps[i] = 0;
+			bpf_probe_read_kernel(&r->stamps[i], sizeof(r->stamps[i]),
+					      (void *)(pfn_to_page(r->pfn) + PRIVATE_OFFSET));
+		} else {
+			r->before[i] = bit_in_track(r->pfn, order);
+		}
+		r->pfn += 1ULL << order;
+	}
+}
+
+/* The next block of a range; what became of it, too, if it is a restored one. */
+INLINE void begin_block(struct task *t, int use, u64 ret)
+{
+	struct block *b = &t->inner.block;
+	struct range *r = &t->range;
+	const u32 number = r->block & (BLOCKS - 1);
+	const u64 page = pfn_to_page(r->pfn);
+	u64 private = 0;
+
+	r->order = next_order(r);
+	b->pfn = r->pfn;
+	b->order = r->order;
+	b->key = 0;
+	b->stamp = 0;
+	b->before = BIT_UNKNOWN;
+	b->after = BIT_UNKNOWN;
+	b->looked = 0;
+	b->unread = 0;
+	b->zeros = 0;
+	b->ones = 0;
+	b->odd = 0;
+	if (bpf_probe_read_kernel(b->pages, 2 * PAGE_STRUCT_SIZE, (void *)page))
+		bpf_probe_read_kernel(b->pages, PAGE_STRUCT_SIZE, (void *)page);
+
+	if (use != BLOCKS_BY_STAMP) {
+		b->key = (1ULL << ((ORDER_0_LOG2 - b->order) & 63)) | b->pfn >> b->order;
+		b->before = r->before[number];
+		b->after = bit_in_track(b->pfn, b->order);
+	} else {
+		b->stamp = r->stamps[number];
+		b->order = NO_ORDER;
+		b->h.ret = 0;
+		bpf_probe_read_kernel(&private, sizeof(private),
+				      (void *)(page + PRIVATE_OFFSET));
+		if (b->stamp >> STAMP_MAGIC_SHIFT == STAMP_MAGIC) {
+			b->order = b->stamp & STAMP_ORDER_MASK;
+			/* Of a call that failed, some blocks may be restored all the same. */
+			if (ret || private != b->stamp)
+				b->h.ret = page;
+		}
+	}
+
+	/* As in look(). */
+	r->step = b->order <= WINDOW_ORDER + WINDOWS_ORDER ?
+		  WINDOW : 1ULL << ((b->order - WINDOWS_ORDER) & 63);
+}
+
+/* What look() does for one window, and for blocks that are smaller than one. */
+INLINE void look_at_window(struct task *t)
+{
+	struct block *b = &t->inner.block;
+	struct range *r = &t->range;
+	const u64 second = REFS(b->pages, 1);
+	const u64 at = r->page;
+	const u64 first = pfn_to_page(b->pfn + at);
+	u64 last = ((1ULL << (b->order & 63)) - 1) & (WINDOW - 1);
+	u64 zeros = 0, ones = 0, odd = 0;
+
+	r->page += r->step;
+	OPAQUE(last);
+	last &= WINDOW - 1;
+	if (bpf_probe_read_kernel(t->window, (last + 1) * PAGE_STRUCT_SIZE, (void *)first)) {
+		b->unread += last + 1;
+		return;
+	}
+#pragma unroll
+	for (u32 i = 0; i < WINDOW; i++) {
+		const u64 refs = REFS(t->window, i);
+		const u64 beyond = LESS(last, i);
+		u64 other = (refs ^ second) & (beyond - 1);
+
+		/* The first page of all is no tail. */
+		if (i == 0)
+			other &= -LESS(0, at);
+		ADD_PAGE(zeros, ones, odd, refs | beyond << 32, at + i, other);
+	}
+	b->looked += last + 1;
+	b->zeros += zeros;
+	b->ones += ones;
+	if (!b->odd)
+		b->odd = odd;
 }
 
 INLINE int is_wanted(struct task *t, int kind)
@@ -522,6 +799,51 @@ INLINE void block_at_return(struct task *t, int use, u64 now, u64 ret)
 	output(&t->inner);
 }
 
+/*
+ * Tell of the blocks of a range, when the call returns that names it: KHO sets and clears
+ * bits, and touches no page, so those that were preserved are what they were before.
+ *
+ * One loop over the windows of all blocks: a loop in a loop would be too much for the
+ * verifier. If there are too many windows, each block that is left is told of all the same.
+ */
+INLINE void
+range_at_return(struct task *t, int use, int adds, u64 now, u64 ret)
+{
+	const struct frame *frame = &t->frames[t->depth & 7];
+	const int looks = adds || use == BLOCKS_BY_STAMP;
+	struct block *b = &t->inner.block;
+	struct range *r = &t->range;
+
+	if (t->muted)
+		return;
+	fill(&b->h, t, now, ret);
+	b->outer = NO_FUNCTION;
+	/* If preserving fails, or unpreserving, the bits are as they were. */
+	if (use != BLOCKS_BY_STAMP && (s32)ret < 0)
+		return;
+	set_range(t, use, frame->args[0], frame->args[1]);
+	for (u32 i = 0; i < ALL_WINDOWS + BLOCKS; i++) {
+		asm volatile("" : : : "memory");
+		if (r->pfn == r->end)
+			return;
+		if (!r->page)
+			begin_block(t, use, ret);
+		if (looks && i < ALL_WINDOWS && b->order < 64) {
+			look_at_window(t);
+			if (!(r->page >> b->order))
+				continue;
+		}
+		output(&t->inner);
+		/* Where a block cannot be restored, the kernel gives up. */
+		if (use == BLOCKS_BY_STAMP && !b->h.ret)
+			return;
+		r->pfn += 1ULL << r->order;
+		r->page = 0;
+		r->block++;
+	}
+	count(MISSED, 1);
+}
+
 /* The end of an outermost call. Inner ones are told by what they did to blocks. */
 INLINE void end(struct task *t, u64 now, u64 ret)
 {
@@ -548,15 +870,26 @@ INLINE void end(struct task *t, u64 now, u64 ret)
 	block_at_entry(t, BLOCK_BY_KEY, adds, a, b, c, d)
 #define ENTER_BLOCK_BY_STAMP(t, adds, a, b, c, d)                                 \
 	block_at_entry(t, BLOCK_BY_STAMP, adds, a, b, c, d)
+#define ENTER_BLOCK_OF_FOLIO(t, adds, a, b, c, d) range_at_entry(t, BLOCK_OF_FOLIO, a, b)
+#define ENTER_BLOCKS_OF_PAGES(t, adds, a, b, c, d) range_at_entry(t, BLOCKS_OF_PAGES, a, b)
+#define ENTER_BLOCKS_OF_PHYS(t, adds, a, b, c, d) range_at_entry(t, BLOCKS_OF_PHYS, a, b)
+#define ENTER_BLOCKS_BY_STAMP(t, adds, a, b, c, d) range_at_entry(t, BLOCKS_BY_STAMP, a, b)
 
-#define LEAVE_NO_BLOCK(t, now, ret)
-#define LEAVE_NAMED(t, now, ret)
-#define LEAVE_BLOCK_BY_PFN(t, now, ret) block_at_return(t, BLOCK_BY_PFN, now, ret)
-#define LEAVE_BLOCK_BY_KEY(t, now, ret) block_at_return(t, BLOCK_BY_KEY, now, ret)
-#define LEAVE_BLOCK_BY_STAMP(t, now, ret) block_at_return(t, BLOCK_BY_STAMP, now, ret)
+#define LEAVE_NO_BLOCK(t, adds, now, ret)
+#define LEAVE_NAMED(t, adds, now, ret)
+#define LEAVE_BLOCK_BY_PFN(t, adds, now, ret) block_at_return(t, BLOCK_BY_PFN, now, ret)
+#define LEAVE_BLOCK_BY_KEY(t, adds, now, ret) block_at_return(t, BLOCK_BY_KEY, now, ret)
+#define LEAVE_BLOCK_BY_STAMP(t, adds, now, ret) block_at_return(t, BLOCK_BY_STAMP, now, ret)
+#define LEAVE_BLOCK_OF_FOLIO(t, adds, now, ret)                                   \
+	range_at_return(t, BLOCK_OF_FOLIO, adds, now, ret)
+#define LEAVE_BLOCKS_OF_PAGES(t, adds, now, ret)                                  \
+	range_at_return(t, BLOCKS_OF_PAGES, adds, now, ret)
+#define LEAVE_BLOCKS_OF_PHYS(t, adds, now, ret)                                   \
+	range_at_return(t, BLOCKS_OF_PHYS, adds, now, ret)
+#define LEAVE_BLOCKS_BY_STAMP(t, adds, now, ret)                                  \
+	range_at_return(t, BLOCKS_BY_STAMP, adds, now, ret)
 
-#define AT_ENTRY(number, kind, use, adds, ...) AT_ENTRY_(number, kind, use, adds, __VA_ARGS__)
-#define AT_ENTRY_(number, kind, use, adds, a, b, c, d)                            \
+#define AT_ENTRY(number, kind, use, adds, a, b, c, d)                             \
 	do {                                                                      \
 		struct task *t = enter(ctx, number, kind, a, b, c, d);            \
 										  \
@@ -565,51 +898,41 @@ INLINE void end(struct task *t, u64 now, u64 ret)
 		}                                                                 \
 	} while (0)
 
-#define AT_RETURN(number, use, ret)                                               \
+#define AT_RETURN(number, use, adds, ret)                                         \
 	do {                                                                      \
 		const u64 now = bpf_ktime_get_ns();                               \
 		struct task *t = leave(number);                                   \
 										  \
 		if (t) {                                                          \
-			LEAVE_##use(t, now, ret);                                 \
+			LEAVE_##use(t, adds, now, ret);                           \
 			end(t, now, ret);                                         \
 		}                                                                 \
 	} while (0)
 
-#define CTX_1 ctx[0], 0, 0, 0
-#define CTX_2 ctx[0], ctx[1], 0, 0
-#define CTX_3 ctx[0], ctx[1], ctx[2], 0
-#define CTX_4 ctx[0], ctx[1], ctx[2], ctx[3]
-
-#define REGS_1 PT_REGS_PARM1(ctx), 0, 0, 0
-#define REGS_2 PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), 0, 0
-#define REGS_3 PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx), 0
-#define REGS_4 PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx), PT_REGS_PARM4(ctx)
-
-#define FENTRY(name, number, arguments, kind, use, adds)                          \
+#define FENTRY(name, number, kind, use, adds, a, b, c, d)                         \
 	KFUNC_PROBE(name)                                                         \
 	{                                                                         \
-		AT_ENTRY(number, kind, use, adds, CTX_##arguments);               \
+		AT_ENTRY(number, kind, use, adds, a, b, c, d);                    \
 		return 0;                                                         \
 	}
 
-#define FEXIT(name, number, use, ret)                                             \
+#define FEXIT(name, number, use, adds, ret)                                       \
 	KRETFUNC_PROBE(name)                                                      \
 	{                                                                         \
-		AT_RETURN(number, use, ret);                                      \
+		AT_RETURN(number, use, adds, ret);                                \
 		return 0;                                                         \
 	}
 
-#define KPROBE(name, number, arguments, kind, use, adds)                          \
+#define KPROBE(name, number, kind, use, adds, a, b, c, d)                         \
 	int enter_##name(struct pt_regs *ctx)                                     \
 	{                                                                         \
-		AT_ENTRY(number, kind, use, adds, REGS_##arguments);              \
+		AT_ENTRY(number, kind, use, adds, a, b, c, d);                    \
 		return 0;                                                         \
 	}
 
-#define KRETPROBE(name, number, use)                                              \
+#define KRETPROBE(name, number, use, adds, ret)                                   \
 	int leave_##name(struct pt_regs *ctx)                                     \
 	{                                                                         \
-		AT_RETURN(number, use, PT_REGS_RC(ctx));                          \
+		AT_RETURN(number, use, adds, ret);                                \
 		return 0;                                                         \
 	}

@@ -78,7 +78,7 @@ SNAPSHOT: Final = Format(
 
 RECORDING: Final = Format(
     "khotrace",
-    2,
+    3,
     "recording",
     "record the trace again, or copy the file again",
     "khoscope trace --replay FILE shows it",
