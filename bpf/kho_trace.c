@@ -71,11 +71,11 @@ enum bit {
 #define WINDOWS (1 << WINDOWS_ORDER)
 
 /*
- * A range of less than 2^32 pages is cut into no more blocks.  So many windows of all of
- * them are looked at.
+ * A range of less than 2^24 pages is cut into no more blocks. Of all of them, windows are looked
+ * at in two goes: the verifier forgets what it knows of a loop that is much longer.
  */
-#define BLOCKS 64
-#define ALL_WINDOWS 128
+#define BLOCKS 48
+#define WINDOWS_AT_ONCE 40
 
 struct header {
 	u64 call;		/* names the outermost call of this one */
@@ -128,15 +128,18 @@ struct frame {
 };
 
 /* Blocks of the range that a call names, one by one. */
-struct range {
+struct named_range {
+	u64 a, b;		/* arguments of the call */
 	u64 pfn;		/* where the next one begins */
 	u64 end;
 	u64 page;		/* of it, the next to be looked at */
 	u64 step;		/* pages from one window to the next */
 	u32 order;		/* as the call cuts it off */
+	u32 looks;		/* order of what is to be looked at of it */
 	u32 block;		/* its number */
-	u64 stamps[BLOCKS];	/* page->private at entry */
-	u8 before[BLOCKS];	/* enum bit, at entry */
+	u32 lost;		/* how many there was no room for */
+	u64 stamps[64];		/* page->private at entry, of each block */
+	u8 before[64];		/* enum bit, at entry */
 };
 
 struct task {
@@ -145,7 +148,7 @@ struct task {
 	struct frame frames[8];	/* MAX_DEPTH, and what an index of 3 bits reaches */
 	union record outer;	/* its .call */
 	union record inner;	/* its .block, one at a time */
-	struct range range;
+	struct named_range range;
 	u64 step;		/* pages from one window to the next */
 	u8 window[WINDOW * PAGE_STRUCT_SIZE];
 };
@@ -188,9 +191,17 @@ INLINE void output(union record *event)
  * a is less than b, both less than 2^63, else 0. OPAQUE() keeps the compiler from finding
  * out that this is a comparison.
  */
-#define LESS(a, b) (((u64)(a) - (u64)(b)) >> 63)
-#define IS_ZERO(a) LESS(a, 1)
 #define OPAQUE(variable) asm volatile("" : "+r"(variable))
+#define LESS(a, b)                                                                \
+	({                                                                        \
+		u64 _difference = (u64)(a) - (u64)(b);                            \
+										  \
+		OPAQUE(_difference);                                              \
+		_difference >>= 63;                                               \
+		OPAQUE(_difference);                                              \
+		_difference;                                                      \
+	})
+#define IS_ZERO(a) LESS(a, 1)
 #define REFS(pages, i) (*(u32 *)((pages) + (i) * PAGE_STRUCT_SIZE + REFCOUNT_OFFSET))
 
 /* Add one page to the sums; @index counts for the first odd page where @other is not 0. */
@@ -337,73 +348,112 @@ INLINE u32 highest_bit(u64 key)
 	return bit;
 }
 
+INLINE u64 pfn_of(u64 page)
+{
+	return (page - VMEMMAP) / PAGE_STRUCT_SIZE;
+}
+
+INLINE u64 page_at(u64 pfn)
+{
+	return VMEMMAP + pfn * PAGE_STRUCT_SIZE;
+}
+
+INLINE u64 key_of(u64 pfn, u32 order)
+{
+	return 1ULL << ((ORDER_0_LOG2 - order) & 63) | pfn >> (order & 63);
+}
+
+/* 1 if @value is not 0, else 0; with no branch, see LESS(). */
+INLINE u64 is_any(u64 value)
+{
+	u64 negative = -value;
+
+	OPAQUE(negative);
+	value = (value | negative) >> 63;
+	OPAQUE(value);
+
+	return value;
+}
+
 #if ORDERS
-/* Levels of an xarray whose last index belongs to the last page that there can be. */
-#define XA_LEVELS ((ORDER_0_LOG2 - PRESERVE_LOG2 + XA_CHUNK_LOG2 - 1) / XA_CHUNK_LOG2)
+/* Levels of the xarray of orders, and of that of bitmaps: addresses have 52 bits at most. */
+#define ORDER_LEVELS ((6 + XA_CHUNK_LOG2 - 1) / XA_CHUNK_LOG2)
+#define PHYS_LEVELS                                                               \
+	((52 - PAGE_SHIFT_BITS - PRESERVE_LOG2 + XA_CHUNK_LOG2 - 1) / XA_CHUNK_LOG2)
 /* Internal entries up to here are no nodes (xa_is_node()). */
 #define XA_NOT_A_NODE 4096
-/* Not readable, or moving. */
+/* No entry of KHO's: not readable, or moving. */
 #define XA_UNKNOWN 1
 
-/* xa_load(), with no lock. */
-INLINE u64 xa_entry(u64 xarray, u64 index)
+/* xa_load(), with no lock and no branch. */
+INLINE u64 entry_at(u64 xarray, u64 index, const int levels)
 {
-	u64 entry = 0;
-	u8 shift = 64;
+	u64 entry = 0, bad;
 
-	if (bpf_probe_read_kernel(&entry, sizeof(entry), (void *)(xarray + XA_HEAD)))
-		return XA_UNKNOWN;
+	bad = is_any(bpf_probe_read_kernel(&entry, sizeof(entry), (void *)(xarray + XA_HEAD)));
 
 #pragma unroll
-	for (int level = 0; level < XA_LEVELS; level++) {
-		const u64 node = entry - 2;
-		u64 slot;
+	for (int level = 0; level < levels; level++) {
+		u64 inside, next = 0, slot, failed;
+		u8 shift = 0;
 
-		if ((entry & 3) != 2)
-			break;
-		if (entry <= XA_NOT_A_NODE)
-			return XA_UNKNOWN;
-		if (bpf_probe_read_kernel(&shift, sizeof(shift), (void *)(node + XA_SHIFT)))
-			return XA_UNKNOWN;
+		inside = IS_ZERO((entry & 3) ^ 2) & LESS(XA_NOT_A_NODE / 2, entry >> 1);
+		failed = bpf_probe_read_kernel(&shift, sizeof(shift),
+					       (void *)(entry - 2 + XA_SHIFT));
 		slot = index >> (shift & 63);
-		if (slot >> XA_CHUNK_LOG2)
-			return 0;
-		index &= (1ULL << (shift & 63)) - 1;
-		if (bpf_probe_read_kernel(&entry, sizeof(entry),
-					  (void *)(node + XA_SLOTS + 8 * slot)))
-			return XA_UNKNOWN;
+		failed |= bpf_probe_read_kernel(&next, sizeof(next),
+						(void *)(entry - 2 + XA_SLOTS + 8 * slot));
+		/* Nothing is behind the last slot of the first node. */
+		next &= is_any(slot >> XA_CHUNK_LOG2) - 1;
+		bad |= inside & is_any(failed);
+		entry ^= (entry ^ next) & -inside;
+		index &= ((1ULL << (shift & 63)) - 1) | (inside - 1);
 	}
-
 	/* Only nodes have entries for anything but index 0. */
-	return index ? 0 : entry;
+	entry &= is_any(index) - 1;
+	entry ^= (entry ^ XA_UNKNOWN) & -bad;
+
+	return entry;
 }
 
 /* Is the block's bit set in KHO's bitmaps? As __kho_preserve_order() finds it. */
-INLINE u8 bit_in_track(u64 pfn, u32 order)
+INLINE u8 bit_in_bitmaps(u64 pfn, u32 order)
 {
 	const u64 high = pfn >> (order & 63);
-	u64 found;
+	const u64 offset = (high & ((1ULL << PRESERVE_LOG2) - 1)) >> 3;
+	u64 of_order, bitmap, there, unknown;
 	u8 byte = 0;
 
-	found = xa_entry(ORDERS, order);
-	if (found && !(found & 3))
-		found = xa_entry(found + PHYS_BITS, high >> PRESERVE_LOG2);
-	if (!found)
-		return BIT_CLEAR;
-	if (found & 3)
-		return BIT_UNKNOWN;
-	found += (high & ((1ULL << PRESERVE_LOG2) - 1)) >> 3;
-	if (bpf_probe_read_kernel(&byte, sizeof(byte), (void *)found))
-		return BIT_UNKNOWN;
+	of_order = entry_at(ORDERS, order, ORDER_LEVELS);
+	bitmap = entry_at(of_order + PHYS_BITS, high >> PRESERVE_LOG2, PHYS_LEVELS);
+	there = is_any(of_order) & is_any(bitmap);
+	unknown = is_any(bpf_probe_read_kernel(&byte, sizeof(byte), (void *)(bitmap + offset)));
+	unknown |= is_any(of_order & 3) | is_any(bitmap & 3);
+	unknown &= there;
 
-	return (byte >> (high & 7)) & 1;
+	return ((byte >> (high & 7)) & there & (1 ^ unknown)) | unknown << 1;
 }
 #else
-INLINE u8 bit_in_track(u64 pfn, u32 order)
+INLINE u8 bit_in_bitmaps(u64 pfn, u32 order)
 {
 	return BIT_UNKNOWN;
 }
 #endif
+
+/* folio_order() */
+INLINE u32 order_of(u64 folio)
+{
+	u64 flags = 0;
+
+	if (bpf_probe_read_kernel(&flags, sizeof(flags), (void *)(folio + FLAGS_OFFSET)) ||
+	    !(flags >> HEAD_BIT & 1))
+		return 0;
+	/* The second page has it. */
+	folio += PAGE_STRUCT_SIZE;
+	bpf_probe_read_kernel(&flags, sizeof(flags), (void *)(folio + FLAGS_OFFSET));
+
+	return flags & 0xff & 63;
+}
 
 /* The block that a call is about to add, to delete or to restore. */
 INLINE void
@@ -430,6 +480,14 @@ name_block(struct task *t, int use, u64 a, u64 b, u64 c, u64 d)
 		return;
 	}
 
+	if (use == BLOCK_OF_FOLIO) {
+		block->pfn = pfn_of(a);
+		block->order = order_of(a);
+		block->key = key_of(block->pfn, block->order);
+		block->before = bit_in_bitmaps(block->pfn, block->order);
+		return;
+	}
+
 	/* Others have trees of the same kind, whose keys are no blocks. */
 	if (a != TREE)
 		return;
@@ -437,8 +495,7 @@ name_block(struct task *t, int use, u64 a, u64 b, u64 c, u64 d)
 	if (use == BLOCK_BY_PFN) {
 		block->pfn = b;
 		block->order = (u32)c;
-		block->key = 1ULL << ((ORDER_0_LOG2 - block->order) & 63);
-		block->key |= b >> (block->order & 63);
+		block->key = key_of(b, block->order);
 #if TYPE_SHIFT < 64
 		block->key |= (d & 1) << TYPE_SHIFT;
 #endif
@@ -475,58 +532,16 @@ block_at_entry(struct task *t, int use, int adds, u64 a, u64 b, u64 c, u64 d)
 		look(t);
 }
 
-INLINE u64 page_to_pfn(u64 page)
+/* Go to the first block of the range that the call names. */
+INLINE void set_range(struct task *t, int use)
 {
-	return (page - VMEMMAP) / PAGE_STRUCT_SIZE;
-}
+	struct named_range *r = &t->range;
+	u64 pages = r->b;
 
-INLINE u64 pfn_to_page(u64 pfn)
-{
-	return VMEMMAP + pfn * PAGE_STRUCT_SIZE;
-}
-
-/* folio_nr_pages() */
-INLINE u64 folio_pages(u64 folio)
-{
-	u64 flags = 0;
-
-	if (bpf_probe_read_kernel(&flags, sizeof(flags), (void *)(folio + FLAGS_OFFSET)) ||
-	    !(flags >> HEAD_BIT & 1))
-		return 1;
-	/* The order is in the flags of the second page. */
-	folio += PAGE_STRUCT_SIZE;
-	if (bpf_probe_read_kernel(&flags, sizeof(flags), (void *)(folio + FLAGS_OFFSET)))
-		return 1;
-
-	return 1ULL << (flags & 0xff & 63);
-}
-
-/* The range that a call names. */
-INLINE void set_range(struct task *t, int use, u64 a, u64 b)
-{
-	struct range *r = &t->range;
-	u64 pfn, pages;
-
-	switch (use) {
-	case BLOCK_OF_FOLIO:
-		pfn = page_to_pfn(a);
-		pages = folio_pages(a);
-		break;
-	case BLOCKS_OF_PAGES:
-		pfn = page_to_pfn(a);
-		pages = b;
-		break;
-	case BLOCKS_OF_PHYS:
-		pfn = a >> PAGE_SHIFT_BITS;
-		pages = b >> PAGE_SHIFT_BITS;
-		break;
-	default:
-		pfn = a >> PAGE_SHIFT_BITS;
-		pages = b;
-	}
-	r->pfn = pfn;
-	r->end = pfn + pages;
-	r->page = 0;
+	r->pfn = use == BLOCKS_OF_PAGES ? pfn_of(r->a) : r->a >> PAGE_SHIFT_BITS;
+	if (use == BLOCKS_OF_PHYS)
+		pages >>= PAGE_SHIFT_BITS;
+	r->end = r->pfn + pages;
 	r->block = 0;
 }
 
@@ -534,24 +549,24 @@ INLINE void set_range(struct task *t, int use, u64 a, u64 b)
  * The order of the next block of a range, as KHO cuts it off:
  * min(count_trailing_zeros(pfn), ilog2(end - pfn)).
  */
-INLINE u32 next_order(struct range *r)
+INLINE u32 next_order(struct named_range *r)
 {
-	const u64 left = r->end - r->pfn;
-	u64 size = r->pfn & -r->pfn;
+	const u64 pfn = r->pfn, left = r->end - pfn;
+	u64 size = pfn & -pfn;
 
 	/* Nothing is too large to begin at pfn 0. */
-	size |= IS_ZERO(r->pfn) << 62;
-	size += LESS(left, size) * (left - size);
+	size |= IS_ZERO(pfn) << 62;
+	size += (left - size) & -LESS(left, size);
 
 	return highest_bit(size);
 }
 
-/* What is known of the blocks of a range only before something becomes of them. */
-INLINE void range_at_entry(struct task *t, int use, u64 a, u64 b)
+/* Which blocks of a range are preserved. */
+INLINE void look_for_bits(struct task *t, int use)
 {
-	struct range *r = &t->range;
+	struct named_range *r = &t->range;
 
-	set_range(t, use, a, b);
+	set_range(t, use);
 	for (u32 i = 0; i < BLOCKS; i++) {
 		u32 order;
 
@@ -559,25 +574,47 @@ INLINE void range_at_entry(struct task *t, int use, u64 a, u64 b)
 		if (r->pfn == r->end)
 			break;
 		order = next_order(r);
-		if (use == BLOCKS_BY_STAMP) {
-			r->stamps[i] = 0;
-			bpf_probe_read_kernel(&r->stamps[i], sizeof(r->stamps[i]),
-					      (void *)(pfn_to_page(r->pfn) + PRIVATE_OFFSET));
-		} else {
-			r->before[i] = bit_in_track(r->pfn, order);
-		}
+		r->before[i] = bit_in_bitmaps(r->pfn, order);
 		r->pfn += 1ULL << order;
 	}
 }
 
-/* The next block of a range; what became of it, too, if it is a restored one. */
+/* The stamps of a range, which restoring takes away. */
+INLINE void look_for_stamps(struct task *t)
+{
+	struct named_range *r = &t->range;
+
+	set_range(t, BLOCKS_BY_STAMP);
+	for (u32 i = 0; i < BLOCKS; i++) {
+		asm volatile("" : : : "memory");
+		if (r->pfn == r->end)
+			break;
+		r->stamps[i] = 0;
+		bpf_probe_read_kernel(&r->stamps[i], sizeof(r->stamps[i]),
+				      (void *)(page_at(r->pfn) + PRIVATE_OFFSET));
+		r->pfn += 1ULL << next_order(r);
+	}
+}
+
+/* What can be known of the blocks of a range only before something becomes of them. */
+INLINE void range_at_entry(struct task *t, int use, u64 a, u64 b)
+{
+	t->range.a = a;
+	t->range.b = b;
+	if (use == BLOCKS_BY_STAMP)
+		look_for_stamps(t);
+	else
+		look_for_bits(t, use);
+}
+
+/* The next block of a range, and what became of it. */
 INLINE void begin_block(struct task *t, int use, u64 ret)
 {
 	struct block *b = &t->inner.block;
-	struct range *r = &t->range;
-	const u32 number = r->block & (BLOCKS - 1);
-	const u64 page = pfn_to_page(r->pfn);
-	u64 private = 0;
+	struct named_range *r = &t->range;
+	const u32 number = r->block & 63;
+	const u64 page = page_at(r->pfn);
+	u64 private = 0, stamped, restored, excess;
 
 	r->order = next_order(r);
 	b->pfn = r->pfn;
@@ -591,66 +628,64 @@ INLINE void begin_block(struct task *t, int use, u64 ret)
 	b->zeros = 0;
 	b->ones = 0;
 	b->odd = 0;
-	if (bpf_probe_read_kernel(b->pages, 2 * PAGE_STRUCT_SIZE, (void *)page))
-		bpf_probe_read_kernel(b->pages, PAGE_STRUCT_SIZE, (void *)page);
+	r->page = 0;
+	bpf_probe_read_kernel(b->pages, PAGE_STRUCT_SIZE, (void *)page);
+	bpf_probe_read_kernel(b->pages + PAGE_STRUCT_SIZE, PAGE_STRUCT_SIZE,
+			      (void *)(page + PAGE_STRUCT_SIZE));
 
-	if (use != BLOCKS_BY_STAMP) {
-		b->key = (1ULL << ((ORDER_0_LOG2 - b->order) & 63)) | b->pfn >> b->order;
-		b->before = r->before[number];
-		b->after = bit_in_track(b->pfn, b->order);
-	} else {
+	if (use == BLOCKS_BY_STAMP) {
 		b->stamp = r->stamps[number];
-		b->order = NO_ORDER;
-		b->h.ret = 0;
 		bpf_probe_read_kernel(&private, sizeof(private),
 				      (void *)(page + PRIVATE_OFFSET));
-		if (b->stamp >> STAMP_MAGIC_SHIFT == STAMP_MAGIC) {
-			b->order = b->stamp & STAMP_ORDER_MASK;
-			/* Of a call that failed, some blocks may be restored all the same. */
-			if (ret || private != b->stamp)
-				b->h.ret = page;
-		}
+		stamped = 1 - is_any((b->stamp >> STAMP_MAGIC_SHIFT) ^ STAMP_MAGIC);
+		/* Of a call that failed, some blocks may be restored all the same. */
+		restored = stamped & (is_any(ret) | is_any(private ^ b->stamp));
+		b->order = NO_ORDER ^ ((NO_ORDER ^ (b->stamp & STAMP_ORDER_MASK)) & -stamped);
+		b->h.ret = page & -restored;
+	} else {
+		b->key = key_of(b->pfn, b->order);
+		b->before = r->before[number];
+		b->after = bit_in_bitmaps(b->pfn, b->order);
 	}
 
-	/* As in look(). */
-	r->step = b->order <= WINDOW_ORDER + WINDOWS_ORDER ?
-		  WINDOW : 1ULL << ((b->order - WINDOWS_ORDER) & 63);
+	/* As in look(); of what has no sane order, the first page. */
+	r->looks = b->order & -LESS(b->order, 64);
+	excess = r->looks - (WINDOW_ORDER + WINDOWS_ORDER);
+	excess &= -LESS(WINDOW_ORDER + WINDOWS_ORDER, r->looks);
+	r->step = (u64)WINDOW << (excess & 63);
 }
 
-/* What look() does for one window, and for blocks that are smaller than one. */
+/* What look() does for one window, also of a block that is smaller, and with no branch. */
 INLINE void look_at_window(struct task *t)
 {
 	struct block *b = &t->inner.block;
-	struct range *r = &t->range;
+	struct named_range *r = &t->range;
 	const u64 second = REFS(b->pages, 1);
 	const u64 at = r->page;
-	const u64 first = pfn_to_page(b->pfn + at);
-	u64 last = ((1ULL << (b->order & 63)) - 1) & (WINDOW - 1);
-	u64 zeros = 0, ones = 0, odd = 0;
+	u64 last = (1ULL << (r->looks & 63)) - 1;
+	u64 zeros = 0, ones = 0, odd = 0, unread;
 
 	r->page += r->step;
 	OPAQUE(last);
 	last &= WINDOW - 1;
-	if (bpf_probe_read_kernel(t->window, (last + 1) * PAGE_STRUCT_SIZE, (void *)first)) {
-		b->unread += last + 1;
-		return;
-	}
+	unread = is_any(bpf_probe_read_kernel(t->window, (last + 1) * PAGE_STRUCT_SIZE,
+					      (void *)page_at(b->pfn + at)));
 #pragma unroll
 	for (u32 i = 0; i < WINDOW; i++) {
 		const u64 refs = REFS(t->window, i);
-		const u64 beyond = LESS(last, i);
-		u64 other = (refs ^ second) & (beyond - 1);
+		const u64 ignored = LESS(last, i) | unread;
+		u64 other = (refs ^ second) & (ignored - 1);
 
 		/* The first page of all is no tail. */
 		if (i == 0)
 			other &= -LESS(0, at);
-		ADD_PAGE(zeros, ones, odd, refs | beyond << 32, at + i, other);
+		ADD_PAGE(zeros, ones, odd, refs | ignored << 32, at + i, other);
 	}
-	b->looked += last + 1;
+	b->unread += (last + 1) & -unread;
+	b->looked += (last + 1) & (unread - 1);
 	b->zeros += zeros;
 	b->ones += ones;
-	if (!b->odd)
-		b->odd = odd;
+	b->odd |= odd & (is_any(b->odd) - 1);
 }
 
 INLINE int is_wanted(struct task *t, int kind)
@@ -787,61 +822,83 @@ INLINE struct task *leave(int function)
 
 INLINE void block_at_return(struct task *t, int use, u64 now, u64 ret)
 {
+	struct block *block = &t->inner.block;
+
 	if (t->muted)
 		return;
-	fill(&t->inner.block.h, t, now, ret);
+	fill(&block->h, t, now, ret);
 	if (use == BLOCK_BY_STAMP) {
-		if (t->inner.block.order < 64)
+		if (block->order < 64)
 			look(t);
-	} else if (t->inner.block.key) {
-		t->inner.block.after = bit_in_tree(t->inner.block.key);
+	} else if (use == BLOCK_OF_FOLIO) {
+		/* As in range_at_return(). */
+		if ((s32)ret < 0)
+			return;
+		block->after = bit_in_bitmaps(block->pfn, block->order);
+	} else if (block->key) {
+		block->after = bit_in_tree(block->key);
 	}
 	output(&t->inner);
 }
 
 /*
- * Tell of the blocks of a range, when the call returns that names it: KHO sets and clears
- * bits, and touches no page, so those that were preserved are what they were before.
- *
- * One loop over the windows of all blocks: a loop in a loop would be too much for the
- * verifier. If there are too many windows, each block that is left is told of all the same.
+ * Tell of the next blocks of a range; one window is looked at in each step, of all blocks one
+ * after the other: a loop in a loop would be too much for the verifier.
+ */
+INLINE void tell(struct task *t, int use, u64 ret, const int looks, const u32 steps)
+{
+	struct named_range *r = &t->range;
+
+	for (u32 i = 0; i < steps; i++) {
+		asm volatile("" : : : "memory");
+		if (r->pfn == r->end)
+			break;
+		if (looks) {
+			look_at_window(t);
+			if (!(r->page >> (r->looks & 63)))
+				continue;
+		}
+		r->lost += is_any(events.ringbuf_output(&t->inner, sizeof(t->inner), 0));
+		r->block++;
+		r->pfn += 1ULL << r->order;
+		/* Where a block cannot be restored, the kernel gives up. */
+		if (use == BLOCKS_BY_STAMP)
+			r->pfn += (r->end - r->pfn) & (is_any(t->inner.block.h.ret) - 1);
+		asm volatile("" : : : "memory");
+		begin_block(t, use, ret);
+	}
+	asm volatile("" : : : "memory");
+}
+
+/*
+ * Tell of all blocks of a range, when the call returns that names it. KHO sets and clears bits,
+ * and touches no page, so the pages of those that were preserved are what they were before.
  */
 INLINE void
 range_at_return(struct task *t, int use, int adds, u64 now, u64 ret)
 {
-	const struct frame *frame = &t->frames[t->depth & 7];
-	const int looks = adds || use == BLOCKS_BY_STAMP;
-	struct block *b = &t->inner.block;
-	struct range *r = &t->range;
+	struct named_range *r = &t->range;
 
 	if (t->muted)
 		return;
-	fill(&b->h, t, now, ret);
-	b->outer = NO_FUNCTION;
-	/* If preserving fails, or unpreserving, the bits are as they were. */
+	fill(&t->inner.block.h, t, now, ret);
+	t->inner.block.outer = NO_FUNCTION;
+	/* If it fails, KHO undoes what it has done. */
 	if (use != BLOCKS_BY_STAMP && (s32)ret < 0)
 		return;
-	set_range(t, use, frame->args[0], frame->args[1]);
-	for (u32 i = 0; i < ALL_WINDOWS + BLOCKS; i++) {
-		asm volatile("" : : : "memory");
-		if (r->pfn == r->end)
-			return;
-		if (!r->page)
-			begin_block(t, use, ret);
-		if (looks && i < ALL_WINDOWS && b->order < 64) {
-			look_at_window(t);
-			if (!(r->page >> b->order))
-				continue;
-		}
-		output(&t->inner);
-		/* Where a block cannot be restored, the kernel gives up. */
-		if (use == BLOCKS_BY_STAMP && !b->h.ret)
-			return;
-		r->pfn += 1ULL << r->order;
-		r->page = 0;
-		r->block++;
+	set_range(t, use);
+	r->lost = 0;
+	begin_block(t, use, ret);
+	if (adds || use == BLOCKS_BY_STAMP) {
+		tell(t, use, ret, 1, WINDOWS_AT_ONCE);
+		tell(t, use, ret, 1, WINDOWS_AT_ONCE);
 	}
-	count(MISSED, 1);
+	/* For more there is no time. */
+	tell(t, use, ret, 0, BLOCKS);
+	count(MADE, r->block);
+	count(LOST, r->lost);
+	if (r->pfn != r->end)
+		count(MISSED, 1);
 }
 
 /* The end of an outermost call. Inner ones are told by what they did to blocks. */
@@ -870,7 +927,8 @@ INLINE void end(struct task *t, u64 now, u64 ret)
 	block_at_entry(t, BLOCK_BY_KEY, adds, a, b, c, d)
 #define ENTER_BLOCK_BY_STAMP(t, adds, a, b, c, d)                                 \
 	block_at_entry(t, BLOCK_BY_STAMP, adds, a, b, c, d)
-#define ENTER_BLOCK_OF_FOLIO(t, adds, a, b, c, d) range_at_entry(t, BLOCK_OF_FOLIO, a, b)
+#define ENTER_BLOCK_OF_FOLIO(t, adds, a, b, c, d)                                 \
+	block_at_entry(t, BLOCK_OF_FOLIO, adds, a, b, c, d)
 #define ENTER_BLOCKS_OF_PAGES(t, adds, a, b, c, d) range_at_entry(t, BLOCKS_OF_PAGES, a, b)
 #define ENTER_BLOCKS_OF_PHYS(t, adds, a, b, c, d) range_at_entry(t, BLOCKS_OF_PHYS, a, b)
 #define ENTER_BLOCKS_BY_STAMP(t, adds, a, b, c, d) range_at_entry(t, BLOCKS_BY_STAMP, a, b)
@@ -880,8 +938,7 @@ INLINE void end(struct task *t, u64 now, u64 ret)
 #define LEAVE_BLOCK_BY_PFN(t, adds, now, ret) block_at_return(t, BLOCK_BY_PFN, now, ret)
 #define LEAVE_BLOCK_BY_KEY(t, adds, now, ret) block_at_return(t, BLOCK_BY_KEY, now, ret)
 #define LEAVE_BLOCK_BY_STAMP(t, adds, now, ret) block_at_return(t, BLOCK_BY_STAMP, now, ret)
-#define LEAVE_BLOCK_OF_FOLIO(t, adds, now, ret)                                   \
-	range_at_return(t, BLOCK_OF_FOLIO, adds, now, ret)
+#define LEAVE_BLOCK_OF_FOLIO(t, adds, now, ret) block_at_return(t, BLOCK_OF_FOLIO, now, ret)
 #define LEAVE_BLOCKS_OF_PAGES(t, adds, now, ret)                                  \
 	range_at_return(t, BLOCKS_OF_PAGES, adds, now, ret)
 #define LEAVE_BLOCKS_OF_PHYS(t, adds, now, ret)                                   \

@@ -58,7 +58,7 @@ MOST_FRAMES: Final = 127
 MOST_SYMBOLS: Final = 1 << 20
 MOST_LETTERS: Final = 1 << 10
 
-#: Members that files of versions 1 and 2 lack: in the kernels that they are of, every block is seen.
+#: Members that files of versions 1 and 2 lack: in the kernels that they are of, all is seen.
 _MAY_LACK: Final = {1: {"Losses.unseen"}, 2: {"Losses.unseen"}}
 
 _ADDRESS: Final = re.compile("0x[0-9a-f]{1,16}")
