@@ -149,6 +149,7 @@ struct task {
 	union record outer;	/* its .call */
 	union record inner;	/* its .block, one at a time */
 	struct named_range range;
+	u64 number;
 	u64 step;		/* pages from one window to the next */
 	u8 window[WINDOW * PAGE_STRUCT_SIZE];
 };
@@ -348,6 +349,18 @@ INLINE u32 highest_bit(u64 key)
 	return bit;
 }
 
+/*
+ * The verifier knows the types of what fentry is given, and lets nobody calculate with
+ * pointers; of what was in memory it does not know.
+ */
+INLINE u64 as_number(struct task *t, u64 argument)
+{
+	t->number = argument;
+	asm volatile("" : : : "memory");
+
+	return t->number;
+}
+
 INLINE u64 pfn_of(u64 page)
 {
 	return (page - VMEMMAP) / PAGE_STRUCT_SIZE;
@@ -481,6 +494,7 @@ name_block(struct task *t, int use, u64 a, u64 b, u64 c, u64 d)
 	}
 
 	if (use == BLOCK_OF_FOLIO) {
+		a = as_number(t, a);
 		block->pfn = pfn_of(a);
 		block->order = order_of(a);
 		block->key = key_of(block->pfn, block->order);
@@ -599,7 +613,7 @@ INLINE void look_for_stamps(struct task *t)
 /* What can be known of the blocks of a range only before something becomes of them. */
 INLINE void range_at_entry(struct task *t, int use, u64 a, u64 b)
 {
-	t->range.a = a;
+	t->range.a = as_number(t, a);
 	t->range.b = b;
 	if (use == BLOCKS_BY_STAMP)
 		look_for_stamps(t);
