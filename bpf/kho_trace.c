@@ -6,9 +6,15 @@
  * the one with struct pt_regs: what is known of this kernel is passed in.
  *
  * sizes, offsets and addresses, in bytes unless they say otherwise:
- *   VMEMMAP, PAGE_STRUCT_SIZE, REFCOUNT_OFFSET, PRIVATE_OFFSET  of struct page
+ *   VMEMMAP, PAGE_STRUCT_SIZE, REFCOUNT_OFFSET, PRIVATE_OFFSET, FLAGS_OFFSET  of struct page
+ *   HEAD_BIT                             PG_head in its flags
  *   PAGE_SHIFT_BITS, DIRECT_MAP          the page size, and where phys 0 is mapped
- *   TREE, ROOT_OFFSET                    &kho_out.radix_tree and .root in it
+ *   TREE, ROOT_OFFSET                    &kho_out.radix_tree and .root in it; 0: there is none
+ *   ORDERS                               the xarray of struct kho_mem_track; 0: there is none
+ *   XA_HEAD                              .xa_head in struct xarray
+ *   XA_SHIFT, XA_SLOTS, XA_CHUNK_LOG2    .shift and .slots in struct xa_node, and how many slots
+ *   PHYS_BITS                            .phys_bits in struct kho_mem_phys
+ *   PRESERVE_LOG2                        bits in struct kho_mem_phys_bits
  *   ORDER_0_LOG2, TABLE_LOG2, BITMAP_LOG2, DEPTH, STORED_BITS   enum kho_radix_consts
  *   KEY_WIDTH                            bits of a key that the tree takes; 64: any
  *   TYPE_SHIFT                           key bit of the page type; 64: none
@@ -22,10 +28,10 @@
  * The functions to trace follow behind the last line: FENTRY() and FEXIT(), or KPROBE()
  * and KRETPROBE(), of each, with
  *   name, number    of the function, in khoscope/facts/calls.py
- *   arguments       how many it has
  *   kind            bit of ONLY
  *   use             enum block_use
- *   adds            whether it adds the block: then its refcounts are looked at
+ *   adds            whether it adds blocks: then their refcounts are looked at
+ *   a, b, c, d      where its arguments are
  *   ret             where its result is; 0 if it has none
  */
 
@@ -38,6 +44,11 @@ enum block_use {
 	BLOCK_BY_PFN,	/* kho_radix_{add,del}_page(tree, pfn, order, type) */
 	BLOCK_BY_KEY,	/* kho_radix_{add,del}_key(tree, key) */
 	BLOCK_BY_STAMP,	/* kho_restore_page(phys, …): the order is in the stamp */
+	/* Where no function of its own adds, deletes or restores a block: */
+	BLOCK_OF_FOLIO,	/* kho_{,un}preserve_folio(folio) */
+	BLOCKS_OF_PAGES,	/* kho_{,un}preserve_pages(page, nr_pages) */
+	BLOCKS_OF_PHYS,	/* kho_preserve_phys(phys, size) */
+	BLOCKS_BY_STAMP,	/* kho_restore_pages(phys, nr_pages) */
 };
 
 /* Whether a block's bit is set in the tree. */
@@ -58,6 +69,13 @@ enum bit {
 #define WINDOWS_ORDER 6
 #define WINDOW (1 << WINDOW_ORDER)
 #define WINDOWS (1 << WINDOWS_ORDER)
+
+/*
+ * A range of less than 2^24 pages is cut into no more blocks. Of all of them, windows are looked
+ * at in two goes: the verifier forgets what it knows of a loop that is much longer.
+ */
+#define BLOCKS 48
+#define WINDOWS_AT_ONCE 40
 
 struct header {
 	u64 call;		/* names the outermost call of this one */
@@ -109,12 +127,29 @@ struct frame {
 	u64 function;
 };
 
+/* Blocks of the range that a call names, one by one. */
+struct named_range {
+	u64 a, b;		/* arguments of the call */
+	u64 pfn;		/* where the next one begins */
+	u64 end;
+	u64 page;		/* of it, the next to be looked at */
+	u64 step;		/* pages from one window to the next */
+	u32 order;		/* as the call cuts it off */
+	u32 looks;		/* order of what is to be looked at of it */
+	u32 block;		/* its number */
+	u32 lost;		/* how many there was no room for */
+	u64 stamps[64];		/* page->private at entry, of each block */
+	u8 before[64];		/* enum bit, at entry */
+};
+
 struct task {
 	u32 depth;
 	u32 muted;		/* nobody asked for what this task is doing */
 	struct frame frames[8];	/* MAX_DEPTH, and what an index of 3 bits reaches */
 	union record outer;	/* its .call */
 	union record inner;	/* its .block, one at a time */
+	struct named_range range;
+	u64 number;
 	u64 step;		/* pages from one window to the next */
 	u8 window[WINDOW * PAGE_STRUCT_SIZE];
 };
@@ -157,9 +192,17 @@ INLINE void output(union record *event)
  * a is less than b, both less than 2^63, else 0. OPAQUE() keeps the compiler from finding
  * out that this is a comparison.
  */
-#define LESS(a, b) (((u64)(a) - (u64)(b)) >> 63)
-#define IS_ZERO(a) LESS(a, 1)
 #define OPAQUE(variable) asm volatile("" : "+r"(variable))
+#define LESS(a, b)                                                                \
+	({                                                                        \
+		u64 _difference = (u64)(a) - (u64)(b);                            \
+										  \
+		OPAQUE(_difference);                                              \
+		_difference >>= 63;                                               \
+		OPAQUE(_difference);                                              \
+		_difference;                                                      \
+	})
+#define IS_ZERO(a) LESS(a, 1)
 #define REFS(pages, i) (*(u32 *)((pages) + (i) * PAGE_STRUCT_SIZE + REFCOUNT_OFFSET))
 
 /* Add one page to the sums; @index counts for the first odd page where @other is not 0. */
@@ -306,6 +349,125 @@ INLINE u32 highest_bit(u64 key)
 	return bit;
 }
 
+/*
+ * The verifier knows the types of what fentry is given, and lets nobody calculate with
+ * pointers; of what was in memory it does not know.
+ */
+INLINE u64 as_number(struct task *t, u64 argument)
+{
+	t->number = argument;
+	asm volatile("" : : : "memory");
+
+	return t->number;
+}
+
+INLINE u64 pfn_of(u64 page)
+{
+	return (page - VMEMMAP) / PAGE_STRUCT_SIZE;
+}
+
+INLINE u64 page_at(u64 pfn)
+{
+	return VMEMMAP + pfn * PAGE_STRUCT_SIZE;
+}
+
+INLINE u64 key_of(u64 pfn, u32 order)
+{
+	return 1ULL << ((ORDER_0_LOG2 - order) & 63) | pfn >> (order & 63);
+}
+
+/* 1 if @value is not 0, else 0; with no branch, see LESS(). */
+INLINE u64 is_any(u64 value)
+{
+	u64 negative = -value;
+
+	OPAQUE(negative);
+	value = (value | negative) >> 63;
+	OPAQUE(value);
+
+	return value;
+}
+
+#if ORDERS
+/* Levels of the xarray of orders, and of that of bitmaps: addresses have 52 bits at most. */
+#define ORDER_LEVELS ((6 + XA_CHUNK_LOG2 - 1) / XA_CHUNK_LOG2)
+#define PHYS_LEVELS                                                               \
+	((52 - PAGE_SHIFT_BITS - PRESERVE_LOG2 + XA_CHUNK_LOG2 - 1) / XA_CHUNK_LOG2)
+/* Internal entries up to here are no nodes (xa_is_node()). */
+#define XA_NOT_A_NODE 4096
+/* No entry of KHO's: not readable, or moving. */
+#define XA_UNKNOWN 1
+
+/* xa_load(), with no lock and no branch. */
+INLINE u64 entry_at(u64 xarray, u64 index, const int levels)
+{
+	u64 entry = 0, bad;
+
+	bad = is_any(bpf_probe_read_kernel(&entry, sizeof(entry), (void *)(xarray + XA_HEAD)));
+
+#pragma unroll
+	for (int level = 0; level < levels; level++) {
+		u64 inside, next = 0, slot, failed;
+		u8 shift = 0;
+
+		inside = IS_ZERO((entry & 3) ^ 2) & LESS(XA_NOT_A_NODE / 2, entry >> 1);
+		failed = bpf_probe_read_kernel(&shift, sizeof(shift),
+					       (void *)(entry - 2 + XA_SHIFT));
+		slot = index >> (shift & 63);
+		failed |= bpf_probe_read_kernel(&next, sizeof(next),
+						(void *)(entry - 2 + XA_SLOTS + 8 * slot));
+		/* Nothing is behind the last slot of the first node. */
+		next &= is_any(slot >> XA_CHUNK_LOG2) - 1;
+		bad |= inside & is_any(failed);
+		entry ^= (entry ^ next) & -inside;
+		index &= ((1ULL << (shift & 63)) - 1) | (inside - 1);
+	}
+	/* Only nodes have entries for anything but index 0. */
+	entry &= is_any(index) - 1;
+	entry ^= (entry ^ XA_UNKNOWN) & -bad;
+
+	return entry;
+}
+
+/* Is the block's bit set in KHO's bitmaps? As __kho_preserve_order() finds it. */
+INLINE u8 bit_in_bitmaps(u64 pfn, u32 order)
+{
+	const u64 high = pfn >> (order & 63);
+	const u64 offset = (high & ((1ULL << PRESERVE_LOG2) - 1)) >> 3;
+	u64 of_order, bitmap, there, unknown;
+	u8 byte = 0;
+
+	of_order = entry_at(ORDERS, order, ORDER_LEVELS);
+	bitmap = entry_at(of_order + PHYS_BITS, high >> PRESERVE_LOG2, PHYS_LEVELS);
+	there = is_any(of_order) & is_any(bitmap);
+	unknown = is_any(bpf_probe_read_kernel(&byte, sizeof(byte), (void *)(bitmap + offset)));
+	unknown |= is_any(of_order & 3) | is_any(bitmap & 3);
+	unknown &= there;
+
+	return ((byte >> (high & 7)) & there & (1 ^ unknown)) | unknown << 1;
+}
+#else
+INLINE u8 bit_in_bitmaps(u64 pfn, u32 order)
+{
+	return BIT_UNKNOWN;
+}
+#endif
+
+/* folio_order() */
+INLINE u32 order_of(u64 folio)
+{
+	u64 flags = 0;
+
+	if (bpf_probe_read_kernel(&flags, sizeof(flags), (void *)(folio + FLAGS_OFFSET)) ||
+	    !(flags >> HEAD_BIT & 1))
+		return 0;
+	/* The second page has it. */
+	folio += PAGE_STRUCT_SIZE;
+	bpf_probe_read_kernel(&flags, sizeof(flags), (void *)(folio + FLAGS_OFFSET));
+
+	return flags & 0xff & 63;
+}
+
 /* The block that a call is about to add, to delete or to restore. */
 INLINE void
 name_block(struct task *t, int use, u64 a, u64 b, u64 c, u64 d)
@@ -331,6 +493,15 @@ name_block(struct task *t, int use, u64 a, u64 b, u64 c, u64 d)
 		return;
 	}
 
+	if (use == BLOCK_OF_FOLIO) {
+		a = as_number(t, a);
+		block->pfn = pfn_of(a);
+		block->order = order_of(a);
+		block->key = key_of(block->pfn, block->order);
+		block->before = bit_in_bitmaps(block->pfn, block->order);
+		return;
+	}
+
 	/* Others have trees of the same kind, whose keys are no blocks. */
 	if (a != TREE)
 		return;
@@ -338,8 +509,7 @@ name_block(struct task *t, int use, u64 a, u64 b, u64 c, u64 d)
 	if (use == BLOCK_BY_PFN) {
 		block->pfn = b;
 		block->order = (u32)c;
-		block->key = 1ULL << ((ORDER_0_LOG2 - block->order) & 63);
-		block->key |= b >> (block->order & 63);
+		block->key = key_of(b, block->order);
 #if TYPE_SHIFT < 64
 		block->key |= (d & 1) << TYPE_SHIFT;
 #endif
@@ -374,6 +544,162 @@ block_at_entry(struct task *t, int use, int adds, u64 a, u64 b, u64 c, u64 d)
 	name_block(t, use, a, b, c, d);
 	if (adds && block->order < 64)
 		look(t);
+}
+
+/* Go to the first block of the range that the call names. */
+INLINE void set_range(struct task *t, int use)
+{
+	struct named_range *r = &t->range;
+	u64 pages = r->b;
+
+	r->pfn = use == BLOCKS_OF_PAGES ? pfn_of(r->a) : r->a >> PAGE_SHIFT_BITS;
+	if (use == BLOCKS_OF_PHYS)
+		pages >>= PAGE_SHIFT_BITS;
+	r->end = r->pfn + pages;
+	r->block = 0;
+}
+
+/*
+ * The order of the next block of a range, as KHO cuts it off:
+ * min(count_trailing_zeros(pfn), ilog2(end - pfn)).
+ */
+INLINE u32 next_order(struct named_range *r)
+{
+	const u64 pfn = r->pfn, left = r->end - pfn;
+	u64 size = pfn & -pfn;
+
+	/* Nothing is too large to begin at pfn 0. */
+	size |= IS_ZERO(pfn) << 62;
+	size += (left - size) & -LESS(left, size);
+
+	return highest_bit(size);
+}
+
+/* Which blocks of a range are preserved. */
+INLINE void look_for_bits(struct task *t, int use)
+{
+	struct named_range *r = &t->range;
+
+	set_range(t, use);
+	for (u32 i = 0; i < BLOCKS; i++) {
+		u32 order;
+
+		asm volatile("" : : : "memory");
+		if (r->pfn == r->end)
+			break;
+		order = next_order(r);
+		r->before[i] = bit_in_bitmaps(r->pfn, order);
+		r->pfn += 1ULL << order;
+	}
+}
+
+/* The stamps of a range, which restoring takes away. */
+INLINE void look_for_stamps(struct task *t)
+{
+	struct named_range *r = &t->range;
+
+	set_range(t, BLOCKS_BY_STAMP);
+	for (u32 i = 0; i < BLOCKS; i++) {
+		asm volatile("" : : : "memory");
+		if (r->pfn == r->end)
+			break;
+		r->stamps[i] = 0;
+		bpf_probe_read_kernel(&r->stamps[i], sizeof(r->stamps[i]),
+				      (void *)(page_at(r->pfn) + PRIVATE_OFFSET));
+		r->pfn += 1ULL << next_order(r);
+	}
+}
+
+/* What can be known of the blocks of a range only before something becomes of them. */
+INLINE void range_at_entry(struct task *t, int use, u64 a, u64 b)
+{
+	t->range.a = as_number(t, a);
+	t->range.b = b;
+	if (use == BLOCKS_BY_STAMP)
+		look_for_stamps(t);
+	else
+		look_for_bits(t, use);
+}
+
+/* The next block of a range, and what became of it. */
+INLINE void begin_block(struct task *t, int use, u64 ret)
+{
+	struct block *b = &t->inner.block;
+	struct named_range *r = &t->range;
+	const u32 number = r->block & 63;
+	const u64 page = page_at(r->pfn);
+	u64 private = 0, stamped, restored, excess;
+
+	r->order = next_order(r);
+	b->pfn = r->pfn;
+	b->order = r->order;
+	b->key = 0;
+	b->stamp = 0;
+	b->before = BIT_UNKNOWN;
+	b->after = BIT_UNKNOWN;
+	b->looked = 0;
+	b->unread = 0;
+	b->zeros = 0;
+	b->ones = 0;
+	b->odd = 0;
+	r->page = 0;
+	bpf_probe_read_kernel(b->pages, PAGE_STRUCT_SIZE, (void *)page);
+	bpf_probe_read_kernel(b->pages + PAGE_STRUCT_SIZE, PAGE_STRUCT_SIZE,
+			      (void *)(page + PAGE_STRUCT_SIZE));
+
+	if (use == BLOCKS_BY_STAMP) {
+		b->stamp = r->stamps[number];
+		bpf_probe_read_kernel(&private, sizeof(private),
+				      (void *)(page + PRIVATE_OFFSET));
+		stamped = 1 - is_any((b->stamp >> STAMP_MAGIC_SHIFT) ^ STAMP_MAGIC);
+		/* Of a call that failed, some blocks may be restored all the same. */
+		restored = stamped & (is_any(ret) | is_any(private ^ b->stamp));
+		b->order = NO_ORDER ^ ((NO_ORDER ^ (b->stamp & STAMP_ORDER_MASK)) & -stamped);
+		b->h.ret = page & -restored;
+	} else {
+		b->key = key_of(b->pfn, b->order);
+		b->before = r->before[number];
+		b->after = bit_in_bitmaps(b->pfn, b->order);
+	}
+
+	/* As in look(); of what has no sane order, the first page. */
+	r->looks = b->order & -LESS(b->order, 64);
+	excess = r->looks - (WINDOW_ORDER + WINDOWS_ORDER);
+	excess &= -LESS(WINDOW_ORDER + WINDOWS_ORDER, r->looks);
+	r->step = (u64)WINDOW << (excess & 63);
+}
+
+/* What look() does for one window, also of a block that is smaller, and with no branch. */
+INLINE void look_at_window(struct task *t)
+{
+	struct block *b = &t->inner.block;
+	struct named_range *r = &t->range;
+	const u64 second = REFS(b->pages, 1);
+	const u64 at = r->page;
+	u64 last = (1ULL << (r->looks & 63)) - 1;
+	u64 zeros = 0, ones = 0, odd = 0, unread;
+
+	r->page += r->step;
+	OPAQUE(last);
+	last &= WINDOW - 1;
+	unread = is_any(bpf_probe_read_kernel(t->window, (last + 1) * PAGE_STRUCT_SIZE,
+					      (void *)page_at(b->pfn + at)));
+#pragma unroll
+	for (u32 i = 0; i < WINDOW; i++) {
+		const u64 refs = REFS(t->window, i);
+		const u64 ignored = LESS(last, i) | unread;
+		u64 other = (refs ^ second) & (ignored - 1);
+
+		/* The first page of all is no tail. */
+		if (i == 0)
+			other &= -LESS(0, at);
+		ADD_PAGE(zeros, ones, odd, refs | ignored << 32, at + i, other);
+	}
+	b->unread += (last + 1) & -unread;
+	b->looked += (last + 1) & (unread - 1);
+	b->zeros += zeros;
+	b->ones += ones;
+	b->odd |= odd & (is_any(b->odd) - 1);
 }
 
 INLINE int is_wanted(struct task *t, int kind)
@@ -510,16 +836,83 @@ INLINE struct task *leave(int function)
 
 INLINE void block_at_return(struct task *t, int use, u64 now, u64 ret)
 {
+	struct block *block = &t->inner.block;
+
+	if (t->muted)
+		return;
+	fill(&block->h, t, now, ret);
+	if (use == BLOCK_BY_STAMP) {
+		if (block->order < 64)
+			look(t);
+	} else if (use == BLOCK_OF_FOLIO) {
+		/* As in range_at_return(). */
+		if ((s32)ret < 0)
+			return;
+		block->after = bit_in_bitmaps(block->pfn, block->order);
+	} else if (block->key) {
+		block->after = bit_in_tree(block->key);
+	}
+	output(&t->inner);
+}
+
+/*
+ * Tell of the next blocks of a range; one window is looked at in each step, of all blocks one
+ * after the other: a loop in a loop would be too much for the verifier.
+ */
+INLINE void tell(struct task *t, int use, u64 ret, const int looks, const u32 steps)
+{
+	struct named_range *r = &t->range;
+
+	for (u32 i = 0; i < steps; i++) {
+		asm volatile("" : : : "memory");
+		if (r->pfn == r->end)
+			break;
+		if (looks) {
+			look_at_window(t);
+			if (!(r->page >> (r->looks & 63)))
+				continue;
+		}
+		r->lost += is_any(events.ringbuf_output(&t->inner, sizeof(t->inner), 0));
+		r->block++;
+		r->pfn += 1ULL << r->order;
+		/* Where a block cannot be restored, the kernel gives up. */
+		if (use == BLOCKS_BY_STAMP)
+			r->pfn += (r->end - r->pfn) & (is_any(t->inner.block.h.ret) - 1);
+		asm volatile("" : : : "memory");
+		begin_block(t, use, ret);
+	}
+	asm volatile("" : : : "memory");
+}
+
+/*
+ * Tell of all blocks of a range, when the call returns that names it. KHO sets and clears bits,
+ * and touches no page, so the pages of those that were preserved are what they were before.
+ */
+INLINE void
+range_at_return(struct task *t, int use, int adds, u64 now, u64 ret)
+{
+	struct named_range *r = &t->range;
+
 	if (t->muted)
 		return;
 	fill(&t->inner.block.h, t, now, ret);
-	if (use == BLOCK_BY_STAMP) {
-		if (t->inner.block.order < 64)
-			look(t);
-	} else if (t->inner.block.key) {
-		t->inner.block.after = bit_in_tree(t->inner.block.key);
+	t->inner.block.outer = NO_FUNCTION;
+	/* If it fails, KHO undoes what it has done. */
+	if (use != BLOCKS_BY_STAMP && (s32)ret < 0)
+		return;
+	set_range(t, use);
+	r->lost = 0;
+	begin_block(t, use, ret);
+	if (adds || use == BLOCKS_BY_STAMP) {
+		tell(t, use, ret, 1, WINDOWS_AT_ONCE);
+		tell(t, use, ret, 1, WINDOWS_AT_ONCE);
 	}
-	output(&t->inner);
+	/* For more there is no time. */
+	tell(t, use, ret, 0, BLOCKS);
+	count(MADE, r->block);
+	count(LOST, r->lost);
+	if (r->pfn != r->end)
+		count(MISSED, 1);
 }
 
 /* The end of an outermost call. Inner ones are told by what they did to blocks. */
@@ -548,15 +941,26 @@ INLINE void end(struct task *t, u64 now, u64 ret)
 	block_at_entry(t, BLOCK_BY_KEY, adds, a, b, c, d)
 #define ENTER_BLOCK_BY_STAMP(t, adds, a, b, c, d)                                 \
 	block_at_entry(t, BLOCK_BY_STAMP, adds, a, b, c, d)
+#define ENTER_BLOCK_OF_FOLIO(t, adds, a, b, c, d)                                 \
+	block_at_entry(t, BLOCK_OF_FOLIO, adds, a, b, c, d)
+#define ENTER_BLOCKS_OF_PAGES(t, adds, a, b, c, d) range_at_entry(t, BLOCKS_OF_PAGES, a, b)
+#define ENTER_BLOCKS_OF_PHYS(t, adds, a, b, c, d) range_at_entry(t, BLOCKS_OF_PHYS, a, b)
+#define ENTER_BLOCKS_BY_STAMP(t, adds, a, b, c, d) range_at_entry(t, BLOCKS_BY_STAMP, a, b)
 
-#define LEAVE_NO_BLOCK(t, now, ret)
-#define LEAVE_NAMED(t, now, ret)
-#define LEAVE_BLOCK_BY_PFN(t, now, ret) block_at_return(t, BLOCK_BY_PFN, now, ret)
-#define LEAVE_BLOCK_BY_KEY(t, now, ret) block_at_return(t, BLOCK_BY_KEY, now, ret)
-#define LEAVE_BLOCK_BY_STAMP(t, now, ret) block_at_return(t, BLOCK_BY_STAMP, now, ret)
+#define LEAVE_NO_BLOCK(t, adds, now, ret)
+#define LEAVE_NAMED(t, adds, now, ret)
+#define LEAVE_BLOCK_BY_PFN(t, adds, now, ret) block_at_return(t, BLOCK_BY_PFN, now, ret)
+#define LEAVE_BLOCK_BY_KEY(t, adds, now, ret) block_at_return(t, BLOCK_BY_KEY, now, ret)
+#define LEAVE_BLOCK_BY_STAMP(t, adds, now, ret) block_at_return(t, BLOCK_BY_STAMP, now, ret)
+#define LEAVE_BLOCK_OF_FOLIO(t, adds, now, ret) block_at_return(t, BLOCK_OF_FOLIO, now, ret)
+#define LEAVE_BLOCKS_OF_PAGES(t, adds, now, ret)                                  \
+	range_at_return(t, BLOCKS_OF_PAGES, adds, now, ret)
+#define LEAVE_BLOCKS_OF_PHYS(t, adds, now, ret)                                   \
+	range_at_return(t, BLOCKS_OF_PHYS, adds, now, ret)
+#define LEAVE_BLOCKS_BY_STAMP(t, adds, now, ret)                                  \
+	range_at_return(t, BLOCKS_BY_STAMP, adds, now, ret)
 
-#define AT_ENTRY(number, kind, use, adds, ...) AT_ENTRY_(number, kind, use, adds, __VA_ARGS__)
-#define AT_ENTRY_(number, kind, use, adds, a, b, c, d)                            \
+#define AT_ENTRY(number, kind, use, adds, a, b, c, d)                             \
 	do {                                                                      \
 		struct task *t = enter(ctx, number, kind, a, b, c, d);            \
 										  \
@@ -565,51 +969,41 @@ INLINE void end(struct task *t, u64 now, u64 ret)
 		}                                                                 \
 	} while (0)
 
-#define AT_RETURN(number, use, ret)                                               \
+#define AT_RETURN(number, use, adds, ret)                                         \
 	do {                                                                      \
 		const u64 now = bpf_ktime_get_ns();                               \
 		struct task *t = leave(number);                                   \
 										  \
 		if (t) {                                                          \
-			LEAVE_##use(t, now, ret);                                 \
+			LEAVE_##use(t, adds, now, ret);                           \
 			end(t, now, ret);                                         \
 		}                                                                 \
 	} while (0)
 
-#define CTX_1 ctx[0], 0, 0, 0
-#define CTX_2 ctx[0], ctx[1], 0, 0
-#define CTX_3 ctx[0], ctx[1], ctx[2], 0
-#define CTX_4 ctx[0], ctx[1], ctx[2], ctx[3]
-
-#define REGS_1 PT_REGS_PARM1(ctx), 0, 0, 0
-#define REGS_2 PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), 0, 0
-#define REGS_3 PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx), 0
-#define REGS_4 PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx), PT_REGS_PARM4(ctx)
-
-#define FENTRY(name, number, arguments, kind, use, adds)                          \
+#define FENTRY(name, number, kind, use, adds, a, b, c, d)                         \
 	KFUNC_PROBE(name)                                                         \
 	{                                                                         \
-		AT_ENTRY(number, kind, use, adds, CTX_##arguments);               \
+		AT_ENTRY(number, kind, use, adds, a, b, c, d);                    \
 		return 0;                                                         \
 	}
 
-#define FEXIT(name, number, use, ret)                                             \
+#define FEXIT(name, number, use, adds, ret)                                       \
 	KRETFUNC_PROBE(name)                                                      \
 	{                                                                         \
-		AT_RETURN(number, use, ret);                                      \
+		AT_RETURN(number, use, adds, ret);                                \
 		return 0;                                                         \
 	}
 
-#define KPROBE(name, number, arguments, kind, use, adds)                          \
+#define KPROBE(name, number, kind, use, adds, a, b, c, d)                         \
 	int enter_##name(struct pt_regs *ctx)                                     \
 	{                                                                         \
-		AT_ENTRY(number, kind, use, adds, REGS_##arguments);              \
+		AT_ENTRY(number, kind, use, adds, a, b, c, d);                    \
 		return 0;                                                         \
 	}
 
-#define KRETPROBE(name, number, use)                                              \
+#define KRETPROBE(name, number, use, adds, ret)                                   \
 	int leave_##name(struct pt_regs *ctx)                                     \
 	{                                                                         \
-		AT_RETURN(number, use, PT_REGS_RC(ctx));                          \
+		AT_RETURN(number, use, adds, ret);                                \
 		return 0;                                                         \
 	}

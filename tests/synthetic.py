@@ -14,7 +14,16 @@ from dataclasses import dataclass, field, replace
 import libfdt
 import numpy as np
 
-from khoscope.abi.keys import BAD_ORDER, NO_TYPE, U64, Abi, Stamp
+from khoscope.abi.keys import (
+    BAD_ORDER,
+    NO_TYPE,
+    U64,
+    Abi,
+    Finalize,
+    Restore,
+    Stamp,
+    Tracker,
+)
 from khoscope.abi.kho_fdt import Fdt, Subtree, parse_root_fdt
 from khoscope.facts.calls import (
     BIT_UNKNOWN,
@@ -44,6 +53,15 @@ from khoscope.facts.tree import Tree, TreeState
 from khoscope.sources.walk import walk
 
 PLAIN = Abi.for_page_shift(12, compatible="kho-v4")
+#: Bitmaps of a page below xarrays, as in linux 6.18.
+XARRAYS = Abi.for_page_shift(
+    12,
+    compatible="kho-v1",
+    tracker=Tracker.XARRAY,
+    preserve_bits=1 << 15,
+    finalize=Finalize.BEFORE_LOAD,
+    restores_pages_as=Restore.SPLIT_FOLIO,
+)
 POSTED = Abi.for_page_shift(12, type_shift=63, stamp=Stamp(31, 31), compatible="kho-v4")
 #: The same on a tree of bare keys.
 REFUSED = replace(POSTED, key_width=53)

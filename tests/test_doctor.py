@@ -15,6 +15,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from drgn import Program
 
+from khoscope.abi.keys import Finalize
 from khoscope.facts.offers import Fact, State, missing
 from khoscope.facts.snapshot import KexecImage, Snapshot
 from khoscope.sources import host as module
@@ -24,7 +25,7 @@ from khoscope.sources.open import DebugInfo
 from khoscope.views.doctor import DoctorText
 from khoscope.words.errors import KhoscopeError
 from tests.command import Run
-from tests.synthetic import FIXED, Block, snapshot
+from tests.synthetic import FIXED, XARRAYS, Block, snapshot
 
 WITH_KHO = """\
 0000000000000000 T kho_preserve_pages
@@ -117,8 +118,9 @@ def test_what_is_not_there_is_said_once(tmp_path: Path) -> None:
     found = look(without)
     assert (found["KHO"].state, found["LUO"].state) == (State.NO, State.NO)
     assert "CONFIG_KEXEC_HANDOVER=y" in found["KHO"].hint
-    of_them = {"radix tree", "KHO's state", "KHO on", "fentry", "LUO's device"}
+    of_them = {"tracker", "KHO's state", "KHO on", "fentry", "traced blocks", "finalized"}
     assert not of_them & set(found)
+    assert "LUO's device" not in found
     assert missing(list(found.values())) == found["KHO"]
 
 
@@ -154,7 +156,10 @@ def test_nothing_is_there(tmp_path: Path) -> None:
     [
         ("KHO", (), {"kallsyms": "0 T schedule\n"}, "no", "CONFIG_KEXEC_HANDOVER"),
         ("KHO", (), {"kallsyms": ""}, "?", "CONFIG_KALLSYMS"),
-        ("radix tree", (), {"kallsyms": "0 T kho_preserve_pages\n"}, "no", "radix tree"),
+        ("tracker", (), {}, "ok", "radix tree"),
+        ("tracker", (), {"kallsyms": "0 T kho_preserve_pages\n"}, "?", "memory tells"),
+        ("traced blocks", (), {}, "ok", "each block that is added"),
+        ("traced blocks", (), {"kallsyms": "0 T kho_preserve_pages\n"}, "?", "trace says it"),
         ("KHO on", (), {}, "?", "kho=on on the command line"),
         ("KHO on", (), {"cmdline": "kho=off"}, "no", "boot with kho=on"),
         ("KHO on", (), {"cmdline": ""}, "?", "boot with kho=on"),
@@ -189,6 +194,68 @@ def test_one_is_not_as_it_should_be(
     assert fact.state == state
     assert said in f"{fact.value} {fact.hint}"
     assert bool(fact.hint) == (state != State.OK)
+
+
+OF_6_18 = """\
+0000000000000000 T kho_preserve_pages
+0000000000000000 t __kho_preserve_order.constprop.0
+0000000000000000 T register_kprobe
+"""
+
+
+@pytest.mark.parametrize(
+    ("finalize", "state", "said"),
+    [
+        ("1\n", State.OK, "yes"),
+        ("0\n", State.NO, "no: nothing would be handed over"),
+        (None, State.UNKNOWN, "cannot be read"),
+        ("", State.UNKNOWN, "cannot be read"),
+    ],
+)
+def test_kernels_before_the_radix_tree(
+    tmp_path: Path, finalize: str | None, state: State, said: str
+) -> None:
+    """What they are, and whether they are finalized, is known without their memory."""
+    it = host(tmp_path, kallsyms=OF_6_18)
+    if finalize is not None:
+        path = tmp_path / "sys/kernel/debug/kho/out/finalize"
+        path.parent.mkdir(parents=True)
+        path.write_text(finalize)
+    found = look(it)
+    assert (found["tracker"].state, found["tracker"].value) == (State.OK, "xarrays of bitmaps")
+    assert "arguments" in found["traced blocks"].value
+    assert (found["finalized"].state, found["finalized"].value) == (state, said)
+    assert found["finalized"].read_from == "/sys/kernel/debug/kho/out/finalize"
+    assert ("before the image is loaded" in found["finalized"].hint) == (state == State.NO)
+    assert not found["finalized"].needed
+
+
+@pytest.mark.parametrize("finalized", [False, True, None])
+def test_kernels_whose_memory_says_whether_they_are_finalized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finalized: bool | None
+) -> None:
+    """The kernel has no debugfs; it was made to look like one without functions of its tracker."""
+    abi = replace(XARRAYS, finalize=Finalize.BEFORE_KEXEC, decided={"tracker": "kho_out.track"})
+    facts = snapshot(abi, [Block(0x100000)])
+    no_fdt = replace(facts.outgoing, fdt=replace(facts.outgoing.fdt, phys=0, compatible=None))
+    facts = replace(facts, outgoing=no_fdt, finalized=finalized)
+    it = host(tmp_path, kallsyms="0 T kho_preserve_pages\n")
+    found = look_inside(it, facts, monkeypatch)
+    assert (found["tracker"].value, found["tracker"].read_from) == (
+        "xarrays of bitmaps",
+        "kho_out.track",
+    )
+    fact = found["finalized"]
+    state = {True: State.OK, False: State.NO, None: State.UNKNOWN}[finalized]
+    assert (fact.state, fact.read_from) == (state, "kho_out.finalized")
+    assert ("before the kexec" in fact.hint) == (finalized is False)
+    early = finalized is False
+    assert found["KHO's state"].value == "readable, no FDT" + " before it is finalized" * early
+
+
+def test_kernels_that_do_not_finalize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "finalized" not in look(host(tmp_path))
+    assert "finalized" not in look_inside(host(tmp_path), kernel(), monkeypatch)
 
 
 def test_headers_of_a_package(tmp_path: Path) -> None:

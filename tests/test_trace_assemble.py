@@ -22,6 +22,7 @@ from khoscope.facts.calls import (
     BIT_SET,
     BIT_UNKNOWN,
     FUNCTIONS,
+    NO_ARGUMENT,
     NO_ORDER,
     NO_PHYS,
     NUMBERS,
@@ -35,7 +36,7 @@ from khoscope.facts.columns import Pages
 from khoscope.sources.kernel import Layout
 from khoscope.trace import assemble
 from khoscope.trace.assemble import Assembler, block_dtype, call_dtype, record_size
-from tests.synthetic import FIXED, PLAIN, POSTED, REFUSED
+from tests.synthetic import FIXED, PLAIN, POSTED, REFUSED, XARRAYS
 from tests.test_pages import HEAD, LAYOUT, STRUCT_PAGE
 
 KERNEL = Layout(LAYOUT, direct_map=0xFFFF888000000000, tree=0xFFFFFFFF82000000, root=8)
@@ -406,6 +407,82 @@ def test_restores_where_kho_restore_page_is_inlined() -> None:
     assert touches.blocks.order.tolist() == [2, 2]
 
 
+# Kernels that have no function for a single block
+
+
+def told(function: str, pfn: int, order: int, **values: Any) -> bytes:
+    """A block that a call tells of by its arguments."""
+    key = XARRAYS.kho_radix_encode_key(pfn << 12, order)
+    refcounts = [1] * min(1 << order, 64)
+    return block(function, pfn, order, refcounts, **{"key": key, "depth": 0, **values})
+
+
+def test_blocks_that_calls_tell_of() -> None:
+    bits = {"before": BIT_CLEAR, "after": BIT_SET}
+    records = [
+        told("kho_preserve_folio", 0x200, 9, args=(page_at(0x200),), **bits),
+        told("kho_preserve_pages", 0x101, 0, args=(page_at(0x101), 3), **bits),
+        told("kho_preserve_pages", 0x102, 1, args=(page_at(0x101), 3), **bits),
+        told("kho_preserve_phys", 0x40, 3, args=(0x40000, 0x8000), **bits),
+        told("kho_unpreserve_folio", 0x200, 9, before=BIT_SET, after=BIT_CLEAR),
+        told("kho_unpreserve_pages", 0x101, 0, before=BIT_CLEAR, after=BIT_CLEAR),
+    ]
+    touches = touches_of(*records, abi=XARRAYS)
+    assert touches.action.tolist() == [Action.ADD] * 4 + [Action.DELETE] * 2
+    assert touches.blocks.phys.tolist() == [
+        0x200000,
+        0x101000,
+        0x102000,
+        0x40000,
+        0x200000,
+        0x101000,
+    ]
+    assert touches.blocks.order.tolist() == [9, 0, 1, 3, 9, 0]
+    assert set(touches.blocks.type.tolist()) == {NO_TYPE}
+    keys = [1 << 43 | 1, 1 << 52 | 0x101, 1 << 51 | 0x81, 1 << 49 | 8, 1 << 43 | 1, 1 << 52 | 0x101]
+    assert touches.blocks.key.tolist() == keys
+    assert touches.before.tolist() == [BIT_CLEAR] * 4 + [BIT_SET, BIT_CLEAR]
+    assert touches.after.tolist() == [BIT_SET] * 4 + [BIT_CLEAR] * 2
+    assert touches.blocks.facts.ones.tolist()[1:4] == [0, 1, 7]
+    assert touches.looked.tolist() == [64, 1, 2, 8, 0, 0]
+    # Only pages are cut into blocks, each restored as it was cut.
+    assert touches.asked.tolist() == [NO_ORDER, 0, 1, NO_ORDER, NO_ORDER, NO_ORDER]
+    assert touches.succeeded.all()
+
+
+def test_pages_of_calls_that_tell_of_their_blocks() -> None:
+    for function, args, blocks, pages in (
+        ("kho_preserve_folio", (page_at(0x200),), [(0x200, 9)], 512),
+        ("kho_preserve_pages", (page_at(0x101), 3), [(0x101, 0), (0x102, 1)], 3),
+        ("kho_preserve_phys", (0x101000, 0x3000), [(0x101, 0), (0x102, 1)], 3),
+        ("kho_unpreserve_folio", (page_at(0x200),), [(0x200, 9)], 512),
+    ):
+        records = [told(function, *each, args=args) for each in blocks]
+        calls = assembler(XARRAYS).feed_all([*records, call(function, args=args)]).calls
+        assert (calls.pages.tolist(), calls.blocks.tolist()) == ([pages], [len(blocks)])
+        assert calls.phys.tolist() == [blocks[0][0] << 12]
+
+
+def test_what_a_vmalloc_call_that_failed_has_undone() -> None:
+    """What it had preserved before it did; no function of its own takes that back."""
+    nomem = (1 << 32) - 12
+    records = [
+        told("kho_preserve_pages", 8, 0, call=1, depth=1),
+        told("kho_preserve_pages", 9, 0, call=2, depth=1),
+        told("kho_preserve_pages", 10, 0, call=1, depth=1),
+        call("kho_preserve_vmalloc", call=1, ret=nomem),
+        call("kho_preserve_vmalloc", call=2),
+    ]
+    touches = assembler(XARRAYS).feed_all(records).touches
+    assert touches.call.tolist() == [1, 1, 2]
+    assert touches.ret.tolist() == [-12, -12, 0]
+    assert touches.succeeded.tolist() == [False, False, True]
+    # Where a function deletes single blocks, its blocks are there.
+    records = [added(8), call("kho_preserve_vmalloc", ret=nomem)]
+    of_tree = assembler().feed_all(records).touches
+    assert of_tree.succeeded.tolist() == [True]
+
+
 # What kho_restore_pages() asks for
 
 
@@ -501,8 +578,10 @@ def test_nobody_else_asks_for_an_order() -> None:
         ("kho_preserve_pages", 0xDEADBEEF00000000, 0, False),
         ("kho_preserve_folio", 0xDEADBEEFFFFFFFF4, -12, True),
         ("kho_preserve_vmalloc", 2**64 - 12, -12, True),
-        ("kho_unpreserve_pages", 2**64 - 1, 0, False),
-        ("kho_radix_del_page", 77, 0, False),
+        ("kho_unpreserve_pages", 0, 0, False),
+        # It is an int in some kernels; where it is void, 0 is reported.
+        ("kho_unpreserve_pages", (1 << 32) - 16, -16, True),
+        ("kho_radix_del_page", 0, 0, False),
         ("kho_restore_pages", 0, 0, True),
         ("kho_restore_pages", 0xFFFFEA0000000040, 0xFFFFEA0000000040 - 2**64, False),
         ("kho_restore_vmalloc", 0x100000000, 0x100000000, False),
@@ -531,6 +610,8 @@ def test_what_comes_back(function: str, ret: int, wanted: int, failed: bool) -> 
         ("kho_split_preserved_pages", (page_at(16), 0xBAD00000000), 0x10000, 1),
         ("kho_add_subtree", (1, KERNEL.direct_map + 0x7000, 4097), 0x7000, 2),
         ("kho_add_subtree", (1, KERNEL.direct_map + 0x7000, 0), 0x7000, 0),
+        ("kho_add_subtree", (1, KERNEL.direct_map + 0x7000, NO_ARGUMENT), 0x7000, 0),
+        ("kho_preserve_phys", (0x7000, 0x5000), 0x7000, 5),
         ("kho_remove_subtree", (KERNEL.direct_map + 0x7000,), 0x7000, 0),
         ("kho_radix_add_page", (KERNEL.tree, 0x5, 0, 0), NO_PHYS, 0),
     ],

@@ -516,7 +516,8 @@ def test_stamps_of_too_few_pages_are_no_loss() -> None:
     assert view.losses == [Losses()]
 
 
-def test_where_kho_restore_page_is_inlined_the_first_block_is_all_that_is_seen() -> None:
+def test_where_kho_restore_page_was_inlined_the_first_block_was_all_that_was_seen() -> None:
+    """In recordings of earlier versions."""
     first = block(
         "kho_restore_pages",
         0x41,
@@ -532,6 +533,38 @@ def test_where_kho_restore_page_is_inlined_the_first_block_is_all_that_is_seen()
     steps = [[first, last], one, [failed]]
     view, _ = live(steps, traced=tracing(kho_restore_page="inlined"))
     assert view.losses == [Losses(sampled=1)]
+
+
+def test_callers_that_tell_what_they_restore_tell_all() -> None:
+    """Where kho_restore_page() is inlined, or another function."""
+    told = [
+        block(
+            "kho_restore_pages",
+            0x41 + i,
+            i,
+            [1] * (1 << i),
+            stamp=FIXED.stamp.encode(i),
+            args=(0x41000, 3),
+            ret=page_at(0x41 + i),
+        )
+        for i in range(2)
+    ]
+    view, _ = live([[*told, pages_of_two_orders()[-1]]], traced=tracing(kho_restore_page="told"))
+    assert view.losses == [Losses()]
+
+
+def test_vmalloc_areas_of_which_no_block_is_seen() -> None:
+    """No area is without pages: something that they are preserved with is inlined."""
+    steps = [
+        [call("kho_preserve_vmalloc"), call("kho_unpreserve_vmalloc", call=2)],
+        [call("kho_restore_vmalloc", call=3, ret=0xFFFFC90000000000)],
+        [call("kho_preserve_vmalloc", call=4, ret=(1 << 32) - 12)],
+        [call("kho_restore_vmalloc", call=5, ret=0)],
+        [added(8, 0, call=6), call("kho_preserve_vmalloc", call=6)],
+    ]
+    view, report = live(steps)
+    assert view.losses == [Losses(unseen=3)]
+    assert report.incomplete == ["calls whose blocks were not seen: 3"]
 
 
 def replace_args(record: bytes) -> bytes:

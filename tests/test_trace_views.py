@@ -22,6 +22,7 @@ from khoscope.facts.calls import (
     BIT_SET,
     BIT_UNKNOWN,
     FUNCTIONS,
+    NO_ARGUMENT,
     NO_ORDER,
     NO_PHYS,
     NUMBERS,
@@ -37,7 +38,7 @@ from khoscope.trace.summary import NOT_RETURNED, Callers, Summary, bucket, bucke
 from khoscope.views.trace.documents import JsonLines, JsonView
 from khoscope.views.trace.lines import Lines
 from khoscope.views.trace.sums import SummaryView
-from tests.synthetic import FIXED, PLAIN, snapshot
+from tests.synthetic import FIXED, PLAIN, XARRAYS, snapshot
 
 STARTED = 1_000_000_000_000
 SYMBOLS = {
@@ -284,6 +285,7 @@ def each_function() -> list[Call]:
         Call("kho_radix_del_page", (1, 2, 0, 0), 0x2000, 1, touches=[deleted(0x2000)]),
         Call("kho_radix_add_key", (1, 2), ret=-34),
         Call("kho_radix_del_key", (1, 2)),
+        Call("kho_preserve_phys", (low, 0x3000), low, 3, touches=[Touch(low), Touch(low * 2, 1)]),
     ]
 
 
@@ -307,6 +309,7 @@ bash[412] fill [kho_exercise]
    0.002 radix_del_page     0x000000002000      1    2.3 -      0
    0.002 radix_add_key      -                   0    2.3 ERANGE
    0.002 radix_del_key      -                   0    2.3 -
+   0.002 preserve_phys      0x000000010000      3    2.3 0      0 1, 1c 1/0
 """
 
 
@@ -337,6 +340,47 @@ left out: restore_page (inlined: of a restore its first block is seen)
     TIME CALL               ADDRESS         PAGES     US RET    BLOCKS
 """
     )
+
+
+def test_start_says_what_is_not_seen_before_the_radix_tree() -> None:
+    out = io.StringIO()
+    traced = tracing(XARRAYS)
+    attached = {"kho_preserve_pages": "fentry", "kho_unpreserve_vmalloc": "fentry"}
+    missing = {
+        "kho_restore_page": "its callers tell what they restore",
+        "kho_unpreserve_vmalloc": "this kernel has no function that tells of them",
+    }
+    traced = dataclasses.replace(traced, attached=attached, missing=missing)
+    Lines(out, symbols).start(traced)
+    assert (
+        out.getvalue().partition("no page types\n")[2].partition("\n\n")[0]
+        == """\
+fentry: preserve_pages, unpreserve_vmalloc
+left out: restore_page (its callers tell what they restore)
+without their blocks: unpreserve_vmalloc (this kernel has no function that tells
+  of them)
+no function of this kernel adds or deletes a single block: blocks are those that
+  follow from the arguments of a call that succeeded
+16 MiB ring buffer"""
+    )
+
+
+def test_subtrees_whose_size_the_kernel_is_not_told() -> None:
+    """Until linux 7.0 they are FDTs, and say it themselves."""
+    args = (1, 2, NO_ARGUMENT)
+    line = "   0.002 add_subtree        0x000000005000      -    2.3 0      LUO"
+    assert lines([Call("kho_add_subtree", args, 0x5000, 0, name=b"LUO")], XARRAYS)[1:] == [line]
+    shown = document(batch_of([Call("kho_add_subtree", args, 0x5000, 0, name=b"LUO")]))
+    assert shown["calls"][0]["args"] == {"name": "LUO", "blob": "0x2", "size": None}
+
+
+def test_what_is_void_elsewhere_has_failed() -> None:
+    """Some kernels say whether they could unpreserve something."""
+    refused = Call("kho_unpreserve_pages", (PAGE, 7), 0x9000, 7, ret=-16)
+    line = "   0.002 unpreserve_pages   0x000000009000      7    2.3 EBUSY"
+    assert lines([refused])[1] == line
+    shown = document(batch_of([refused]))["calls"][0]
+    assert (shown["ret"], shown["errno"], shown["failed"]) == (-16, "EBUSY", True)
 
 
 def test_lines_stay_in_80_columns() -> None:

@@ -563,6 +563,7 @@ def end_trace(report: Report, losses: Losses) -> None:
         (losses.missed, "calls that could not be followed from entry to return"),
         (losses.sampled, "blocks of which not all refcounts were read"),
         (losses.unread, "blocks of which some struct pages could not be read"),
+        (losses.unseen, "calls whose blocks were not seen"),
         (losses.open, "calls that had not returned when the trace ended"),
     ):
         if count:

@@ -42,6 +42,10 @@ class Use(IntEnum):
     BLOCK_BY_PFN = 2
     BLOCK_BY_KEY = 3
     BLOCK_BY_STAMP = 4
+    BLOCK_OF_FOLIO = 5
+    BLOCKS_OF_PAGES = 6
+    BLOCKS_OF_PHYS = 7
+    BLOCKS_BY_STAMP = 8
 
 
 class Action(IntEnum):
@@ -59,8 +63,12 @@ class Function:
     A function of kernel/liveupdate/kexec_handover.c.
 
     :param arguments: their names, in the order of the newest kernel that has the function; a
-        kernel may lack the last ones.
-    :param returns: ``int`` (0 or a negative errno), ``pointer`` (NULL: failed) or ``void``.
+        kernel may lack the last ones, and have others in front of the first.
+    :param returns: ``int`` (0 or a negative errno), ``pointer`` (NULL: failed) or ``void``; what is
+        void may be an ``int`` in some kernels.
+    :param use: what it does to a block itself.
+    :param otherwise: what it tells of its blocks in kernels that have no function, or none that can
+        be probed, which adds, deletes or restores a single block.
     """
 
     name: str
@@ -69,6 +77,7 @@ class Function:
     returns: str = "int"
     use: Use = Use.NO_BLOCK
     action: Action = Action.NONE
+    otherwise: Use = Use.NO_BLOCK
 
     @property
     def short(self) -> str:
@@ -79,15 +88,40 @@ class Function:
 #: The traced functions.  bpf/kho_trace.c and recordings name a function by its index, so new
 #: functions go to the end.
 FUNCTIONS: Final[Sequence[Function]] = (
-    Function("kho_preserve_folio", CallKind.PRESERVE, ("folio",)),
-    Function("kho_preserve_pages", CallKind.PRESERVE, ("page", "nr_pages")),
+    Function("kho_preserve_folio", CallKind.PRESERVE, ("folio",), otherwise=Use.BLOCK_OF_FOLIO),
+    Function(
+        "kho_preserve_pages",
+        CallKind.PRESERVE,
+        ("page", "nr_pages"),
+        otherwise=Use.BLOCKS_OF_PAGES,
+    ),
     Function("kho_preserve_vmalloc", CallKind.PRESERVE, ("ptr", "preservation")),
-    Function("kho_unpreserve_folio", CallKind.UNPRESERVE, ("folio",), "void"),
-    Function("kho_unpreserve_pages", CallKind.UNPRESERVE, ("page", "nr_pages"), "void"),
+    Function(
+        "kho_unpreserve_folio",
+        CallKind.UNPRESERVE,
+        ("folio",),
+        "void",
+        otherwise=Use.BLOCK_OF_FOLIO,
+    ),
+    Function(
+        "kho_unpreserve_pages",
+        CallKind.UNPRESERVE,
+        ("page", "nr_pages"),
+        "void",
+        otherwise=Use.BLOCKS_OF_PAGES,
+    ),
     Function("kho_unpreserve_vmalloc", CallKind.UNPRESERVE, ("preservation",), "void"),
     Function("kho_split_preserved_pages", CallKind.SPLIT, ("page", "order")),
-    Function("kho_restore_folio", CallKind.RESTORE, ("phys",), "pointer"),
-    Function("kho_restore_pages", CallKind.RESTORE, ("phys", "nr_pages"), "pointer"),
+    Function(
+        "kho_restore_folio", CallKind.RESTORE, ("phys",), "pointer", otherwise=Use.BLOCK_BY_STAMP
+    ),
+    Function(
+        "kho_restore_pages",
+        CallKind.RESTORE,
+        ("phys", "nr_pages"),
+        "pointer",
+        otherwise=Use.BLOCKS_BY_STAMP,
+    ),
     Function("kho_restore_vmalloc", CallKind.RESTORE, ("preservation",), "pointer"),
     Function(
         "kho_restore_page",
@@ -131,6 +165,10 @@ FUNCTIONS: Final[Sequence[Function]] = (
         Use.BLOCK_BY_KEY,
         Action.DELETE,
     ),
+    # Linux 6.16 and 6.17, in the place of kho_preserve_pages().
+    Function(
+        "kho_preserve_phys", CallKind.PRESERVE, ("phys", "size"), otherwise=Use.BLOCKS_OF_PHYS
+    ),
 )
 
 #: By name.
@@ -144,6 +182,8 @@ ERRNO_NAMES: Final = {**errno.errorcode, errno.EOPNOTSUPP: "EOPNOTSUPP"}
 
 #: No physical address, no order, no function; whether a bit is set is not known.
 NO_PHYS: Final = 2**64 - 1
+#: This kernel's function has no such argument.
+NO_ARGUMENT: Final = 2**64 - 1
 NO_ORDER: Final = 255
 BIT_CLEAR, BIT_SET, BIT_UNKNOWN = 0, 1, 2
 
@@ -160,7 +200,8 @@ class Calls(Columns):
     :param comm: ``task_struct.comm``, 16 bytes.
     :param enter: u64, ns of ``ktime_get_ns()``.
     :param leave: u64, likewise.
-    :param args: u64, shape (n, 4), as they were passed, whatever the function's C types.
+    :param args: u64, shape (n, 4), those of FUNCTIONS as they were passed; ``NO_ARGUMENT`` for what
+        this kernel's function does not take.
     :param ret: i64, what came back: ``int`` sign-extended; the pointer; 0 for ``void``.
     :param phys: u64, ``phys_addr_t`` of the memory that was named; ``NO_PHYS`` if the arguments do
         not say (vmalloc).
@@ -204,9 +245,11 @@ class Touches(Columns):
     What calls did to blocks.
 
     :param call: u64, the call that it belongs to.
-    :param function: u8, index into FUNCTIONS: the function that did it.
+    :param function: u8, index into FUNCTIONS: the function that did it, or, where none is seen that
+        does it to a single block, the one whose arguments name the block.
     :param action: i8, :class:`Action`.
-    :param ret: i64, what that function returned, as in :class:`Calls`.
+    :param ret: i64, what that function returned, as in :class:`Calls`; what that call returned
+        if it failed and has undone what this function did.
     :param before: u8, whether the block's bit was set in the tree at entry: ``BIT_CLEAR``,
         ``BIT_SET`` or ``BIT_UNKNOWN``.
     :param after: u8, likewise at return.
@@ -275,6 +318,7 @@ class Losses:
     :param unread: blocks of which some struct pages could not be read.
     :param open: calls that had not returned at the end.
     :param made: events that the kernel made: those seen and those lost.
+    :param unseen: calls of which no block was seen, though they have some.
     """
 
     lost: int = 0
@@ -283,10 +327,13 @@ class Losses:
     unread: int = 0
     open: int = 0
     made: int = 0
+    unseen: int = 0
 
     def __bool__(self) -> bool:
         """Whether the trace missed anything."""
-        return bool(self.lost or self.missed or self.sampled or self.unread or self.open)
+        return bool(
+            self.lost or self.missed or self.sampled or self.unread or self.open or self.unseen
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,7 +363,8 @@ class Tracing:
 
     :param facts: of the kernel, when tracing began; without struct pages.
     :param attached: ``fentry`` or ``kprobe`` by function.
-    :param missing: functions that are not traced, and why.
+    :param missing: functions that are not traced, and why; of functions that are traced, why their
+        blocks are not seen.
     :param buffer: what carries the events, in words.
     :param started: ns of ``ktime_get_ns()`` when tracing began.
     """
@@ -326,6 +374,16 @@ class Tracing:
     missing: dict[str, str]
     buffer: str
     started: int
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Functions that are not traced, and why."""
+        return {name: why for name, why in self.missing.items() if name not in self.attached}
+
+    @property
+    def untold(self) -> dict[str, str]:
+        """Functions that are traced, and why their blocks are not seen."""
+        return {name: why for name, why in self.missing.items() if name in self.attached}
 
 
 #: Turns a kernel address into ``function+0x1f [module]`` (``[kernel]`` for what is built in), or

@@ -18,6 +18,7 @@ from typing import Final
 
 from drgn import Program
 
+from ..abi.keys import Finalize, Tracker
 from ..facts.offers import Fact, State
 from ..facts.snapshot import Snapshot
 from ..facts.status import kho_parameter, kho_switch
@@ -30,9 +31,20 @@ from .open import ANOTHER_WAY, DebugInfo, debug_info, lockdown_mode
 #: Functions of the kernel that show that it was built with something; any one of them will do.
 BUILT: Final = {
     "KHO": ("kho_preserve_folio", "kho_preserve_pages"),
-    "radix tree": ("kho_radix_add_page", "kho_radix_add_key"),
     "LUO": ("liveupdate_register_file_handler", "liveupdate_enabled"),
     "kprobes": ("register_kprobe",),
+}
+
+#: Functions that show how the kernel keeps what is preserved; the compiler may have made others of
+#: them, with a suffix.
+TRACKERS: Final = {
+    Tracker.RADIX: ("kho_radix_add_page", "kho_radix_add_key"),
+    Tracker.XARRAY: ("__kho_preserve_order", "kho_out_finalize_set", "kho_finalize"),
+}
+#: What ``trace`` sees of the blocks that calls preserve and unpreserve.
+_TRACED: Final = {
+    Tracker.RADIX: "each block that is added or deleted, by the function that does it",
+    Tracker.XARRAY: "the blocks that follow from the arguments of calls",
 }
 
 _AS_ROOT: Final = "run it as root (sudo khoscope doctor)"
@@ -77,15 +89,16 @@ class Host:
         luo = self._luo(seen)
         # Without KHO, every part of KHO is missing: one line says so, and what to do.
         there = kho.state != State.NO
-        tree = [self._built("radix tree", seen, "KHO's radix tree (Linux 7.2)")] if there else []
+        tracker = self._tracker(seen)
         return [
             kho,
-            *tree,
+            *([self._says_tracker(seen, tracker)] if there else []),
             _root_user(),
             self._kcore(),
             self._lockdown(),
             _debug_info(seen),
             *([_kernel(seen), self._kho_is_on(seen)] if there else []),
+            *([self._finalized(seen)] if there and tracker == Tracker.XARRAY else []),
             self._btf(),
             self._kptr_restrict(),
             luo,
@@ -95,6 +108,7 @@ class Host:
             self._headers(),
             self._kprobes(),
             *([self._fentry()] if there else []),
+            *([_traced(tracker)] if there else []),
         ]
 
     # -- what all commands need -------------------------------------------------------------------
@@ -114,6 +128,42 @@ class Host:
         if self._symbols.isdisjoint(BUILT[name]):
             return Fact(name, State.NO, "not in this kernel", where, f"boot a kernel with {what}")
         return Fact(name, State.OK, "built in", where)
+
+    def _tracker(self, seen: HostProbe) -> Tracker | None:
+        """How the kernel keeps what is preserved; None: it does not say."""
+        if seen.facts:
+            return seen.facts.abi.tracker
+        names = {name.partition(".")[0] for name in self._symbols}
+        return next((each for each, of in TRACKERS.items() if not names.isdisjoint(of)), None)
+
+    def _says_tracker(self, seen: HostProbe, tracker: Tracker | None) -> Fact:
+        name = "tracker"
+        if tracker is None:
+            hint = "see what is missing below: the kernel's memory tells"
+            what = "none of its functions is among the symbols"
+            return Fact(name, State.UNKNOWN, what, str(host_files.KALLSYMS), hint)
+        where = str(host_files.KALLSYMS)
+        if seen.facts:
+            where = seen.facts.abi.decided.get("tracker", "kho_out")
+        return Fact(name, State.OK, str(tracker), where)
+
+    def _finalized(self, seen: HostProbe) -> Fact:
+        """Whether what is preserved would be handed over, in kernels that must be told to do so."""
+        name, where = "finalized", str(host_files.FINALIZE)
+        said = (self._text(host_files.FINALIZE) or "").strip()
+        done = {"0": False, "1": True}.get(said)
+        when = Finalize.BEFORE_LOAD
+        if seen.facts:
+            when = seen.facts.abi.finalize
+            if done is None:
+                done, where = seen.facts.finalized, "kho_out.finalized"
+        if done:
+            return Fact(name, State.OK, "yes", where)
+        if done is None:
+            hint = f"as root, with a debugfs on {host_files.DEBUGFS}"
+            return Fact(name, State.UNKNOWN, "cannot be read", where, hint)
+        hint = f"to hand something over, {when}: echo 1 >{host_files.FINALIZE}"
+        return Fact(name, State.NO, "no: nothing would be handed over", where, hint)
 
     def _kho_is_on(self, seen: HostProbe) -> Fact:
         name, hint = "KHO on", "boot with kho=on"
@@ -322,10 +372,20 @@ def _kernel(seen: HostProbe) -> Fact:
     name, where = "KHO's state", "kho_out"
     if seen.facts:
         said = seen.facts.outgoing.fdt.compatible or "readable, no FDT"
+        if not seen.facts.outgoing.fdt.phys and seen.facts.finalized is False:
+            said += " before it is finalized"
         return Fact(name, State.OK, said, where, needed=True)
     if seen.unread:
         return Fact(name, State.NO, seen.unread.what, where, seen.unread.hint, True)
     return Fact(name, State.UNKNOWN, "not looked at", where, "see what is missing above", True)
+
+
+def _traced(tracker: Tracker | None) -> Fact:
+    name, where = "traced blocks", "functions of KHO"
+    if tracker is None:
+        hint = "khoscope trace says it when it starts"
+        return Fact(name, State.UNKNOWN, "not known without the tracker", where, hint)
+    return Fact(name, State.OK, _TRACED[tracker], where)
 
 
 def _bcc() -> Fact:

@@ -24,6 +24,10 @@ TRACEABLE: Final = Path("/sys/kernel/tracing/available_filter_functions")
 #: "0": kprobes are attached but never hit.
 KPROBES_ENABLED: Final = Path("/sys/kernel/debug/kprobes/enabled")
 
+#: "1" once KHO is finalized, of kernels that have such a step; writing 1 finalizes.
+FINALIZE: Final = Path("/sys/kernel/debug/kho/out/finalize")
+DEBUGFS: Final = Path("/sys/kernel/debug")
+
 #: The Live Update Orchestrator's device.
 LIVEUPDATE: Final = Path("/dev/liveupdate")
 

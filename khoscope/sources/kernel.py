@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
-from drgn import BadDataError, FaultError, Object, Program, TypeKind, offsetof
+from drgn import BadDataError, FaultError, Object, Program, TypeKind, offsetof, sizeof
 from drgn.helpers.linux.kallsyms import module_kallsyms
 from drgn.helpers.linux.mm import follow_phys, page_to_phys, virt_to_phys
 from drgn.helpers.linux.module import for_each_module
@@ -38,7 +38,7 @@ from .pages import PageLayout, PageReader
 from .probe import Overrides as Overrides
 from .probe import direct_map, page_layout, probe, probe_abi, refuse_platform, track_layout
 from .reading import Reading
-from .track import leaves_of, walk_chunks, walk_track
+from .track import TrackLayout, leaves_of, walk_chunks, walk_track
 from .walk import READ_SIZE, in_ranges, read_nodes, settle, walk
 
 C = TypeVar("C", bound=Columns)
@@ -53,12 +53,42 @@ class Layout:
     :param direct_map: virtual address at which physical address 0 is mapped.
     :param tree: virtual address of ``kho_out.radix_tree``; 0: the kernel has another tracker.
     :param root: offset of ``root`` in ``struct kho_radix_tree``.
+    :param orders: virtual address of ``orders`` in ``struct kho_mem_track``; 0: the kernel has
+        another tracker.
+    :param track: how its xarrays are built.
     """
 
     pages: PageLayout
     direct_map: int
     tree: int
     root: int
+    orders: int = 0
+    track: TrackLayout | None = None
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """
+    A parameter of a kernel function.
+
+    :param name: as the kernel's source has it.
+    :param size: bytes; the rest of its register may hold anything.
+    """
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Signature:
+    """
+    What a kernel function takes and gives back.
+
+    :param is_void: it gives back nothing.
+    """
+
+    parameters: tuple[Parameter, ...]
+    is_void: bool
 
 
 #: Called with what is being read, how much of it is done, and the total.
@@ -131,14 +161,14 @@ class KernelSource:
         fdt, _ = reading.root_fdt(self._fdt_phys())
         self.abi = probe_abi(prog, self._parts, fdt.compatible, overrides or Overrides())
         self._is_radix = self.abi.tracker == Tracker.RADIX
-        self.layout = Layout(
-            page_layout(prog),
-            direct_map(prog),
-            self._tracker.address_ or 0 if self._is_radix else 0,
-            offsetof(prog.type("struct kho_radix_tree"), "root") if self._is_radix else 0,
-        )
-        if not self._is_radix:
-            self._track_layout = track_layout(prog, self.layout.direct_map)
+        pages, mapped = page_layout(prog), direct_map(prog)
+        if self._is_radix:
+            root = offsetof(prog.type("struct kho_radix_tree"), "root")
+            self.layout = Layout(pages, mapped, self._tracker.address_ or 0, root)
+        else:
+            self._track_layout = track_layout(prog, mapped)
+            orders = self._tracker.orders.address_ or 0
+            self.layout = Layout(pages, mapped, 0, 0, orders, self._track_layout)
 
     @told()
     def tree(self) -> Snapshot:
@@ -391,17 +421,19 @@ class KernelSource:
             yield from self._page_reader(self._begin().ram).pages(start, end)
 
     @told()
-    def arguments(self, function: str) -> int | None:
+    def signature(self, function: str) -> Signature | None:
         """
-        How many arguments a kernel function has; None: there is no such function that could be
+        What a kernel function takes and gives back; None: there is no such function that could be
         probed.
         """
         try:
             self.prog.symbol(function)
-            return len(self.prog.function(function).type_.parameters or ())
+            type_ = self.prog.function(function).type_
         except LookupError:
             # No symbol: the compiler has inlined the function, or made another one of it.
             return None
+        parameters = (Parameter(each.name or "", sizeof(each.type)) for each in type_.parameters)
+        return Signature(tuple(parameters), type_.type.kind == TypeKind.VOID)
 
     def _require_kho(self) -> None:
         there = self._tracker.root if self._is_radix else self._out(self._parts.kho_out.fdt)

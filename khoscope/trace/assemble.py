@@ -8,12 +8,15 @@ when it returns.  So the blocks of a call come before the call.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from numpy.typing import NDArray
 
 from ..abi.keys import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE, U64, Abi
 from ..facts.calls import (
     FUNCTIONS,
+    NO_ARGUMENT,
     NO_ORDER,
     NO_PHYS,
     NUMBERS,
@@ -22,6 +25,7 @@ from ..facts.calls import (
     CallKind,
     Calls,
     Touches,
+    Use,
     rows_of,
 )
 from ..facts.columns import Blocks, Pages
@@ -51,16 +55,18 @@ WAITING = 1 << 18
 #: How many calls the BPF program follows at once (``MAX_TASKS`` in bpf/kho_trace.c).
 MOST_CALLS = 1024
 
-_VOID, _INT = (np.array([f.returns == kind for f in FUNCTIONS]) for kind in ("void", "int"))
-_ACTIONS = np.array([f.action for f in FUNCTIONS], np.int8)
-# If kho_restore_page is inlined, these functions report the blocks.
-_ACTIONS[[NUMBERS["kho_restore_folio"], NUMBERS["kho_restore_pages"]]] = Action.RESTORE
-_TREE = np.array([f.kind == CallKind.TREE for f in FUNCTIONS])
+_POINTER = np.array([f.returns == "pointer" for f in FUNCTIONS])
 _OF_KIND = {
     CallKind.PRESERVE: Action.ADD,
     CallKind.UNPRESERVE: Action.DELETE,
     CallKind.RESTORE: Action.RESTORE,
 }
+# What a function does to the blocks that it tells of, by itself or where no other function does.
+_ACTIONS = np.array([_OF_KIND[f.kind] if f.otherwise else f.action for f in FUNCTIONS], np.int8)
+#: Functions that tell of the blocks that their arguments name.
+_TELLS = np.array([f.otherwise > Use.NAMED for f in FUNCTIONS])
+_PRESERVES = np.array([f.kind == CallKind.PRESERVE for f in FUNCTIONS])
+_TREE = np.array([f.kind == CallKind.TREE for f in FUNCTIONS])
 #: By function: the action of the touches that make up what a call was asked for.
 _MEANT = [_OF_KIND.get(f.kind, f.action) for f in FUNCTIONS]
 
@@ -133,7 +139,7 @@ class Assembler:
         self._remember(loose)
         done = np.flatnonzero(row >= 0)
         done = done[np.argsort(row[done], kind="stable")]
-        mine = touches[done]
+        mine = _undone(touches[done], call, row[done])
         return Batch(self._calls(call, mine, row[done]), Touches.concatenate([mine, loose]))
 
     def end(self) -> Batch:
@@ -233,6 +239,7 @@ class Assembler:
         The order by the arithmetic of ``kho_preserve_pages`` or ``kho_restore_pages``, if that was
         the caller; else ``NO_ORDER``.
         """
+        told = raw["function"] == NUMBERS["kho_preserve_pages"]
         pages = NUMBERS["kho_restore_pages"]
         inner = by_page & (raw["outer"] == pages)
         preserved = (_ACTIONS[raw["function"]] == Action.ADD) & (
@@ -248,7 +255,8 @@ class Assembler:
         most = np.frexp(left.astype(np.float64))[1] - 1
         lowest = raw["pfn"] & (~raw["pfn"] + np.uint64(1))
         ctz = np.where(lowest == 0, 64, np.frexp(lowest.astype(np.float64))[1] - 1)
-        return np.where(known, np.minimum(ctz, most), NO_ORDER).astype(np.uint8)
+        asked = np.where(known, np.minimum(ctz, most), NO_ORDER)
+        return np.where(told, raw["order"], asked).astype(np.uint8)
 
     def _pfn_of(self, page: U64) -> U64:
         """``page_to_pfn()``."""
@@ -304,8 +312,22 @@ class Assembler:
         if "order" in by_name and "page" in by_name:
             return phys, np.uint64(1) << np.minimum(by_name["order"] & 0xFF, 63).astype(np.uint64)
         if "size" in by_name:
-            return phys, (by_name["size"] + np.uint64(self._abi.page_size - 1)) >> shift
+            size = np.where(by_name["size"] == np.uint64(NO_ARGUMENT), 0, by_name["size"])
+            return phys, (size + np.uint64(self._abi.page_size - 1)) >> shift
         return phys, None
+
+
+def _undone(touches: Touches, raw: NDArray[np.void], of: NDArray[np.int64]) -> Touches:
+    """
+    The touches of some calls; what a call that failed had preserved before it did is not preserved
+    any more.
+
+    Where a function of its own deletes single blocks, its touches tell.
+    """
+    ret = _returned(raw["function"], raw["ret"])[of]
+    failed = _PRESERVES[raw["function"]][of] & _TELLS[touches.function] & (ret < 0)
+    failed &= (touches.action == Action.ADD) & (touches.ret >= 0)
+    return dataclasses.replace(touches, ret=np.where(failed, ret, touches.ret))
 
 
 def _viewed(records: NDArray[np.uint8], dtype: np.dtype[np.void]) -> NDArray[np.void]:
@@ -314,9 +336,12 @@ def _viewed(records: NDArray[np.uint8], dtype: np.dtype[np.void]) -> NDArray[np.
 
 
 def _returned(function: NDArray[np.uint8], ret: U64) -> NDArray[np.int64]:
-    """The return value, by the C type that the function returns."""
+    """
+    The return value, by the C type that the function returns; of a function that is void in some
+    kernels and not in others, it is 0 if it is void in this one.
+    """
     signed = ret.astype(np.uint32).view(np.int32).astype(np.int64)
-    return np.select([_VOID[function], _INT[function]], [0, signed], ret.view(np.int64))
+    return np.where(_POINTER[function], ret.view(np.int64), signed)
 
 
 def _tally(touches: Touches, of: NDArray[np.int64], rows: int) -> U64:

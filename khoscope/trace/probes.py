@@ -22,11 +22,20 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi.keys import KHO_PAGE_MAGIC
-from ..facts.calls import FUNCTIONS, NUMBERS, Action, Batch, CallKind, Function, Use
+from ..abi.keys import KHO_PAGE_MAGIC, Abi, Tracker
+from ..facts.calls import (
+    FUNCTIONS,
+    NO_ARGUMENT,
+    NUMBERS,
+    Action,
+    Batch,
+    CallKind,
+    Function,
+    Use,
+)
 from ..sources import host_files
 from ..sources.bcc import import_bcc
-from ..sources.kernel import KernelSource
+from ..sources.kernel import KernelSource, Layout, Signature
 from ..words.errors import KhoscopeError, say
 from .assemble import record_size
 from .call_filter import CallFilter
@@ -39,6 +48,9 @@ CLIENT_FRAMES, STACK_FRAMES = 8, 40
 BUFFER: Final = 16 << 20
 #: How many records are taken out at once, before they are shown.
 ENOUGH: Final = 1 << 15
+
+#: Arguments that are kept of each call (``args`` in bpf/kho_trace.c).
+_ARGUMENTS: Final = 4
 
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 _KINDS: Final = list(CallKind)
@@ -68,20 +80,52 @@ class _Probe:
 
     function: Function
     how: str
-    arguments: int
+    signature: Signature
     use: Use
+
+    @property
+    def adds(self) -> bool:
+        """Whether it tells of blocks that are added."""
+        on_its_own = self.use > Use.NAMED and self.function.kind == CallKind.PRESERVE
+        return self.function.action == Action.ADD or on_its_own
 
     def source(self) -> str:
         """The lines of C that define its BPF programs."""
         f = self.function
         number = NUMBERS[f.name]
         kind = 1 << _KINDS.index(f.kind)
-        adds = int(f.action == Action.ADD)
-        entry = f"({f.name}, {number}, {self.arguments}, {kind}, {self.use.name}, {adds})\n"
+        adds = int(self.adds)
+        arguments = ", ".join(self._arguments())
+        entry = f"({f.name}, {number}, {kind}, {self.use.name}, {adds}, {arguments})\n"
+        leave = f"({f.name}, {number}, {self.use.name}, {adds}, {self._result()})\n"
         if self.how == "kprobe":
-            return f"KPROBE{entry}KRETPROBE({f.name}, {number}, {self.use.name})\n"
-        result = "0" if f.returns == "void" else f"ctx[{self.arguments}]"
-        return f"FENTRY{entry}FEXIT({f.name}, {number}, {self.use.name}, {result})\n"
+            return f"KPROBE{entry}KRETPROBE{leave}"
+        return f"FENTRY{entry}FEXIT{leave}"
+
+    def _arguments(self) -> Iterator[str]:
+        """Where the arguments that we know are, in our order; those of FUNCTIONS come first."""
+        names = [parameter.name for parameter in self.signature.parameters]
+        first = self.function.arguments[0]
+        skipped = names.index(first) if first in names else 0
+        parameters = self.signature.parameters[skipped:]
+        ours = len(self.function.arguments)
+        for i in range(_ARGUMENTS):
+            if i >= ours:
+                yield "0"
+            elif i >= len(parameters):
+                yield f"{NO_ARGUMENT:#x}ULL"
+            else:
+                at = i + skipped
+                place = f"PT_REGS_PARM{at + 1}(ctx)" if self.how == "kprobe" else f"ctx[{at}]"
+                # An argument of 32 bits may leave anything in the rest of its register.
+                yield f"(u32){place}" if parameters[i].size == 4 else place
+
+    def _result(self) -> str:
+        if self.signature.is_void:
+            return "0"
+        if self.how == "kprobe":
+            return "PT_REGS_RC(ctx)"
+        return f"ctx[{len(self.signature.parameters)}]"
 
 
 class Probes:
@@ -165,28 +209,33 @@ class Probes:
     # -- attaching --------------------------------------------------------------------------------
 
     def _choose(self) -> list[_Probe]:
-        arguments = {}
+        found = {}
         for function in FUNCTIONS:
-            count = self._source.arguments(function.name)
-            if count is None:
-                self.missing[function.name] = "not in this kernel"
+            signature = self._source.signature(function.name)
+            if signature is None:
+                self.missing[function.name] = _NOT_THERE
             else:
-                arguments[function.name] = min(count, len(function.arguments))
-        if not {"kho_radix_add_page", "kho_radix_add_key"} & arguments.keys():
-            raise KhoscopeError(
-                "this kernel has no function that adds a block to KHO's tree (kho_radix_add_page, "
-                "kho_radix_add_key)",
-                "its compiler may have inlined it; khoscope verify does without",
-            )
-        uses = {name: FUNCTIONS[NUMBERS[name]].use for name in arguments}
-        if "kho_restore_page" not in arguments:
-            self.missing["kho_restore_page"] = "inlined: only the first block of a restore is seen"
-            for name in ("kho_restore_folio", "kho_restore_pages"):
-                uses[name] = Use.BLOCK_BY_STAMP
-        return [
-            _Probe(FUNCTIONS[NUMBERS[name]], self._best(name), count, uses[name])
-            for name, count in arguments.items()
-        ]
+                found[function.name] = signature
+        # Kinds of calls whose blocks only their own arguments tell.
+        blind: set[CallKind] = set()
+        if self._source.abi.tracker == Tracker.XARRAY:
+            blind |= {CallKind.PRESERVE, CallKind.UNPRESERVE}
+        if "kho_restore_page" not in found or not _is_known(found["kho_restore_page"]):
+            found.pop("kho_restore_page", None)
+            self.missing["kho_restore_page"] = _TOLD_OTHERWISE
+            blind.add(CallKind.RESTORE)
+        probes = []
+        for name, signature in found.items():
+            function = FUNCTIONS[NUMBERS[name]]
+            use = function.use
+            if function.kind in blind:
+                use = function.otherwise
+            probes.append(_Probe(function, self._best(name), signature, use))
+        if not any(probe.adds for probe in probes):
+            raise KhoscopeError(_nothing_adds(self._source.abi), _INLINED)
+        if CallKind.UNPRESERVE in blind and "kho_unpreserve_vmalloc" in found:
+            self.missing["kho_unpreserve_vmalloc"] = _UNTOLD
+        return probes
 
     def _best(self, name: str) -> str:
         if self._how:
@@ -261,10 +310,13 @@ class Probes:
             "PAGE_STRUCT_SIZE": layout.pages.size,
             "REFCOUNT_OFFSET": layout.pages.refcount,
             "PRIVATE_OFFSET": layout.pages.private,
+            "FLAGS_OFFSET": layout.pages.flags,
+            "HEAD_BIT": layout.pages.head_bit,
             "PAGE_SHIFT_BITS": abi.page_shift,
             "DIRECT_MAP": f"{layout.direct_map:#x}ULL",
             "TREE": f"{layout.tree:#x}ULL",
             "ROOT_OFFSET": layout.root,
+            **_xarrays(abi, layout),
             "ORDER_0_LOG2": abi.order_0_log2,
             "TABLE_LOG2": abi.table_size_log2,
             "BITMAP_LOG2": abi.bitmap_size_log2,
@@ -426,6 +478,46 @@ class Probes:
     def symbol(self, address: int) -> str:
         """``function+0x1f [module]``, or ``[unknown]``."""
         return self._symbols.get(address, "[unknown]")
+
+
+_NOT_THERE = "not in this kernel"
+_TOLD_OTHERWISE = "its callers tell what they restore"
+_UNTOLD = "this kernel has no function that tells of them"
+_INLINED = "its compiler may have inlined it; khoscope verify does without"
+
+
+def _nothing_adds(abi: Abi) -> str:
+    """That no function is there which adds blocks, in words."""
+    what, names = "adds a block to KHO's tree", "kho_radix_add_page, kho_radix_add_key"
+    if abi.tracker == Tracker.XARRAY:
+        what = "preserves a folio or pages"
+        names = "kho_preserve_folio, kho_preserve_pages, kho_preserve_phys"
+    return f"this kernel has no function that {what} ({names})"
+
+
+def _is_known(kho_restore_page: Signature) -> bool:
+    """
+    Whether it is the one that restores a block either as a folio or as pages (since linux 6.19).
+
+    In linux 6.18 its callers make pages of what it restores, and trees that are not merged yet have
+    another function of that name.
+    """
+    names = [parameter.name for parameter in kho_restore_page.parameters]
+    return names == list(FUNCTIONS[NUMBERS["kho_restore_page"]].arguments)
+
+
+def _xarrays(abi: Abi, layout: Layout) -> dict[str, str | int]:
+    """What bpf/kho_trace.c needs to know of a ``struct kho_mem_track``."""
+    track = layout.track
+    return {
+        "ORDERS": f"{layout.orders:#x}ULL",
+        "XA_HEAD": track.head if track else 0,
+        "XA_SHIFT": track.shift if track else 0,
+        "XA_SLOTS": track.slots if track else 0,
+        "XA_CHUNK_LOG2": track.chunk_log2 if track else 0,
+        "PHYS_BITS": track.phys_bits if track else 0,
+        "PRESERVE_LOG2": abi.bitmap_log2,
+    }
 
 
 def _flush_c() -> None:

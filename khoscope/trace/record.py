@@ -58,6 +58,9 @@ MOST_FRAMES: Final = 127
 MOST_SYMBOLS: Final = 1 << 20
 MOST_LETTERS: Final = 1 << 10
 
+#: Members that files of versions 1 and 2 lack: in the kernels that they are of, all is seen.
+_MAY_LACK: Final = {1: {"Losses.unseen"}, 2: {"Losses.unseen"}}
+
 _ADDRESS: Final = re.compile("0x[0-9a-f]{1,16}")
 #: Log2 of how many pages there can be.
 _HIGHEST_ORDER: Final = 63
@@ -252,7 +255,7 @@ def load(path: Path) -> Recording:
 
 def _load(file: IO[bytes], name: str) -> Recording:
     archive = Archive(file, name, RECORDING)
-    meta, _ = archive.meta(RECORDING, _Meta, {})
+    meta, _ = archive.meta(RECORDING, _Meta, _MAY_LACK)
     with archive.damage():
         _check(meta)
         symbols = {_address(text): symbol for text, symbol in meta.symbols.items()}

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from .. import checks
-from ..facts.calls import NUMBERS, Action, Batch, Losses, Tracing
+from ..facts.calls import FUNCTIONS, NUMBERS, Action, Batch, Losses, Tracing
 from ..words.errors import KhoscopeError
 from .assemble import Assembler
 from .before import Before
@@ -23,6 +23,8 @@ from .call_filter import CallFilter
 from .probes import Counters, Probes
 from .record import Recorder, Recording
 
+#: Functions that preserve, unpreserve or restore a vmalloc area.
+_OF_VMALLOC = np.array([function.name.endswith("_vmalloc") for function in FUNCTIONS])
 #: How long a poll waits for the first record, ms.
 POLL = 200
 
@@ -117,7 +119,10 @@ class TraceSession:
         for batch in recording.batches:
             self._show(batch)
         self._losses = dataclasses.replace(
-            recording.losses, sampled=self._losses.sampled, unread=self._losses.unread
+            recording.losses,
+            sampled=self._losses.sampled,
+            unread=self._losses.unread,
+            unseen=self._losses.unseen,
         )
         return self._end()
 
@@ -131,22 +136,28 @@ class TraceSession:
             self._view.batch(batch, found)
 
     def _look(self, batch: Batch) -> None:
-        """Count the blocks of which the kernel did not look at every page."""
+        """
+        Count the blocks of which the kernel did not look at every page, and the calls whose blocks
+        it did not see.
+        """
         touches, calls = batch.touches, batch.calls
         judged = touches.succeeded & (touches.action != Action.DELETE)
         pages = touches.blocks.page_count
         sampled = int((judged & touches.sampled).sum())
         if "kho_restore_page" in self._tracing.missing:
-            # The trace sees only the first block that kho_restore_pages() restores.
+            # Before khotrace/3, the trace saw only the first block of kho_restore_pages() then.
             starts = batch.starts()
             total = np.concatenate([np.zeros(1, np.uint64), np.cumsum(pages, dtype=np.uint64)])
             touched = total[starts[1:]] - total[starts[:-1]]
             restored = (calls.function == NUMBERS["kho_restore_pages"]) & ~calls.failed
             sampled += int((restored & (touched < calls.pages)).sum())
+        # Blocks of a vmalloc area are those of functions that are called in turn.
+        unseen = _OF_VMALLOC[calls.function] & ~calls.failed & (calls.blocks == 0)
         self._losses = dataclasses.replace(
             self._losses,
             sampled=self._losses.sampled + sampled,
             unread=self._losses.unread + int((judged & (touches.blocks.facts.unread > 0)).sum()),
+            unseen=self._losses.unseen + int(unseen.sum()),
         )
 
     def _count(self, counters: Counters) -> None:

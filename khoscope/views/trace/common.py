@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import IO
 
+from ...abi.keys import Tracker
 from ...checks import BatchFindings, Report
 from ...facts.calls import (
     ERRNO_NAMES,
@@ -30,11 +31,17 @@ ACTION_NAMES = {int(action): action.name.lower() for action in Action}
 
 def returned(returns: str, ret: int) -> str:
     """The return value of a function, in a word."""
-    if returns == "void":
+    if returns == "void" and not ret:
         return "-"
     if returns == "pointer":
         return "ok" if ret else "NULL"
     return ERRNO_NAMES.get(-ret, str(ret))
+
+
+_ON_XARRAYS = (
+    "no function of this kernel adds or deletes a single block: blocks are those that follow from "
+    "the arguments of a call that succeeded"
+)
 
 
 class CallRows:
@@ -84,8 +91,12 @@ class TraceText(Text):
         self.header(tracing.facts)
         for how, names in _by_value(tracing.attached):
             self.wrapped(f"{how}: {names}", "  ", "")
-        for why, names in _by_value(tracing.missing):
+        for why, names in _by_value(tracing.left_out):
             self.wrapped(f"left out: {names} ({why})", "  ", "")
+        for why, names in _by_value(tracing.untold):
+            self.wrapped(f"without their blocks: {names} ({why})", "  ", "")
+        if tracing.facts.abi.tracker == Tracker.XARRAY:
+            self.wrapped(_ON_XARRAYS, "  ", "")
         self.line(tracing.buffer)
         self._page_shift = tracing.facts.abi.page_shift
         self._began = tracing.started

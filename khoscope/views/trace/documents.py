@@ -14,6 +14,7 @@ from ...facts.calls import (
     BIT_CLEAR,
     BIT_SET,
     FUNCTIONS,
+    NO_ARGUMENT,
     NO_PHYS,
     Action,
     Batch,
@@ -159,6 +160,9 @@ class JsonView(JsonLines):
 #: Arguments that are numbers. The others are addresses and keys.
 _NUMBERS = {"nr_pages": _U64, "size": _U64, "order": 2**32 - 1, "type": 2**32 - 1}
 
+#: Arguments that the functions of some kernels do not have.
+_NOT_EVERYWHERE = {"is_folio", "size", "type"}
+
 
 def _arguments(function: Function, values: list[int], name: str) -> dict[str, Any]:
     """The arguments that were passed, converted by their C types."""
@@ -166,6 +170,8 @@ def _arguments(function: Function, values: list[int], name: str) -> dict[str, An
     for argument, value in zip(function.arguments, values, strict=False):
         if argument == "name":
             arguments[argument] = name
+        elif argument in _NOT_EVERYWHERE and value == NO_ARGUMENT:
+            arguments[argument] = None
         elif argument == "is_folio":
             arguments[argument] = bool(value & 0xFF)
         elif argument in _NUMBERS:
@@ -176,13 +182,13 @@ def _arguments(function: Function, values: list[int], name: str) -> dict[str, An
 
 
 def _value(returns: str, ret: int) -> int | str | None:
-    if returns == "int":
+    if returns == "int" or (returns == "void" and ret):
         return ret
     return f"{ret & _U64:#x}" if returns == "pointer" and ret else None
 
 
 def _errno(returns: str, ret: int) -> str | None:
-    return returned(returns, ret) if returns == "int" and ret < 0 else None
+    return returned(returns, ret) if returns != "pointer" and ret < 0 else None
 
 
 def _touch_rows(touches: Touches) -> Iterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ from ...checks import BatchFindings, Finding, Report
 from ...checks.pattern import describe
 from ...facts.calls import (
     FUNCTIONS,
+    NO_ARGUMENT,
     NO_PHYS,
     Action,
     Batch,
@@ -109,13 +110,14 @@ class Lines(TraceText):
             f"{(calls.enter[i] - self._began) / 1e9:.3f}",
             function.short,
             _address(function, calls.args[i], calls.phys[i]),
-            str(calls.pages[i]),
+            _pages(function, calls.args[i], calls.pages[i]),
             f"{us:.1f}" if us < 1000 else f"{us:.0f}",
             ret,
         )
         if function.name == "kho_add_subtree":
             size = calls.args[i][2]
-            groups = [printable(calls.name[i]), f"{size} bytes", *groups]
+            said = [f"{size} bytes"] if size != NO_ARGUMENT else []
+            groups = [printable(calls.name[i]), *said, *groups]
         shown = groups[: self._limit]
         if len(shown) < len(groups):
             shown.append(f"and {len(groups) - len(shown)} more")
@@ -173,6 +175,12 @@ def _address(function: Function, args: list[int], phys: int) -> str:
     if function.arguments[0] in ("ptr", "preservation"):
         return f"{args[0]:#x}"
     return f"{phys:#014x}" if phys != NO_PHYS else "-"
+
+
+def _pages(function: Function, args: list[int], pages: int) -> str:
+    """How many pages the call was about."""
+    unknown = "size" in function.arguments and args[function.arguments.index("size")] == NO_ARGUMENT
+    return "-" if unknown else str(pages)
 
 
 def _block_words(touches: Touches, row: int) -> tuple[str, bool]:

@@ -11,16 +11,16 @@ from __future__ import annotations
 import sys
 
 from khoscope.cli import main
-from khoscope.sources.kernel import KernelSource
+from khoscope.sources.kernel import KernelSource, Signature
 
 _ABSENT = {"kho_restore_page", "kho_unpreserve_folio"}
-_arguments = KernelSource.arguments
+_signature = KernelSource.signature
 
 
-def arguments(self: KernelSource, function: str) -> int | None:
-    return None if function in _ABSENT else _arguments(self, function)
+def signature(self: KernelSource, function: str) -> Signature | None:
+    return None if function in _ABSENT else _signature(self, function)
 
 
 if __name__ == "__main__":
-    KernelSource.arguments = arguments  # type: ignore[method-assign]
+    KernelSource.signature = signature  # type: ignore[method-assign]
     sys.exit(main())
