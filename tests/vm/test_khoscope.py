@@ -262,7 +262,7 @@ def test_before_the_kexec(story: Story) -> None:
     rfc loses types, or refuses them, and khoscope says so; base will return unsplit memory split.
     """
     found = story.seen["guest verify"]
-    # On any of them, nothing is loaded yet, and nothing says how the module will restore its folios.
+    # On any of them, nothing is loaded yet, and nothing says how the module restores its folios.
     always = {"no-image": 1, "needs-folio-restore": 1}
     assert {name: found["counts"][name] for name in always} == always
     rules = found["counts"].keys() - always.keys()
