@@ -65,6 +65,7 @@ bench: .venv/dev kernels
 	$(BIN)/python benchmarks/bench_tree.py
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.trace_overhead
+	$(BIN)/python -m benchmarks.restored_as_pages
 
 # A source archive, and a wheel that is built from it.
 dist: .venv/dev

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -52,7 +53,8 @@ def look(kernel: str, directory: Path) -> Iterator[tuple[str, str]]:
             run = functools.partial(_main, stage)
             known: dict[str, Any] = {}
             for command, runs in said(run, stage, places, directory):
-                yield f"{kernel}-{stage}-{command}", "".join(_kept(each, known) for each in runs)
+                kept = wrapped([_kept(each, known) for each in runs])
+                yield f"{kernel}-{stage}-{command}", f"{kept}\n"
             helpers = helped(sources.open_core(directory / stage))
             yield f"{kernel}-{stage}-helpers", f"{wrapped(shortened(helpers))}\n"
 
@@ -61,7 +63,7 @@ def _main(core: str, words: list[str]) -> int:
     return main(["--core", core, *words])
 
 
-def _kept(run: Said, known: dict[str, Any]) -> str:
+def _kept(run: Said, known: dict[str, Any]) -> Any:
     """
     What is kept of one run.
 
@@ -76,7 +78,7 @@ def _kept(run: Said, known: dict[str, Any]) -> str:
                 del document[name]
             else:
                 known[name] = document[name]
-    return f"{wrapped(shortened(fields))}\n"
+    return shortened(fields)
 
 
 def shortened(value: Any) -> Any:
@@ -114,6 +116,15 @@ def wrapped(value: Any, indent: int = 0) -> str:
 def test_it_says_what_it_said(kernel: str, tmp_path: Path) -> None:
     for name, text in look(kernel, tmp_path):
         assert text == KEPT.text(name), name
+
+
+def test_drgn_opens_one(tmp_path: Path) -> None:
+    """By itself, as any other vmcore; our plugin's BTF gives it types."""
+    unpack(FOSSILS / f"{KERNELS[0]}{SUFFIX}", tmp_path)
+    show = "from khoscope import btf; btf.register(prog); print(prog['kho_out'])"
+    drgn = [str(Path(sys.executable).with_name("drgn")), "--quiet", "-c", "before", "-e", show]
+    done = subprocess.run(drgn, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("(struct kho_out){\n")
 
 
 def test_every_command_is_kept() -> None:

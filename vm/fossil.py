@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -117,9 +118,10 @@ def fossil(name: str, accel: str | None = None) -> int:
             _note(f"{stage}: {len(core.read)} pages are read")
         _compare(whole, kept, places, vmlinux)
         (kept / _PLACES).write_text(json.dumps(asdict(places), indent=1) + "\n")
+        packed = Path(made, f"{name}{SUFFIX}")
+        _pack([kept / file for file in (*STAGES, _PLACES)], packed)
         FOSSILS.mkdir(exist_ok=True)
-        archive = FOSSILS / f"{name}{SUFFIX}"
-        _pack([kept / file for file in (*STAGES, _PLACES)], archive)
+        archive = Path(shutil.copy(packed, FOSSILS))
     print(f"{archive.stat().st_size:8} {archive.relative_to(REPOSITORY)}")
     print(f"next: python -m tests.test_fossils {name}")
     return 0

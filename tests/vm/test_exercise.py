@@ -19,7 +19,7 @@ from vm.content import content
 from vm.exercise import Damage, Exercise, KernelLog, Piece, Unsupported, by_scenario
 from vm.kernel import ARCHIVED, SERIES, series, under_test
 from vm.luo import File, Memfd, hold, retrieve
-from vm.machine import Machine, MachineError
+from vm.machine import FINALIZE, CommandFailed, Machine, MachineError
 
 PAGE = 4096
 
@@ -300,6 +300,30 @@ def test_blobs_that_nobody_preserves(exercise: Exercise) -> None:
     exercise.free("blob-lost")
     exercise.free("blob-at")
     assert not {lost.subtree, at.subtree} & subtrees(exercise.machine, "out")
+
+
+@pytest.mark.parametrize("kernel", NOTIFIED)
+def test_finalizing_is_the_end_and_aborting_drops_all(kernel: str) -> None:
+    with Machine(kernel) as machine:
+        exercise = Exercise(machine)
+        exercise.load()
+        exercise.preserve("blob-lost")
+        exercise.preserve("blob-at", exercise.scratch_areas()[0][0])
+        made = {p.subtree for p in exercise.report()}
+        assert not made & subtrees(machine, "out")
+        machine.finalize()
+        assert made | {"kho_exercise"} <= subtrees(machine, "out")
+        exercise.preserve("contig")
+        pieces = by_scenario(exercise.report())
+        assert {(p.state, p.ret) for p in pieces["contig"]} == {("unpreserved", -errno.EBUSY)}
+        assert {p.state for p in pieces["blob-lost"] + pieces["blob-at"]} == {"preserved"}
+        machine.run(f"echo 0 >{FINALIZE}", check=True)
+        assert {p.state for p in exercise.report()} == {"unpreserved"}
+        # More subtrees than the root FDT has room for. KHO fails, and drops all once more.
+        exercise.preserve("blob", 200)
+        with pytest.raises(CommandFailed, match="I/O error"):
+            machine.finalize()
+        assert {p.state for p in exercise.report()} == {"unpreserved"}
 
 
 @pytest.mark.parametrize(
