@@ -267,7 +267,7 @@ def test_a_chain_is_broken_and_mended(exercise: Exercise) -> None:
 
 @pytest.mark.parametrize("exercise", UNNOTIFIED, indirect=True)
 def test_the_fdt_is_filled_and_emptied(exercise: Exercise) -> None:
-    before = subtrees(exercise.machine, "out")
+    before = subtrees(exercise.machine, "out") | {"kho_exercise"}
     exercise.preserve("blob", 200)
     *added, refused = by_scenario(exercise.report())["blob"]
     assert {(p.call, p.ret, p.state) for p in added} == {("kho_add_subtree", 0, "preserved")}
