@@ -895,6 +895,8 @@ range_at_return(struct task *t, int use, int adds, u64 now, u64 ret)
 
 	if (t->muted)
 		return;
+	/* Of restoring, it is a pointer. */
+	ret = as_number(t, ret);
 	fill(&t->inner.block.h, t, now, ret);
 	t->inner.block.outer = NO_FUNCTION;
 	/* If it fails, KHO undoes what it has done. */
