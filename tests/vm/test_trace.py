@@ -57,10 +57,24 @@ FOR_PIECES = frozenset(
 
 Document = dict[str, Any]
 
+#: Compiling takes a minute in a guest: those of 7.3 stand for those of 7.2, but for the series as
+#: posted, which loses the type in one way on each.
+KERNELS = [
+    name
+    for name in under_test()
+    if series(name) != "7.2" or what(name) == "rfc" or f"7.3-{what(name)}" not in under_test()
+]
 
-def lacks_helper(kernel: str) -> bool:
-    """kho_split_preserved_pages() comes with the types."""
-    return what(kernel) == "base"
+
+def lacking(kernel: str) -> set[str]:
+    """Scenarios for which the kernel has no functions."""
+    helper = {"helper"} if what(kernel) == "base" else set()
+    return helper | ({"unpreserve"} if by_arguments(kernel) else set())
+
+
+def by_arguments(kernel: str) -> bool:
+    """No function adds a block: what is preserved follows from the calls' arguments."""
+    return series(kernel) == "6.18"
 
 
 def refuses_split(kernel: str) -> bool:
@@ -103,15 +117,16 @@ class Story:
 
 
 def by_kprobes(kernel: str) -> bool:
-    """A second trace, by kprobes: on the first healthy kernel, as compiling takes its time."""
-    return kernel == next(filter(lambda name: what(name) == "fixed", under_test()), None)
+    """A second trace, by kprobes: on two kinds of kernels alone, as compiling takes its time."""
+    healthy = (name for name in under_test() if what(name) == "fixed")
+    return kernel == next(healthy, None) or by_arguments(kernel)
 
 
 def address(piece: Piece) -> str:
     return f"{piece.ranges[0][0]:#x}"
 
 
-@pytest.fixture(scope="module", params=under_test())
+@pytest.fixture(scope="module", params=KERNELS)
 def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Story:
     """Preserve each kind of memory, kexec, restore it; traced, on some twice at the same time."""
     story = Story(request.param)
@@ -137,7 +152,7 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
                 traces.enter_context(second)
             story.empty = tree()
             for name, number in MADE.items():
-                if name != "helper" or not lacks_helper(story.kernel):
+                if name not in lacking(story.kernel):
                     exercise.preserve(name, number)
             exercise.preserve("scratch", exercise.scratch_areas()[0][0])
         story.full = tree()
@@ -167,7 +182,7 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
                 traces.enter_context(second)
             exercise.load()
             for name in RESTORED:
-                if name != "helper" or not lacks_helper(story.kernel):
+                if name not in lacking(story.kernel):
                     exercise.restore(name)
             if by_kprobes(story.kernel):
                 story.statuses["restoring"] = second.end()
@@ -230,9 +245,9 @@ def restored_calls(pieces: Iterable[Piece]) -> Iterator[Call]:
 
 
 def test_as_many_pieces_as_asked_for(story: Story) -> None:
-    lacking = {"helper"} if lacks_helper(story.kernel) else set()
     made = {name: len(pieces) for name, pieces in by_scenario(story.pieces).items()}
-    assert made == {name: count for name, count in PIECES.items() if name not in lacking}
+    lacks = lacking(story.kernel)
+    assert made == {name: count for name, count in PIECES.items() if name not in lacks}
     refused = [piece.ret for piece in story.pieces if piece.scenario == "scratch"]
     assert refused == [-22] * 3
 
@@ -244,12 +259,13 @@ def test_every_call_that_preserves(story: Story) -> None:
 
 def test_counts_of_what_preserves(story: Story) -> None:
     """The same once more in plain numbers: they would show calls that both have not."""
-    helper = 0 if lacks_helper(story.kernel) else 5
+    lacks = lacking(story.kernel)
+    helper, undone = 5 * ("helper" not in lacks), 7 * ("unpreserve" not in lacks)
     expected = {
-        "kho_preserve_pages": 23 + 29 + 5 + 7 + helper + 2 + 3,
+        "kho_preserve_pages": 23 + 29 + 5 + undone + helper + 2 + 3,
         "kho_preserve_folio": 31,
         "kho_preserve_vmalloc": 1,
-        "kho_unpreserve_pages": 7,
+        "kho_unpreserve_pages": undone,
         "kho_split_preserved_pages": helper,
     }
     seen = Counter(call["call"] for call in for_pieces(story.preserving))
@@ -261,11 +277,11 @@ def test_counts_of_what_preserves(story: Story) -> None:
     for call in for_pieces(story.preserving):
         pages[call["call"]] += call["pages"]
     compound = 2 + 4 + 8 + 16 + 2
-    others = 7 * 4 + helpers + 2 * 4 + 1 + 2 + 4
+    others = undone * 4 + helpers + 2 * 4 + 1 + 2 + 4
     assert pages["kho_preserve_pages"] == contig + split + compound + others
     assert pages["kho_preserve_folio"] == folios
     assert pages["kho_preserve_vmalloc"] == 64 + 1
-    assert pages["kho_unpreserve_pages"] == 7 * 4
+    assert pages["kho_unpreserve_pages"] == undone * 4
     assert pages["kho_split_preserved_pages"] == helpers
 
 
@@ -421,15 +437,20 @@ def test_what_is_attached(story: Story) -> None:
     other = "page" if series(story.kernel) == "7.3" else "key"
     # The last is that of linux 6.16 and 6.17.
     absent = {f"kho_radix_add_{other}", f"kho_radix_del_{other}", "kho_preserve_phys"}
-    if lacks_helper(story.kernel):
+    if "helper" in lacking(story.kernel):
         absent.add("kho_split_preserved_pages")
+    missing = {}
+    if by_arguments(story.kernel):
+        absent |= {"kho_radix_add_page", "kho_radix_del_page", "kho_remove_subtree"}
+        absent |= {f"kho_unpreserve_{what}" for what in ("folio", "pages", "vmalloc")}
+        missing = {"kho_restore_page": "its callers tell what they restore"}
     for document in (story.preserving, story.restoring):
         assert set(document["attached"].values()) == {"fentry"}
-        assert document["missing"] == dict.fromkeys(absent, "not in this kernel")
+        assert document["missing"] == missing | dict.fromkeys(absent, "not in this kernel")
         assert document["buffer"] == "ring buffer of 16 MiB"
 
 
-@pytest.mark.parametrize("story", [k for k in under_test() if by_kprobes(k)], indirect=True)
+@pytest.mark.parametrize("story", [name for name in KERNELS if by_kprobes(name)], indirect=True)
 def test_kprobes_see_the_same(story: Story) -> None:
     """Two traces at once, of which neither disturbs the other."""
     assert untimed(story.preserving_by_kprobes) == untimed(story.preserving)
@@ -440,9 +461,10 @@ def test_kprobes_see_the_same(story: Story) -> None:
         assert len(document["attached"]) == len(story.preserving["attached"])
         assert document["losses"]["made"] == len(document["calls"]) + document["blocks"]
         assert not any(n for name, n in document["losses"].items() if name != "made")
-    assert story.restoring_by_kprobes["verdict"] == "pass"
-    assert story.restoring_by_kprobes["counts"] == {}
-    assert story.statuses["restoring"] == 0
+    if what(story.kernel) == "fixed":
+        assert story.restoring_by_kprobes["verdict"] == "pass"
+        assert story.restoring_by_kprobes["counts"] == {}
+        assert story.statuses["restoring"] == 0
 
 
 def test_replay_is_the_live_trace(story: Story) -> None:
@@ -464,7 +486,7 @@ def test_every_call_that_restores(story: Story) -> None:
     assert seen_calls(story.restoring) == list(made)
     calls = for_pieces(story.restoring)[: -len(story.wrong_calls)]
     counts = Counter(call["call"] for call in calls)
-    helper = 0 if lacks_helper(story.kernel) else 5
+    helper = 0 if "helper" in lacking(story.kernel) else 5
     split = 0 if refuses_split(story.kernel) else 29 + helper
     assert counts == {
         "kho_restore_pages": 23 + split,
@@ -523,8 +545,12 @@ def test_findings_at_the_preserve(story: Story) -> None:
             "failed": 3,
         }
     else:
-        assert addresses(found, "wrong-after-restore") == story.of("contig", "unpreserve") | {block}
-        assert counts == {"wrong-after-restore": 23 + 7 + 1, "failed": 3}
+        wrong = story.of("contig", "unpreserve") | {block}
+        if by_arguments(story.kernel):
+            # There they all come back as one compound page.
+            wrong |= split | {pages}
+        assert addresses(found, "wrong-after-restore") == wrong
+        assert counts == {"wrong-after-restore": len(wrong), "failed": 3}
 
 
 def test_folios_that_are_preserved_as_pages(story: Story) -> None:
@@ -547,7 +573,8 @@ def test_findings_at_the_restore(story: Story) -> None:
         and piece.shape != before[piece.scenario, piece.piece]
     }
     posted = () if refuses_split(story.kernel) else ("split", "helper")
-    sick = {"base": ("contig",), "rfc": posted, "fixed": ()}
+    base = ("contig", "split") if by_arguments(story.kernel) else ("contig",)
+    sick = {"base": base, "rfc": posted, "fixed": ()}
     assert changed == story.of(*sick[what(story.kernel)])
     wrong_calls = set(map(address, story.wrong_calls))
     assert addresses(found, "wrong-refcounts") - wrong_calls == changed
