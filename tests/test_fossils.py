@@ -25,11 +25,24 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from drgn.commands import run_command
 
 from khoscope.cli import main
 from khoscope.sources import open as sources
 from tests.kept import Kept
-from vm.fossil import COMMANDS, FOSSILS, OF_STAGE, STAGES, SUFFIX, Said, helped, said, unpack
+from vm.fossil import (
+    COMMANDS,
+    FOSSILS,
+    OF_STAGE,
+    PLACES,
+    STAGES,
+    SUFFIX,
+    Places,
+    Said,
+    helped,
+    said,
+    unpack,
+)
 
 KEPT = Kept(Path(__file__).parent / "recorded" / "fossils")
 
@@ -125,6 +138,75 @@ def test_drgn_opens_one(tmp_path: Path) -> None:
     drgn = [str(Path(sys.executable).with_name("drgn")), "--quiet", "-c", "before", "-e", show]
     done = subprocess.run(drgn, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("(struct kho_out){\n")
+
+
+@pytest.fixture(scope="module")
+def bare_keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vmcore of a kernel whose trees take bare keys."""
+    directory = tmp_path_factory.mktemp("bare_keys")
+    unpack(FOSSILS / f"7.3-fixed{SUFFIX}", directory)
+    return directory / "before"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--root", "kho_out"], "not a struct kho_radix_tree"),
+        (["--root", "kho_out.nothing"], "no member"),
+        (["--root", "0xffffffffffffff00"], "cannot be read"),
+        (["--root", "kho_out.radix_tree", "--incoming"], "--root and --incoming name 2 trees"),
+        (["--raw-keys", "--order", "3"], "raw keys"),
+    ],
+)
+def test_what_is_no_tree(
+    bare_keys: Path, words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _status(str(bare_keys), ["tree", *words]) == 2
+    out, errors = capsys.readouterr()
+    assert out == ""
+    assert expected in errors
+
+
+def _status(core: str, words: list[str]) -> int | str | None:
+    """argparse ends the program when words do not go together."""
+    try:
+        return _main(core, words)
+    except SystemExit as end:
+        return end.code
+
+
+def test_khos_own_tree_by_its_name_and_by_its_address(
+    bare_keys: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tree(*words: str) -> Any:
+        assert _main(str(bare_keys), ["tree", "--limit", "0", "--json", *words]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    own = tree()
+    assert own["blocks"]
+    for name in ("kho_out.radix_tree", own["root"]):
+        named = tree("--root", name)
+        for part in ("root", "totals", "blocks", "bad_entries"):
+            assert named[part] == own[part], (name, part)
+    raw = tree("--root", "kho_out.radix_tree", "--raw-keys")
+    assert [row["key"] for row in raw["keys"]] == [block["key"] for block in own["blocks"]]
+    assert not {"totals", "blocks"} & raw.keys()
+
+
+@pytest.mark.parametrize("name", ["verify", "status", "pages"])
+def test_kho_of_a_session_is_the_command_line(
+    bare_keys: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [name, "--json"]
+    if name == "pages":
+        words.insert(1, Places.load(bare_keys.with_name(PLACES)).pages[0])
+    status = _main(str(bare_keys), words)
+    expected = json.loads(capsys.readouterr().out)
+    assert run_command(sources.open_core(bare_keys), " ".join(["kho", *words])) == status
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == expected.keys()
+    for part in found.keys() - {"taken"}:
+        assert found[part] == expected[part], part
 
 
 def test_every_command_is_kept() -> None:

@@ -55,7 +55,7 @@ _KEPT = {7: Memfd(12 << 10)}
 _GONE = {8: Memfd(8 << 10)}
 
 #: What the archive's file of this name has is a :class:`Places`.
-_PLACES = "places.json"
+PLACES = "places.json"
 
 #: khoscope's commands on a vmcore, by a name for each. A command may refuse what its kernel does
 #: not have. Words in braces stand for all :class:`Places` of that name, one after the other.
@@ -117,9 +117,9 @@ def fossil(name: str, accel: str | None = None) -> int:
                 core.keep(core.read, kept / stage)
             _note(f"{stage}: {len(core.read)} pages are read")
         _compare(whole, kept, places, vmlinux)
-        (kept / _PLACES).write_text(json.dumps(asdict(places), indent=1) + "\n")
+        (kept / PLACES).write_text(json.dumps(asdict(places), indent=1) + "\n")
         packed = Path(made, f"{name}{SUFFIX}")
-        _pack([kept / file for file in (*STAGES, _PLACES)], packed)
+        _pack([kept / file for file in (*STAGES, PLACES)], packed)
         FOSSILS.mkdir(exist_ok=True)
         archive = Path(shutil.copy(packed, FOSSILS))
     print(f"{archive.stat().st_size:8} {archive.relative_to(REPOSITORY)}")
@@ -131,7 +131,7 @@ def unpack(archive: Path, to: Path) -> Places:
     """Put the two vmcores of an archive into a directory, named as in STAGES."""
     with tarfile.open(archive) as tar:
         tar.extractall(to, filter="data")
-    return Places.load(to / _PLACES)
+    return Places.load(to / PLACES)
 
 
 # -- the guest ------------------------------------------------------------------------------------

@@ -122,6 +122,14 @@ def under_test() -> list[str]:
     return [name for name in chosen() if name in KERNELS]
 
 
+def one_of_each_series() -> list[str]:
+    """The kernels on which a test runs whose result the patches do not change.
+
+    They are the last ones of their series among the chosen ones: the repaired one, if there is one.
+    """
+    return list({series(name): name for name in under_test()}.values())
+
+
 # Part of every kernel's key: increase it when the recipe below changes what it makes.
 _RECIPE = "1"
 

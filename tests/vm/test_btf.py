@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-Kernels without any vmlinux: what khoscope says of them is what it says with one.
+Kernels without any vmlinux: what khoscope says of them is what it says with one.  And trees that
+are not KHO's, whose keys are no blocks.
 
 In the guest types come from sysfs and symbols from /proc/kallsyms; on the host, over QMP and of a
 vmcore, both come out of the guest's memory.
@@ -19,7 +20,7 @@ from drgn import Program, Type, TypeKind, sizeof
 from khoscope.sources.open import debug_info, open_qemu
 from tests.vm.test_khoscope import TIMEOUT, guest, host
 from vm.exercise import Exercise
-from vm.kernel import under_test
+from vm.kernel import one_of_each_series, series
 from vm.luo import Memfd, hold
 from vm.machine import Machine
 
@@ -42,7 +43,7 @@ HIDE = "mkdir -p /run/none; for d in /usr/lib/debug /kernel; do mount --bind /ru
 SHOW = "umount /usr/lib/debug /kernel"
 
 
-@pytest.fixture(scope="module", params=under_test())
+@pytest.fixture(scope="module", params=one_of_each_series())
 def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
     """A guest with something to see."""
     with Machine(request.param) as machine:
@@ -218,14 +219,11 @@ def test_every_member_is_where_dwarf_has_it(machine: Machine) -> None:
         assert other[name].value_() == value
 
 
-@pytest.fixture(scope="module")
-def fixed() -> Iterator[Machine]:
-    with Machine("7.2-fixed") as machine:
-        Exercise(machine).load()
-        yield machine
+ONE = one_of_each_series()[-1:]
 
 
-def test_drgns_own_helpers(fixed: Machine) -> None:
+@pytest.mark.parametrize("machine", ONE, indirect=True)
+def test_drgns_own_helpers(machine: Machine) -> None:
     """After register() all of drgn works; types of modules are there, too."""
     lines = [
         "from drgn import Program",
@@ -240,9 +238,9 @@ def test_drgns_own_helpers(fixed: Machine) -> None:
         "print(prog['kho_preserve_pages'].type_.type_name())",
         "print([m.name for m in prog.type('struct scenario').members][:2])",
     ]
-    fixed.run("cat > /run/script.py", input="\n".join([*lines, ""]).encode(), check=True)
+    machine.run("cat > /run/script.py", input="\n".join([*lines, ""]).encode(), check=True)
     run = "PYTHONPATH=/khoscope python3 /run/script.py"
-    said = fixed.run(run, timeout=TIMEOUT, check=True).stdout.splitlines()
+    said = machine.run(run, timeout=TIMEOUT, check=True).stdout.splitlines()
     assert said == [
         "('khoscope', '/sys/kernel/btf/vmlinux')",
         "swapper/0",
@@ -253,13 +251,13 @@ def test_drgns_own_helpers(fixed: Machine) -> None:
     ]
 
 
-def test_snapshots_and_traces(fixed: Machine) -> None:
-    fixed.run(HIDE, check=True)
-    guest(fixed, "snapshot", "/run/btf.khosnap")
-    tree = json.loads(guest(fixed, "--snapshot", "/run/btf.khosnap", "tree", "--json"))
-    live = json.loads(guest(fixed, "tree", "--json"))
+@pytest.mark.parametrize("machine", ONE, indirect=True)
+def test_snapshots_and_traces(bare: Machine) -> None:
+    guest(bare, "snapshot", "/run/btf.khosnap")
+    tree = json.loads(guest(bare, "--snapshot", "/run/btf.khosnap", "tree", "--json"))
+    live = json.loads(guest(bare, "tree", "--json"))
     assert tree["blocks"] == live["blocks"]
-    traced = fixed.run(
+    traced = bare.run(
         "khoscope -v trace --json -d 6 >/run/trace & sleep 14;"
         " echo contig > /sys/kernel/debug/kho_exercise/preserve; wait; cat /run/trace",
         timeout=TIMEOUT,
@@ -267,4 +265,29 @@ def test_snapshots_and_traces(fixed: Machine) -> None:
     )
     assert "khoscope: types: BTF (khoscope)" in traced.stderr
     assert json.loads(traced.stdout)["schema"] == "khoscope.trace/1"
-    fixed.run(SHOW, check=True)
+
+
+# Trees that are not KHO's
+
+#: What stands for nothing that the page allocator could know of: no order bit, or too many pages.
+KEYS = [0x0, 0x7, 0x1234_5678, 0xABC_DEF0_1234, 0x1F_FFFF_FFFF_FFFF]
+
+
+@pytest.mark.parametrize(
+    "machine", [name for name in one_of_each_series() if series(name) == "7.3"], indirect=True
+)
+def test_keys_that_are_no_blocks(machine: Machine) -> None:
+    """On kernels that take bare keys the module has such a tree."""
+    for key in KEYS:
+        machine.run(f"echo {key:#x} > /sys/kernel/debug/kho_exercise/keys", check=True)
+    where = (*machine.source, "tree", "--root", "kho_exercise_keys", "--raw-keys")
+    found = json.loads(host(*where, "--json"))
+    assert [int(row["key"], 16) for row in found["keys"]] == KEYS
+    assert found["bad_entries"] == 0
+    lines = host(*where, "--jsonl").splitlines()
+    assert [int(json.loads(line)["key"], 16) for line in lines] == KEYS
+    text = host(*where)
+    assert "5 keys" in text
+    assert "0x00000abcdef01234" in text
+    # What KHO hands over is as it was.
+    host(*machine.source, "verify")

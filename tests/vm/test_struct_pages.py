@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from tests.vm.test_khoscope import TIMEOUT
-from vm.kernel import series, under_test
+from vm.kernel import one_of_each_series, series
 from vm.machine import Machine
 
 SCRIPT = Path(__file__).parent / "guest" / "hugetlb.py"
 
 
-@pytest.mark.parametrize("kernel", under_test())
+@pytest.mark.parametrize("kernel", one_of_each_series())
 def test_hugetlb_folios_are_read_as_drgn_reads_them(kernel: str) -> None:
     with Machine(kernel) as machine:
         said = machine.run(

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-vmcores, from QEMU and from a crash kernel, ELF and kdump-compressed, without user pages, and with
-parts missing: the whole tree and all stamps, by DWARF and by the BTF in the vmcore itself.
+vmcores, from QEMU and from a crash kernel, ELF and kdump-compressed, without user pages: the whole
+tree and all stamps, by DWARF and by the BTF in the vmcore itself.
+
+What becomes of one without pages that it should have is in test_missing_pages.py.
 """
 
 from __future__ import annotations
@@ -10,17 +12,13 @@ import json
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from drgn import Object, Program
-from drgn.helpers.linux.mm import follow_phys
 
-from khoscope.sources.open import open_core
-from khoscope.sources.probe import page_layout
 from tests.vm.test_khoscope import TIMEOUT, host
 from vm.exercise import Exercise
 from vm.machine import Machine
@@ -117,18 +115,17 @@ def test_there_is_something_to_see(story: Story) -> None:
     assert story.crash_image["size"] > 8 << 20
 
 
-@pytest.mark.parametrize("debug_info", ["DWARF", "BTF"])
-def test_an_elf_from_qemu(story: Story, debug_info: str) -> None:
-    agrees(story, story.core, *by(story, debug_info))
+def test_an_elf_from_qemu(story: Story) -> None:
+    """By DWARF. By BTF, fossils are such vmcores."""
+    agrees(story, story.core, "--vmlinux", str(story.vmlinux))
 
 
-@pytest.mark.parametrize("debug_info", ["DWARF", "BTF"])
 @pytest.mark.parametrize("kind", WHOLE)
-def test_from_a_crash_kernel(story: Story, kind: str, debug_info: str) -> None:
-    """Without cached and free pages: KHO needs none of them."""
+def test_from_a_crash_kernel(story: Story, kind: str) -> None:
+    """Without cached and free pages: KHO needs none of them. By the vmcore's own BTF."""
     core = story.crashed[kind]
     assert core.stat().st_size < story.core.stat().st_size // 4
-    agrees(story, core, *by(story, debug_info))
+    agrees(story, core)
 
 
 def test_with_pages_of_the_kernel_missing(story: Story) -> None:
@@ -148,10 +145,6 @@ def test_with_pages_of_the_kernel_missing(story: Story) -> None:
         assert "PASS" not in verdict.stdout
         assert verdict.returncode in (1, 2, 3)
     assert "Traceback" not in verdict.stderr
-
-
-def by(story: Story, debug_info: str) -> tuple[str, ...]:
-    return ("--vmlinux", str(story.vmlinux)) if debug_info == "DWARF" else ()
 
 
 def test_a_kdump_from_qemu(story: Story, tmp_path: Path) -> None:
@@ -183,88 +176,6 @@ def rearranged(flattened: Path, to: Path) -> Path:
 def khoscope(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "khoscope", *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT)
-
-
-def test_without_struct_pages(story: Story, tmp_path: Path) -> None:
-    """The tree is whole, what hangs on struct pages is said to be missing, and nothing passes."""
-    core = without_vmemmap(story.core, tmp_path / "cut")
-    tree = json.loads(host("--core", str(core), "tree", "--json"))
-    assert tree["blocks"] == story.tree["blocks"]
-    result = khoscope("--core", str(core), "verify")
-    assert result.returncode == 3
-    assert "PASS" not in result.stdout
-    blocks = len(tree["blocks"])
-    assert f"the struct pages of {blocks} blocks could not be read" in result.stdout
-    assert "how full is not known" in host("--core", str(core), "status")
-
-
-def without_vmemmap(core: Path, to: Path) -> Path:
-    """The same ELF core without the struct pages."""
-    prog = open_core(core)
-    layout = page_layout(prog)
-    # The vmemmap is of whole huge pages.
-    step = 2 << 20
-    size = (1536 << 20) // 4096 * layout.size
-    virtual = {layout.vmemmap + at for at in range(0, size, step)}
-    return without(core, to, {_physical(prog, at) for at in virtual}, step)
-
-
-def _physical(prog: Program, address: int) -> int:
-    return int(follow_phys(prog["init_mm"].address_of_(), address).value_())
-
-
-def without(core: Path, to: Path, missing: set[int], step: int = 4096) -> Path:
-    """The same ELF core with program headers that leave out pages of a size, by their addresses."""
-    raw = bytearray(core.read_bytes())
-    (table,) = struct.unpack_from("<Q", raw, 32)
-    (count,) = struct.unpack_from("<H", raw, 56)
-    headers = [list(struct.unpack_from("<IIQQQQQQ", raw, table + 56 * i)) for i in range(count)]
-    kept = []
-    for header in headers:
-        kind, flags, offset, virtual, first, size, _, align = header
-        if kind != 1:
-            kept.append(header)
-            continue
-        at, last = first, first + size
-        for hole in [*sorted(hole // step * step for hole in missing), last]:
-            if at < hole <= last:
-                length = hole - at
-                kept.append([kind, flags, offset + at - first, virtual, at, length, length, align])
-            if at <= hole < last:
-                at = hole + step
-    struct.pack_into("<Q", raw, 32, len(raw))
-    struct.pack_into("<H", raw, 56, len(kept))
-    with open(to, "wb") as file:
-        file.write(raw)
-        for header in kept:
-            file.write(struct.pack("<IIQQQQQQ", *header))
-    return to
-
-
-#: What cannot be read without a page, and where that is in the kernel.
-FACTS: dict[str, Callable[[Program], Object]] = {
-    "the kernel log (prb)": lambda prog: prog["prb"].desc_ring.descs,
-    "the scratch areas (kho_scratch)": lambda prog: prog["kho_scratch"],
-    "LUO's file handlers (luo_file_handler_list)": lambda p: p["luo_file_handler_list"].next,
-    "the list of vmalloc areas (struct vmap_area), whole": (
-        lambda prog: prog["vmap_nodes"][0].busy.head.next
-    ),
-}
-
-
-@pytest.mark.parametrize("fact", FACTS)
-def test_without_a_page(story: Story, tmp_path: Path, fact: str) -> None:
-    """The tree is there, the fact is named where it was looked for, and nothing passes."""
-    prog = open_core(story.core)
-    page = _physical(prog, FACTS[fact](prog).value_())
-    core = without(story.core, tmp_path / "cut", {page})
-    tree = json.loads(host("--core", str(core), "tree", "--json"))
-    assert tree["blocks"] == story.tree["blocks"]
-    result = khoscope("--core", str(core), "verify")
-    assert "PASS" not in result.stdout
-    assert result.returncode in (2, 3)
-    assert f"cannot be read: {fact}" in result.stdout
-    assert "Traceback" not in result.stderr
 
 
 # A vmlinux without DWARF

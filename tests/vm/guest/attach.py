@@ -16,8 +16,8 @@ from khoscope.sources.open import open_live
 from khoscope.trace.call_filter import CallFilter
 from khoscope.trace.probes import Probes
 
-#: Whole cycles, and those of some functions of one compiled program.
-FULL, AGAIN = 2, 48
+#: Cycles of some functions of one compiled program.
+AGAIN = 48
 SOME = ("kho_preserve_pages", "kho_radix_add_page")
 
 LISTS = [
@@ -60,12 +60,11 @@ def left() -> list[int]:
 def main() -> None:
     seen: dict[str, Any] = {"before": left(), "on": [], "full": [], "again": []}
     source = KernelSource(open_live(), "live kernel", True)
-    for cycle in range(FULL):
-        how = ("fentry", "kprobe")[cycle % 2]
-        with Probes(source, CallFilter(), how):
-            seen["on"].append([traced(), programs()])
-        seen["full"].append(left())
+    with Probes(source, CallFilter(), "fentry"):
+        seen["on"].append([traced(), programs()])
+    seen["full"].append(left())
     with Probes(source, CallFilter(), "kprobe") as probes:
+        seen["on"].append([traced(), programs()])
         bpf = probes._bpf
         for name in probes.attached:
             bpf.detach_kprobe(event=name, fn_name=f"enter_{name}")
