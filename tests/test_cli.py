@@ -902,6 +902,7 @@ def server(path: Path, says: bytes) -> Iterator[None]:
         b'{"QMP": {"version": {}, "capabilities": []}}\r\n{"return": 5}\r\n',
         b"{" * 100_000,
     ],
+    ids=["nothing", "http", "half", "empty", "greeting", "odd", "endless"],
 )
 def test_qemu_that_is_none(tmp_path: Path, says: bytes) -> None:
     path = tmp_path / "qmp"
