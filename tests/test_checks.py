@@ -23,7 +23,16 @@ from khoscope.abi.keys import (
     Stamp,
 )
 from khoscope.abi.kho_fdt import Fdt, Subtree
-from khoscope.checks import RULES, Report, RuleSelection, Severity, check, compare, run
+from khoscope.checks import (
+    RULES,
+    Report,
+    RuleSelection,
+    Severity,
+    Verdict,
+    check,
+    compare,
+    run,
+)
 from khoscope.checks.clients import NEEDED
 from khoscope.checks.rule import SCOPES, TRACE, of_scopes
 from khoscope.facts import budget
@@ -1084,6 +1093,56 @@ def test_what_the_oldest_kernels_restore(block: Block) -> None:
     wrong = many and block == split(2)
     assert [text.endswith("restore it as 1/0") for text in said(SMALL, block)] == [True] * wrong
     assert bool(said(NO_LOAD_FIRST, block)) == (block == contig(2))
+
+
+@pytest.mark.parametrize("abi", [XARRAY, SMALL])
+def test_what_is_used_in_place_is_not_restored(abi: Abi) -> None:
+    """Whatever restoring would make of it: reserve_mem= only looks at its memory."""
+    area = Owner(OwnerKind.RESERVE_MEM, "reserve_mem x")
+    report = claimed(area, AT, 16 << 10, split(2), abi=abi)
+    assert "wrong-after-restore" not in report.counts
+    report = claimed(area, AT, 16 << 10, split(2, phys=AT + 0x10000), abi=abi)
+    assert report.counts["wrong-after-restore"] == 1
+
+
+def arrival_of(abi: Abi, before: Snapshot, *after: Block) -> Report:
+    """The report across a kexec, of whose tree nothing is left."""
+    now = snapshot(
+        abi, [], boot_id=NEXT_BOOT, handover=HANDED_OVER, watched=(before, after), evidence=[]
+    )
+    return compare(before, now)
+
+
+@pytest.mark.parametrize("finalizes", [False, True])
+def test_what_was_not_serialized_is_lost(finalizes: bool) -> None:
+    """Unless LUO serializes once more on the way into the kexec."""
+    both = [folio(2), OTHER_FOLIO]
+    made = snapshot(NO_LOAD_FIRST, both)
+    chain = snapshot(NO_LOAD_FIRST, [folio(2)]).outgoing.tree
+    before = replace(
+        made,
+        finalized=True,
+        outgoing=replace(made.outgoing, serialized=chain),
+        liveupdate=LuoState(finalizes, []),
+    )
+    report = arrival_of(NO_LOAD_FIRST, before, *both)
+    assert report.fates == ({"restored": 2} if finalizes else {"restored": 1, "lost": 1})
+    lost = [f.phys for f in report.findings if f.rule == "lost"]
+    assert lost == ([] if finalizes else [OTHER_FOLIO.phys])
+    bad = replace(chain, state=BAD_ENTRY)
+    before = replace(before, outgoing=replace(before.outgoing, serialized=bad))
+    said = "the earlier snapshot: 1 bad tree entries"
+    assert said in arrival_of(NO_LOAD_FIRST, before, *both).incomplete
+
+
+def test_stamps_that_are_orders_alone() -> None:
+    """A block as the boot leaves it may be restored still, and nobody is blamed for it."""
+    waiting = split(2, pristine=4, private=2)
+    report = arrival_of(SMALL, snapshot(SMALL, [folio(2)]), waiting)
+    assert (report.fates, report.counts["wrong-refcounts"]) == ({"not-known": 1}, 0)
+    assert report.verdict == Verdict.INCOMPLETE
+    restored = folio(2, pristine=4)
+    assert arrival_of(SMALL, snapshot(SMALL, [folio(2)]), restored).fates == {"restored": 1}
 
 
 def test_where_the_chain_is_said_to_be() -> None:

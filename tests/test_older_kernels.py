@@ -215,6 +215,14 @@ def test_what_is_handed_over(kernel: Kernel) -> None:
     assert not {"not-finalized", "serialized-differs", "bad-fdt"} & report.counts.keys()
 
 
+def test_one_source_before_and_after_finalizing(kernel: Kernel) -> None:
+    """As verify --watch has it; and when it was undone, as kho_abort() does."""
+    source = kernel.source()
+    assert not source.snapshot().contradictions
+    kernel.finalize()
+    assert not source.snapshot().contradictions
+
+
 def test_what_was_preserved_after_finalizing(kernel: Kernel) -> None:
     """As 6.19 and 7.0 permit; in a bitmap that is serialized, it is handed over all the same."""
     kernel.finalize()

@@ -129,8 +129,12 @@ def wrong_after_restore(facts: Snapshot, blocks: Blocks) -> Marked:
             f"will restore it as {named(int(blocks.order[row]), bool(split[row]))}{how}"
         )
 
+    wrong = _judged(blocks) & (~fits(blocks.facts, split) | compound)
+    if wrong.any():
+        # Nobody restores what is used in place.
+        wrong &= ~InPlace(facts).claimed(blocks)
     return Marked(
-        _judged(blocks) & (~fits(blocks.facts, split) | compound),
+        wrong,
         say,
         "type-not-stored",
         lost_type(facts.abi, blocks),

@@ -10,7 +10,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, U64, Abi
+from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, U64, Abi, Finalize
 from ..abi.serialized import LUO
 from ..facts.clients import LuoSession
 from ..facts.columns import Blocks, Pages
@@ -45,6 +45,7 @@ class Fate(IntEnum):
     RELEASED = 3
     LOST = 4
     IN_PLACE = 5
+    UNKNOWN = 6
 
 
 #: In words, for totals.
@@ -55,6 +56,7 @@ FATE_NAMES = {
     Fate.RELEASED: "released",
     Fate.LOST: "lost",
     Fate.UNREAD: "unread",
+    Fate.UNKNOWN: "not-known",
 }
 
 
@@ -84,6 +86,11 @@ class Pairs:
         return (self.fate == Fate.NOT_RESTORED) | (self.fate == Fate.IN_PLACE)
 
 
+def _finalizes_itself(facts: Snapshot) -> bool:
+    luo = facts.liveupdate
+    return facts.abi.finalize == Finalize.BEFORE_KEXEC and luo is not None and luo.enabled
+
+
 class Evidence:
     """
     What is left of the tree that was handed over.
@@ -98,6 +105,11 @@ class Evidence:
         self._left = KeySet(after.abi, after.evidence)
         #: What the old kernel had recorded.
         self.recorded = recorded = KeySet(before.abi, before.outgoing.tree.leaves)
+        #: What the old kernel had serialized, if that is what it handed over.
+        self._serialized: KeySet | None = None
+        chain = before.outgoing.serialized
+        if chain is not None and before.finalized and not _finalizes_itself(before):
+            self._serialized = KeySet(before.abi, chain.leaves)
         row = recorded.leaf(self._left.leaves.key)
         known = row >= 0
         was = recorded.counts[row[known]]
@@ -107,11 +119,15 @@ class Evidence:
         self._believed = known
 
     def says_absent(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Blocks that were not handed over, according to a leaf that is believed."""
+        """
+        Blocks that were not handed over, according to a leaf that is believed, or because they were
+        preserved after everything was serialized.
+        """
         leaf = self._left.leaf(keys)
         absent = leaf >= 0
         absent[absent] = self._believed[leaf[absent]]
-        return absent & ~self._left.contains(keys)
+        absent &= ~self._left.contains(keys)
+        return absent if self._serialized is None else absent | ~self._serialized.contains(keys)
 
 
 def pair(
@@ -132,12 +148,28 @@ def pair(
             stamped & in_place.of(before),
             stamped,
             gone,
+            _may_be_waiting(before, now, pages),
             _reused(before, after, now),
         ],
-        [Fate.UNREAD, Fate.IN_PLACE, Fate.NOT_RESTORED, Fate.LOST, Fate.RELEASED],
+        [
+            *(Fate.UNREAD, Fate.IN_PLACE, Fate.NOT_RESTORED, Fate.LOST),
+            *(Fate.UNKNOWN, Fate.RELEASED),
+        ],
         Fate.RESTORED,
     )
     return Pairs(before, pages, fate.astype(np.int8), now.abi, now.offline, borders)
+
+
+def _may_be_waiting(before: Blocks, now: Snapshot, pages: Pages) -> NDArray[np.bool_]:
+    """
+    Blocks that look as the boot leaves them, on kernels whose stamp is the order alone.
+
+    Nothing tells whether such a block is still to be restored.
+    """
+    if now.abi.stamp.has_magic:
+        return np.zeros(len(before), np.bool_)
+    stamp = pages.private == before.order
+    return stamp & never_freed(before, pages) & (pages.compound <= 0)
 
 
 def undecided(pairs: Pairs) -> NDArray[np.bool_]:

@@ -342,8 +342,9 @@ def compare(
     missing = gaps(before, clients=bool(report.finders("pairs")))
     missing += _compare_blocks(before, after, report)
     _compare_stamps(before, after, report)
-    if bad := before.outgoing.tree.state.problem_count:
-        missing.append(f"{bad} bad tree entries")
+    for tree in (before.outgoing.tree, before.outgoing.serialized):
+        if tree is not None and (bad := tree.state.problem_count):
+            missing.append(f"{bad} bad tree entries")
     missing += _malformed(before)
     report.incomplete += [f"the earlier snapshot: {what}" for what in dict.fromkeys(missing)]
     if after.incoming is not None and after.incoming.luo is not None:

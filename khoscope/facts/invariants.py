@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..abi import serialized
 from ..abi.fdt import MAGIC
-from ..abi.keys import BAD_ORDER, NO_TYPE, Abi, Tracker
+from ..abi.keys import BAD_ORDER, NO_TYPE, Abi, Finalize, Tracker
 from ..abi.kho_fdt import kho_test_folios, parse_luo_fdt, reserve_mem_areas, root_fdt
 from .clients import Luo, LuoFile, LuoSession, Memfd, Owner, OwnerKind, Vmalloc
 from .columns import Blocks, Pages
@@ -72,7 +72,11 @@ def _kernel(facts: Snapshot) -> Iterator[str]:
         yield "not a KHO boot, but there is a kernel that handed over, or a count of kexecs"
     if facts.incoming is not None:
         yield from _metadata(facts, facts.incoming)
-    if facts.abi.compatible != facts.outgoing.fdt.compatible:
+    said = {facts.abi.compatible, facts.outgoing.fdt.compatible}
+    # Such a kernel has no root FDT while it is not finalized; who watches it has probed it once.
+    if facts.abi.finalize == Finalize.BEFORE_LOAD:
+        said.discard(None)
+    if len(said) > 1:
         yield (
             f"the ABI's compatible is {facts.abi.compatible!r}, the root FDT's "
             f"{facts.outgoing.fdt.compatible!r}"
