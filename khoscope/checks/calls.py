@@ -34,11 +34,11 @@ from .rule import Marked, Message, Severity, also, rule
     Severity.WARNING,
     "touches",
     """
-    kho_radix_add_page(), or kho_radix_add_key(), sets one bit for each block and counts nothing.
-    The first unpreserve, by whichever owner, takes the block out of the tree for both; its memory
-    is then lost at the kexec, silently. Let one owner preserve the block, once.
+    KHO has one bit for each block and counts nothing. The first unpreserve, by whichever owner,
+    clears it for both; the memory is then lost at the kexec, silently. Let one owner preserve the
+    block, once.
     """,
-    kernel="kho_radix_add_page kho_radix_add_key",
+    kernel="kho_radix_add_page kho_radix_add_key __kho_preserve_order",
 )
 def preserved_twice(facts: Snapshot, touches: Touches) -> Marked:
     """A block was preserved that was preserved already: its single bit was set."""
@@ -54,14 +54,14 @@ def preserved_twice(facts: Snapshot, touches: Touches) -> Marked:
     Severity.WARNING,
     "touches",
     """
-    kho_radix_del_page(), or kho_radix_del_key(), found the bit clear. It says nothing if the leaf
-    exists, and WARNs if it does not. Either the block was never preserved, or it was unpreserved
+    The block's bit was clear. The kernel says nothing if the leaf or bitmap exists, and WARNs if it
+    does not. Either the block was never preserved, or it was unpreserved
     twice, or it is still preserved under another key: with another order, because the range differs
     from the one that was preserved, or with another type, because the pages were split since then
     (kho_split_preserved_pages() is for that). That old entry then goes through the kexec.
     Unpreserve exactly what was preserved, as it was.
     """,
-    kernel="kho_radix_del_page kho_radix_del_key",
+    kernel="kho_radix_del_page kho_radix_del_key __kho_unpreserve",
 )
 def unpreserved_unknown(facts: Snapshot, touches: Touches) -> Marked:
     """A block was unpreserved that was not preserved: its bit was clear."""
