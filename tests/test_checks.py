@@ -370,7 +370,7 @@ def border(
 
 FIRES: dict[str, list[Fires]] = {
     "not-finalized": [
-        Fires(lambda: older(folio(2), finalized=False), None, here=True),
+        Fires(lambda: older(folio(2), finalized=False, image=KexecImage(False)), None, here=True),
         Fires(lambda: older(folio(2), finalized=False, abi=NO_LOAD_FIRST), None, here=True),
         Fires(
             lambda: older(
@@ -380,6 +380,16 @@ FIRES: dict[str, list[Fires]] = {
             here=True,
         ),
         Fires(lambda: older(folio(2), image=KexecImage(True, True, 0, 4096)), None, here=True),
+        # Clients that preserve when they are told that KHO is finalized have nothing preserved yet.
+        Fires(
+            lambda: older(finalized=False, image=KexecImage(True, True, 0, 4096)), None, here=True
+        ),
+        # kho_abort() has dropped all that was preserved.
+        Fires(
+            lambda: older(finalized=False, image=KexecImage(True, True, 0x2000, 4096)),
+            None,
+            here=True,
+        ),
     ],
     "serialized-differs": [
         Fires(lambda: older(folio(2), listed=[]), AT, 2),
@@ -693,7 +703,7 @@ def with_incoming_fdt(**changes: object) -> Snapshot:
 SILENT: dict[str, list[Callable[[], Report]]] = {
     "not-finalized": [
         lambda: older(folio(2)),
-        lambda: older(finalized=False),
+        lambda: older(finalized=False, image=KexecImage(False)),
         lambda: older(folio(2), finalized=None),
         # LUO finalizes by itself, on the way into the kexec.
         lambda: older(folio(2), finalized=False, abi=NO_LOAD_FIRST, liveupdate=LuoState(True, [])),
@@ -1093,6 +1103,17 @@ def test_what_the_oldest_kernels_restore(block: Block) -> None:
     wrong = many and block == split(2)
     assert [text.endswith("restore it as 1/0") for text in said(SMALL, block)] == [True] * wrong
     assert bool(said(NO_LOAD_FIRST, block)) == (block == contig(2))
+
+
+@pytest.mark.parametrize(
+    ("finalized", "said"),
+    [(None, "whether KHO is finalized is not known"), (False, "its clients preserve memory when")],
+)
+def test_what_is_not_finalized_yet_is_no_pass(finalized: bool | None, said: str) -> None:
+    report = older(finalized=finalized, image=KexecImage(False))
+    assert report.verdict == Verdict.INCOMPLETE
+    assert any(said in why for why in report.incomplete)
+    assert older(finalized=True).passed
 
 
 @pytest.mark.parametrize("abi", [XARRAY, SMALL])

@@ -25,6 +25,18 @@ _THEN_LOAD = f"""
     without a word in the log, and the next kernel reuses all preserved memory. Finalize (echo 1 >
     {FINALIZE}), and load the image afterwards (kexec -s -l). Nothing can be preserved in between.
     """
+_LOAD_AGAIN = f"""
+    kho_fill_kimage() gives the root FDT only to an image that is loaded after KHO was finalized.
+    This one hands nothing over, without a word in the log. Load it again (kexec -s -l). KHO is
+    finalized as it should be: do not write 0 to {FINALIZE}, which drops all that is preserved.
+    """
+_UNDONE = f"""
+    KHO was finalized, the image was loaded, and then finalizing was undone (kho_abort()), which
+    drops all that was preserved and frees the chain that the image's FDT leads to: the next kernel
+    reserves whatever is there by then. Have the clients preserve again, finalize (echo 1 >
+    {FINALIZE}), and load the image again (kexec -s -l); or load it with kexec_load() (kexec -c -l)
+    to hand nothing over.
+    """
 _BEFORE_KEXEC = f"""
     The next kernel finds preserved memory through the chain that kho_finalize() makes. There is
     none yet, so the next kernel refuses the handover and reuses all preserved memory. LUO would
@@ -46,22 +58,49 @@ _BEFORE_KEXEC = f"""
 )
 def not_finalized(facts: Snapshot) -> Iterator[Message]:
     """A kernel that needs finalizing has blocks preserved and is not finalized, or its image was
-    loaded before that."""
+    loaded before that, or before it was undone."""
     step, image = facts.abi.finalize, facts.image
     if step == Finalize.NEVER or facts.finalized is None:
         return
-    if not facts.finalized:
-        # LUO's liveupdate_reboot() finalizes.
-        by_itself = step == Finalize.BEFORE_KEXEC and facts.liveupdate and facts.liveupdate.enabled
-        count = _preserved(facts)
-        if count and not by_itself:
-            explain = _THEN_LOAD if step == Finalize.BEFORE_LOAD else _BEFORE_KEXEC
-            blocks = "1 block is" if count == 1 else f"{count:,} blocks are"
-            yield Message(f"{blocks} preserved, and KHO is not finalized", explain=explain)
-    elif step == Finalize.BEFORE_LOAD and image and image.file_mode and not image.kho_fdt:
+    # Whether it was loaded by kexec_file_load(), and with what.
+    file_mode = step == Finalize.BEFORE_LOAD and image is not None and image.file_mode
+    if facts.finalized:
+        if file_mode and image is not None and not image.kho_fdt:
+            yield Message(
+                "the kexec image was loaded before KHO was finalized: load it again",
+                explain=_LOAD_AGAIN,
+            )
+        return
+    # LUO's liveupdate_reboot() finalizes.
+    by_itself = step == Finalize.BEFORE_KEXEC and facts.liveupdate and facts.liveupdate.enabled
+    count = _preserved(facts)
+    if count and not by_itself:
+        explain = _THEN_LOAD if step == Finalize.BEFORE_LOAD else _BEFORE_KEXEC
+        blocks = "1 block is" if count == 1 else f"{count:,} blocks are"
+        yield Message(f"{blocks} preserved, and KHO is not finalized", explain=explain)
+    if file_mode and image is not None and image.kho_fdt:
         yield Message(
-            "the kexec image was loaded before KHO was finalized: load it again",
+            "the kexec image is of a handover that is no more: finalizing was undone",
+            explain=_UNDONE,
+        )
+    elif file_mode and not count:
+        yield Message(
+            "the kexec image was loaded, and KHO is not finalized: nothing will be handed over",
             explain=_THEN_LOAD,
+        )
+
+
+def unsettled(facts: Snapshot) -> Iterator[str]:
+    """Why it cannot be said yet what a kexec would hand over."""
+    if facts.abi.finalize == Finalize.NEVER or not facts.kho_enable:
+        return
+    if facts.finalized is None:
+        yield "whether KHO is finalized is not known"
+    elif facts.abi.finalize == Finalize.BEFORE_LOAD and not facts.finalized:
+        # register_kho_notifier(); reserve_mem= is one of them.
+        yield (
+            "KHO is not finalized, and its clients preserve memory when it is: finalize it (echo 1 "
+            f">{FINALIZE}), look again, and load the image"
         )
 
 

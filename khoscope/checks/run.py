@@ -25,7 +25,7 @@ from ..facts.snapshot import Snapshot
 from ..facts.tree import KeySet
 from ..words.errors import KhoscopeError
 from . import calls as _calls_rules  # noqa: F401 - registers its rules
-from . import finalize as _finalize_rules  # noqa: F401 - registers its rules
+from . import finalize as finalize_rules
 from . import handover as handover_rules
 from . import kernel as _kernel_rules  # noqa: F401 - registers its rules
 from . import next_kernel as _image_rules  # noqa: F401 - registers its rules
@@ -268,8 +268,10 @@ def _check(
     _check_tree(facts, keys, report)
     _check_blocks(facts, next_kernel, keys, report)
     report.incomplete += gaps(facts, clients=bool(report.finders("clients")))
-    if about == About.KEXEC and facts.image is None and report.finders("kexec"):
-        report.incomplete.append("whether a kexec image is loaded, and with what, is not known")
+    if about == About.KEXEC and report.finders("kexec"):
+        if facts.image is None:
+            report.incomplete.append("whether a kexec image is loaded, and with what, is not known")
+        report.incomplete += finalize_rules.unsettled(facts)
     return report
 
 
