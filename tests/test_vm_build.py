@@ -219,6 +219,15 @@ def test_kernels_that_are_chosen(
     assert kernel.under_test() == tested
 
 
+def test_kernels_that_are_named_or_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = [*kernel.NAMES, *kernel.ARM64, kernel.STOCK]
+    monkeypatch.setenv("KERNELS", "all")
+    left_out = {"7.2-arm64-4k", *(name for name in every if kernel.series(name) in kernel.ARCHIVED)}
+    assert kernel.chosen(every) == [name for name in every if name not in left_out]
+    monkeypatch.setenv("KERNELS", "7.2-arm64-4k")
+    assert kernel.chosen(every) == ["7.2-arm64-4k"]
+
+
 def test_kernels_that_there_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KERNELS", "7.2 7.4")
     with pytest.raises(cache.BuildError, match=r"neither a kernel nor a series 7\.4"):
