@@ -43,6 +43,7 @@ from vm.fossil import (
     said,
     unpack,
 )
+from vm.kernel import KERNELS as BUILT
 
 KEPT = Kept(Path(__file__).parent / "recorded" / "fossils")
 
@@ -218,6 +219,11 @@ def test_every_command_is_kept() -> None:
         for stage in STAGES
         for command in commands[stage]
     }
+
+
+def test_every_kernel_is_kept() -> None:
+    """All that are built for x86 but the variants, which differ in what they refuse alone."""
+    assert set(KERNELS) == set(BUILT)
 
 
 def test_they_are_small() -> None:
