@@ -16,6 +16,7 @@ import pytest
 from drgn import Program
 
 from khoscope.abi.keys import Finalize
+from khoscope.facts.clients import LuoState
 from khoscope.facts.offers import Fact, State, missing
 from khoscope.facts.snapshot import KexecImage, Snapshot
 from khoscope.sources import host as module
@@ -207,7 +208,7 @@ OF_6_18 = """\
     ("finalize", "state", "said"),
     [
         ("1\n", State.OK, "yes"),
-        ("0\n", State.NO, "no: nothing would be handed over"),
+        ("0\n", State.NO, "no; when it must be is not known"),
         (None, State.UNKNOWN, "cannot be read"),
         ("", State.UNKNOWN, "cannot be read"),
     ],
@@ -251,6 +252,36 @@ def test_kernels_whose_memory_says_whether_they_are_finalized(
     assert ("before the kexec" in fact.hint) == (finalized is False)
     early = finalized is False
     assert found["KHO's state"].value == "readable, no FDT" + " before it is finalized" * early
+
+
+def test_kernels_whose_luo_finalizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to be done, whatever debugfs says; LUO that is off does not do it."""
+    it = host(tmp_path, kallsyms="0 T kho_preserve_pages\n0 T liveupdate_enabled\n")
+    path = tmp_path / "sys/kernel/debug/kho/out/finalize"
+    path.parent.mkdir(parents=True)
+    path.write_text("0\n")
+    abi = replace(XARRAYS, finalize=Finalize.BEFORE_KEXEC)
+    facts = replace(snapshot(abi, [Block(0x100000)]), finalized=False)
+    for on, state in ((True, State.OK), (False, State.NO)):
+        luo = replace(facts, liveupdate=LuoState(on, []))
+        fact = look_inside(it, luo, monkeypatch)["finalized"]
+        assert fact.state == state
+        assert bool(fact.hint) != on
+        assert ("LUO does it" in fact.value) == on
+
+
+def test_kernels_that_may_have_luo(tmp_path: Path) -> None:
+    """Without their memory it is not known whether LUO is on."""
+    it = host(
+        tmp_path, kallsyms="0 T kho_finalize\n0 T kho_preserve_pages\n0 T liveupdate_enabled\n"
+    )
+    path = tmp_path / "sys/kernel/debug/kho/out/finalize"
+    path.parent.mkdir(parents=True)
+    path.write_text("0\n")
+    fact = look(it)["finalized"]
+    assert fact.state == State.NO
+    assert fact.value.endswith("not known, and LUO, if it is on, does it")
+    assert "nothing would be handed over" not in fact.value
 
 
 def test_kernels_that_do_not_finalize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,17 @@ _BEFORE_KEXEC = f"""
     finalize on the way into the kexec, but it is off. Finalize before the kexec (echo 1 >
     {FINALIZE}).
     """
+_AGAIN = f"""
+    kho_finalize() may be called again, and replaces what was serialized. LUO would do it on the way
+    into the kexec, but it is off. Finalize again right before the kexec (echo 1 > {FINALIZE}).
+    """
+_NOT_AGAIN = f"""
+    This kernel finalizes once. Nothing can be preserved after that (EBUSY), and finalizing again
+    fails (EEXIST). Aborting (echo 0 > {FINALIZE}) frees the tracker with all that is in it: what
+    clients preserve anew in their notifiers comes back with the next finalizing, everything else is
+    forgotten for good. Do not kexec if these blocks matter: in this kernel, nothing corrects what
+    it hands over.
+    """
 
 
 @rule(
@@ -71,10 +82,8 @@ def not_finalized(facts: Snapshot) -> Iterator[Message]:
                 explain=_LOAD_AGAIN,
             )
         return
-    # LUO's liveupdate_reboot() finalizes.
-    by_itself = step == Finalize.BEFORE_KEXEC and facts.liveupdate and facts.liveupdate.enabled
     count = _preserved(facts)
-    if count and not by_itself:
+    if count and not facts.finalizes_itself:
         explain = _THEN_LOAD if step == Finalize.BEFORE_LOAD else _BEFORE_KEXEC
         blocks = "1 block is" if count == 1 else f"{count:,} blocks are"
         yield Message(f"{blocks} preserved, and KHO is not finalized", explain=explain)
@@ -121,21 +130,26 @@ def _preserved(facts: Snapshot) -> int:
     f"""
     The next kernel is handed what kho_mem_serialize() has listed, not what is preserved now. It
     does not hear of a block that was preserved after that, and reuses its memory. It reserves a
-    block that is listed and no more preserved, and nobody restores it. Finalize again right before
-    the kexec (on Linux 6.19 and 7.0: echo 1 > {FINALIZE} once more).
+    block that is listed and no more preserved, and nobody restores it. On Linux 6.19 and 7.0,
+    finalize again right before the kexec (echo 1 > {FINALIZE}); with LUO on, the kernel does it by
+    itself. On Linux 6.16 to 6.18 that fails with EEXIST, and aborting (echo 0) forgets all that is
+    preserved.
     """,
     kernel="kho_mem_serialize kho_mem_deserialize",
 )
 def serialized_differs(facts: Snapshot, keys: KeySet) -> Iterator[tuple[Blocks, Marked]]:
-    """The serialized chain and the tracker disagree."""
+    """The serialized chain and the tracker disagree, and the kernel will not serialize anew."""
     chain = facts.outgoing.serialized
-    if chain is None:
+    # What was serialized does not matter if it will be replaced.
+    if chain is None or facts.finalizes_itself:
         return
     listed = KeySet(facts.abi, chain.leaves)
-    yield from _differ(keys.minus(listed), "not among what was serialized: not handed over")
-    yield from _differ(listed.minus(keys), "not preserved any more, but serialized: handed over")
+    explain = _NOT_AGAIN if facts.abi.finalize == Finalize.BEFORE_LOAD else _AGAIN
+    lost, stale = "not among what was serialized: not handed over", "not preserved any more, but "
+    yield from _differ(keys.minus(listed), lost, explain)
+    yield from _differ(listed.minus(keys), stale + "serialized: handed over", explain)
 
 
-def _differ(blocks: Iterator[Blocks], what: str) -> Iterator[tuple[Blocks, Marked]]:
+def _differ(blocks: Iterator[Blocks], what: str, explain: str) -> Iterator[tuple[Blocks, Marked]]:
     for chunk in blocks:
-        yield chunk, Marked(np.ones(len(chunk), np.bool_), lambda _: what)
+        yield chunk, Marked(np.ones(len(chunk), np.bool_), lambda _: what, explain=explain)

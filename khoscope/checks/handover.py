@@ -10,7 +10,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, U64, Abi, Finalize
+from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, U64, Abi
 from ..abi.serialized import LUO
 from ..facts.clients import LuoSession
 from ..facts.columns import Blocks, Pages
@@ -86,11 +86,6 @@ class Pairs:
         return (self.fate == Fate.NOT_RESTORED) | (self.fate == Fate.IN_PLACE)
 
 
-def _finalizes_itself(facts: Snapshot) -> bool:
-    luo = facts.liveupdate
-    return facts.abi.finalize == Finalize.BEFORE_KEXEC and luo is not None and luo.enabled
-
-
 class Evidence:
     """
     What is left of the tree that was handed over.
@@ -108,7 +103,7 @@ class Evidence:
         #: What the old kernel had serialized, if that is what it handed over.
         self._serialized: KeySet | None = None
         chain = before.outgoing.serialized
-        if chain is not None and before.finalized and not _finalizes_itself(before):
+        if chain is not None and before.finalized and not before.finalizes_itself:
             self._serialized = KeySet(before.abi, chain.leaves)
         row = recorded.leaf(self._left.leaves.key)
         known = row >= 0

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..abi.keys import U64, Abi
+from ..abi.keys import U64, Abi, Finalize
 from ..abi.kho_fdt import Fdt
 from .clients import Claims, Luo, LuoState, Owner, Vmalloc
 from .columns import Blocks, Columns, Leaves
@@ -211,6 +211,17 @@ class Snapshot:
     finalized: bool | None = None
     nodes: list[Node] | None = None
     crash_image: KexecImage | None = None
+
+    @property
+    def finalizes_itself(self) -> bool:
+        """
+        Whether the kernel serializes on the way into a kexec whatever is preserved then.
+
+        ``liveupdate_reboot()`` calls ``kho_finalize()``, which replaces what was serialized before
+        (linux 6.19 and 7.0).
+        """
+        is_on = self.liveupdate is not None and self.liveupdate.enabled
+        return is_on and self.abi.finalize == Finalize.BEFORE_KEXEC
 
 
 def in_ram(ram: U64, phys: int, size: int) -> bool:

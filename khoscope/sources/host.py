@@ -18,7 +18,7 @@ from typing import Final
 
 from drgn import Program
 
-from ..abi.keys import Finalize, Tracker
+from ..abi.keys import Tracker
 from ..facts.offers import Fact, State
 from ..facts.snapshot import Snapshot
 from ..facts.status import kho_parameter, kho_switch
@@ -152,18 +152,27 @@ class Host:
         name, where = "finalized", str(host_files.FINALIZE)
         said = (self._text(host_files.FINALIZE) or "").strip()
         done = {"0": False, "1": True}.get(said)
-        when = Finalize.BEFORE_LOAD
-        if seen.facts:
-            when = seen.facts.abi.finalize
-            if done is None:
-                done, where = seen.facts.finalized, "kho_out.finalized"
+        facts = seen.facts
+        if facts and done is None:
+            done, where = facts.finalized, "kho_out.finalized"
         if done:
             return Fact(name, State.OK, "yes", where)
         if done is None:
             hint = f"as root, with a debugfs on {host_files.DEBUGFS}"
             return Fact(name, State.UNKNOWN, "cannot be read", where, hint)
-        hint = f"to hand something over, {when}: echo 1 >{host_files.FINALIZE}"
-        return Fact(name, State.NO, "no: nothing would be handed over", where, hint)
+        if facts and facts.finalizes_itself:
+            return Fact(name, State.OK, "no: LUO does it on the way into the kexec", where)
+        how = f"echo 1 >{host_files.FINALIZE}"
+        if facts:
+            hint = f"to hand something over, {facts.abi.finalize}: {how}"
+            return Fact(name, State.NO, "no: nothing would be handed over", where, hint)
+        # Without its memory, the kernel does not say whether LUO is on, or what an image has to
+        # have; finalizing before the image is loaded suits all of them.
+        what = "no; when it must be is not known"
+        if not self._symbols.isdisjoint(BUILT["LUO"]):
+            what += ", and LUO, if it is on, does it"
+        hint = f"to hand something over in any case, before the image is loaded: {how}"
+        return Fact(name, State.NO, what, where, hint)
 
     def _kho_is_on(self, seen: HostProbe) -> Fact:
         name, hint = "KHO on", "boot with kho=on"

@@ -178,6 +178,8 @@ class StatusText(Text):
         state = "not known"
         if facts.finalized is not None:
             state = "yes" if facts.finalized else f"no: to be done {facts.abi.finalize}"
+            if not facts.finalized and facts.finalizes_itself:
+                state = "no: LUO does it on the way into the kexec"
         self.fact("finalized", state, "finalized")
 
     def _scratch(self, status: Status) -> None:
