@@ -284,6 +284,7 @@ def test_scratch() -> None:
         return Object(prog, type, DIRECT_MAP + at)
 
     kernel.variables = {
+        "kho_enable": lambda prog: Object(prog, "unsigned int", 1),
         "kho_scratch": areas,
         "kho_scratch_cnt": lambda prog: Object(prog, "unsigned int", 2),
     }
@@ -294,3 +295,18 @@ def test_scratch() -> None:
         prog, prog.pointer_type(prog.type("struct kho_scratch")), 0
     )
     assert list(kho_scratch_for_each(prog)) == []
+
+
+def test_scratch_of_a_set_up_that_failed() -> None:
+    """The array was freed, and the pointer and the count are still there."""
+
+    def dangling(prog: Program) -> Object:
+        raise AssertionError("it was looked at")
+
+    kernel = Kernel(Memory(PLAIN))
+    kernel.variables = {
+        "kho_enable": lambda prog: Object(prog, "unsigned int", 0),
+        "kho_scratch": dangling,
+        "kho_scratch_cnt": lambda prog: Object(prog, "unsigned int", 2),
+    }
+    assert list(kho_scratch_for_each(kernel.program())) == []

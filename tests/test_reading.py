@@ -401,6 +401,17 @@ def test_scratch_that_makes_no_sense() -> None:
     assert machine.source().outline().unreadable == []
 
 
+def test_scratch_of_a_set_up_that_failed() -> None:
+    """memblock has the array again, and may have unmapped it; the count is as it was."""
+    machine = MadeUp()
+    machine.set("kho_enable", 0)
+    for gone in (DIRECT_MAP + (1 << 44), DIRECT_MAP + RAM // 4):
+        machine.set("kho_scratch", gone)
+        facts = machine.source().outline()
+        assert facts.scratch.tolist() == []
+        assert not facts.unreadable
+
+
 def test_handlers_that_loop() -> None:
     machine = MadeUp()
     (handler,) = machine.handlers("memfd-v2")

@@ -188,6 +188,65 @@ def test_a_chain_that_no_kernel_makes(how: str) -> None:
     assert why in {problem.why for problem in memory.walk_chunks().state.problems}
 
 
+def hostile_chain(abi: Abi, spread: int) -> TrackMemory:
+    """
+    All RAM is chunks and the bitmaps that they lead to, in which every bit is set.
+
+    :param spread: how many bitmaps apart the memory is that neighbours in a chunk stand for.
+    """
+    memory = TrackMemory(abi, size=1 << 24)
+    size, per = abi.bitmap_bytes, 255
+    chunks = (memory.size // size) // (per + abi.page_size // size)
+    slots = np.arange(chunks * per, dtype=np.uint64)
+    entries = np.zeros((len(slots), 2), np.uint64)
+    entries[:, 0] = slots * np.uint64(spread << abi.page_shift + abi.bitmap_log2)
+    entries[:, 1] = slots * np.uint64(size) + np.uint64(chunks * abi.page_size)
+    for chunk in range(chunks):
+        following = (chunk + 1) % chunks * abi.page_size
+        header = following.to_bytes(8, "little") + bytes(4) + per.to_bytes(4, "little")
+        rows = entries[chunk * per : (chunk + 1) * per].tobytes()
+        memory.pages[chunk * abi.page_size] = bytearray(header + rows)
+    for page in range(chunks * abi.page_size, memory.size, abi.page_size):
+        memory.pages[page] = bytearray(b"\xff" * abi.page_size)
+    # Address 0 is no chunk: begin with the second, and end where the first would be.
+    memory.first = abi.page_size
+    return memory
+
+
+@pytest.mark.parametrize(("abi", "spread"), [(XARRAY, 1), (SMALL, 1), (SMALL, 8)])
+def test_more_bitmaps_than_ram_could_need(abi: Abi, spread: int) -> None:
+    """Reading them takes memory in proportion to what a kernel could preserve, not to all RAM."""
+    memory = hostile_chain(abi, spread)
+    tree = memory.walk_chunks()
+    assert {problem.why for problem in tree.state.problems} == {
+        "more nodes than this RAM could need"
+    }
+    bitmaps = sum(int((nodes.level == 0).sum()) for nodes in tree.nodes)
+    pages = memory.size >> 12
+    assert bitmaps <= 2 * (2 * (pages >> abi.bitmap_log2) + 53)
+    assert sum(map(len, tree.leaves)) <= 2 * (2 * (pages >> abi.bitmap_size_log2) + 53)
+    offered = sum(int(nodes.used[nodes.level == 1].sum()) for nodes in tree.nodes)
+    assert tree.state.problem_count == offered - bitmaps
+
+
+@pytest.mark.parametrize("abi", ABIS)
+def test_as_many_bitmaps_as_ram_can_need(abi: Abi) -> None:
+    """Bitmaps for all blocks that fit into RAM, at every order: none is refused."""
+    memory = TrackMemory(abi, size=1 << 32, nodes_at=1 << 20)
+    pages = memory.size >> 12
+    blocks = {
+        (number << order + 12, order, NO_TYPE)
+        for order in range(pages.bit_length())
+        for number in range(0, pages >> order, 1 << abi.bitmap_log2)
+    }
+    for phys, order, _ in blocks:
+        memory.preserve(phys, order)
+    memory.finalize()
+    for tree in (memory.walk(), memory.walk_chunks()):
+        assert not tree.state.problem_count
+        assert blocks_of(abi, tree) == blocks
+
+
 def test_what_cannot_be_read_is_a_problem() -> None:
     memory = TrackMemory(XARRAY)
     memory.preserve(0, 0)

@@ -84,8 +84,12 @@ def kho_scratch_for_each(prog: Program) -> Iterator[Object]:
     0x36200000 0x1a00000
     0x27a00000 0xe800000
 
-    :return: Iterator of ``struct kho_scratch`` objects.
+    :return: Iterator of ``struct kho_scratch`` objects; none if KHO is not enabled.
     """
+    # If reserving an area fails, the kernel disables KHO and frees the array, but keeps the pointer
+    # and the number of areas.
+    if not prog["kho_enable"]:
+        return
     areas = prog["kho_scratch"].read_()
     if areas:
         for i in range(prog["kho_scratch_cnt"].value_()):

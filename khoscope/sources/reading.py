@@ -287,7 +287,9 @@ class Reading:
         """
         ``kho_scratch``: u64, shape (n, 2), address and size of each area.
 
-        :param enabled: KHO is on, so there must be some.
+        :param enabled: KHO is on, so there must be some.  If it is off, there are none, whatever
+            ``kho_scratch`` and its count say: a set-up that failed gives the array back to memblock
+            and leaves both as they are.
         """
         nothing: list[tuple[int, int]] = []
         what = "the scratch areas (kho_scratch)"
@@ -295,12 +297,12 @@ class Reading:
         return np.array(found, np.uint64).reshape(-1, 2)
 
     def _scratch(self, enabled: bool) -> Iterator[tuple[int, int]]:
+        if not enabled:
+            return
         count = self.prog["kho_scratch_cnt"].value_()
         areas = self.prog["kho_scratch"].read_()
         if not areas:
-            if enabled:
-                raise _Corrupt("there are none, though KHO is on")
-            return
+            raise _Corrupt("there are none, though KHO is on")
         if count > budget.SCRATCH:
             raise _Corrupt(f"{count} are more than any kernel has")
         for i in range(count):

@@ -6,7 +6,8 @@ Read what kernels before the radix tree preserve: a ``struct kho_mem_track``, an
 Both lead to bitmaps, each for blocks of one order.  The bits of a bitmap are those of a leaf, so
 either becomes a :class:`~khoscope.facts.tree.Tree`.  Like the walk of a radix tree, these walks
 take no lock, trust no pointer and always end: what an entry leads to must be aligned, in RAM, not
-reached before and, in an xarray, below the node that holds the entry.
+reached before and, in an xarray, below the node that holds the entry.  The numbers of tables, of
+bitmaps and of leaves are bounded by what RAM could need.
 Mirrors ``kho_mem_serialize`` and ``kho_mem_deserialize`` in kexec_handover.c of linux 6.16 to 7.0.
 """
 
@@ -31,6 +32,8 @@ I64 = NDArray[np.int64]
 XA_NOT_A_NODE: Final = 4096
 #: Nodes above each other, at most: 64 bits of index in the smallest nodes (XA_CHUNK_SHIFT 4).
 XA_DEEPEST: Final = 16
+
+_TOO_MANY: Final = "more nodes than this RAM could need"
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ class _Bitmaps:
 
     :param found: of the bitmaps in chunks: key of bit 0, ``phys_addr_t``, and the table and index
         that lead there.
+    :param found_count: bitmaps in all of it.
     :param tables: level, ``phys_addr_t``, first key and entries in use of what leads to them.
     """
 
@@ -120,6 +124,7 @@ class _Bitmaps:
     problem_count: int = 0
     tables: list[tuple[int, int, int, int]] = field(default_factory=list)
     found: list[tuple[U64, U64, U64, I64]] = field(default_factory=list)
+    found_count: int = 0
     seen: set[int] = field(default_factory=set)
 
     def problem(self, level: int, table: int, index: int, entry: int, why: str) -> None:
@@ -145,8 +150,9 @@ class _Bitmaps:
             why = "not in RAM"
         elif phys in self.seen:
             why = "leads to a node reached before"
-        elif len(self.seen) >= self._budget():
-            why = "more nodes than this RAM could need"
+        # More tables than there could be, were each to lead to a single bitmap.
+        elif len(self.seen) >= XA_DEEPEST * self._most(self.abi.bitmap_log2):
+            why = _TOO_MANY
         else:
             self.seen.add(phys)
             raw = self.read(phys, size)
@@ -161,11 +167,18 @@ class _Bitmaps:
         at, end = np.array([phys], np.uint64), np.array([phys + size], np.uint64)
         return bool(in_ranges(self.ram, at, end)[0])
 
-    def _budget(self) -> int:
-        """More tables than this RAM could need, were each to lead to a single bitmap."""
+    def _most(self, bits_log2: int) -> int:
+        """
+        Bitmaps, or leaves, that it takes to preserve all of this RAM at each order at once; twice
+        as many, to be on the safe side.
+
+        Each bit stands for a block, and there are half as many blocks of the next order; the last
+        bitmap of each order need not be full.  Kernels keep no two bitmaps for the same memory.
+
+        :param bits_log2: how many bits one has.
+        """
         pages = int(self.ram[-1, 1]) >> self.abi.page_shift if len(self.ram) else 0
-        bitmaps = 2 * (pages >> self.abi.bitmap_log2) + self.abi.order_0_log2 + 1
-        return XA_DEEPEST * bitmaps
+        return 2 * (2 * (pages >> bits_log2) + self.abi.order_0_log2 + 1)
 
     def table(self, level: int, phys: int, key: int, used: int) -> None:
         """Something that leads to bitmaps, or to what does."""
@@ -208,6 +221,12 @@ class _Bitmaps:
         beyond = index >> np.uint64(abi.order_0_log2 - order - abi.bitmap_log2) != 0
         self.refuse(beyond, table, slot, phys, "a bitmap for memory behind all addresses")
         good = ~beyond
+        # A page of pointers may lead to a page of bits by each, all of them different.
+        over = np.zeros(len(phys), np.bool_)
+        over[np.flatnonzero(good)[self._most(abi.bitmap_log2) - self.found_count :]] = True
+        self.refuse(over, table, slot, phys, _TOO_MANY)
+        good &= ~over
+        self.found_count += int(good.sum())
         key = (index[good] << np.uint64(abi.bitmap_log2)) | np.uint64(self.first_key(order))
         self.found.append((key, phys[good], table[good], slot[good]))
 
@@ -253,7 +272,12 @@ class _Bitmaps:
         ):
             self.refuse(bad & good, table, slot, phys, why)
             good &= ~bad
-        return good
+        # Where a bitmap is a part of a leaf, others may each be in a leaf of their own.
+        over = np.zeros(len(phys), np.bool_)
+        leaf = np.unique(key[good] >> np.uint64(self.abi.bitmap_size_log2), return_inverse=True)[1]
+        over[good] = leaf >= self._most(self.abi.bitmap_size_log2)
+        self.refuse(over, table, slot, phys, _TOO_MANY)
+        return good & ~over
 
 
 def _repeated(values: U64) -> NDArray[np.bool_]:
