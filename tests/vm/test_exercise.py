@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import get_args
 
 import pytest
 
+from tests.vm.test_khoscope import host
 from vm.content import content
 from vm.exercise import Damage, Exercise, KernelLog, Piece, Unsupported, by_scenario
 from vm.kernel import ARCHIVED, SERIES, series, under_test
@@ -317,8 +319,12 @@ def test_finalizing_is_the_end_and_aborting_drops_all(kernel: str) -> None:
         pieces = by_scenario(exercise.report())
         assert {(p.state, p.ret) for p in pieces["contig"]} == {("unpreserved", -errno.EBUSY)}
         assert {p.state for p in pieces["blob-lost"] + pieces["blob-at"]} == {"preserved"}
+        machine.load_kexec()
         machine.run(f"echo 0 >{FINALIZE}", check=True)
         assert {p.state for p in exercise.report()} == {"unpreserved"}
+        asked = ("verify", "--json", "--only", "not-finalized")
+        (found,) = json.loads(host(*machine.source, *asked, status=1))["findings"]
+        assert found["message"].endswith("finalizing was undone")
         # More subtrees than the root FDT has room for. KHO fails, and drops all once more.
         exercise.preserve("blob", 200)
         with pytest.raises(CommandFailed, match="I/O error"):
