@@ -376,6 +376,33 @@ def test_the_helpers_end_whatever_memory_holds(kernel: Kernel) -> None:
         list(kho_mem_track_for_each(kernel.track()))
 
 
+def test_the_helpers_check_bitmaps(kernel: Kernel) -> None:
+    """Blocks that no kernel could mean are not given, whatever leads to them."""
+    kernel.finalize()
+    prog, memory = kernel.made.prog, kernel.memory
+    chunk = Object(prog, "struct khoser_mem_chunk *", DIRECT_MAP + memory.first)
+    # Shifting by such an order takes 256 MiB.
+    for order in (52, 0x7FFF_FFFF):
+        memory.set_word(memory.first + 8, 1 << 32 | order)
+        with pytest.raises(ValidationError, match=f"a bitmap of order {order}"):
+            next(khoser_mem_chunk_for_each(chunk))
+    bitmap = memory.bitmaps[0, 0]
+    memory.set_word(memory.first + 8, 2 << 32)
+    for second, why in ((bitmap + 8, "is not aligned"), (bitmap, "was there before")):
+        memory.set_word(memory.first + 40, second)
+        with pytest.raises(ValidationError, match=f"bitmap of order 0 .* {why}"):
+            list(khoser_mem_chunk_for_each(chunk))
+    node = memory.word(memory.track(9) + LAYOUT.head)
+    for entry, why in ((bitmap + 8, "is not aligned"), (bitmap, "was there before")):
+        memory.set_word(memory.track(9) + LAYOUT.head, entry + DIRECT_MAP)
+        with pytest.raises(ValidationError, match=f"bitmap of order 9 .* {why}"):
+            list(kho_mem_track_for_each(kernel.track()))
+    memory.set_word(memory.track(9) + LAYOUT.head, node)
+    memory.preserve(0, 52)
+    with pytest.raises(ValidationError, match="a bitmap of order 52"):
+        list(kho_mem_track_for_each(kernel.track()))
+
+
 def test_bitmaps_in_scratch(kernel: Kernel) -> None:
     """They, and the chunks, are what the next kernel reads; the nodes of xarrays are not."""
     memory = kernel.memory
