@@ -16,6 +16,8 @@ from drgn.helpers import ValidationError
 from khoscope.abi.keys import NO_TYPE, Abi, BlockLimits, Finalize, Restore, Stamp, Tracker
 from khoscope.abi.kho_fdt import Fdt
 from khoscope.checks import check, compare
+from khoscope.facts.invariants import contradictions
+from khoscope.facts.next_kernel import NextKernel
 from khoscope.facts.snapshot import Snapshot
 from khoscope.helpers.kexec_handover import kho_mem_track_for_each, khoser_mem_chunk_for_each
 from khoscope.sources.kernel import KernelSource
@@ -88,7 +90,11 @@ class Kernel:
             self._set("ser.fdt", VMEMMAP + sizeof(self.made.prog.type("struct page")) * (FDT >> 12))
         else:
             self._set("fdt", DIRECT_MAP + FDT)
-        self.root_fdt(0)
+        if self.kind.abi.finalize == Finalize.BEFORE_LOAD:
+            # Finalizing writes the FDT. Until then its page holds what the last owner left there.
+            self.memory.pages[FDT] = bytearray(b"\x5a" * 4096)
+        else:
+            self.root_fdt(0)
 
     @property
     def _members(self) -> set[str | None]:
@@ -118,6 +124,12 @@ class Kernel:
         self.root_fdt(self.memory.first)
         if "ser" in self._members:
             self._set("ser.preserved_mem_map", DIRECT_MAP + self.memory.first)
+
+    def abort(self) -> None:
+        """``kho_abort``: the FDT's page keeps what was written there."""
+        self._set("finalized", 0)
+        if "ser" in self._members:
+            self._set("ser.preserved_mem_map", 0)
 
     def track(self) -> Object:
         """``struct kho_mem_track``."""
@@ -185,6 +197,7 @@ def test_types_say_what_it_is(kind: Kind) -> None:
     abi = kind.made().source().abi
     no_fdt_yet = kind.abi.finalize == Finalize.BEFORE_LOAD
     assert replace(abi, compatible="kho-v1", decided={}, limits=BlockLimits()) == kind.abi
+    assert abi.compatible == (None if no_fdt_yet else "kho-v1")
     # None of them takes a block of 2 GiB, or one that the page allocator would not have.
     assert abi.limits == BlockLimits(1 << 31, 10)
     assert abi.tracker == Tracker.XARRAY
@@ -243,6 +256,47 @@ def test_a_chain_without_a_block(kernel: Kernel) -> None:
             if kernel.memory.word(chunk + slot) == at:
                 kernel.memory.set_word(chunk + slot, copy)
     assert serialized_differs(kernel.source().tree()) == [(0x100_0000, 9)]
+
+
+def test_finalizing_comes_and_goes(kernel: Kernel) -> None:
+    """Also while a source is in use. What an abort leaves where the FDT was is no FDT."""
+    source = kernel.source()
+    written = kernel.kind.abi.finalize != Finalize.BEFORE_LOAD
+    for step, compatible in (
+        (None, "kho-v1" if written else None),
+        (kernel.finalize, "kho-v1"),
+        (kernel.abort, "kho-v1" if written else None),
+    ):
+        if step is not None:
+            step()
+        for each in (source, kernel.source()):
+            facts = each.snapshot()
+            assert facts.abi.compatible == facts.outgoing.fdt.compatible == compatible
+            assert not list(contradictions(facts))
+            assert not any("contradict" in why for why in check(facts).incomplete)
+
+
+def test_blocks_too_large_before_finalizing(kernel: Kernel) -> None:
+    """When something can still be done about them."""
+    kernel.preserve(0x100_0000, 11)
+    for next_kernel in (None, NextKernel("/boot/vmlinuz", "gzip", "6.18.15", ("kho-v1",))):
+        found = check(kernel.source().snapshot(), next_kernel).findings
+        too_large = [(f.phys, f.order) for f in found if f.rule == "block-too-large"]
+        assert too_large == [(0x100_0000, 11)]
+
+
+def test_the_next_kernel_before_finalizing(kernel: Kernel) -> None:
+    """What the root FDT will say is known before it is written."""
+    facts = kernel.source().tree()
+
+    def said(*kho: str) -> list[str]:
+        report = check(facts, NextKernel("/boot/vmlinuz", "gzip", "the next", kho))
+        assert report.counts["not-finalized"] == 1
+        return [f.message for f in report.findings if f.rule == "image-abi-differs"]
+
+    assert not said("kho-v1")
+    (differs,) = said("kho-v4")
+    assert "takes kho-v4, this kernel hands over kho-v1" in differs
 
 
 def serialized_differs(facts: Snapshot) -> list[tuple[int | None, int | None]]:
@@ -327,6 +381,33 @@ def test_the_helpers_end_whatever_memory_holds(kernel: Kernel) -> None:
         list(kho_mem_track_for_each(kernel.track()))
     memory.set_word(node - DIRECT_MAP + LAYOUT.slots, 17)
     with pytest.raises(ValidationError, match="not a pointer"):
+        list(kho_mem_track_for_each(kernel.track()))
+
+
+def test_the_helpers_check_bitmaps(kernel: Kernel) -> None:
+    """Blocks that no kernel could mean are not given, whatever leads to them."""
+    kernel.finalize()
+    prog, memory = kernel.made.prog, kernel.memory
+    chunk = Object(prog, "struct khoser_mem_chunk *", DIRECT_MAP + memory.first)
+    # Shifting by such an order takes 256 MiB.
+    for order in (52, 0x7FFF_FFFF):
+        memory.set_word(memory.first + 8, 1 << 32 | order)
+        with pytest.raises(ValidationError, match=f"a bitmap of order {order}"):
+            next(khoser_mem_chunk_for_each(chunk))
+    bitmap = memory.bitmaps[0, 0]
+    memory.set_word(memory.first + 8, 2 << 32)
+    for second, why in ((bitmap + 8, "is not aligned"), (bitmap, "was there before")):
+        memory.set_word(memory.first + 40, second)
+        with pytest.raises(ValidationError, match=f"bitmap of order 0 .* {why}"):
+            list(khoser_mem_chunk_for_each(chunk))
+    node = memory.word(memory.track(9) + LAYOUT.head)
+    for entry, why in ((bitmap + 8, "is not aligned"), (bitmap, "was there before")):
+        memory.set_word(memory.track(9) + LAYOUT.head, entry + DIRECT_MAP)
+        with pytest.raises(ValidationError, match=f"bitmap of order 9 .* {why}"):
+            list(kho_mem_track_for_each(kernel.track()))
+    memory.set_word(memory.track(9) + LAYOUT.head, node)
+    memory.preserve(0, 52)
+    with pytest.raises(ValidationError, match="a bitmap of order 52"):
         list(kho_mem_track_for_each(kernel.track()))
 
 

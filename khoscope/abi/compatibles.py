@@ -20,6 +20,10 @@ from .keys import BlockLimits
 #: What separates the parts of a composite one (``KHO_SUB_COMPAT``).
 SEPARATOR: Final = ";"
 
+#: What every kernel of the xarray tracker writes (linux 6.16 to 7.0): known even where the root FDT
+#: is not written yet.
+OF_XARRAYS: Final = "kho-v1"
+
 #: Common structures that composite ones name, in the layout that khoscope reads.
 COMMON: Final = frozenset({"block-v1", "radix-v1", "vmalloc-v1"})
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..abi import fdt as fdts
-from ..abi.compatibles import base, block_limits, parts
-from ..abi.keys import BlockLimits
+from ..abi.compatibles import OF_XARRAYS, base, block_limits, parts
+from ..abi.keys import BlockLimits, Finalize
 from ..abi.kho_fdt import compatibles_of
 from ..abi.serialized import LUO
 from ..facts.clients import Luo
@@ -69,7 +69,7 @@ def image_abi_differs(facts: Snapshot, kernel: NextKernel) -> Iterator[Message]:
     """The next kernel takes another KHO, LUO or memfd ABI than this one hands over."""
     fdt, luo = facts.outgoing.fdt, facts.outgoing.luo
     nothing = _Effect("it boots as if nothing was handed over", _NOTHING_IS_TAKEN)
-    yield from _compare(kernel, "KHO", kernel.kho, fdt.compatible, nothing, nothing)
+    yield from _compare(kernel, "KHO", kernel.kho, _compatible(facts), nothing, nothing)
     if not _is_taken(facts, kernel):
         # The next kernel does not get far enough to look at anything else.
         return
@@ -104,7 +104,16 @@ _PANIC = _Effect("the next kernel panics", _PANICS)
 
 def _is_taken(facts: Snapshot, kernel: NextKernel) -> bool:
     """Whether the next kernel takes what is handed over, as far as its image tells."""
-    return facts.outgoing.fdt.compatible in kernel.kho
+    return _compatible(facts) in kernel.kho
+
+
+def _compatible(facts: Snapshot) -> str | None:
+    """Of the root FDT that the next kernel will find; None: not readable."""
+    fdt = facts.outgoing.fdt
+    if not fdt.phys and facts.abi.finalize == Finalize.BEFORE_LOAD:
+        # It is yet to be written, as not-finalized says, and what it will say is known.
+        return OF_XARRAYS
+    return fdt.compatible
 
 
 def _nodes(facts: Snapshot, kernel: NextKernel) -> Iterator[Message]:
@@ -225,4 +234,4 @@ def _limits(kernel: NextKernel | None, facts: Snapshot) -> BlockLimits:
     if not _is_taken(facts, kernel):
         # Then it is handed nothing, as image-abi-differs says.
         return BlockLimits()
-    return block_limits(facts.outgoing.fdt.compatible, facts.abi.max_page_order)
+    return block_limits(_compatible(facts), facts.abi.max_page_order)

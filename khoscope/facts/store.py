@@ -15,7 +15,7 @@ from typing import IO, Final, TypeVar
 
 import numpy as np
 
-from ..abi.compatibles import block_limits
+from ..abi.compatibles import OF_XARRAYS, block_limits
 from ..abi.keys import U64, Abi, Tracker
 from ..abi.kho_fdt import Fdt, root_fdt
 from . import budget, invariants
@@ -295,7 +295,8 @@ def read_snapshot(archive: Archive) -> Snapshot:
 
 def _with_limits(abi: Abi) -> Abi:
     """What khoscope would have recorded, had it known of limits."""
-    limits = block_limits(abi.compatible, abi.max_page_order)
+    compatible = abi.compatible if abi.tracker == Tracker.RADIX else OF_XARRAYS
+    limits = block_limits(compatible, abi.max_page_order)
     return dataclasses.replace(abi, limits=limits)
 
 

@@ -205,13 +205,15 @@ def kho_mem_track_for_each(track: Object) -> Iterator[KhoBlock]:
     :param track: ``struct kho_mem_track *`` (or the ``struct kho_mem_track`` itself)
     :return: Iterator of blocks, by ascending order, then by ascending address.
     :raises ValidationError: if a node of an xarray was visited before, or is not below the node
-        that leads to it, or if an entry is not a pointer
+        that leads to it, if an entry is not a pointer, if there are no blocks of an order, or if a
+        bitmap is not aligned or was visited before
     """
-    prog = track.prog_
+    prog, seen = track.prog_, set[int]()
     for order, physxa in _xa_for_each(track.orders):
         phys_bits = Object(prog, "struct kho_mem_phys", address=physxa).phys_bits
         for index, bits in _xa_for_each(phys_bits):
             bitmap = Object(prog, "struct kho_mem_phys_bits", address=bits)
+            _check_bitmap(bitmap, order, seen)
             yield from _bitmap_blocks(bitmap, order, index * 8 * sizeof(bitmap) << order)
 
 
@@ -226,9 +228,10 @@ def khoser_mem_chunk_for_each(chunk: Object) -> Iterator[KhoBlock]:
     :param chunk: ``struct khoser_mem_chunk *``, the first of the chain, or ``NULL``
     :return: Iterator of blocks, in the order in which the next kernel reserves them.
     :raises ValidationError: if a chunk is not at the address of a page, was visited before, or says
-        to have more bitmaps than fit into it
+        to have more bitmaps than fit into it, if there are no blocks of its order, or if a bitmap
+        is not aligned or was visited before
     """
-    prog, seen = chunk.prog_, set[int]()
+    prog, seen, bitmaps = chunk.prog_, set[int](), set[int]()
     page_shift = prog["PAGE_SHIFT"].value_()
     at = virt_to_phys(chunk).value_() if chunk else 0
     while at:
@@ -244,9 +247,21 @@ def khoser_mem_chunk_for_each(chunk: Object) -> Iterator[KhoBlock]:
         for i in range(count):
             where = phys_to_virt(prog, found.bitmaps[i].bitmap.phys).value_()
             bitmap = Object(prog, "struct kho_mem_phys_bits", address=where)
+            _check_bitmap(bitmap, order, bitmaps)
             first = found.bitmaps[i].phys_start.value_() >> page_shift
             yield from _bitmap_blocks(bitmap, order, first)
         at = header.next.phys.value_()
+
+
+def _check_bitmap(bitmap: Object, order: int, seen: set[int]) -> None:
+    # An order from memory may be any number, and shifting by that may take all memory there is.
+    if order >= _order_0_log2(bitmap.prog_):
+        raise ValidationError(f"a bitmap of order {order}: there are no such blocks")
+    at = bitmap.address_ or 0
+    if at % sizeof(bitmap) or at in seen:
+        why = "was there before" if at in seen else "is not aligned"
+        raise ValidationError(f"bitmap of order {order} at {at:#x} {why}")
+    seen.add(at)
 
 
 def _bitmap_blocks(bitmap: Object, order: int, first: int) -> Iterator[KhoBlock]:

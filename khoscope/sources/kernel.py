@@ -158,7 +158,7 @@ class KernelSource:
         self._tracker = self._out(self._parts.kho_out.tracker)
         self.enabled = bool(prog["kho_enable"].value_())
         reading = self._begin()
-        fdt, _ = reading.root_fdt(self._fdt_phys())
+        fdt, _ = reading.root_fdt(self._fdt_phys(reading.finalized()))
         self.abi = probe_abi(prog, self._parts, fdt.compatible, overrides or Overrides())
         self._is_radix = self.abi.tracker == Tracker.RADIX
         pages, mapped = page_layout(prog), direct_map(prog)
@@ -451,8 +451,15 @@ class KernelSource:
             found = found.member_(member)
         return found
 
-    def _fdt_phys(self) -> int:
-        """Where the outgoing root FDT is, or will be once KHO is finalized; 0: nowhere."""
+    def _fdt_phys(self, finalized: bool | None) -> int:
+        """
+        Where the outgoing root FDT is; 0: nowhere.
+
+        :param finalized: :attr:`Snapshot.finalized`.  Where finalizing writes the FDT, its page
+            holds anything before that, and afterwards what nobody took back: kho_abort() does not.
+        """
+        if not finalized and self._parts.kho_out.finalize == Finalize.BEFORE_LOAD:
+            return 0
         fdt = self._out(self._parts.kho_out.fdt)
         if fdt.type_.type_name() == "struct page *":
             return int(page_to_phys(fdt).value_()) if fdt else 0
@@ -468,14 +475,17 @@ class KernelSource:
 
     def _snapshot(self, reading: Reading, tree: Tree, kernel: Kernel) -> Snapshot:
         finalized = reading.finalized()
-        written = finalized or self.abi.finalize != Finalize.BEFORE_LOAD
-        fdt, blobs = reading.fdt(self._fdt_phys() if written else 0, outgoing=True)
+        fdt, blobs = reading.fdt(self._fdt_phys(finalized), outgoing=True)
+        abi = self.abi
+        if abi.finalize == Finalize.BEFORE_LOAD:
+            # It comes and goes with finalizing, while this source may be in use.
+            abi = replace(abi, compatible=fdt.compatible)
         chunks = self._chunks(reading, fdt) if finalized else None
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return Snapshot(
             Provenance(__version__, now.replace("+00:00", "Z"), self._label),
             kernel,
-            self.abi,
+            abi,
             self.enabled,
             reading.handover(),
             reading.ram,

@@ -196,6 +196,14 @@ class KhoOut:
     def is_radix(self) -> bool:
         return self.tracker == "radix_tree"
 
+    @property
+    def finalize(self) -> Finalize:
+        """Whether, and when, what is preserved must be finalized."""
+        if self.is_radix:
+            return Finalize.NEVER
+        # Where finalizing makes chunks and FDT anew, an image can have them only afterwards.
+        return Finalize.BEFORE_KEXEC if self.chunks is None else Finalize.BEFORE_LOAD
+
 
 #: Linux 7.1 and later; 6.19, 7.0 and backports; 6.16 to 6.18.
 _KHO_OUT: Final = (
@@ -446,18 +454,11 @@ def probe_abi(prog: Program, parts: Parts, compatible: str | None, overrides: Ov
         constants.get("KHO_RADIX_KEY_WIDTH"),
         Tracker.RADIX if is_radix else Tracker.XARRAY,
         None if is_radix else 8 * sizeof(prog.type("struct kho_mem_phys_bits")),
-        _finalize(parts.kho_out),
+        parts.kho_out.finalize,
         _restores_pages_as(prog, parts.kho_out, decided),
-        _probe_limits(prog, compatible, max_page_order, decided),
+        _probe_limits(prog, is_radix, compatible, max_page_order, decided),
         decided,
     )
-
-
-def _finalize(kho_out: KhoOut) -> Finalize:
-    if kho_out.is_radix:
-        return Finalize.NEVER
-    # Where chunks and FDT are made anew by each finalizing, an image can have them only afterwards.
-    return Finalize.BEFORE_KEXEC if kho_out.chunks is None else Finalize.BEFORE_LOAD
 
 
 def _restores_pages_as(prog: Program, kho_out: KhoOut, decided: dict[str, str]) -> Restore:
@@ -531,12 +532,25 @@ def _probe_type_shift(
 
 
 def _probe_limits(
-    prog: Program, compatible: str | None, max_page_order: int, decided: dict[str, str]
+    prog: Program,
+    is_radix: bool,
+    compatible: str | None,
+    max_page_order: int,
+    decided: dict[str, str],
 ) -> BlockLimits:
-    """Its compatible says it, unless there is a function that came with the repair."""
+    """
+    Its compatible says it, unless there is a function that came with the repair.
+
+    Kernels of the xarray tracker may have none before they are finalized, and that is when
+    something can still be done about a block that is too large. They all have the same.
+    """
     name = "limits"
+    if is_radix:
+        decided[name] = "its compatible" if compatible else "none: its compatible is not readable"
+    else:
+        compatible = compatibles.OF_XARRAYS
+        decided[name] = f"its tracker: all with xarrays are {compatible}"
     limits = compatibles.block_limits(compatible, max_page_order)
-    decided[name] = "its compatible" if compatible else "none: its compatible is not readable"
     if limits != BlockLimits() and _has_function(prog, "kho_get_preserved_page"):
         # Linux 7.2; sizes have 64 bits there.  BTF does not know it: it is inlined.
         decided[name] = "there is a kho_get_preserved_page(): none"
