@@ -25,8 +25,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from khoscope.abi.compatibles import block_limits
+from khoscope.abi.keys import Abi, Tracker
 from khoscope.abi.kho_fdt import Fdt, Subtree
-from khoscope.checks import RULES, Severity, check
+from khoscope.checks import RULES, RuleSelection, Severity, check
 from khoscope.checks import next_kernel as image_rules
 from khoscope.facts.clients import Luo, LuoFile, LuoSession
 from khoscope.facts.next_kernel import NextKernel
@@ -36,7 +37,7 @@ from khoscope.sources.decompress import LIMIT, PIECE
 from khoscope.sources.next_kernel import read_image
 from khoscope.words.errors import KhoscopeError
 from tests.fuzz import fuzz
-from tests.synthetic import FIXED, PLAIN, snapshot
+from tests.synthetic import FIXED, PLAIN, XARRAYS, snapshot
 
 RELEASE = "7.2.12-test"
 BANNER = b"\0\0Linux version 7.2.12-test (root@host) (gcc) #1 SMP\n\0"
@@ -222,6 +223,20 @@ def test_luo_with_an_fdt(write: Write) -> None:
     found = read_image(write(elf([BANNER + b"kho-v1\0memfd-v1\0luo-v1\0luo-session-v2\0"])))
     assert (found.luo_session, found.luo_flb) == (("luo-session-v2",), ())
     assert not found.misses_files
+
+
+@pytest.mark.parametrize("name", [b"kho_preserve_pages", b"kho_preserve_vmalloc"])
+def test_functions_of_newer_kernels(name: bytes, write: Write) -> None:
+    """Names as the symbols that are exported have them, and BTF; not parts of others."""
+    old = (
+        BANNER + b"kho-v1\0kho_preserve_phys\0kho_restore_folio\0x" + name + b"\0" + name + b"_x\0"
+    )
+    found = read_image(write(elf([old])))
+    assert (found.newer_functions, found.has_page_bitmaps) == (False, False)
+    found = read_image(write(elf([old + name + b"\0"])))
+    assert (found.newer_functions, found.has_page_bitmaps) == (True, True)
+    found = read_image(write(elf([old + b"luo-v1\0"])))
+    assert (found.newer_functions, found.has_page_bitmaps) == (False, True)
 
 
 def test_composite_compatibles(write: Write) -> None:
@@ -668,6 +683,54 @@ def test_another_kho_does_not_get_to_luo() -> None:
     said = messages(handing_over(session()), replace(NEXT, kho=("kho-v5",), luo=("luo-v6",)))
     assert len(said) == 1
     assert NOTHING in said[0]
+
+
+OLDER = NextKernel("bzImage", "zstd", "6.17.3-next", ("kho-v1",))
+LINUX_6_18 = replace(OLDER, release="6.18.15", newer_functions=True)
+SMALL = replace(XARRAYS, preserve_bits=1 << 12)
+#: With pages of 64 KiB.
+LARGE = replace(
+    Abi.for_page_shift(16, compatible="kho-v1"),
+    **{name: getattr(XARRAYS, name) for name in ("tracker", "finalize", "restores_pages_as")},
+    preserve_bits=1 << 19,
+)
+
+
+@pytest.mark.parametrize(
+    ("abi", "kernel", "verdict", "said"),
+    [
+        (XARRAYS, LINUX_6_18, "pass", ""),
+        (LARGE, LINUX_6_18, "pass", ""),
+        (SMALL, LINUX_6_18, "fail", "takes bitmaps of 4,096 bytes, this kernel hands over bitm"),
+        (
+            replace(LARGE, preserve_bits=1 << 12),
+            LINUX_6_18,
+            "fail",
+            "takes bitmaps of 65,536 bytes",
+        ),
+        (SMALL, OLDER, "incomplete", "of 512 bytes, as this kernel hands over, or of 4,096"),
+        (XARRAYS, OLDER, "incomplete", "of 4,096 bytes, as this kernel hands over, or of 512"),
+        # It has LUO: linux 6.19 or later.
+        (SMALL, replace(OLDER, luo=("luo-v1",)), "fail", "takes bitmaps of 4,096 bytes"),
+        (XARRAYS, replace(OLDER, luo=("luo-v1",)), "pass", ""),
+        # Nothing is handed over, of whatever size; a tree has no bitmaps.
+        (SMALL, replace(OLDER, kho=("kho-v3",)), "fail", NOTHING),
+        (PLAIN, replace(OLDER, kho=("kho-v4",)), "pass", ""),
+    ],
+)
+def test_bitmaps_of_two_sizes(abi: Abi, kernel: NextKernel, verdict: str, said: str) -> None:
+    """Kernels with the one and with the other call them the same."""
+    facts = snapshot(abi, [], fdt=Fdt(0x2000, abi.compatible, 0x1000))
+    if abi.tracker == Tracker.XARRAY:
+        side = replace(facts.outgoing, serialized=facts.outgoing.tree)
+        facts = replace(facts, finalized=True, outgoing=side)
+    report = check(facts, kernel)
+    assert report.verdict == verdict
+    about = [f.message for f in report.findings if f.rule == "image-abi-differs"]
+    assert all(said in text for text in [*about, *report.incomplete])
+    assert (about, report.incomplete) != ([], []) or not said
+    alone = check(facts, kernel, RuleSelection(frozenset({"overlap"})))
+    assert not alone.incomplete
 
 
 def test_what_cannot_be_read_is_never_right() -> None:

@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from ..abi import fdt as fdts
 from ..abi.compatibles import OF_XARRAYS, base, block_limits, parts
-from ..abi.keys import BlockLimits, Finalize
+from ..abi.keys import BlockLimits, Finalize, Tracker
 from ..abi.kho_fdt import compatibles_of
 from ..abi.serialized import LUO
 from ..facts.clients import Luo
@@ -18,6 +19,9 @@ from ..facts.next_kernel import NextKernel
 from ..facts.snapshot import Snapshot
 from .blocks import too_large
 from .rule import Marked, Message, Severity, rule
+
+#: The root FDT of every kernel that hands over a chain of bitmaps.
+_BITMAPS: Final = "kho-v1"
 
 #: What :func:`image_abi_differs` says about the pair of kernels at hand.
 _NOTHING_IS_TAKEN = """
@@ -47,6 +51,12 @@ _FILES_ARE_LOST = """
     can be retrieved and looks whole, but this file and those behind it are not in it. Kexec into a
     kernel with this handler, or close these sessions before.
     """
+_GARBAGE = """
+    Both kernels call it kho-v1. Linux 6.16 to 6.17.8 keeps what is preserved in bitmaps of 512
+    bytes, later kernels in bitmaps of a page. deserialize_bitmap() in the next kernel does not
+    know: it takes what lies behind the shorter bitmap for a part of it, and reserves memory that
+    nobody has preserved. Kexec into a kernel with bitmaps of the same size.
+    """
 
 
 @rule(
@@ -60,16 +70,24 @@ _FILES_ARE_LOST = """
     preserve, and nobody gets it back. If the handler of a file is missing, every open of
     /dev/liveupdate fails with EIO and no session comes back; kernels up to 7.0 lose files without
     a word. Kernels compare the whole of a compatible, also of one that names common structures,
-    like kho-v4;radix-v1. Kexec into a kernel that takes what this one hands over. It needs kho=on
-    on its command line, which no image tells.
+    like kho-v4;radix-v1. Bitmaps of 512 bytes (Linux 6.16 to 6.17.8) and of a page are both called
+    kho-v1, and a kernel takes the one for the other. Kexec into a kernel that takes what this one
+    hands over. It needs kho=on on its command line, which no image tells.
     """,
-    kernel="kho_populate luo_early_startup luo_session_deserialize",
+    kernel="kho_populate deserialize_bitmap luo_early_startup luo_session_deserialize",
 )
 def image_abi_differs(facts: Snapshot, kernel: NextKernel) -> Iterator[Message]:
     """The next kernel takes another KHO, LUO or memfd ABI than this one hands over."""
     fdt, luo = facts.outgoing.fdt, facts.outgoing.luo
     nothing = _Effect("it boots as if nothing was handed over", _NOTHING_IS_TAKEN)
     yield from _compare(kernel, "KHO", kernel.kho, _compatible(facts), nothing, nothing)
+    if _reads_bitmaps(facts, kernel) and kernel.has_page_bitmaps and not _page_bitmaps(facts):
+        yield Message(
+            f"{kernel.release} takes bitmaps of {facts.abi.page_size:,} bytes, this kernel hands "
+            f"over bitmaps of {facts.abi.bitmap_bytes}: what it reserves is garbage",
+            explain=_GARBAGE,
+        )
+        return
     if not _is_taken(facts, kernel):
         # The next kernel does not get far enough to look at anything else.
         return
@@ -85,6 +103,30 @@ def image_abi_differs(facts: Snapshot, kernel: NextKernel) -> Iterator[Message]:
         return
     yield from _nodes(facts, kernel)
     yield from _files(luo, kernel)
+
+
+def unknown_bitmaps(facts: Snapshot, kernel: NextKernel) -> Iterator[str]:
+    """Whether the next kernel reads the bitmaps of this one for what they are, if none can tell."""
+    if not _reads_bitmaps(facts, kernel) or kernel.has_page_bitmaps:
+        return
+    yield (
+        f"which bitmaps {kernel.release} reads cannot be told from its image: of "
+        f"{facts.abi.bitmap_bytes:,} bytes, as this kernel hands over, or of "
+        f"{_OLD_BITMAP if _page_bitmaps(facts) else facts.abi.page_size:,}"
+    )
+
+
+#: Bytes of a bitmap up to linux 6.17.8.
+_OLD_BITMAP: Final = 512
+
+
+def _reads_bitmaps(facts: Snapshot, kernel: NextKernel) -> bool:
+    """Whether bitmaps are handed over, and the next kernel may follow the chain that has them."""
+    return facts.abi.tracker == Tracker.XARRAY and _BITMAPS in kernel.kho
+
+
+def _page_bitmaps(facts: Snapshot) -> bool:
+    return facts.abi.bitmap_bytes == facts.abi.page_size
 
 
 @dataclass(frozen=True)

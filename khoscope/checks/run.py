@@ -28,7 +28,7 @@ from . import calls as _calls_rules  # noqa: F401 - registers its rules
 from . import finalize as finalize_rules
 from . import handover as handover_rules
 from . import kernel as _kernel_rules  # noqa: F401 - registers its rules
-from . import next_kernel as _image_rules  # noqa: F401 - registers its rules
+from . import next_kernel as image_rules
 from . import nodes as _node_rules  # noqa: F401 - registers its rules
 from . import sessions as _session_rules  # noqa: F401 - registers its rules
 from .clients import malformed
@@ -264,6 +264,8 @@ def _check(
     if next_kernel is not None:
         for rule, find in report.finders("next"):
             report.add_messages(rule, find(facts, next_kernel))
+        if report.finders("next"):
+            report.incomplete += image_rules.unknown_bitmaps(facts, next_kernel)
     keys = functools.cache(lambda: KeySet(facts.abi, facts.outgoing.tree.leaves))
     _check_tree(facts, keys, report)
     _check_blocks(facts, next_kernel, keys, report)

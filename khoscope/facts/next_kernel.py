@@ -24,6 +24,8 @@ class NextKernel:
     :param luo_flb: ``LUO_FDT_FLB_COMPATIBLE``, likewise; kernels without one do not look for it.
     :param misses_files: whether it fails every open of ``/dev/liveupdate`` if a file of a session
         has no handler; if not, that session lacks files, and no error says so.
+    :param newer_functions: whether it has functions of KHO that came with linux 6.18
+        (``kho_preserve_pages``, ``kho_preserve_vmalloc``); False: it does not say so.
     """
 
     path: str
@@ -35,6 +37,17 @@ class NextKernel:
     luo_session: tuple[str, ...] = ()
     luo_flb: tuple[str, ...] = ()
     misses_files: bool = False
+    newer_functions: bool = False
+
+    @property
+    def has_page_bitmaps(self) -> bool:
+        """
+        Whether bitmaps of preserved memory, if it reads any, surely have the size of a page.
+
+        They have 512 bytes from linux 6.16 to 6.17.8, which have neither LUO nor those functions.
+        6.17.9 and what follows in its series looks like them.
+        """
+        return self.newer_functions or bool(self.luo)
 
     @property
     def in_words(self) -> str:

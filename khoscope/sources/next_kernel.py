@@ -47,11 +47,17 @@ _INSIDE: Final = {
     "release": re.compile(rb"Linux version ([!-~]{1,64}) \("),
     "misses_files": re.compile(rb"(Failed to deserialize files for session)"),
 }
-#: Each is a whole C string.
-_COMPATIBLES: Final = {
-    kind: re.compile(rb"(%b-v[0-9]{1,9}%b)\0" % (kind.replace("_", "-").encode(), _PARTS))
-    for kind in ("kho", "luo", "memfd", "luo_session", "luo_flb")
+#: Each is a whole C string.  Names of functions are those of exported ones, or of BTF; kallsyms
+#: keeps names compressed.
+_WHOLE: Final = {
+    **{
+        kind: re.compile(rb"(%b-v[0-9]{1,9}%b)\0" % (kind.replace("_", "-").encode(), _PARTS))
+        for kind in ("kho", "luo", "memfd", "luo_session", "luo_flb")
+    },
+    "newer_functions": re.compile(rb"(kho_preserve_(?:pages|vmalloc))\0"),
 }
+#: Of these it matters only whether there are any.
+_FLAGS: Final = ("misses_files", "newer_functions")
 #: No match is longer, even with the byte before it.
 _LONGEST: Final = 256
 
@@ -117,11 +123,19 @@ def _read(path: Path) -> NextKernel:
         else:
             raise KhoscopeError(f"{path}: no bzImage, no arm64 Image and no vmlinux", _HINT)
         found = _strings(pieces)
-    releases, misses_files = found.pop("release"), found.pop("misses_files")
+    releases = found.pop("release")
+    misses_files, newer_functions = (bool(found.pop(name)) for name in _FLAGS)
     if len(releases) != 1:
         which = " and ".join(releases) or "none"
         raise KhoscopeError(f"{path}: should have one Linux kernel in it, has {which}", _HINT)
-    return NextKernel(str(path), compression, releases[0], **found, misses_files=bool(misses_files))
+    return NextKernel(
+        str(path),
+        compression,
+        releases[0],
+        **found,
+        misses_files=misses_files,
+        newer_functions=newer_functions,
+    )
 
 
 def _payload(file: IO[bytes], start: bytes) -> bytes:
@@ -186,7 +200,7 @@ def _range(file: IO[bytes], offset: int, length: int) -> Iterator[bytes]:
 
 def _strings(pieces: Iterable[bytes]) -> dict[str, tuple[str, ...]]:
     """The strings that tell about a kernel, each once, by kind."""
-    patterns = _INSIDE | _COMPATIBLES
+    patterns = _INSIDE | _WHOLE
     found: dict[str, set[str]] = {name: set() for name in patterns}
     before = b"\0"
     for piece in pieces:

@@ -57,7 +57,8 @@ DIFFERENT = [name for name in BASES if series(name) in ARCHIVED or name == BASES
 def says(name: str) -> dict[str, Any]:
     """What a kernel's image says."""
     newer = {"luo": ("luo-v5",), "memfd": ("memfd-v2",), "misses_files": True}
-    return OLDER[name] if name in OLDER else {"kho": (KHO[what(name)],), **newer}
+    of_kho = OLDER[name] if name in OLDER else {"kho": (KHO[what(name)],), **newer}
+    return {**of_kho, "newer_functions": True}
 
 
 WITH_LUO = [name for name in DIFFERENT if "luo" in says(name)]
