@@ -6,7 +6,7 @@ that cannot be had here are made up with the types that their sources have.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -19,7 +19,12 @@ from khoscope.checks import check, compare
 from khoscope.facts.invariants import contradictions
 from khoscope.facts.next_kernel import NextKernel
 from khoscope.facts.snapshot import Snapshot
-from khoscope.helpers.kexec_handover import kho_mem_track_for_each, khoser_mem_chunk_for_each
+from khoscope.helpers.kexec_handover import (
+    kho_mem_track_for_each,
+    kho_page_info,
+    kho_restored,
+    khoser_mem_chunk_for_each,
+)
 from khoscope.sources.kernel import KernelSource
 from khoscope.words.errors import KhoscopeError
 from tests.made_up import DIRECT_MAP, RAM, VMEMMAP, MadeUp, mapped
@@ -401,6 +406,17 @@ def test_the_helpers_check_bitmaps(kernel: Kernel) -> None:
     memory.preserve(0, 52)
     with pytest.raises(ValidationError, match="a bitmap of order 52"):
         list(kho_mem_track_for_each(kernel.track()))
+
+
+@pytest.mark.parametrize("helper", [kho_page_info, kho_restored])
+def test_the_helpers_for_pages(kernel: Kernel, helper: Callable[[Object], object]) -> None:
+    """Without a magic, they say why there is no answer."""
+    page = Object(kernel.made.prog, "struct page *", VMEMMAP)
+    if kernel.kind.abi.stamp.has_magic:
+        assert not helper(page)
+        return
+    with pytest.raises(LookupError, match="cannot be told from other words in page->private"):
+        helper(page)
 
 
 def test_bitmaps_in_scratch(kernel: Kernel) -> None:
