@@ -6,7 +6,8 @@ that cannot be had here are made up with the types that their sources have.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -19,11 +20,18 @@ from khoscope.checks import check, compare
 from khoscope.facts.invariants import contradictions
 from khoscope.facts.next_kernel import NextKernel
 from khoscope.facts.snapshot import Snapshot
-from khoscope.helpers.kexec_handover import kho_mem_track_for_each, khoser_mem_chunk_for_each
+from khoscope.facts.status import read_from, status
+from khoscope.helpers.kexec_handover import (
+    kho_mem_track_for_each,
+    kho_page_info,
+    kho_restored,
+    khoser_mem_chunk_for_each,
+)
 from khoscope.sources.kernel import KernelSource
 from khoscope.words.errors import KhoscopeError
 from tests.made_up import DIRECT_MAP, RAM, VMEMMAP, MadeUp, mapped
 from tests.synthetic import blocks_of, fdt_blob
+from tests.test_status import text
 from tests.track_memory import LAYOUT, TrackMemory, xarray_abi
 
 #: Where the page of the root FDT is.
@@ -285,6 +293,25 @@ def test_blocks_too_large_before_finalizing(kernel: Kernel) -> None:
         assert too_large == [(0x100_0000, 11)]
 
 
+def test_status(kernel: Kernel) -> None:
+    """Where things were read, as this kernel names it; nodes that are no pages have no price."""
+    kernel.finalize()
+    facts = kernel.source().status()
+    says = read_from(facts)
+    ser = ".ser" if kernel.kind.abi.finalize == Finalize.BEFORE_LOAD else ""
+    assert says["kho_abi"] == says["subtrees"] == f"kho_out{ser}.fdt"
+    assert says["luo_abi"] == f"kho_out{ser}.fdt, LUO"
+    assert says["kho_abi_in"] == "kho_in.fdt_phys"
+    assert says["tree"] == f"kho_out{ser}.track"
+    found = status(facts)
+    assert found.tree_pages > 0
+    assert found.per_byte is None
+    assert any(re.match(rf"tree +{found.tree_pages} nodes +\[", line) for line in text(facts))
+    # As a khoscope that did not record it.
+    older = replace(facts, abi=replace(facts.abi, decided={}))
+    assert read_from(older)["kho_abi"] == "kho_out.fdt"
+
+
 def test_the_next_kernel_before_finalizing(kernel: Kernel) -> None:
     """What the root FDT will say is known before it is written."""
     facts = kernel.source().tree()
@@ -409,6 +436,17 @@ def test_the_helpers_check_bitmaps(kernel: Kernel) -> None:
     memory.preserve(0, 52)
     with pytest.raises(ValidationError, match="a bitmap of order 52"):
         list(kho_mem_track_for_each(kernel.track()))
+
+
+@pytest.mark.parametrize("helper", [kho_page_info, kho_restored])
+def test_the_helpers_for_pages(kernel: Kernel, helper: Callable[[Object], object]) -> None:
+    """Without a magic, they say why there is no answer."""
+    page = Object(kernel.made.prog, "struct page *", VMEMMAP)
+    if kernel.kind.abi.stamp.has_magic:
+        assert not helper(page)
+        return
+    with pytest.raises(LookupError, match="cannot be told from other words in page->private"):
+        helper(page)
 
 
 def test_bitmaps_in_scratch(kernel: Kernel) -> None:

@@ -50,8 +50,10 @@ def read_from(facts: Snapshot) -> dict[str, str]:
     if facts.abi.tracker == Tracker.RADIX:
         return {name: where for name, where in READ_FROM.items() if name != "finalized"}
     # How the source found out is where it is.
-    tracker = facts.abi.decided.get("tracker", "kho_out")
-    return {**READ_FROM, "preserved": tracker, "tree": tracker}
+    decided, usual = facts.abi.decided, READ_FROM["kho_abi"]
+    tracker, fdt = decided.get("tracker", "kho_out"), decided.get("root FDT", usual)
+    moved = {name: where.replace(usual, fdt) for name, where in READ_FROM.items() if usual in where}
+    return {**READ_FROM, **moved, "preserved": tracker, "tree": tracker}
 
 
 #: A letter for each bit of ``tainted_mask`` (``taint_flags`` in kernel/panic.c).
@@ -90,8 +92,9 @@ class Status:
     :param preserved: outgoing blocks by (order, type).
     :param unclaimed: stamped blocks by (order, type); None: this is a KHO boot, but they were not
         looked for.
-    :param tree_pages: pages of the outgoing tree's own nodes.
-    :param per_byte: bytes preserved per byte of tree; None: there is no tree.
+    :param tree_pages: the outgoing tree's own nodes; those of a radix tree are pages.
+    :param per_byte: bytes preserved per byte of tree; None: there is no tree, or it is xarrays,
+        whose nodes are slab objects: facts do not tell their size.
     :param subtrees: outgoing subtrees, and whether blocks cover all of each blob; None: the FDT
         does not say where it is.
     :param taint: letters, as in the kernel's own messages.
@@ -112,6 +115,7 @@ def status(facts: Snapshot) -> Status:
     side = facts.outgoing
     preserved = side.tree.totals(facts.abi)
     tree_pages = rows(side.tree.nodes)
+    are_pages = facts.abi.tracker == Tracker.RADIX
     pages = sum(count << order for (order, _), count in preserved.items() if order != BAD_ORDER)
     looked = facts.scan is not None or not facts.handover.is_kho_boot
     return Status(
@@ -120,7 +124,7 @@ def status(facts: Snapshot) -> Status:
         preserved,
         _totals(facts.stamps) if looked else None,
         tree_pages,
-        pages / tree_pages if tree_pages else None,
+        pages / tree_pages if tree_pages and are_pages else None,
         _subtrees(facts, side),
         taint_letters(facts.kernel.tainted),
     )

@@ -349,9 +349,18 @@ def kho_page_info(page: Object) -> Object | None:
 
     :param page: ``struct page *``
     :return: ``union kho_page_info``, or ``None`` if the page has none
+    :raises LookupError: if the kernel's notes have no magic (linux 6.16 and 6.17). Then they are an
+        order alone, and cannot be told from whatever else is in ``page->private``.
     """
+    try:
+        type = page.prog_.type("union kho_page_info")
+    except LookupError:
+        raise LookupError(
+            "this kernel has no union kho_page_info: KHO's notes have no magic, and cannot be told "
+            "from other words in page->private"
+        ) from None
     # Read the note only once, because somebody may restore the page meanwhile.
-    info = reinterpret("union kho_page_info", page.private).read_()
+    info = reinterpret(type, page.private).read_()
     return info if info.magic == _KHO_PAGE_MAGIC else None
 
 
@@ -367,6 +376,8 @@ def kho_restored(page: Object) -> bool:
     yet.
 
     :param page: ``struct page *``, the first page of the block
+    :raises LookupError: as :func:`kho_page_info()`. Without a note, nothing else tells: the page
+        has a reference before it is restored, too.
     """
     return kho_page_info(page) is None and page._refcount.counter.value_() > 0
 

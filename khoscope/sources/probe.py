@@ -437,6 +437,9 @@ def probe_abi(prog: Program, parts: Parts, compatible: str | None, overrides: Ov
         return otherwise
 
     decided["tracker"] = f"kho_out.{parts.kho_out.tracker}"
+    if not is_radix:
+        # Of radix trees it is always kho_out.fdt.
+        decided["root FDT"] = f"kho_out.{parts.kho_out.fdt}"
     stamp = probe_stamp(prog)
     order_0 = constant("KHO_ORDER_0_LOG2", computed.order_0_log2)
     max_page_order = prog.type("struct zone").member("free_area").type.length - 1

@@ -215,12 +215,11 @@ class StatusText(Text):
 
     def _blocks(self, facts: Snapshot, status: Status) -> None:
         cost = "there is no tree"
-        if status.per_byte is not None:
+        if status.tree_pages:
             nodes = "node" if facts.abi.tracker == Tracker.XARRAY else "page"
-            cost = (
-                f"{counted(status.tree_pages, nodes)}, "
-                f"{status.per_byte:,.1f} bytes preserved per byte of it"
-            )
+            cost = counted(status.tree_pages, nodes)
+        if status.per_byte is not None:
+            cost += f", {status.per_byte:,.1f} bytes preserved per byte of it"
         self.fact("tree", cost, "tree")
         self._totals("preserved", status.preserved, facts, "preserved")
         if not facts.abi.stamp.has_magic and facts.handover.is_kho_boot:
