@@ -142,6 +142,7 @@ class MadeUp:
     :param members: of structures, as above, where they are others.
     :param faults: virtual addresses of pages, and names of variables, that cannot be read.
     :param functions: how many parameters each function has.
+    :param enums: constants of enums, as above, where they are others.
     """
 
     lacks: set[str] = field(default_factory=set)
@@ -150,6 +151,7 @@ class MadeUp:
     faults: set[str | int] = field(default_factory=set)
     functions: dict[str, int] = field(default_factory=dict)
     platform: Platform = field(default_factory=lambda: Platform(Architecture.X86_64))
+    enums: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.data = bytearray(_SLOT * (len(_VARIABLES) + 1))
@@ -346,7 +348,7 @@ class MadeUp:
         for name in structs:
             if name not in known:
                 known[name] = make(name)
-        for name, values in _ENUMS.items():
+        for name, values in {**_ENUMS, **self.enums}.items():
             listed = tuple(TypeEnumerator(*each) for each in values.items())
             known[name] = prog.enum_type(name, known["u32"], listed)
         self._variables = {name: found(text) for name, text in _VARIABLES.items()}
@@ -363,7 +365,9 @@ class MadeUp:
     ) -> Object | None:
         if name in self.lacks:
             return None
-        constants = {**_CONSTANTS, **{k: v for enum in _ENUMS.values() for k, v in enum.items()}}
+        enums = {**_ENUMS, **self.enums}
+        there = [each for name, each in enums.items() if name not in self.lacks]
+        constants = {**_CONSTANTS, **{k: v for enum in there for k, v in enum.items()}}
         if name in constants:
             return Object(prog, self._types["u64"], constants[name])
         if name == "vmemmap":

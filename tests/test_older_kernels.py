@@ -7,6 +7,7 @@ that cannot be had here are made up with the types that their sources have.
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -17,8 +18,10 @@ from drgn.helpers import ValidationError
 from khoscope.abi.keys import NO_TYPE, Abi, BlockLimits, Finalize, Restore, Stamp, Tracker
 from khoscope.abi.kho_fdt import Fdt
 from khoscope.checks import check, compare
+from khoscope.facts.columns import Blocks
 from khoscope.facts.invariants import contradictions
 from khoscope.facts.next_kernel import NextKernel
+from khoscope.facts.page_runs import PageRuns, page_types
 from khoscope.facts.snapshot import Snapshot
 from khoscope.facts.status import read_from, status
 from khoscope.helpers.kexec_handover import (
@@ -76,10 +79,15 @@ class Kind:
     lacks: set[str] = field(default_factory=lambda: _LACKS)
     functions: dict[str, int] = field(default_factory=dict)
     release: str = "7.2.0-made-up"
+    enums: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def made(self) -> Kernel:
         kernel = MadeUp(
-            self.lacks, self.members, TrackMemory(self.abi, RAM, RAM // 2), functions=self.functions
+            self.lacks,
+            self.members,
+            TrackMemory(self.abi, RAM, RAM // 2),
+            functions=self.functions,
+            enums=self.enums,
         )
         kernel.write(kernel.address("init_uts_ns"), self.release.encode().ljust(65, b"\0"))
         return Kernel(kernel, self)
@@ -169,8 +177,33 @@ LINUX_7_0 = Kind(
     functions={"kho_restore_pages": 2, "kho_restore_page": 2},
 )
 #: A cloud distribution's backport to a kernel that had no KHO of its own; its compiler has inlined
-#: kho_restore_page().
-BACKPORT = replace(LINUX_7_0, functions={"kho_restore_pages": 2}, release="6.6.102-cloud")
+#: kho_restore_page().  The types of pages are macros there, and slabs have a flag.
+BACKPORT = replace(
+    LINUX_7_0,
+    functions={"kho_restore_pages": 2},
+    release="6.6.102-cloud",
+    lacks=_LACKS | {"pagetype"},
+    enums={"pageflags": {"PG_locked": 0, "PG_head": 6, "PG_slab": 9, "__NR_PAGEFLAGS": 10}},
+)
+#: The same of linux 6.11, which has them as constants.
+BACKPORT_6_11 = replace(
+    BACKPORT,
+    release="6.11.0-cloud",
+    lacks=_LACKS,
+    enums={
+        "pagetype": {
+            "PG_buddy": 1 << 30,
+            "PG_offline": 1 << 29,
+            "PG_table": 1 << 28,
+            "PG_guard": 1 << 27,
+            "PG_hugetlb": 1 << 26,
+            "PG_slab": 1 << 25,
+            "PG_zsmalloc": 1 << 24,
+            "PAGE_TYPE_BASE": 1 << 31,
+            "PAGE_MAPCOUNT_RESERVE": 0xFFFF0000,
+        }
+    },
+)
 KINDS = {
     "6.17": LINUX_6_17,
     "6.17.9": LINUX_6_17_9,
@@ -178,6 +211,7 @@ KINDS = {
     "6.18-fixed": LINUX_6_18_FIXED,
     "7.0": LINUX_7_0,
     "backport": BACKPORT,
+    "backport-6.11": BACKPORT_6_11,
 }
 BLOCKS = {(0x10_0000, 0, NO_TYPE), (0x18_0000, 3, NO_TYPE), (0x100_0000, 9, NO_TYPE)}
 
@@ -348,6 +382,65 @@ def test_all_facts(kernel: Kernel) -> None:
     assert not facts.contradictions
     assert not facts.unreadable
     assert sum(map(len, facts.outgoing.blocks)) == len(BLOCKS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "buddy", "table", "slab"),
+    [
+        (LINUX_7_0, 0xF0000000, 0xF2000000, 0xF5000003),
+        (BACKPORT, 0xFFFFFF7F, 0xFFFFFDFF, 0xFFFFEFFF),
+        (BACKPORT_6_11, 0xBFFFFFFF, 0xEFFFFFFF, 0xFDFF0003),
+    ],
+)
+def test_types_of_pages(kind: Kind, buddy: int, table: int, slab: int) -> None:
+    """However the kernel keeps them, free blocks are free, and what has a type has it."""
+    kernel = kind.made()
+    words = {0x10_0000: buddy, 0x20_1000: table, 0x30_0000: slab, 0x40_0000: 0xFFFFFFFF}
+    for phys in (*words, 0x10_1000):
+        kernel.preserve(phys, 0)
+    page = kernel.made.prog.type("struct page")
+    size, at = sizeof(page), {n: offsetof(page, n) for n in ("page_type", "private", "_refcount")}
+    pages = bytearray(size * (0x50_0000 >> 12))
+    for pfn in range(0x50_0000 >> 12):
+        word = words.get(pfn << 12, 0xFFFFFFFF)
+        struct.pack_into("<I", pages, pfn * size + at["page_type"], word)
+        # A free block of two pages.
+        struct.pack_into("<I", pages, pfn * size + at["_refcount"], pfn not in (0x100, 0x101))
+        struct.pack_into("<Q", pages, pfn * size + at["private"], word == buddy)
+    kernel.made.prog.add_memory_segment(
+        VMEMMAP, len(pages), lambda _, count, offset, __: bytes(pages[offset:][:count])
+    )
+    facts = kernel.source().snapshot()
+    blocks = Blocks.concatenate(list(facts.outgoing.blocks))
+    free = dict(zip(blocks.phys.tolist(), blocks.facts.free.tolist(), strict=True))
+    assert free == {0x10_0000: 1, 0x10_1000: 1, 0x20_1000: 0, 0x30_0000: 0, 0x40_0000: 0}
+    found = dict(zip(blocks.phys.tolist(), page_types(blocks.facts.page_type), strict=True))
+    # Linux 6.6 has no type for slabs; whatever that bit is there, it is a type.
+    of_slab = 0x80 if kind is BACKPORT else 0xF5
+    typed = {0x10_0000: 0xF0, 0x20_1000: 0xF2, 0x30_0000: of_slab}
+    assert {phys: top for phys, top in found.items() if top != PageRuns.UNTYPED} == typed
+    assert facts.kernel.page_types[0xF0] == "buddy"
+    assert not facts.contradictions
+    stale = [f.phys for f in check(facts).findings if f.rule == "stale-entry"]
+    assert stale == [0x10_0000, 0x10_1000]
+
+
+@pytest.mark.parametrize("lacks", ["PG_buddy", "PAGE_TYPE_BASE", "PAGE_MAPCOUNT_RESERVE"])
+def test_types_of_pages_that_nobody_knows(lacks: str) -> None:
+    types = {k: v for k, v in BACKPORT_6_11.enums["pagetype"].items() if k != lacks}
+    with pytest.raises(KhoscopeError, match="types of pages") as caught:
+        replace(BACKPORT_6_11, enums={"pagetype": types}).made().source()
+    assert "a khoscope that knows this kernel" in caught.value.hint
+
+
+def test_types_of_pages_that_debug_info_does_not_have() -> None:
+    """Those of linux 6.6 are known, where slabs have a flag; no later kernel is taken for it."""
+    source = BACKPORT.made().source()
+    assert source.outline().kernel.page_types[0xF2] == "table"
+    assert "as in linux 6.6" in source.abi.decided["page types"]
+    assert "page types" not in BACKPORT_6_11.made().source().abi.decided
+    with pytest.raises(KhoscopeError, match="types of pages"):
+        replace(BACKPORT, enums={}).made().source()
 
 
 def test_a_track_that_cannot_be_read(kernel: Kernel) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from khoscope.abi.keys import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE, Abi, Stamp
 from khoscope.facts.columns import Blocks, Pages
 from khoscope.sources import pages as pages_module
-from khoscope.sources.pages import PageLayout, PageReader
+from khoscope.sources.pages import InvertedTypes, PageLayout, PageReader
 from tests.synthetic import FIXED, PLAIN
 
 #: As on x86-64, linux 7.2.
@@ -493,3 +493,51 @@ def test_odd_layouts_are_refused() -> None:
     page = pages_module.StructPages(replace(LAYOUT, refcount=51), bytes(64), 0, 4096)
     with pytest.raises(ValueError, match="odd offset 51"):
         _ = page.refcount
+
+
+#: As in linux 6.6, and in 6.11.
+INVERTED = [
+    InvertedTypes(0xF0000000, 0xFFFFFF80, {0xF0: 0x80, 0xF1: 0x100, 0xF2: 0x200, 0xF4: 0x800}),
+    InvertedTypes(0x80000000, 0xFFFF0000, {0xF0: 1 << 30, 0xF2: 1 << 28, 0xF5: 1 << 25}),
+]
+
+
+@pytest.mark.parametrize("types", INVERTED)
+@given(
+    words=st.lists(
+        st.integers(0, 2**32 - 1)
+        | st.sets(st.integers(0, 31), max_size=3).map(lambda off: ~sum(1 << b for b in off) % 2**32)
+        | st.integers(0xFFFEFF00, 2**32 - 1),
+        min_size=1,
+    )
+)
+@example(words=[0xFFFFFFFF, 0xFFFFFF80, 0xFFFFFF7F, 0xFFFFFF00, 0xFFFF0000, 0xFFFEFFFF, 0, 7])
+def test_types_in_bits(types: InvertedTypes, words: list[int]) -> None:
+    """``PageType()`` and ``page_type_has_type()``, word by word."""
+    found = types.as_numbers(np.array(words, np.uint32)).tolist()
+    for word, number in zip(words, found, strict=True):
+        of = [n for n, bit in types.bits.items() if word & (types.base | bit) == types.base]
+        has_type = word - 2**32 < types.reserve - 2**32 and word >> 31
+        if of and has_type:
+            assert number == of[0] << 24 | word & 0xFFFFFF
+        elif has_type and word & types.base == types.base:
+            assert number == InvertedTypes.OTHER << 24 | word & 0xFFFFFF
+        else:
+            assert number == word
+
+
+def test_what_is_free_by_bits() -> None:
+    """The same memory, as an old kernel and as a new one keep it."""
+    new, old = Vmemmap(), Vmemmap(layout=replace(LAYOUT, inverted=INVERTED[0]))
+    words = {100: (BUDDY, 0xFFFFFF7F), 200: (0xF2000000, 0xFFFFFDFF), 300: (3, 3)}
+    for pfn, pair in words.items():
+        for memory, word in zip((new, old), pair, strict=True):
+            memory.pages["page_type"][pfn] = word
+            memory.pages["private"][pfn] = 2 * (pfn == 100)
+    blocks = ((100, 0), (101, 0), (103, 0), (104, 0), (200, 0), (300, 0), (96, 4))
+    assert new.facts(*blocks).free.tolist() == [1, 1, 1, 0, 0, 0, 1]
+    assert old.facts(*blocks).free.tolist() == new.facts(*blocks).free.tolist()
+    for one, other in zip(new.reader().pages(0, 1024), old.reader().pages(0, 1024), strict=True):
+        assert one.buddy.tolist() == other.buddy.tolist()
+        assert one.page_type.tolist() == other.page_type.tolist()
+        assert one.page_type[[100, 200, 300]].tolist() == [0xF0, 0xF2, 0]

@@ -101,7 +101,8 @@ class Pages(Columns):
     :param free: u32, how many pages of the block are free: in the buddy allocator, or on a
         per-cpu free list.
     :param flags: u64, ``page->flags`` of the first page.
-    :param page_type: u32, ``page->page_type`` of the first page.
+    :param page_type: u32, ``page->page_type`` of the first page; of kernels that keep types in bits
+        (before linux 6.12) as later ones would have it.
     :param compound: i8, order of the compound page that starts here; ``NOT_COMPOUND``, or
         ``COMPOUND_TAIL`` for a page in the middle of one.
     :param unread: u32, how many struct pages could not be read.

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,35 @@ LIST_LOOKS: Final = 1024
 
 
 @dataclass(frozen=True)
+class InvertedTypes:
+    """
+    Page types before linux 6.12: bits of ``page_type`` that are cleared, since it begins as -1.
+
+    ``PageType()`` and ``page_type_has_type()`` in page-flags.h of linux 6.6 and 6.11.
+
+    :param base: ``PAGE_TYPE_BASE``, the bits that stay set in all types.
+    :param reserve: ``PAGE_MAPCOUNT_RESERVE`` as u32; what is not below it is no type.
+    :param bits: bit of each type, by the number that ``enum pagetype`` has for it since linux 6.12.
+    """
+
+    base: int
+    reserve: int
+    bits: dict[int, int]
+
+    #: The number of a type of which only the bit is known; ``enum pagetype`` has none so low.
+    OTHER: ClassVar[int] = 0x80
+
+    def as_numbers(self, page_type: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        """The words as linux 6.12 would have them: with the number of the type as the top byte."""
+        base = page_type & np.uint32(self.base) == self.base
+        has_type = base & (page_type < np.uint32(self.reserve))
+        known = [has_type & (page_type & np.uint32(bit) == 0) for bit in self.bits.values()]
+        number = np.select(known, [np.uint32(n) for n in self.bits], np.uint32(self.OTHER))
+        low = page_type & np.uint32(0xFFFFFF)
+        return np.where(has_type, number.astype(np.uint32) << np.uint32(24) | low, page_type)
+
+
+@dataclass(frozen=True)
 class PageLayout:
     """
     Where ``struct page`` keeps things; byte offsets and sizes from the kernel's types.
@@ -51,6 +80,8 @@ class PageLayout:
         them says where the page is.
     :param fake_heads: whether a tail may read like its head (:attr:`StructPages.is_fake_head`);
         not since linux 7.1.
+    :param inverted: how the kernel has page types in bits; None: in numbers, as all that reads
+        them expects.
     """
 
     vmemmap: int
@@ -67,6 +98,7 @@ class PageLayout:
     flag_count: int
     untyped: int = 0xFF
     fake_heads: bool = False
+    inverted: InvertedTypes | None = None
 
 
 #: ``page_type`` of a page that has no type and is mapped nowhere (``_mapcount`` is -1).
@@ -146,7 +178,10 @@ class StructPages:
 
     @property
     def page_type(self) -> NDArray[np.uint32]:
-        return self._but_fake(self._column(self._layout.page_type, np.uint32), NO_PAGE_TYPE)
+        types = self._column(self._layout.page_type, np.uint32)
+        if self._layout.inverted is not None:
+            types = self._layout.inverted.as_numbers(types)
+        return self._but_fake(types, NO_PAGE_TYPE)
 
     @property
     def is_tail(self) -> NDArray[np.bool_]:

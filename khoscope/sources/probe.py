@@ -42,7 +42,7 @@ from ..abi.keys import (
 )
 from ..abi.serialized import text
 from ..words.errors import KhoscopeError
-from .pages import PageLayout
+from .pages import InvertedTypes, PageLayout
 from .track import TrackLayout
 
 #: What drgn raises if debug info has no such type, member, symbol or value.
@@ -440,6 +440,8 @@ def probe_abi(prog: Program, parts: Parts, compatible: str | None, overrides: Ov
     if not is_radix:
         # Of radix trees it is always kho_out.fdt.
         decided["root FDT"] = f"kho_out.{parts.kho_out.fdt}"
+    if how := page_types(prog).decided:
+        decided["page types"] = how
     stamp = probe_stamp(prog)
     order_0 = constant("KHO_ORDER_0_LOG2", computed.order_0_log2)
     max_page_order = prog.type("struct zone").member("free_area").type.length - 1
@@ -594,7 +596,7 @@ def probe_stamp(prog: Program) -> Stamp:
 def page_layout(prog: Program) -> PageLayout:
     """Where this kernel's ``struct page`` keeps things."""
     page = prog.type("struct page")
-    pagetype = enumerators(prog, "enum pagetype")
+    types = page_types(prog)
     try:
         vmemmap = prog["vmemmap"]
     except KeyError:
@@ -622,10 +624,89 @@ def page_layout(prog: Program) -> PageLayout:
         lru=offsetof(page, "lru"),
         mapping=offsetof(page, "mapping"),
         head_bit=flags["PG_head"],
-        buddy_type=pagetype["PGTY_buddy"],
+        buddy_type=types.numbers["buddy"],
         flag_count=flags["__NR_PAGEFLAGS"],
-        untyped=pagetype["PGTY_mapcount_underflow"],
+        untyped=types.numbers["mapcount_underflow"],
         fake_heads=not newer,
+        inverted=types.inverted,
+    )
+
+
+#: ``enum pagetype`` since linux 6.12, as far as kernels before it have such types.
+_NUMBERS: Final = {
+    "buddy": 0xF0,
+    "offline": 0xF1,
+    "table": 0xF2,
+    "guard": 0xF3,
+    "hugetlb": 0xF4,
+    "slab": 0xF5,
+    "zsmalloc": 0xF6,
+    "mapcount_underflow": 0xFF,
+    "other": InvertedTypes.OTHER,
+}
+#: Macros of linux 6.6 to 6.9 for which debug info has nothing.
+_MACROS: Final = {
+    "PG_buddy": 0x80,
+    "PG_offline": 0x100,
+    "PG_table": 0x200,
+    "PG_guard": 0x400,
+    "PG_hugetlb": 0x800,
+    "PAGE_TYPE_BASE": 0xF000_0000,
+    "PAGE_MAPCOUNT_RESERVE": -128,
+}
+
+
+@dataclass(frozen=True)
+class PageTypes:
+    """
+    What ``page_type`` means.
+
+    :param numbers: the top byte of each type, by name.
+    :param inverted: how the kernel has types in bits; None: as such numbers.
+    :param decided: how that was decided, if debug info does not say it.
+    """
+
+    numbers: dict[str, int]
+    inverted: InvertedTypes | None = None
+    decided: str = ""
+
+    @property
+    def names(self) -> dict[int, str]:
+        """The names of the types, by top byte."""
+        return {number: name for name, number in self.numbers.items()}
+
+
+@guarded()
+def page_types(prog: Program) -> PageTypes:
+    """
+    The page types of this kernel: numbers since linux 6.12, before that bits that are cleared.
+
+    :raises KhoscopeError: if it has them in another way.
+    """
+    found, decided = enumerators(prog, "enum pagetype"), ""
+    if "PGTY_buddy" in found:
+        return PageTypes({name.removeprefix("PGTY_"): value for name, value in found.items()})
+    if not found and "PG_slab" in enumerators(prog, "enum pageflags"):
+        # Slabs had a flag before they had a type (linux 6.10).  A kernel without it, and without
+        # the enum, may as well be a later one whose debug info is poor.
+        found, decided = _MACROS, "no enum pagetype, and slabs have a flag: as in linux 6.6"
+    if not {"PG_buddy", "PAGE_TYPE_BASE", "PAGE_MAPCOUNT_RESERVE"} <= found.keys():
+        raise KhoscopeError(
+            "this kernel keeps the types of pages in a way that khoscope does not know (enum "
+            "pagetype has neither PGTY_buddy nor PG_buddy with PAGE_TYPE_BASE)",
+            "name the vmlinux of this very kernel, with DWARF, by --vmlinux, or use a khoscope "
+            "that knows this kernel",
+        )
+    bits = {name.removeprefix("PG_"): value for name, value in found.items()}
+    known = [name for name in _NUMBERS if name in bits]
+    return PageTypes(
+        {name: _NUMBERS[name] for name in (*known, "mapcount_underflow", "other")},
+        InvertedTypes(
+            found["PAGE_TYPE_BASE"] % (1 << 32),
+            found["PAGE_MAPCOUNT_RESERVE"] % (1 << 32),
+            {_NUMBERS[name]: bits[name] for name in known},
+        ),
+        decided,
     )
 
 

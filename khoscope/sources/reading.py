@@ -31,7 +31,7 @@ from ..facts import budget
 from ..facts.clients import LuoState
 from ..facts.snapshot import Handover, Kernel, KexecImage, Node
 from ..words.errors import KhoscopeError
-from .probe import Parts, enumerators
+from .probe import Parts, enumerators, page_types
 from .sections import offline, section_layout
 from .walk import READS, in_ranges
 
@@ -130,10 +130,7 @@ class Reading:
             ),
             self.fact("the kernel log (prb)", self._trouble, []),
             [flags.get(bit, "") for bit in range(prog["__NR_PAGEFLAGS"].value_())],
-            {
-                value: name.removeprefix("PGTY_")
-                for name, value in enumerators(prog, "enum pagetype").items()
-            },
+            page_types(prog).names,
             self.fact("the command line (saved_command_line)", self._command_line, ""),
         )
 
