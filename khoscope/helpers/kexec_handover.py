@@ -353,14 +353,14 @@ def kho_page_info(page: Object) -> Object | None:
         order alone, and cannot be told from whatever else is in ``page->private``.
     """
     try:
-        type = page.prog_.type("union kho_page_info")
+        note = page.prog_.type("union kho_page_info")
     except LookupError:
         raise LookupError(
             "this kernel has no union kho_page_info: KHO's notes have no magic, and cannot be told "
             "from other words in page->private"
         ) from None
     # Read the note only once, because somebody may restore the page meanwhile.
-    info = reinterpret(type, page.private).read_()
+    info = reinterpret(note, page.private).read_()
     return info if info.magic == _KHO_PAGE_MAGIC else None
 
 
