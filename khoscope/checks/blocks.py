@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +14,14 @@ from ..abi.keys import (
     KHO_PAGE_CONTIG,
     KHO_PAGE_SPLIT,
     U64,
+    Abi,
     BlockLimits,
     Restore,
     Tracker,
 )
 from ..facts.clients import OwnerKind
 from ..facts.columns import Blocks, Leaves, Pages
+from ..facts.next_kernel import NextKernel
 from ..facts.owners import FolioTotal
 from ..facts.snapshot import Snapshot
 from ..facts.tree import KeySet, decode_leaves
@@ -104,7 +107,7 @@ _STAYS_COMPOUND = """
 @rule(
     "wrong-after-restore",
     Severity.ERROR,
-    "blocks",
+    "next-blocks",
     """
     In a next kernel like this one, kho_restore_pages() or kho_restore_folio() will give these pages
     other refcounts than they have now. Tails that come back at 1 instead of 0 trip "Bad page state"
@@ -113,19 +116,20 @@ _STAYS_COMPOUND = """
     """,
     kernel="kho_restore_page kho_init_pages kho_init_folio",
 )
-def wrong_after_restore(facts: Snapshot, blocks: Blocks) -> Marked:
+def wrong_after_restore(kernel: NextKernel | None, facts: Snapshot, blocks: Blocks) -> Marked:
     """What the next kernel's restore will set differs from what is there now; it is assumed to
-    be the same kernel."""
+    do what this kernel does, unless its image tells."""
+    abi, who = _restored_by(kernel, facts)
     # Assume that clients restore a folio with kho_restore_folio(); where that is not known,
     # needs-folio-restore says so.
     folio = blocks.facts.compound > 0
-    split = restores_split(facts.abi, blocks.type, folio)
-    compound = stays_compound(facts.abi, blocks.order, folio)
+    split = restores_split(abi, blocks.type, folio)
+    compound = stays_compound(abi, blocks.order, folio)
 
     def say(row: int) -> str:
         how = ", and leave it a compound page" if compound[row] else ""
         return (
-            f"{_describe(blocks, row)} now, {facts.kernel.release} as the next kernel "
+            f"{_describe(blocks, row)} now, {who} "
             f"will restore it as {named(int(blocks.order[row]), bool(split[row]))}{how}"
         )
 
@@ -140,6 +144,14 @@ def wrong_after_restore(facts: Snapshot, blocks: Blocks) -> Marked:
         lost_type(facts.abi, blocks),
         _STAYS_COMPOUND if compound.any() else "",
     )
+
+
+def _restored_by(kernel: NextKernel | None, facts: Snapshot) -> tuple[Abi, str]:
+    """The ABI of the kernel that restores, and its name."""
+    if kernel is None or facts.abi.tracker != Tracker.XARRAY or not kernel.luo:
+        return facts.abi, f"{facts.kernel.release} as the next kernel"
+    # Kernels that take kho-v1 and have LUO are linux 6.19 and 7.0.
+    return replace(facts.abi, restores_pages_as=Restore.PAGES), kernel.release
 
 
 @also("wrong-after-restore", "folios")

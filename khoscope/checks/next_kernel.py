@@ -10,7 +10,7 @@ from typing import Final
 
 from ..abi import fdt as fdts
 from ..abi.compatibles import OF_XARRAYS, base, block_limits, parts
-from ..abi.keys import BlockLimits, Finalize, Tracker
+from ..abi.keys import BlockLimits, Finalize, Restore, Tracker
 from ..abi.kho_fdt import compatibles_of
 from ..abi.serialized import LUO
 from ..facts.clients import Luo
@@ -105,15 +105,23 @@ def image_abi_differs(facts: Snapshot, kernel: NextKernel) -> Iterator[Message]:
     yield from _files(luo, kernel)
 
 
-def unknown_bitmaps(facts: Snapshot, kernel: NextKernel) -> Iterator[str]:
-    """Whether the next kernel reads the bitmaps of this one for what they are, if none can tell."""
-    if not _reads_bitmaps(facts, kernel) or kernel.has_page_bitmaps:
+def untold(facts: Snapshot, kernel: NextKernel) -> Iterator[str]:
+    """What an image does not tell of kernels that are all called kho-v1, and differ."""
+    if not _reads_bitmaps(facts, kernel):
         return
-    yield (
-        f"which bitmaps {kernel.release} reads cannot be told from its image: of "
-        f"{facts.abi.bitmap_bytes:,} bytes, as this kernel hands over, or of "
-        f"{_OLD_BITMAP if _page_bitmaps(facts) else facts.abi.page_size:,}"
-    )
+    if not kernel.has_page_bitmaps:
+        yield (
+            f"which bitmaps {kernel.release} reads cannot be told from its image: of "
+            f"{facts.abi.bitmap_bytes:,} bytes, as this kernel hands over, or of "
+            f"{_OLD_BITMAP if _page_bitmaps(facts) else facts.abi.page_size:,}"
+        )
+    # With LUO it is 6.19 or later. Without, it may be 6.18, which has those functions, or older.
+    alike = facts.abi.restores_pages_as == Restore.SPLIT_FOLIO and kernel.newer_functions
+    if not kernel.luo and not alike and kernel.release != facts.kernel.release:
+        yield (
+            f"how {kernel.release} restores pages cannot be told from its image: as this kernel "
+            "does, or as linux 6.18, which leaves them compound"
+        )
 
 
 #: Bytes of a bitmap up to linux 6.17.8.

@@ -265,7 +265,7 @@ def _check(
         for rule, find in report.finders("next"):
             report.add_messages(rule, find(facts, next_kernel))
         if report.finders("next"):
-            report.incomplete += image_rules.unknown_bitmaps(facts, next_kernel)
+            report.incomplete += image_rules.untold(facts, next_kernel)
     keys = functools.cache(lambda: KeySet(facts.abi, facts.outgoing.tree.leaves))
     _check_tree(facts, keys, report)
     _check_blocks(facts, next_kernel, keys, report)
