@@ -304,6 +304,19 @@ def test_blobs_that_nobody_preserves(exercise: Exercise) -> None:
     assert not {lost.subtree, at.subtree} & subtrees(exercise.machine, "out")
 
 
+@pytest.mark.parametrize("exercise", REFUSES_HUGE, indirect=True)
+def test_a_block_that_restore_refuses(exercise: Exercise) -> None:
+    """khoscope says so while it can still be preserved otherwise: before KHO is finalized."""
+    exercise.preserve("huge")
+    (huge,) = by_scenario(exercise.report())["huge"]
+    asked = ("verify", "--json", "--only", "block-too-large,huge-order")
+    (found,) = json.loads(host(*exercise.machine.source, *asked, status=1))["findings"]
+    assert (found["rule"], found["order"]) == ("block-too-large", 11)
+    assert int(found["phys"], 16) == huge.ranges[0][0]
+    assert found["message"].endswith("restores no block above order 10")
+    exercise.free("huge")
+
+
 @pytest.mark.parametrize("kernel", NOTIFIED)
 def test_finalizing_is_the_end_and_aborting_drops_all(kernel: str) -> None:
     with Machine(kernel) as machine:
