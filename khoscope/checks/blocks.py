@@ -129,8 +129,8 @@ def wrong_after_restore(kernel: NextKernel | None, facts: Snapshot, blocks: Bloc
     def say(row: int) -> str:
         how = ", and leave it a compound page" if compound[row] else ""
         return (
-            f"{_describe(blocks, row)} now, {who} "
-            f"will restore it as {named(int(blocks.order[row]), bool(split[row]))}{how}"
+            f"{_describe(blocks, row)} now, {who} will restore it as "
+            f"{named(int(blocks.order[row]), bool(split[row]))}{how}"
         )
 
     wrong = _judged(blocks) & (~fits(blocks.facts, split) | compound)

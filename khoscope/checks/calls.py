@@ -55,9 +55,9 @@ def preserved_twice(facts: Snapshot, touches: Touches) -> Marked:
     "touches",
     """
     The block's bit was clear. The kernel says nothing if the leaf or bitmap exists, and WARNs if it
-    does not. Either the block was never preserved, or it was unpreserved
-    twice, or it is still preserved under another key: with another order, because the range differs
-    from the one that was preserved, or with another type, because the pages were split since then
+    does not. Either the block was never preserved, or it was unpreserved twice, or it is still
+    preserved under another key: with another order, because the range differs from the one that was
+    preserved, or with another type, because the pages were split since then
     (kho_split_preserved_pages() is for that). That old entry then goes through the kexec.
     Unpreserve exactly what was preserved, as it was.
     """,

@@ -73,10 +73,10 @@ def not_finalized(facts: Snapshot) -> Iterator[Message]:
     step, image = facts.abi.finalize, facts.image
     if step == Finalize.NEVER or facts.finalized is None:
         return
-    # Whether it was loaded by kexec_file_load(), and with what.
-    file_mode = step == Finalize.BEFORE_LOAD and image is not None and image.file_mode
+    # By kexec_load(), images hand nothing over, as image-without-kho says.
+    loaded = image if step == Finalize.BEFORE_LOAD and image and image.file_mode else None
     if facts.finalized:
-        if file_mode and image is not None and not image.kho_fdt:
+        if loaded and not loaded.kho_fdt:
             yield Message(
                 "the kexec image was loaded before KHO was finalized: load it again",
                 explain=_LOAD_AGAIN,
@@ -87,12 +87,12 @@ def not_finalized(facts: Snapshot) -> Iterator[Message]:
         explain = _THEN_LOAD if step == Finalize.BEFORE_LOAD else _BEFORE_KEXEC
         blocks = "1 block is" if count == 1 else f"{count:,} blocks are"
         yield Message(f"{blocks} preserved, and KHO is not finalized", explain=explain)
-    if file_mode and image is not None and image.kho_fdt:
+    if loaded and loaded.kho_fdt:
         yield Message(
             "the kexec image is of a handover that is no more: finalizing was undone",
             explain=_UNDONE,
         )
-    elif file_mode and not count:
+    elif loaded and not count:
         yield Message(
             "the kexec image was loaded, and KHO is not finalized: nothing will be handed over",
             explain=_THEN_LOAD,
@@ -145,9 +145,11 @@ def serialized_differs(facts: Snapshot, keys: KeySet) -> Iterator[tuple[Blocks, 
         return
     listed = KeySet(facts.abi, chain.leaves)
     explain = _NOT_AGAIN if facts.abi.finalize == Finalize.BEFORE_LOAD else _AGAIN
-    lost, stale = "not among what was serialized: not handed over", "not preserved any more, but "
-    yield from _differ(keys.minus(listed), lost, explain)
-    yield from _differ(listed.minus(keys), stale + "serialized: handed over", explain)
+    for blocks, what in (
+        (keys.minus(listed), "not among what was serialized: not handed over"),
+        (listed.minus(keys), "not preserved any more, but serialized: handed over"),
+    ):
+        yield from _differ(blocks, what, explain)
 
 
 def _differ(blocks: Iterator[Blocks], what: str, explain: str) -> Iterator[tuple[Blocks, Marked]]:

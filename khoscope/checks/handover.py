@@ -147,8 +147,12 @@ def pair(
             _reused(before, after, now),
         ],
         [
-            *(Fate.UNREAD, Fate.IN_PLACE, Fate.NOT_RESTORED, Fate.LOST),
-            *(Fate.UNKNOWN, Fate.RELEASED),
+            Fate.UNREAD,
+            Fate.IN_PLACE,
+            Fate.NOT_RESTORED,
+            Fate.LOST,
+            Fate.UNKNOWN,
+            Fate.RELEASED,
         ],
         Fate.RESTORED,
     )

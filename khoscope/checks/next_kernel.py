@@ -20,8 +20,8 @@ from ..facts.snapshot import Snapshot
 from .blocks import too_large
 from .rule import Marked, Message, Severity, rule
 
-#: The root FDT of every kernel that hands over a chain of bitmaps.
-_BITMAPS: Final = "kho-v1"
+#: Bytes of a bitmap up to linux 6.17.8.
+_OLD_BITMAP: Final = 512
 
 #: What :func:`image_abi_differs` says about the pair of kernels at hand.
 _NOTHING_IS_TAKEN = """
@@ -124,13 +124,9 @@ def untold(facts: Snapshot, kernel: NextKernel) -> Iterator[str]:
         )
 
 
-#: Bytes of a bitmap up to linux 6.17.8.
-_OLD_BITMAP: Final = 512
-
-
 def _reads_bitmaps(facts: Snapshot, kernel: NextKernel) -> bool:
     """Whether bitmaps are handed over, and the next kernel may follow the chain that has them."""
-    return facts.abi.tracker == Tracker.XARRAY and _BITMAPS in kernel.kho
+    return facts.abi.tracker == Tracker.XARRAY and OF_XARRAYS in kernel.kho
 
 
 def _page_bitmaps(facts: Snapshot) -> bool:
