@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -30,7 +31,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Without groups each worker boots a guest for the same tests; nothing else would say so."""
+    """What nothing else would say: that there are no groups, or that all kernels are not enough.
+
+    Without groups each worker boots a guest for the same tests. Without parameters a test is
+    skipped, which is right where it is about kernels that nobody asked for.
+    """
+    if os.environ.get("KERNELS", "all") == "all":
+        for item in session.items:
+            skips = [str(mark.kwargs.get("reason")) for mark in item.iter_markers("skip")]
+            is_empty = any("empty parameter set" in why for why in skips)
+            if is_empty and item.get_closest_marker("older_kernels") is None:
+                raise pytest.UsageError(f"{item.nodeid} runs on none of all kernels")
     if hasattr(session.config, "workerinput"):
         lost = [item.nodeid for item in session.items if "@" not in item.nodeid]
         if lost:

@@ -23,6 +23,7 @@ from vm.exercise import Exercise
 from vm.kernel import one_of_each_series, series
 from vm.luo import Memfd, hold
 from vm.machine import Machine
+from vm.trace import Trace
 
 #: What differs between any two runs.
 TIMES = ("taken",)
@@ -257,14 +258,12 @@ def test_snapshots_and_traces(bare: Machine) -> None:
     tree = json.loads(guest(bare, "--snapshot", "/run/btf.khosnap", "tree", "--json"))
     live = json.loads(guest(bare, "tree", "--json"))
     assert tree["blocks"] == live["blocks"]
-    traced = bare.run(
-        "khoscope -v trace --json -d 6 >/run/trace & sleep 14;"
-        " echo contig > /sys/kernel/debug/kho_exercise/preserve; wait; cat /run/trace",
-        timeout=TIMEOUT,
-        check=True,
-    )
-    assert "khoscope: types: BTF (khoscope)" in traced.stderr
-    assert json.loads(traced.stdout)["schema"] == "khoscope.trace/1"
+    with Trace(bare, "btf", "--json", command=("khoscope", "-v", "trace")) as trace:
+        Exercise(bare).preserve("contig")
+    assert "khoscope: types: BTF (khoscope)" in trace.errors()
+    traced = json.loads(trace.output())
+    assert traced["schema"] == "khoscope.trace/1"
+    assert traced["summary"]["total"]["functions"]["kho_preserve_pages"]["calls"] == 4
 
 
 # Trees that are not KHO's

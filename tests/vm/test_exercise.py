@@ -304,6 +304,7 @@ def test_blobs_that_nobody_preserves(exercise: Exercise) -> None:
     assert not {lost.subtree, at.subtree} & subtrees(exercise.machine, "out")
 
 
+@pytest.mark.older_kernels
 @pytest.mark.parametrize("exercise", REFUSES_HUGE, indirect=True)
 def test_a_block_that_restore_refuses(exercise: Exercise) -> None:
     """khoscope says so while it can still be preserved otherwise: before KHO is finalized."""
@@ -317,6 +318,7 @@ def test_a_block_that_restore_refuses(exercise: Exercise) -> None:
     exercise.free("huge")
 
 
+@pytest.mark.older_kernels
 @pytest.mark.parametrize("kernel", NOTIFIED)
 def test_finalizing_is_the_end_and_aborting_drops_all(kernel: str) -> None:
     with Machine(kernel) as machine:
