@@ -59,7 +59,8 @@ kernels: .venv/dev
 	$(BIN)/python -m vm build
 
 vm-test: kernels
-	$(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadgroup tests/vm
+	$(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadgroup --no-loadscope-reorder \
+		tests/vm
 
 bench: .venv/dev kernels
 	$(BIN)/python benchmarks/bench_tree.py
