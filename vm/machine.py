@@ -25,6 +25,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import tarfile
 import tempfile
 import time
 from collections.abc import Coroutine, Sequence
@@ -57,6 +58,8 @@ MAX_OUTPUT = 16 << 20
 _CHUNK = 1 << 20
 #: Debugfs has this on the kernels up to 7.0, which hand over only what somebody has finalized.
 FINALIZE = "/sys/kernel/debug/kho/out/finalize"
+#: What of the repository is in the guest's /khoscope.
+_GUEST_TREE = ("khoscope", "bpf", "vm")
 _AGENT_NAME = "org.qemu.guest_agent.0"
 _TEMPORARY = "khoscope-vm-"
 _CONSOLE_TAIL = 40
@@ -275,7 +278,8 @@ class Machine:
                 self._append,
             )
         ).strip()
-        shares = {"khoscope": REPOSITORY} | {k.name: k.share for k in self.kernels.values()}
+        tree = self.directory / "tree.tar"
+        _archive(tree)
         # fmt: off
         # QEMU 7.2 emulates AVX2 wrongly: numpy's argsort then gives wrong orders. A fifth level of
         # page tables takes a fifth of the time.
@@ -291,6 +295,8 @@ class Machine:
             "-kernel", str(self.kernel.share / "bzImage"), "-append", command_line,
             "-drive", f"file={_escape(self._root)},format=raw,if=none,id=root,snapshot=on",
             "-device", "virtio-blk-pci,drive=root",
+            "-drive", f"file={_escape(tree)},format=raw,if=none,id=tree,readonly=on",
+            "-device", "virtio-blk-pci,drive=tree",
             "-device", "virtio-rng-pci",
             "-device", "vmcoreinfo",
             "-chardev", f"file,id=console,path={_escape(self.console_log)}",
@@ -314,8 +320,9 @@ class Machine:
                 arguments += ["-object", backend, "-numa", numa]
         if (initrd := self.kernel.share / "initrd").exists():
             arguments += ["-initrd", str(initrd)]
-        for number, (tag, path) in enumerate(shares.items()):
-            share = f"id=share{number},path={_escape(path)},mount_tag={tag},security_model=none"
+        for number, each in enumerate(self.kernels.values()):
+            share = f"id=share{number},path={_escape(each.share)},mount_tag={each.name}"
+            share += ",security_model=none"
             arguments += ["-virtfs", f"local,{share},readonly=on,multidevs=remap"]
         return arguments
 
@@ -708,6 +715,17 @@ class Machine:
             return self._dead.result()
 
         return self._loop.run_until_complete(both())
+
+
+def _archive(to: Path) -> None:
+    """Writes what the guest has in /khoscope: the working tree's programs, without byte code."""
+
+    def no_byte_code(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        return None if member.name.endswith("__pycache__") else member
+
+    with tarfile.open(to, "w") as archive:
+        for name in _GUEST_TREE:
+            archive.add(REPOSITORY / name, name, filter=no_byte_code)
 
 
 async def _until_port(ports: EventListener, *, is_open: bool) -> None:

@@ -34,6 +34,7 @@ PAGE = mmap.PAGESIZE
 SIZE = 2 << 20
 #: mmap(2): MAP_SHARED | MAP_ANONYMOUS | MAP_HUGETLB.
 FLAGS = 0x1 | 0x20 | 0x40000
+TRIES = 10
 
 
 def folio() -> Iterator[int]:
@@ -65,6 +66,26 @@ def as_drgn_says(prog: Program, pfn: int) -> dict[str, Any]:
     }
 
 
+def both(prog: Program, reader: PageReader, pfns: range) -> tuple[list[Any], list[Any]]:
+    """What khoscope and drgn say of the same pages.
+
+    What lies around the folio is others' memory, and may change hands between the two: look again
+    until drgn says the same before and after khoscope.
+    """
+    for _ in range(TRIES):
+        before = [as_drgn_says(prog, pfn) for pfn in pfns]
+        khoscope = [
+            {"compound": compound, "refcount": refcount}
+            for runs in reader.pages(pfns.start, pfns.stop)
+            for compound, refcount in zip(
+                runs.compound.tolist(), runs.refcount.tolist(), strict=True
+            )
+        ]
+        if before == [as_drgn_says(prog, pfn) for pfn in pfns]:
+            return khoscope, before
+    raise RuntimeError(f"the pages changed during each of {TRIES} looks")
+
+
 def given_back(prog: Program, pfn: int, count: int) -> int:
     """Pages of struct pages whose memory is also that of others."""
     per_page = PAGE // prog.type("struct page").size
@@ -85,13 +106,7 @@ def look(optimise: bool) -> dict[str, Any]:
     abi = Abi.for_page_shift(12)
     layout = page_layout(prog)
     reader = PageReader(abi, layout, lambda at, size: prog.read(at, size), pfn + 2 * count)
-    rows = [runs for runs in reader.pages(pfn - count, pfn + 2 * count) if len(runs)]
-    khoscope = [
-        {"compound": compound, "refcount": refcount}
-        for runs in rows
-        for compound, refcount in zip(runs.compound.tolist(), runs.refcount.tolist(), strict=True)
-    ]
-    drgn = [as_drgn_says(prog, at) for at in range(pfn - count, pfn + 2 * count)]
+    khoscope, drgn = both(prog, reader, range(pfn - count, pfn + 2 * count))
     nothing = np.zeros(1, np.uint64)
     blocks = Blocks(
         nothing, np.array([pfn * PAGE], np.uint64), np.array([9], np.uint8), np.zeros(1, np.int8)
