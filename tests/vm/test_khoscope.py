@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from vm.exercise import Exercise, Piece
-from vm.kernel import one_of_each_series, what
+from vm.kernel import one_of_each_series, series, what
 from vm.machine import REPOSITORY, Machine, Result
 
 #: Kinds of memory that come back right from the repaired kernels.
@@ -69,6 +69,11 @@ class Story:
         """base, rfc or fixed."""
         return what(self.kernel)
 
+    @property
+    def counts_kexecs(self) -> bool:
+        """Whether this kernel tells the next one how many there were (linux 7.1)."""
+        return series(self.kernel) != "6.18"
+
 
 @pytest.fixture(scope="module", params=one_of_each_series())
 def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Story:
@@ -85,6 +90,8 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         for name in HEALTHY:
             exercise.preserve(name)
         story.pieces = exercise.report()
+        # Up to 7.0, a snapshot from before that lacks what is handed over.
+        machine.finalize()
         # On the patched-as-posted and on the unpatched kernel some of it is an error, of course.
         wrong = 0 if fixed else 1
         story.seen["guest tree"] = json.loads(guest(machine, "tree", "--json"))
@@ -231,7 +238,7 @@ def test_before_the_kexec(story: Story) -> None:
 def test_after_the_kexec(story: Story) -> None:
     found = story.seen["handed over"]
     assert found["handover"]["is_kho_boot"]
-    assert found["handover"]["kexec_count"] == 1
+    assert found["handover"]["kexec_count"] == (1 if story.counts_kexecs else None)
     assert found["fates"].get("lost", 0) == 0
     assert found["verdict"] == "fail" if story.what == "rfc" else "pass"
 
@@ -254,7 +261,7 @@ def test_after_the_restore(story: Story) -> None:
 def test_the_diff_knows_both_kernels(story: Story) -> None:
     facts = {f["what"]: (f["a"], f["b"]) for f in story.seen["diff"]["facts"]}
     assert facts["KHO boot"] == ("False", "True")
-    assert facts["kexec count"] == ("0", "1")
+    assert facts.get("kexec count") == (("0", "1") if story.counts_kexecs else None)
     assert "boot id" in facts
     assert story.seen["diff"]["counts"]["removed"] > 0
 
