@@ -241,6 +241,8 @@ class Machine:
         #: QMP for other programs: ``khoscope --qemu``, ``drgn --qemu``. It accepts one at a time.
         self.qmp_socket = self.directory / "qmp"
         self._agent_socket = self.directory / "agent"
+        self._tree = self.directory / "tree.tar"
+        _archive(self._tree)
 
         self._control = QMPClient("control")
         self._agent = QMPClient("agent", readbuflen=4 * MAX_OUTPUT)
@@ -278,8 +280,6 @@ class Machine:
                 self._append,
             )
         ).strip()
-        tree = self.directory / "tree.tar"
-        _archive(tree)
         # fmt: off
         # QEMU 7.2 emulates AVX2 wrongly: numpy's argsort then gives wrong orders. A fifth level of
         # page tables takes a fifth of the time.
@@ -295,7 +295,7 @@ class Machine:
             "-kernel", str(self.kernel.share / "bzImage"), "-append", command_line,
             "-drive", f"file={_escape(self._root)},format=raw,if=none,id=root,snapshot=on",
             "-device", "virtio-blk-pci,drive=root",
-            "-drive", f"file={_escape(tree)},format=raw,if=none,id=tree,readonly=on",
+            "-drive", f"file={_escape(self._tree)},format=raw,if=none,id=tree,readonly=on",
             "-device", "virtio-blk-pci,drive=tree",
             "-device", "virtio-rng-pci",
             "-device", "vmcoreinfo",

@@ -240,7 +240,7 @@ def test_after_the_kexec(story: Story) -> None:
     assert found["handover"]["is_kho_boot"]
     assert found["handover"]["kexec_count"] == (1 if story.counts_kexecs else None)
     assert found["fates"].get("lost", 0) == 0
-    assert found["verdict"] == "fail" if story.what == "rfc" else "pass"
+    assert found["verdict"] == ("fail" if story.what == "rfc" else "pass")
 
 
 def test_after_the_restore(story: Story) -> None:
