@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,17 @@ from khoscope.facts.clients import (
 )
 from khoscope.facts.columns import Pages
 from khoscope.facts.next_kernel import NextKernel
-from khoscope.facts.snapshot import Handover, KexecImage, Node, Scan, Snapshot
+from khoscope.facts.snapshot import (
+    Handover,
+    KexecImage,
+    Memory,
+    Node,
+    PageUse,
+    Scan,
+    ScratchUse,
+    Snapshot,
+    Zone,
+)
 from khoscope.facts.tree import NodeProblem, Tree, TreeState
 from khoscope.words.errors import KhoscopeError
 from tests.synthetic import (
@@ -368,7 +379,85 @@ def border(
     return check(replace(facts, outgoing=side))
 
 
+#: Scratch, and how many of its pages are what.
+SCRATCH = (1 << 29, 1 << 24)
+
+
+def scratch_of(
+    *blocks: Block,
+    pages: dict[str, int] | None = None,
+    pinned: int = 0,
+    cma: tuple[int, int] = (4096, 0),
+    came: Handover | None = None,
+    next_kernel: NextKernel | None = None,
+    owned: int | None = None,
+    **changes: Any,
+) -> Report:
+    """
+    The report on a kernel with a scratch area of 16 MiB.
+
+    :param pages: of the area, by use.
+    :param cma: pages in page blocks of type MIGRATE_CMA, and those that CmaTotal counts.
+    :param owned: a page that is KHO's own.
+    """
+    facts = snapshot(PLAIN, blocks, scratch=[SCRATCH], handover=came)
+    if owned is not None:
+        whose = Claims(
+            *(np.array([n], t) for n, t in zip((owned, 64, 0), Claims.DTYPES.values(), strict=True))
+        )
+        side = replace(facts.outgoing, owners=[Owner(OwnerKind.FDT, "KHO FDT")], claims=[whose])
+        facts = replace(facts, outgoing=side)
+    zone = Zone(
+        0, "Normal", 0, 1 << 32, 1 << 20, (1 << 20) - 2560, cma[0], 9000, 4000, 100, 120, 7, 50
+    )
+    facts = replace(
+        facts,
+        memory=Memory([zone], cma[1], 10, 9),
+        scratch_use=[ScratchUse({"cma": 8}, pages or {}, pinned, 0, 0)],
+        scratch_free=[0],
+        liveupdate=LuoState(True, [], False),
+    )
+    return check(replace(facts, **changes), next_kernel)
+
+
+def takes(size: int | None) -> NextKernel:
+    """A kernel that takes so much memory."""
+    return NextKernel("bzImage", "zstd", "7.2.0-next", ("kho-v4",), size=size)
+
+
 FIRES: dict[str, list[Fires]] = {
+    "phantom-cma": [
+        Fires(scratch_of, None),
+        # cma= has some of it.
+        Fires(lambda: scratch_of(cma=(9000, 3000)), None),
+        # A kernel that was handed over to does not count its scratch in its zones.
+        Fires(lambda: scratch_of(cma=(0, 0), came=HANDED_OVER), None),
+    ],
+    "scratch-unmovable": [
+        Fires(lambda: scratch_of(pages={"slab": 3, "anonymous": 70}), SCRATCH[0]),
+        Fires(lambda: scratch_of(pages={PageUse.KERNEL: 3}), SCRATCH[0]),
+        Fires(lambda: scratch_of(pages={PageUse.RESERVED: 3}), SCRATCH[0]),
+        Fires(lambda: scratch_of(pages={PageUse.ANON: 3}, pinned=1), SCRATCH[0]),
+    ],
+    "scratch-too-small": [
+        Fires(lambda: scratch_of(next_kernel=takes(17 << 20)), None),
+        # The boot takes 10 MiB, and there are 16.
+        Fires(lambda: scratch_of(next_kernel=takes(7 << 20)), None),
+        # With its initrd the loaded image takes more than a bzImage says.
+        Fires(
+            lambda: scratch_of(
+                next_kernel=takes(1 << 20), image=KexecImage(True, True, 0x2000, 7 << 20)
+            ),
+            None,
+        ),
+    ],
+    "kho-unused": [
+        Fires(scratch_of, None),
+        # Every kexec is a handover as long as KHO is on.
+        Fires(lambda: scratch_of(came=HANDED_OVER), None),
+        # Nobody but KHO itself has preserved anything: its root FDT.
+        Fires(lambda: scratch_of(replace(contig(0), phys=0x2000), owned=0x2000), None),
+    ],
     "not-finalized": [
         Fires(lambda: older(folio(2), finalized=False, image=KexecImage(False)), None, here=True),
         Fires(lambda: older(folio(2), finalized=False, abi=NO_LOAD_FIRST), None, here=True),
@@ -710,6 +799,33 @@ def with_incoming_fdt(**changes: object) -> Snapshot:
 
 
 SILENT: dict[str, list[Callable[[], Report]]] = {
+    "phantom-cma": [
+        lambda: scratch_of(cma=(4096, 4096), scratch_use=[]),
+        # Of 4096 pages of cma= and as many of scratch, 4000 are free: nobody is misled.
+        lambda: scratch_of(cma=(8192, 4096)),
+        # An older snapshot does not know of zones.
+        lambda: scratch_of(memory=None),
+        lambda: one(FIXED),
+    ],
+    "scratch-unmovable": [
+        lambda: scratch_of(pages={PageUse.ANON: 9, PageUse.FILE: 9, "hugetlb": 9, "zsmalloc": 1}),
+        lambda: scratch_of(pages={PageUse.PCP: 9, PageUse.TRANSIT: 9}),
+        # A kernel that was handed over to has booted there.
+        lambda: scratch_of(pages={PageUse.RESERVED: 9}, came=HANDED_OVER),
+        lambda: scratch_of(scratch_use=[]),
+    ],
+    "scratch-too-small": [
+        lambda: scratch_of(next_kernel=takes(6 << 20)),
+        lambda: scratch_of(next_kernel=takes(None)),
+        lambda: scratch_of(next_kernel=takes(1 << 30), scratch=np.zeros((0, 2), np.uint64)),
+        lambda: scratch_of(next_kernel=takes(7 << 20), memory=None),
+    ],
+    "kho-unused": [
+        lambda: scratch_of(contig(2)),
+        lambda: scratch_of(liveupdate=LuoState(True, [], True)),
+        lambda: scratch_of(kho_enable=False, scratch=np.zeros((0, 2), np.uint64)),
+        lambda: scratch_of(memory=None),
+    ],
     "not-finalized": [
         lambda: older(folio(2)),
         lambda: older(finalized=False, image=KexecImage(False)),
@@ -1043,6 +1159,7 @@ def test_the_rules_are_those_that_were_asked_for() -> None:
         *("image-without-kho", "no-image", "image-abi-differs", "block-too-large"),
         "orphaned-session",
         "crash-image-with-kho",
+        *("phantom-cma", "scratch-unmovable", "scratch-too-small", "kho-unused"),
         *("not-finalized", "serialized-differs"),
         *("lost", "order-changed", "type-changed", "wrong-refcounts", "not-restored"),
         *("unexpected", "not-a-handover", "preserved-offline", "needs-folio-restore"),
@@ -1054,6 +1171,7 @@ def test_the_rules_are_those_that_were_asked_for() -> None:
         *("abi-not-bumped", "kernel-tainted", "not-restored", "unexpected"),
         *("huge-order", "fdt-nearly-full", "orphaned-session", "cut-at-node"),
         *("needs-folio-restore", "wrong-preserve-call"),
+        *("phantom-cma", "scratch-unmovable", "scratch-too-small"),
         *("preserved-twice", "unpreserved-unknown", "failed", "events-lost"),
     }
 

@@ -12,13 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 from drgn import Program
 
 from khoscope.abi.keys import Finalize
 from khoscope.facts.clients import LuoState
 from khoscope.facts.offers import Fact, State, missing
-from khoscope.facts.snapshot import KexecImage, Snapshot
+from khoscope.facts.snapshot import KexecImage, ScratchSetup, Snapshot
 from khoscope.sources import host as module
 from khoscope.sources import open as open_module
 from khoscope.sources.kernel import KernelSource
@@ -120,7 +121,7 @@ def test_what_is_not_there_is_said_once(tmp_path: Path) -> None:
     assert (found["KHO"].state, found["LUO"].state) == (State.NO, State.NO)
     assert "CONFIG_KEXEC_HANDOVER=y" in found["KHO"].hint
     of_them = {"tracker", "KHO's state", "KHO on", "fentry", "traced blocks", "finalized"}
-    assert not of_them & set(found)
+    assert not (of_them | {"scratch"}) & set(found)
     assert "LUO's device" not in found
     assert missing(list(found.values())) == found["KHO"]
 
@@ -162,8 +163,10 @@ def test_nothing_is_there(tmp_path: Path) -> None:
         ("traced blocks", (), {}, "ok", "each block that is added"),
         ("traced blocks", (), {"kallsyms": "0 T kho_preserve_pages\n"}, "?", "trace says it"),
         ("KHO on", (), {}, "?", "kho=on on the command line"),
-        ("KHO on", (), {"cmdline": "kho=off"}, "no", "boot with kho=on"),
-        ("KHO on", (), {"cmdline": ""}, "?", "boot with kho=on"),
+        ("KHO on", (), {"cmdline": "kho=off"}, "no", "boot it with kho=on in place of kho=off"),
+        ("KHO on", (), {"cmdline": "quiet"}, "?", "boot it with kho=on, or see"),
+        ("KHO on", (), {"cmdline": ""}, "?", "see what is missing"),
+        ("scratch", (), {}, "?", "how much is not known as root, /proc/pagetypeinfo tells"),
         ("kernel memory", ("proc/kcore",), {}, "no", "CONFIG_PROC_KCORE"),
         ("lockdown", (), {"lockdown": "none [integrity] confidentiality"}, "ok", "integrity"),
         ("lockdown", (), {"lockdown": "none integrity [confidentiality]"}, "no", "--qemu"),
@@ -315,12 +318,112 @@ def test_image(
     assert (found["kexec image"].state, found["kexec image"].value) == (state, said)
 
 
-def test_kho_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = replace(kernel(), kho_enable=False)
+@pytest.mark.parametrize(
+    ("command_line", "areas", "hint"),
+    [
+        ("quiet", 0, "boot it with kho=on"),
+        ("kho=on", 3, "see what the kernel's log says of KHO; if there was no room"),
+    ],
+)
+def test_kho_is_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command_line: str, areas: int, hint: str
+) -> None:
+    """Nobody is told to boot with what the kernel was booted with."""
+    facts = kernel()
+    told = replace(facts.kernel, command_line=command_line)
+    setup = ScratchSetup(areas, areas > 0)
+    facts = replace(facts, kernel=told, kho_enable=False, scratch_setup=setup)
     found = list(look_inside(host(tmp_path), facts, monkeypatch).values())
     first = missing(found)
     assert first is not None
-    assert (first.name, first.state, first.hint) == ("KHO on", State.NO, "boot with kho=on")
+    assert (first.name, first.state) == ("KHO on", State.NO)
+    assert first.hint.startswith(hint)
+
+
+MEMINFO = "MemTotal: 1004036 kB\nCmaTotal: {} kB\nCmaFree: {} kB\n"
+ZONES = "Node 0, zone   Normal\n        cma      {}\n"
+COLD = "sys/kernel/boot_params/version"
+
+
+def with_files(tmp_path: Path, files: dict[str, str], **other: str) -> module.Host:
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return host(tmp_path, (), **other)
+
+
+def test_scratch_is_seen_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What zones have and CmaTotal has not shows that KHO is on, and what it takes."""
+    monkeypatch.setattr(os, "sysconf", lambda name: 4096)
+    files = {"proc/meminfo": MEMINFO.format(0, 262144), "proc/zoneinfo": ZONES.format(1 << 17)}
+    facts = with_files(tmp_path, files, cmdline="quiet").facts(never, unread)
+    names = [fact.name for fact in facts]
+    assert names.index("scratch") == names.index("KHO on") + 1
+    found = by_name(facts)
+    on, scratch = found["KHO on"], found["scratch"]
+    assert (on.state, on.hint, on.read_from) == (State.OK, "", "/proc/zoneinfo")
+    assert on.value == "the default of this kernel (CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT)"
+    assert (scratch.state, scratch.read_from) == (State.OK, "/proc/zoneinfo")
+    assert scratch.value == (
+        "512 MiB, which only movable memory may use; /proc/meminfo has what is free of it in "
+        "CmaFree (262,144 kB), and none of it in CmaTotal (0 kB)"
+    )
+    assert "kho=off" in scratch.hint
+    assert not scratch.needed
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "free", "zones", "cold", "on", "scratch", "said"),
+    [
+        ("kho=off", 0, 0, True, State.NO, State.OK, "none: KHO is off"),
+        ("kho=off", 0, 0, False, State.NO, State.OK, "none: KHO is off"),
+        ("kho=on", 0, 0, True, State.NO, State.OK, "none: KHO is off"),
+        ("kho=on", 0, 0, False, State.UNKNOWN, State.UNKNOWN, "how much is not known"),
+        ("kho=on", 141528, 0, False, State.OK, State.UNKNOWN, "but there is some, which"),
+        ("kho=off", 141528, 0, False, State.NO, State.UNKNOWN, "but there is some, which"),
+    ],
+)
+def test_scratch_and_the_switch(
+    tmp_path: Path,
+    cmdline: str,
+    free: int,
+    zones: int,
+    cold: bool,
+    on: State,
+    scratch: State,
+    said: str,
+) -> None:
+    """After a kexec with a handover, zones count none of it."""
+    files = {"proc/meminfo": MEMINFO.format(0, free), "proc/zoneinfo": ZONES.format(zones)}
+    found = look(with_files(tmp_path, files | ({COLD: "0x020f"} if cold else {}), cmdline=cmdline))
+    assert (found["KHO on"].state, found["scratch"].state) == (on, scratch)
+    assert said in found["scratch"].value
+    assert bool(found["scratch"].hint) == (scratch != State.OK)
+    if cmdline == "kho=on":
+        assert "kho=on" not in found["KHO on"].hint
+
+
+def test_scratch_of_a_kernel_whose_memory_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = replace(kernel(), scratch=np.array([[1 << 30, 1 << 28], [2 << 30, 1 << 28]], np.uint64))
+    found = look_inside(host(tmp_path), facts, monkeypatch)["scratch"]
+    assert (found.state, found.read_from) == (State.OK, "kho_scratch")
+    assert found.value == "512 MiB, which only movable memory may use"
+    # Somebody uses it.
+    assert found.hint == ""
+    unused = replace(snapshot(FIXED, []), scratch=facts.scratch)
+    hint = look_inside(host(tmp_path), unused, monkeypatch)["scratch"].hint
+    assert "khoscope scratch says" in hint
+    assert "kho=off" in hint
+    # One that has it off keeps what it was handed, and does not know of it.
+    off = replace(kernel(), kho_enable=False, scratch=np.empty((0, 2), np.uint64))
+    blocks = "Pages per block:  512\nNumber of blocks type  CMA\nNode 0, zone Normal 8\n"
+    files = {"proc/meminfo": MEMINFO.format(0, 4096), "proc/pagetypeinfo": blocks}
+    found = look_inside(with_files(tmp_path, files), off, monkeypatch)["scratch"]
+    assert (found.state, found.read_from) == (State.OK, "/proc/pagetypeinfo")
+    assert "a cold boot gives it back" in found.hint
 
 
 def test_debug_info_is_there_and_the_kernel_is_not_understood(
@@ -357,7 +460,8 @@ def test_command_without_anything(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert document["ready"] is False
     needed = next(f for f in document["facts"] if f["needed"] and f["state"] != "ok")
     assert needed["name"] == first
-    assert all((f["state"] == "ok") == (f["hint"] is None) for f in document["facts"])
+    others = [fact for fact in document["facts"] if fact["name"] != "scratch"]
+    assert all((f["state"] == "ok") == (f["hint"] is None) for f in others)
 
 
 class NoKcore:

@@ -587,7 +587,10 @@ def test_kho_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with path.open("wb") as file:
         store.save(snapshot(PLAIN, [], fdt=Fdt(0, problems=["there is none"])), file)
     assert khoscope(path) == 2
-    assert "KHO is off in this kernel: it has no root FDT" in capsys.readouterr().err
+    assert (
+        "KHO is off in this kernel: it is not, or not yet, set up (it has no root FDT)"
+        in capsys.readouterr().err
+    )
 
 
 def test_two_words_of_which_none_is_a_side(capsys: pytest.CaptureFixture[str]) -> None:

@@ -182,9 +182,19 @@ def arm64_image(data: bytes) -> bytes:
     return struct.pack("<IIQQQQQQ4sI", *fields) + data
 
 
+@pytest.mark.parametrize(("version", "size"), [(0x020F, 40 << 20), (0x0209, None), (0x020F, 0)])
+def test_how_much_it_takes(write: Write, version: int, size: int | None) -> None:
+    """``init_size``, which older boot protocols do not have."""
+    image = bytearray(bzimage(payload("gzip", UNPACKED)))
+    struct.pack_into("<H", image, 0x206, version)
+    struct.pack_into("<I", image, 0x260, 40 << 20 if size is None else size)
+    assert read_image(write(bytes(image))).size == (size or None)
+
+
 def test_arm64_image(write: Write) -> None:
     path = write(arm64_image(bytes(99) + TEXT))
-    assert read_image(path) == expected(path, None)
+    size = len(bytes(99) + TEXT)
+    assert read_image(path) == replace(expected(path, None), size=size)
     with pytest.raises(KhoscopeError, match="has none"):
         read_image(write(arm64_image(b"")))
 

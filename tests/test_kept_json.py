@@ -26,6 +26,7 @@ RECORDING = Path(__file__).parent / "recorded" / "rfc.khotrace"
 #: Of one snapshot.
 COMMANDS = {
     "status": ("status",),
+    "scratch": ("scratch",),
     "tree": ("tree", "--nodes"),
     "blocks": ("tree", "--jsonl", "--order", "0"),
     "owners": ("owners",),

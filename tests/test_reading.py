@@ -20,6 +20,7 @@ from khoscope.sources import probe
 from khoscope.sources import reading as reading_module
 from khoscope.sources.kernel import KernelSource
 from khoscope.sources.probe import refuse_platform
+from khoscope.sources.reading import Reading
 from khoscope.words.errors import KhoscopeError
 from tests.made_up import BIG_ENDIAN, BITS_32, DIRECT_MAP, RAM, STRUCTS, MadeUp, mapped
 from tests.test_fdt import blob, data
@@ -328,18 +329,18 @@ def test_a_fault_of_an_attempt_that_is_thrown_away(monkeypatch: pytest.MonkeyPat
     machine = MadeUp()
     source = machine.source(moves=True)
     attempts = 0
-    free = KernelSource._scratch_free
+    look = KernelSource._with_scratch
 
-    def moving(self: KernelSource, facts: Snapshot) -> list[int | None]:
+    def moving(self: KernelSource, reading: Reading, facts: Snapshot) -> Snapshot:
         nonlocal attempts
         attempts += 1
         machine.faults.clear()
         if attempts == 1:
             machine.memory.add_page(0x20_0000, 0)
-        return free(self, facts)
+        return look(self, reading, facts)
 
     machine.faults.add("kho_scratch_cnt")
-    monkeypatch.setattr(KernelSource, "_scratch_free", moving)
+    monkeypatch.setattr(KernelSource, "_with_scratch", moving)
     facts = source.snapshot()
     assert attempts == 2
     assert facts.outgoing.tree.state.moved == 0

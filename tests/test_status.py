@@ -18,7 +18,14 @@ from khoscope.cli import main
 from khoscope.facts import diff, store
 from khoscope.facts.clients import Luo, LuoFile, LuoSession, LuoState
 from khoscope.facts.columns import Nodes
-from khoscope.facts.snapshot import Handover, KexecImage, Node, Scan, Snapshot
+from khoscope.facts.snapshot import (
+    Handover,
+    KexecImage,
+    Node,
+    Scan,
+    ScratchSetup,
+    Snapshot,
+)
 from khoscope.facts.status import kho_switch, read_from, status, taint_letters
 from khoscope.facts.tree import TreeState
 from khoscope.views.status import StatusText
@@ -98,7 +105,7 @@ def test_on(command_line: str, why: str) -> None:
         (
             "kho=on",
             ["KHO: Failed to reserve scratch area, disabling kexec handover"],
-            "Failed to reserve scratch area",
+            "no room for a scratch area",
         ),
         ("kho=off", ["KHO: exec from: 7.2.0 failed"], "kho=off on the command line"),
     ],
@@ -107,6 +114,62 @@ def test_off(command_line: str, log: list[str], why: str) -> None:
     switch = kho_switch(off(command_line, log=log))
     assert not switch.on
     assert why in switch.why
+
+
+@pytest.mark.parametrize(
+    ("command_line", "log", "setup", "why", "hint"),
+    [
+        ("quiet", [], ScratchSetup(0, False), "does not have kho=on", "boot it with kho=on"),
+        (
+            "kho=0",
+            [],
+            ScratchSetup(0, False),
+            "kho=0 on the",
+            "boot it with kho=on in place of kho=0",
+        ),
+        ("quiet", [], ScratchSetup(3, True), "by this kernel's default, but", "into 4 GiB of RAM"),
+        ("kho=on", [], ScratchSetup(3, False), "no room for the list of", "into 4 GiB of RAM"),
+        ("kho=on", [], ScratchSetup(0, False), "see the kernel's log", "into 4 GiB of RAM"),
+        (
+            "kho=on",
+            ["KHO: Failed to reserve nid 1 scratch buffer"],
+            None,
+            "no room for the scratch area of NUMA node 1",
+            "into 4 GiB of RAM, of which 1 GiB are in node 1",
+        ),
+        (
+            "kho=1 kho_scratch=1G,1G,1G kho_scratch=9G,1M,1M",
+            [
+                "KHO: Failed to reserve lowmem scratch buffer",
+                "KHO: Failed to reserve scratch area, disabling kexec handover",
+            ],
+            ScratchSetup(3, True),
+            "the lowmem scratch area (below 4 GiB), with kho_scratch=9G,1M,1M on the command line",
+            "into 4 GiB of RAM, of which 4 GiB are below 4 GiB",
+        ),
+    ],
+)
+def test_why_it_is_off(
+    command_line: str, log: list[str], setup: ScratchSetup | None, why: str, hint: str
+) -> None:
+    """What the kernel's memory and log say, and what to do that was not done already."""
+    nodes = [Node(0, 0, 3 << 30), Node(1, 3 << 30, 1 << 40)]
+    facts = replace(off(command_line, log=log), scratch_setup=setup, nodes=nodes)
+    switch = kho_switch(facts)
+    assert not switch.on
+    assert why in switch.why
+    assert switch.hint.endswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("command_line", "why"),
+    [("kho=on kho=off", "kho=off on the command line"), ("quiet", "does not have kho=on")],
+)
+def test_off_in_a_kernel_that_was_handed_over_to(command_line: str, why: str) -> None:
+    """It has scratch areas, but did not set any up."""
+    facts = replace(off(command_line), scratch_setup=ScratchSetup(3, True))
+    handed = replace(facts, handover=replace(facts.handover, is_kho_boot=True))
+    assert kho_switch(handed).why.endswith(why)
 
 
 def test_on_without_a_tree() -> None:

@@ -61,6 +61,7 @@ PLACES = "places.json"
 #: not have. Words in braces stand for all :class:`Places` of that name, one after the other.
 COMMANDS: Final[Mapping[str, tuple[str, ...]]] = {
     "status": ("status",),
+    "scratch": ("scratch",),
     "tree": ("tree", "--nodes"),
     "blocks": ("tree", "--jsonl", "--order", "2"),
     "keys": ("tree", "--raw-keys", "--jsonl"),

@@ -30,6 +30,7 @@ from . import handover as handover_rules
 from . import kernel as _kernel_rules  # noqa: F401 - registers its rules
 from . import next_kernel as image_rules
 from . import nodes as _node_rules  # noqa: F401 - registers its rules
+from . import scratch as _scratch_rules  # noqa: F401 - registers its rules
 from . import sessions as _session_rules  # noqa: F401 - registers its rules
 from .clients import malformed
 from .evidence import Rows, all_gaps, gaps

@@ -22,6 +22,7 @@ from . import (
     luo,
     owners,
     pages,
+    scratch,
     shell,
     snapshot,
     status,
@@ -33,7 +34,7 @@ from . import (
 
 #: In the order in which --help lists them.
 COMMANDS: Final[tuple[ModuleType, ...]] = (
-    *(status, tree, owners, pages, fdt, luo, vmalloc),
+    *(status, scratch, tree, owners, pages, fdt, luo, vmalloc),
     *(verify, checks, snapshot, carry, diff, trace, shell, doctor, demo),
 )
 

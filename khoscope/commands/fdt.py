@@ -8,6 +8,7 @@ import sys
 
 from ..facts.blobs import Blob, Blobs
 from ..facts.snapshot import Snapshot
+from ..facts.status import no_kho
 from ..views.fdt import FdtText, write_json
 from ..words.errors import KhoscopeError
 from ..words.printable import printable
@@ -81,7 +82,7 @@ def _blobs(facts: Snapshot, name: str) -> Blobs:
             "ask in a kernel that was kexec'ed with KHO on, or for what goes out",
         )
     if not side.fdt.phys:
-        raise KhoscopeError("KHO is off in this kernel: it has no root FDT", "boot it with kho=on")
+        raise no_kho(facts, "it has no root FDT")
     return Blobs(facts, side, outgoing=side is facts.outgoing)
 
 

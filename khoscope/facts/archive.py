@@ -69,7 +69,7 @@ class Format:
 
 SNAPSHOT: Final = Format(
     "khosnap",
-    3,
+    4,
     "snapshot file",
     "take the snapshot again, or copy the file again",
     "khoscope --snapshot FILE opens it",
@@ -78,7 +78,7 @@ SNAPSHOT: Final = Format(
 
 RECORDING: Final = Format(
     "khotrace",
-    3,
+    4,
     "recording",
     "record the trace again, or copy the file again",
     "khoscope trace --replay FILE shows it",

@@ -32,6 +32,8 @@ RAM_RANGES: Final = 1 << 14
 ADDRESSES: Final = 1 << 52
 #: NUMA nodes: no kernel can be configured for more (NODES_SHIFT).
 NODES: Final = 1 << 10
+#: Zones that have memory: a node has one or two, and a few nodes have more.
+ZONES: Final = NODES * 2
 #: Scratch areas: more than any kernel supports nodes (MAX_NUMNODES is 1024).
 SCRATCH: Final = 1 << 12
 #: Subtrees of a root FDT: 64 KiB have room for 1,200.

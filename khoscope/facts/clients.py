@@ -210,7 +210,9 @@ class LuoState:
 
     :param enabled: ``luo_global.enabled``.
     :param handlers: ``compatible`` of each registered file handler.
+    :param in_use: whether somebody has opened ``/dev/liveupdate``; None: not readable.
     """
 
     enabled: bool
     handlers: list[str] = field(default_factory=list)
+    in_use: bool | None = None

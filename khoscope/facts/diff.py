@@ -14,6 +14,7 @@ from ..words.errors import KhoscopeError
 from .clients import Luo
 from .columns import Blocks, Pages, aligned
 from .owners import claimed
+from .scratch import is_movable
 from .snapshot import KexecImage, Side, Snapshot
 
 
@@ -75,6 +76,7 @@ def _single_facts(s: Snapshot) -> dict[str, str]:
     }
     if s.nodes is not None:
         found["NUMA nodes"] = ", ".join(f"{n.number}: {n.start:#x}..{n.end:#x}" for n in s.nodes)
+    found |= _memory_facts(s)
     if s.kernel.command_line:
         found["command line"] = s.kernel.command_line
     if s.image is not None:
@@ -83,10 +85,33 @@ def _single_facts(s: Snapshot) -> dict[str, str]:
         found["crash image"] = _image(s.crash_image)
     if s.liveupdate is not None:
         found["LUO enabled"] = str(s.liveupdate.enabled)
+        if s.liveupdate.in_use is not None:
+            found["/dev/liveupdate"] = "open" if s.liveupdate.in_use else "not open"
         found["LUO file handlers"] = ", ".join(s.liveupdate.handlers) or "none"
     found |= _side_facts("outgoing", s.outgoing)
     if s.incoming is not None:
         found |= _side_facts("incoming", s.incoming)
+    return found
+
+
+def _memory_facts(s: Snapshot) -> dict[str, str]:
+    """
+    What zones and scratch areas have, without what is free or movable in them: that changes all the
+    time.
+    """
+    found = {}
+    for zone in s.memory.zones if s.memory else []:
+        found[f"node {zone.node} zone {zone.name}"] = (
+            f"{zone.present} pages, {zone.managed} managed, {zone.cma} CMA"
+        )
+    for (phys, _), use in zip(s.scratch.tolist(), s.scratch_use, strict=False):
+        if use.blocks is not None:
+            blocks = (f"{count} {kind}" for kind, count in use.blocks.items())
+            found[f"page blocks of scratch {phys:#x}"] = ", ".join(blocks)
+        stays = {name: n for name, n in use.pages.items() if not is_movable(name)}
+        stays |= {"pinned": use.pinned} if use.pinned else {}
+        here = (f"{name} {count}" for name, count in sorted(stays.items()))
+        found[f"pages in scratch {phys:#x} that cannot be moved"] = ", ".join(here) or "none"
     return found
 
 

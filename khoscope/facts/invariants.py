@@ -23,7 +23,7 @@ from ..abi.kho_fdt import kho_test_folios, parse_luo_fdt, reserve_mem_areas, roo
 from .clients import Luo, LuoFile, LuoSession, Memfd, Owner, OwnerKind, Vmalloc
 from .columns import Blocks, Pages
 from .owners import claimed
-from .snapshot import KexecImage, Node, Side, Snapshot, in_ram
+from .snapshot import KexecImage, Memory, Node, Side, Snapshot, in_ram
 from .tree import KeySet
 
 #: How ``--type-shift`` shows in ``Abi.decided``.
@@ -126,10 +126,40 @@ def _memory(facts: Snapshot) -> Iterator[str]:
         n is not None and n > size >> shift for n, (_, size) in zip(free, areas, strict=False)
     ):
         yield "scratch: more pages of an area are free than it has"
+    yield from _scratch_use(facts)
+    if facts.memory is not None:
+        yield from _zones(facts.memory, shift)
     if facts.scan is not None:
         looked, pages = facts.scan.scanned + facts.scan.unread, ram_pages(facts)
         if looked != pages:
             yield f"the search for stamps looked at {looked:,} struct pages, RAM has {pages:,}"
+
+
+def _scratch_use(facts: Snapshot) -> Iterator[str]:
+    """Every page of an area is free, is used for something, or could not be read."""
+    areas, uses, shift = facts.scratch.tolist(), facts.scratch_use, facts.abi.page_shift
+    if uses and not len(uses) == len(areas) == len(facts.scratch_free):
+        yield f"scratch: {len(areas)} areas, and of {len(uses)} what they are used for"
+        return
+    for (phys, size), use, free in zip(areas, uses, facts.scratch_free, strict=False):
+        counts = [*use.pages.values(), *(use.blocks or {}).values(), use.pinned, use.held]
+        total = sum(use.pages.values()) + use.unread + (free or 0)
+        if min(*counts, use.unread, 0) < 0 or use.pinned + use.held > size >> shift:
+            yield f"scratch: no area has so many pages of a kind as that at {phys:#x}"
+        elif (free is None) != (use.unread > 0):
+            yield f"scratch: how much is free at {phys:#x} is not known, or all of it was read"
+        elif free is not None and total != size >> shift and in_ram(facts.ram, phys, size):
+            yield f"scratch: {total:,} pages at {phys:#x} are counted, and {size >> shift:,} there"
+
+
+def _zones(memory: Memory, shift: int) -> Iterator[str]:
+    """What holds of counters, however late their processors add to them."""
+    for zone in memory.zones:
+        counts = (zone.managed, zone.cma, zone.free, zone.free_cma, zone.kept_back, zone.low)
+        if min(*counts, zone.pcp, zone.file, memory.cma_total, memory.reclaimable) < 0:
+            yield f"zone {zone.name} of node {zone.node}: there are less than no pages"
+        elif not zone.managed <= zone.present <= zone.end - zone.start >> shift:
+            yield f"zone {zone.name} of node {zone.node}: more pages than there is room for"
 
 
 def _nodes(nodes: list[Node]) -> Iterator[str]:

@@ -26,6 +26,8 @@ class NextKernel:
         has no handler; if not, that session lacks files, and no error says so.
     :param newer_functions: whether it has functions of KHO that came with linux 6.18
         (``kho_preserve_pages``, ``kho_preserve_vmalloc``); False: it does not say so.
+    :param size: bytes that it takes in one piece while it starts: ``init_size`` of a bzImage,
+        ``image_size`` of an arm64 Image; None: it does not say.
     """
 
     path: str
@@ -38,6 +40,7 @@ class NextKernel:
     luo_flb: tuple[str, ...] = ()
     misses_files: bool = False
     newer_functions: bool = False
+    size: int | None = None
 
     @property
     def has_page_bitmaps(self) -> bool:

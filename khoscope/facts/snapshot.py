@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import numpy as np
 
@@ -154,6 +155,113 @@ class Node:
 
 
 @dataclass(frozen=True)
+class ScratchSetup:
+    """
+    What ``kho_reserve_scratch()`` has left behind, whether it came to its end or not.
+
+    :param count: ``kho_scratch_cnt``: the areas that it reserved, or was to reserve; 0: nobody
+        asked for KHO.
+    :param array: whether ``kho_scratch`` is not NULL.  If KHO is off, it dangles: memblock has got
+        the array back.
+    """
+
+    count: int
+    array: bool
+
+
+@dataclass(frozen=True)
+class Zone:
+    """
+    A zone of the page allocator (``struct zone``); all sizes in pages.
+
+    :param node: NUMA node.
+    :param name: ``DMA32``, ``Normal``, ``Movable`` and so on.
+    :param start: ``phys_addr_t`` of its first page; pages behind it may be another zone's.
+    :param end: last-plus-one physical address.
+    :param present: pages that are memory.
+    :param managed: those of them that the page allocator has: the boot reserved the others.
+    :param cma: those of them that lie in page blocks of type MIGRATE_CMA.
+    :param free: ``NR_FREE_PAGES``.
+    :param free_cma: ``NR_FREE_CMA_PAGES``.
+    :param kept_back: free pages that an allocation of user memory must leave: the min watermark
+        with its boost, ``lowmem_reserve`` and what is free for atomic allocations.
+    :param low: the low watermark.
+    :param pcp: free pages on lists of processors, which ``free`` does not count.
+    :param file: pages of files on the LRU lists.
+    """
+
+    node: int
+    name: str
+    start: int
+    end: int
+    present: int
+    managed: int
+    cma: int
+    free: int
+    free_cma: int
+    kept_back: int
+    low: int
+    pcp: int
+    file: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """
+    What the page allocator has.
+
+    :param zones: those that have memory, by node.
+    :param cma_total: ``totalcma_pages``, which /proc/meminfo has as CmaTotal: pages of ``cma=`` and
+        the like.
+    :param reclaimable: pages of the kernel's own caches that it can free
+        (``NR_SLAB_RECLAIMABLE_B``, ``NR_KERNEL_MISC_RECLAIMABLE``).
+    :param block_order: ``pageblock_order``.
+    """
+
+    zones: list[Zone]
+    cma_total: int
+    reclaimable: int
+    block_order: int
+
+
+@dataclass(frozen=True)
+class ScratchUse:
+    """
+    What a scratch area is used for.
+
+    :param blocks: its page blocks by ``enum migratetype``; None: they cannot be read.
+    :param pages: its pages by what they are used for: a :class:`PageUse`, or the name of a page
+        type.  Those that the buddy allocator has are in :attr:`Snapshot.scratch_free`.
+    :param pinned: how many of them ``FOLL_PIN`` holds where they are.
+    :param held: how many of the others have more references than their mappings and caches take.
+    :param unread: pages whose struct page cannot be read.
+    """
+
+    blocks: dict[str, int] | None
+    pages: dict[str, int]
+    pinned: int
+    held: int
+    unread: int
+
+
+class PageUse(StrEnum):
+    """What a page is used for, if it has no page type that says it."""
+
+    FILE = "page cache"
+    ANON = "anonymous"
+    SHMEM = "shmem"
+    #: ``struct movable_operations``: a driver's, but it can be migrated.
+    DRIVER_MOVABLE = "movable driver memory"
+    #: On a list of free pages of a processor.
+    PCP = "free per CPU"
+    RESERVED = "reserved"
+    #: It has references, and nothing says whose.
+    KERNEL = "kernel or driver"
+    #: Used in another way a moment later.
+    TRANSIT = "in transit"
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """
     Everything that was read from one kernel.
@@ -161,8 +269,11 @@ class Snapshot:
     :param ram: u64, shape (n, 2): first and last-plus-one physical address of each range of
         System RAM (``iomem_resource``).
     :param scratch: u64, shape (n, 2): address and size of each area (``kho_scratch``).
+    :param scratch_setup: None: it cannot be read, or was not recorded.
     :param scratch_free: pages of each area that the buddy allocator holds, None if their struct
         pages cannot be read; empty: not counted.
+    :param scratch_use: what each area is used for; empty: not counted.
+    :param memory: the page allocator's; None: it cannot be read, or was not recorded.
     :param nodes: the NUMA nodes, in order of their first pages; None: they cannot be read, or were
         not recorded.
     :param image: the kexec image; None: not looked at.
@@ -211,6 +322,9 @@ class Snapshot:
     finalized: bool | None = None
     nodes: list[Node] | None = None
     crash_image: KexecImage | None = None
+    scratch_setup: ScratchSetup | None = None
+    scratch_use: list[ScratchUse] = field(default_factory=list)
+    memory: Memory | None = None
 
     @property
     def finalizes_itself(self) -> bool:

@@ -27,9 +27,12 @@ from .snapshot import (
     Handover,
     Kernel,
     KexecImage,
+    Memory,
     Node,
     Provenance,
     Scan,
+    ScratchSetup,
+    ScratchUse,
     Side,
     Snapshot,
     Watched,
@@ -48,7 +51,7 @@ NO_FDT: Final = Fdt(0, problems=["there is none"])
 
 
 C = TypeVar("C", bound=Columns)
-T = TypeVar("T", Abi, Kernel)
+T = TypeVar("T", Abi, Kernel, LuoState)
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,24 @@ class _Meta:
     finalized: bool | None = None
     nodes: list[Node] | None = None
     crash_image: KexecImage | None = None
+    scratch_setup: ScratchSetup | None = None
+    scratch_use: list[ScratchUse] = field(default_factory=list)
+    memory: Memory | None = None
 
 
+#: Members that files of version 1 to 3 lack.  Only rules about what KHO costs need them, and they
+#: are about the present.
+UNRECORDED_3: Final[dict[str, str]] = {
+    "_Meta.scratch_setup": "",
+    "_Meta.scratch_use": "",
+    "_Meta.memory": "",
+    "LuoState.in_use": "",
+}
 #: Members that files of version 1 and 2 lack: those who wrote them refused any kernel whose KHO is
 #: older than the radix tree, and looked at no sections.  The verdict names the NUMA nodes where
 #: there may be several.
 UNRECORDED_2: Final[dict[str, str]] = {
+    **UNRECORDED_3,
     "Abi.tracker": "",
     "Abi.preserve_bits": "",
     "Abi.finalize": "",
@@ -179,6 +194,9 @@ def write_snapshot(snapshot: Snapshot, writer: Writer) -> None:
         snapshot.finalized,
         snapshot.nodes,
         snapshot.crash_image,
+        snapshot.scratch_setup,
+        snapshot.scratch_use,
+        snapshot.memory,
     )
     writer.json("meta.json", meta)
 
@@ -225,7 +243,12 @@ def _load(file: IO[bytes], name: str, ours: bool = False) -> Snapshot:
 
 def read_snapshot(archive: Archive) -> Snapshot:
     """The snapshot that :func:`write_snapshot` wrote."""
-    may_lack = {1: UNRECORDED_1 | DERIVED, 2: UNRECORDED_2 | DERIVED, 3: DERIVED}
+    may_lack = {
+        1: UNRECORDED_1 | DERIVED,
+        2: UNRECORDED_2 | DERIVED,
+        3: UNRECORDED_3 | DERIVED,
+        4: DERIVED,
+    }
     meta, lacking = archive.meta(SNAPSHOT, _Meta, may_lack)
     abi = _whole(meta.abi)
     if "Abi.limits" in lacking:
@@ -278,13 +301,16 @@ def read_snapshot(archive: Archive) -> Snapshot:
         streams.leaves("evidence"),
         meta.scratch_free,
         meta.image,
-        meta.liveupdate,
+        None if meta.liveupdate is None else _whole(meta.liveupdate),
         offline,
         meta.unreadable,
         sorted(what for what in said if what),
         finalized=meta.finalized,
         nodes=meta.nodes,
         crash_image=meta.crash_image,
+        scratch_setup=meta.scratch_setup,
+        scratch_use=meta.scratch_use,
+        memory=meta.memory,
     )
     _check_members(archive, meta)
     if not archive.ours:
@@ -352,11 +378,20 @@ def _check_memory(facts: Snapshot) -> None:
     """Refuse memory that no machine has."""
     if len(facts.ram) > budget.RAM_RANGES or len(facts.scratch) > budget.SCRATCH:
         raise ValueError("more ranges of RAM or scratch areas than any machine has")
+    if len(facts.scratch_use) > budget.SCRATCH:
+        raise ValueError("the use of more scratch areas than any machine has")
     if len(facts.ram) and int(facts.ram.max()) > budget.ADDRESSES:
         raise ValueError(f"RAM at {int(facts.ram.max()):#x}, where no processor has any")
     nodes = facts.nodes or []
     if len(nodes) > budget.NODES or max((n.end for n in nodes), default=0) > budget.ADDRESSES:
         raise ValueError("more NUMA nodes than any machine has, or in no memory")
+    memory = facts.memory
+    if memory is not None and (
+        len(memory.zones) > budget.ZONES
+        or not 0 <= memory.block_order <= 32
+        or any(not 0 <= zone.start <= zone.end <= budget.ADDRESSES for zone in memory.zones)
+    ):
+        raise ValueError("more zones than any machine has, in no memory, or of absurd page blocks")
 
 
 def _check_members(archive: Archive, meta: _Meta) -> None:

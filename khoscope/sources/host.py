@@ -19,12 +19,16 @@ from typing import Final
 from drgn import Program
 
 from ..abi.keys import Tracker
+from ..facts.host_scratch import HostScratch
 from ..facts.offers import Fact, State
+from ..facts.scratch import users
 from ..facts.snapshot import Snapshot
-from ..facts.status import kho_parameter, kho_switch
+from ..facts.status import kho_switch
 from ..words.errors import KhoscopeError
+from ..words.sizes import human
 from . import host_files
 from .bcc import import_bcc
+from .host_scratch import read_host_scratch
 from .kernel import KernelSource
 from .open import ANOTHER_WAY, DebugInfo, debug_info, lockdown_mode
 
@@ -48,6 +52,8 @@ _TRACED: Final = {
 }
 
 _AS_ROOT: Final = "run it as root (sudo khoscope doctor)"
+#: What tells the size of scratch in a kernel that was handed over to, whose zones do not.
+_SIZES: Final = f"{host_files.PAGETYPEINFO} tells, or a debugfs on {host_files.DEBUGFS}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ class Host:
             self._kcore(),
             self._lockdown(),
             _debug_info(seen),
-            *([_kernel(seen), self._kho_is_on(seen)] if there else []),
+            *([_kernel(seen), self._kho_is_on(seen), self._says_scratch(seen)] if there else []),
             *([self._finalized(seen)] if there and tracker == Tracker.XARRAY else []),
             self._btf(),
             self._kptr_restrict(),
@@ -175,19 +181,39 @@ class Host:
         return Fact(name, State.NO, what, where, hint)
 
     def _kho_is_on(self, seen: HostProbe) -> Fact:
-        name, hint = "KHO on", "boot with kho=on"
+        name = "KHO on"
         if seen.facts:
             switch = kho_switch(seen.facts)
             state = State.OK if switch.on else State.NO
-            return Fact(name, state, switch.why, "kho_enable", "" if switch.on else hint, True)
-        asked = kho_parameter(self._text(host_files.COMMAND_LINE) or "")
-        where = str(host_files.COMMAND_LINE)
-        if asked and not asked[1]:
-            return Fact(name, State.NO, f"{asked[0]} on the command line", where, hint, True)
-        what = f"{asked[0]} on the command line" if asked else "no kho=on on the command line"
-        what += "; the kernel itself cannot be asked"
-        hint = "see what is missing above" if asked else hint
-        return Fact(name, State.UNKNOWN, what, where, hint, True)
+            return Fact(name, state, switch.why, "kho_enable", switch.hint, True)
+        said = self._scratch
+        state = {True: State.OK, False: State.NO, None: State.UNKNOWN}[said.on]
+        return Fact(name, state, said.why, said.read_from["on"], said.hint, True)
+
+    def _says_scratch(self, seen: HostProbe) -> Fact:
+        """
+        What the scratch areas take; that there are any is as it should be, and worth knowing where
+        nobody has asked for them.
+        """
+        said, name = self._scratch, "scratch"
+        on, size, where = said.on, said.size, said.size_from
+        if seen.facts:
+            on = kho_switch(seen.facts).on
+            if len(seen.facts.scratch):
+                size, where = int(seen.facts.scratch[:, 1].sum()), "kho_scratch"
+        if size:
+            what = f"{human(size)}, {_of_scratch(said)}"
+            used = on and seen.facts is not None and users(seen.facts).any
+            return Fact(name, State.OK, what, where, "" if used else _give_back(on))
+        if size == 0 or (on is False and not said.phantom):
+            what = "none: KHO is off" if on is False else "none"
+            return Fact(name, State.OK, what, where or said.read_from["on"])
+        what = "how much is not known"
+        if said.phantom:
+            what += f", but there is some, {_of_scratch(said)}"
+            where = str(host_files.MEMINFO)
+        where = where or str(host_files.ZONEINFO)
+        return Fact(name, State.UNKNOWN, what, where, f"as root, {_SIZES}")
 
     def _kcore(self) -> Fact:
         name, where = "kernel memory", str(host_files.KCORE)
@@ -325,18 +351,18 @@ class Host:
     # -- files ------------------------------------------------------------------------------------
 
     def _is_there(self, path: Path) -> bool:
-        """False, too, if khoscope may not look there."""
-        return os.path.exists(self._at(path))
+        return host_files.is_there(self._root, path)
 
     def _at(self, path: Path) -> Path:
-        return self._root / path.relative_to("/")
+        return host_files.at(self._root, path)
 
     def _text(self, path: Path) -> str | None:
-        """What a file says; None: it is not there, or khoscope may not read it."""
-        try:
-            return self._at(path).read_text(errors="replace")
-        except OSError:
-            return None
+        return host_files.text(self._root, path)
+
+    @cached_property
+    def _scratch(self) -> HostScratch:
+        built = {State.OK: True, State.NO: False}.get(self._has("KHO", "").state)
+        return read_host_scratch(self._root, built)
 
     @cached_property
     def _symbols(self) -> frozenset[str]:
@@ -387,6 +413,30 @@ def _kernel(seen: HostProbe) -> Fact:
     if seen.unread:
         return Fact(name, State.NO, seen.unread.what, where, seen.unread.hint, True)
     return Fact(name, State.UNKNOWN, "not looked at", where, "see what is missing above", True)
+
+
+def _of_scratch(said: HostScratch) -> str:
+    """What it is to the host, and where /proc/meminfo has it."""
+    what = "which only movable memory may use"
+    if said.cma_free is None or said.cma_total is None:
+        return what
+    free, total = said.cma_free >> 10, said.cma_total >> 10
+    return (
+        f"{what}; /proc/meminfo has what is free of it in CmaFree ({free:,} kB), "
+        f"and none of it in CmaTotal ({total:,} kB)"
+    )
+
+
+def _give_back(on: bool | None) -> str:
+    """
+    How a host without use for scratch gets rid of it.
+
+    A kernel that a KHO kernel kexecs keeps the areas, even with ``kho=off``.
+    """
+    if on is False:
+        return "the kernel before has handed it over, and KHO is off: a cold boot gives it back"
+    costs = "khoscope scratch says what it costs"
+    return f"{costs}; where nobody hands anything over, a cold boot with kho=off gives it back"
 
 
 def _traced(tracker: Tracker | None) -> Fact:

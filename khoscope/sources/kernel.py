@@ -26,8 +26,9 @@ from ..abi.kho_fdt import Fdt
 from ..abi.serialized import KHO_VMALLOC, unpack
 from ..facts.clients import Owner, OwnerKind
 from ..facts.columns import Blocks, Columns, Leaves
-from ..facts.page_runs import PageKnowledge, PageRuns
+from ..facts.page_runs import PageRuns
 from ..facts.snapshot import Kernel, Provenance, Scan, Side, Snapshot, Watched
+from ..facts.status import no_kho
 from ..facts.store import spool
 from ..facts.tree import KeySet, Tree
 from ..words.errors import KhoscopeError
@@ -36,9 +37,18 @@ from .clients import Where, with_clients, with_vm_structs
 from .follow import ClientWalker
 from .pages import PageLayout, PageReader
 from .probe import Overrides as Overrides
-from .probe import direct_map, page_layout, probe, probe_abi, refuse_platform, track_layout
+from .probe import (
+    direct_map,
+    page_layout,
+    probe,
+    probe_abi,
+    refuse_platform,
+    track_layout,
+    use_layout,
+)
 from .reading import Reading
 from .track import TrackLayout, leaves_of, walk_chunks, walk_track
+from .uses import UseReader
 from .walk import READ_SIZE, in_ranges, read_nodes, settle, walk
 
 C = TypeVar("C", bound=Columns)
@@ -203,14 +213,18 @@ class KernelSource:
         return self._with_clients(reading, self._outline(reading))
 
     @told()
+    def scratch(self) -> Snapshot:
+        """:meth:`clients`, and what the scratch areas are used for."""
+        reading = self._begin()
+        return self._with_scratch(reading, self._clients(reading))
+
+    @told()
     def status(self) -> Snapshot:
         """
-        :meth:`clients`, how full scratch is, and what is stamped.  There are stamps only after a
-        KHO boot: looking for them takes a scan of all struct pages.
+        :meth:`scratch`, and what is stamped.  There are stamps only after a KHO boot: looking for
+        them takes a scan of all struct pages.
         """
-        reading = self._begin()
-        facts = self._clients(reading)
-        facts = replace(facts, scratch_free=self._scratch_free(facts))
+        facts = self.scratch()
         if not facts.handover.is_kho_boot or not self.abi.stamp.has_magic:
             return facts
         scan = _Scan(self, facts.ram)
@@ -273,6 +287,7 @@ class KernelSource:
         scan = _Scan(self, reading.ram)
         pages = self._page_reader(reading.ram)
         facts = self._with_clients(reading, self._snapshot(reading, tree, kernel))
+        facts = self._with_scratch(reading, facts)
         outgoing = self._with_vm_structs(reading, facts)
         facts = replace(
             facts,
@@ -280,7 +295,6 @@ class KernelSource:
                 outgoing, blocks=_Lazy(lambda: map(pages.with_pages, tree.blocks(self.abi)))
             ),
             stamps=_Lazy(scan.stamps) if stamps else (),
-            scratch_free=self._scratch_free(facts),
         )
         lost = _Count()
         if before is not None:
@@ -438,11 +452,7 @@ class KernelSource:
     def _require_kho(self) -> None:
         there = self._tracker.root if self._is_radix else self._out(self._parts.kho_out.fdt)
         if not self.enabled or not there:
-            lacks = "tree" if self._is_radix else "FDT"
-            raise KhoscopeError(
-                f"KHO is off in this kernel (kho_enable is false or kho_out has no {lacks})",
-                "boot it with kho=on",
-            )
+            raise no_kho(self.outline(), f"kho_out has no {'tree' if self._is_radix else 'FDT'}")
 
     def _out(self, path: str) -> Object:
         """A member of ``kho_out``, or of one of its members."""
@@ -481,6 +491,7 @@ class KernelSource:
             # It comes and goes with finalizing, while this source may be in use.
             abi = replace(abi, compatible=fdt.compatible)
         chunks = self._chunks(reading, fdt) if finalized else None
+        scratch = reading.scratch(self.enabled)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return Snapshot(
             Provenance(__version__, now.replace("+00:00", "Z"), self._label),
@@ -489,7 +500,7 @@ class KernelSource:
             self.enabled,
             reading.handover(),
             reading.ram,
-            reading.scratch(self.enabled),
+            scratch,
             Side(fdt, tree, blobs, serialized=chunks),
             self._incoming(reading),
             image=reading.image(),
@@ -499,6 +510,8 @@ class KernelSource:
             crash_image=reading.crash_image(),
             unreadable=list(reading.unreadable),
             finalized=finalized,
+            scratch_setup=reading.scratch_setup(),
+            memory=reading.memory(scratch),
         )
 
     def _chunks(self, reading: Reading, fdt: Fdt) -> Tree:
@@ -588,21 +601,29 @@ class KernelSource:
                 for rows, raw in found:
                     yield leaves_of(recorded_abi, part.key[rows], raw, empty=True)
 
-    def _scratch_free(self, facts: Snapshot) -> list[int | None]:
-        """Pages of each scratch area that the buddy allocator holds; None: they cannot be read."""
+    def _with_scratch(self, reading: Reading, facts: Snapshot) -> Snapshot:
+        """The same with what each scratch area is used for."""
         # A corrupt area may reach beyond RAM: read nothing there.
-        end = int(facts.ram[-1, 1])
-        reader = self._page_reader(facts.ram)
-        return [self._free(reader, at, min(at + size, end)) for at, size in facts.scratch.tolist()]
-
-    def _free(self, reader: PageReader, start: int, end: int) -> int | None:
-        shift = self.abi.page_shift
-        free = 0
-        for pages in reader.pages(start >> shift, end >> shift):
-            if (pages.seen != PageKnowledge.READ).any():
-                return None
-            free += int((pages.buddy != PageRuns.ALLOCATED).sum())
-        return free
+        last, shift = int(facts.ram[-1, 1]), self.abi.page_shift
+        reader = UseReader(
+            self._page_reader(facts.ram),
+            use_layout(self.prog),
+            facts.kernel.page_types,
+            self._moves,
+        )
+        free: list[int | None] = []
+        uses = []
+        for phys, size in facts.scratch.tolist():
+            end = max(min(phys + size, last), phys)
+            count, use = reader.uses(phys >> shift, end >> shift)
+            free.append(None if use.unread else count)
+            if facts.memory is not None:
+                blocks = reading.page_blocks(phys, end - phys, facts.memory.block_order)
+                use = replace(use, blocks=blocks)
+            uses.append(use)
+        return replace(
+            facts, scratch_free=free, scratch_use=uses, unreadable=list(reading.unreadable)
+        )
 
     def phys(self, pointer: Object) -> int:
         return int(virt_to_phys(pointer).value_()) if pointer else 0

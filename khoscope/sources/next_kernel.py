@@ -33,8 +33,10 @@ _PLACES: Final = [
 #: The most images in one directory, and the most different strings of a kind in one image.
 _MANY: Final = 16
 
-#: The boot sector and the setup header up to payload_length; an ELF header is shorter.
+#: The boot sector and the setup header up to payload_length, and up to init_size; an ELF header is
+#: shorter.
 _HEADER: Final = 0x250
+_LONG_HEADER: Final = 0x264
 
 _HINT: Final = (
     "give a bzImage (vmlinuz), an arm64 Image or a vmlinux, or a directory with one kernel in it"
@@ -77,7 +79,9 @@ def read_image(path: Path) -> NextKernel:
     kernels: dict[NextKernel, NextKernel] = {}
     for kernel in map(_read, images):
         # A vmlinux next to its bzImage is the same kernel.
-        kernels.setdefault(dataclasses.replace(kernel, path="", compression=None), kernel)
+        same = dataclasses.replace(kernel, path="", compression=None, size=None)
+        if kernels.setdefault(same, kernel).size is None:
+            kernels[same] = dataclasses.replace(kernels[same], size=kernel.size)
     if len(kernels) > 1:
         which = ", ".join(f"{k.path} ({k.release})" for k in kernels.values())
         raise KhoscopeError(f"{path}: several kernels: {which}", "give one of these files")
@@ -113,7 +117,7 @@ def _images(directory: Path) -> list[Path]:
 
 def _read(path: Path) -> NextKernel:
     with _told(path), open_file(path, _HINT) as file:
-        start = file.read(_HEADER)
+        start = file.read(_LONG_HEADER)
         if start.startswith(b"\x7fELF"):
             compression, pieces = None, _segments(file, start)
         elif start[0x202:0x206] == b"HdrS":
@@ -135,7 +139,19 @@ def _read(path: Path) -> NextKernel:
         **found,
         misses_files=misses_files,
         newer_functions=newer_functions,
+        size=_size(start),
     )
+
+
+def _size(start: bytes) -> int | None:
+    """Bytes that a kernel takes in one piece while it starts; None: it does not say."""
+    if start[0x202:0x206] == b"HdrS" and len(start) >= _LONG_HEADER:
+        (version,) = struct.unpack_from("<H", start, 0x206)
+        # A vmlinux has no such header, and older protocols no init_size.
+        return struct.unpack_from("<I", start, 0x260)[0] or None if version >= 0x020A else None
+    if start[0x38:0x3C] == b"ARM\x64" and not start.startswith(b"\x7fELF"):
+        return struct.unpack_from("<Q", start, 16)[0] or None
+    return None
 
 
 def _payload(file: IO[bytes], start: bytes) -> bytes:

@@ -184,6 +184,22 @@ class StructPages:
         return self._but_fake(types, NO_PAGE_TYPE)
 
     @property
+    def mapping(self) -> U64:
+        """``page->mapping``; of a tail it holds something else."""
+        return self._column(self._layout.mapping, np.uint64)
+
+    def of_folio(self, offset: int) -> NDArray[np.int64]:
+        """
+        i64 for each page: the ``atomic_t`` at some offset of ``struct folio``, if it is the head of
+        a large one.
+        """
+        ahead, offset = divmod(offset, self._layout.size)
+        column = self._column(offset, np.int32)
+        found = np.zeros(len(column), np.int64)
+        found[: max(len(column) - ahead, 0)] = column[ahead:]
+        return found
+
+    @property
     def is_tail(self) -> NDArray[np.bool_]:
         compound = self._column(self._layout.compound, np.uint64)
         return ((compound & np.uint64(1)) != 0) | self.is_fake_head
@@ -267,11 +283,27 @@ class PageReader:
         The kernel marks a free block only at its first page.  So windows are whole regions of
         MAX_PAGE_ORDER, which no free block crosses.
         """
+        for low, high in self.windows(start, end):
+            yield self._region(low, high)[max(start - low, 0) : end - low]
+
+    def windows(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The whole regions of MAX_PAGE_ORDER that hold the pages [start, end), some at a time."""
         region = 1 << self._abi.max_page_order
         step = max(WINDOW, region)
         for low in range(start & -region, end, step):
-            high = min(low + step, -(-end // region) * region)
-            yield self._region(low, high)[max(start - low, 0) : end - low]
+            yield low, min(low + step, -(-end // region) * region)
+
+    def with_buddies(
+        self, start: int, end: int
+    ) -> Iterator[tuple[int, StructPages, NDArray[np.int8]]]:
+        """
+        What can be read of the pages of a window: where each run begins, and of each page the order
+        of the free block that holds it, or ``PageRuns.ALLOCATED``.
+        """
+        parts = self._parts(start, end)
+        buddy = self._buddy(start, end, parts)
+        for at, pages in parts:
+            yield at, pages, buddy[at - start :][: len(pages.flags)]
 
     def _region(self, start: int, end: int) -> PageRuns:
         pfn = np.arange(start, end, dtype=np.uint64)

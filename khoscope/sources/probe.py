@@ -43,7 +43,9 @@ from ..abi.keys import (
 from ..abi.serialized import text
 from ..words.errors import KhoscopeError
 from .pages import InvertedTypes, PageLayout
+from .sections import PageBlockLayout, section_layout
 from .track import TrackLayout
+from .uses import UseLayout
 
 #: What drgn raises if debug info has no such type, member, symbol or value.
 _LACKING: Final = (LookupError, AttributeError, TypeError, ObjectAbsentError)
@@ -176,6 +178,36 @@ _NODES: Final = (
     "struct pglist_data.node_spanned_pages",
     "struct pglist_data.node_start_pfn",
 )
+#: ``/dev/liveupdate`` (linux 6.19).
+_DEVICE: Final = ("luo_dev.in_use",)
+_MEMORY: Final = (
+    "struct pglist_data.node_zones",
+    "struct zone._watermark",
+    "struct zone.cma_pages",
+    "struct zone.lowmem_reserve",
+    "struct zone.managed_pages",
+    "struct zone.name",
+    "struct zone.nr_free_highatomic",
+    "struct zone.per_cpu_pageset.count",
+    "struct zone.present_pages",
+    "struct zone.spanned_pages",
+    "struct zone.vm_stat",
+    "struct zone.watermark_boost",
+    "struct zone.zone_start_pfn",
+    "totalcma_pages",
+    "vm_node_stat",
+    "NR_FREE_CMA_PAGES",
+    "NR_FREE_PAGES",
+    "NR_KERNEL_MISC_RECLAIMABLE",
+    "NR_SLAB_RECLAIMABLE_B",
+    "NR_ZONE_ACTIVE_FILE",
+    "NR_ZONE_INACTIVE_FILE",
+    "WMARK_LOW",
+    "WMARK_MIN",
+    "ZONE_NORMAL",
+    "__cpu_online_mask",
+)
+_PAGE_BLOCKS: Final = ("struct mem_section_usage.pageblock_flags",)
 
 
 @dataclass(frozen=True)
@@ -304,6 +336,21 @@ class Parts:
         if not self._has(_SECTIONS):
             return False
         return bool(self._prog["mem_section"].type_.kind == TypeKind.POINTER)
+
+    @cached_property
+    def device(self) -> bool:
+        """``/dev/liveupdate``, and whether it is open."""
+        return self._has(_DEVICE)
+
+    @cached_property
+    def memory(self) -> bool:
+        """What the page allocator has in each zone (``CONFIG_CMA``)."""
+        return self.nodes and self._has(_MEMORY)
+
+    @cached_property
+    def page_blocks(self) -> bool:
+        """The migrate type of each page block, which its section has."""
+        return self.sections and self._has(_PAGE_BLOCKS)
 
     def _has(self, paths: tuple[str, ...]) -> bool:
         return _has(self._prog, paths)
@@ -630,6 +677,51 @@ def page_layout(prog: Program) -> PageLayout:
         fake_heads=not newer,
         inverted=types.inverted,
     )
+
+
+@guarded()
+def use_layout(prog: Program) -> UseLayout:
+    """Where this kernel's struct pages say what a page is used for."""
+    flags = enumerators(prog, "enum pageflags")
+    folio = prog.type("struct folio")
+
+    def bit(name: str) -> int:
+        return 1 << flags[name] if name in flags else 0
+
+    def member(name: str) -> int | None:
+        return offsetof(folio, name) if folio.has_member(name) else None
+
+    return UseLayout(
+        reserved=bit("PG_reserved"),
+        swapbacked=bit("PG_swapbacked"),
+        swapcache=bit("PG_swapcache"),
+        private=bit("PG_private"),
+        mapcount=member("_large_mapcount"),
+        pincount=member("_pincount"),
+    )
+
+
+def page_block_layout(prog: Program) -> PageBlockLayout:
+    """How this kernel's sections keep the migrate types of page blocks."""
+    bits = enumerators(prog, "enum pageblock_bits")
+    count = bits.get("NR_PAGEBLOCK_BITS", bits.get("__NR_PAGEBLOCK_BITS", 4))
+    return PageBlockLayout(
+        section_layout(prog),
+        offsetof(prog.type("struct mem_section_usage"), "pageblock_flags"),
+        1 << (count - 1).bit_length(),
+        bits.get("PB_migrate_isolate"),
+        migrate_types(prog),
+    )
+
+
+def migrate_types(prog: Program) -> dict[int, str]:
+    """The names of ``enum migratetype``, by number."""
+    counts = {"MIGRATE_PCPTYPES", "MIGRATE_TYPES"}
+    return {
+        number: name.removeprefix("MIGRATE_").lower()
+        for name, number in enumerators(prog, "enum migratetype").items()
+        if name.startswith("MIGRATE_") and name not in counts
+    }
 
 
 #: ``enum pagetype`` since linux 6.12, as far as kernels before it have such types.

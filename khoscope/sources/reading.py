@@ -17,10 +17,12 @@ from itertools import islice
 from typing import Final, TypeVar
 
 import numpy as np
-from drgn import FaultError, Program
+from drgn import FaultError, Object, Program
+from drgn.helpers.linux.cpumask import for_each_online_cpu
 from drgn.helpers.linux.list import list_for_each_entry
 from drgn.helpers.linux.mmzone import NODE_DATA
 from drgn.helpers.linux.nodemask import for_each_online_node, nr_node_ids
+from drgn.helpers.linux.percpu import per_cpu_ptr
 from drgn.helpers.linux.printk import get_printk_records
 
 from ..abi.fdt import total_size
@@ -29,10 +31,18 @@ from ..abi.kho_fdt import Fdt, parse_root_fdt, root_fdt
 from ..abi.serialized import text
 from ..facts import budget
 from ..facts.clients import LuoState
-from ..facts.snapshot import Handover, Kernel, KexecImage, Node
+from ..facts.snapshot import (
+    Handover,
+    Kernel,
+    KexecImage,
+    Memory,
+    Node,
+    ScratchSetup,
+    Zone,
+)
 from ..words.errors import KhoscopeError
-from .probe import Parts, enumerators, page_types
-from .sections import offline, section_layout
+from .probe import Parts, enumerators, page_block_layout, page_types
+from .sections import offline, page_blocks, section_layout
 from .walk import READS, in_ranges
 
 #: ``IORESOURCE_SYSRAM`` (include/linux/ioport.h, a #define).
@@ -43,6 +53,8 @@ RESOURCE_LIMIT: Final = 1 << 16
 HANDLER_LIMIT: Final = 1 << 8
 #: More than any command line has, bytes.
 COMMAND_LINE_LIMIT: Final = 1 << 16
+#: Letters of a zone's name that are kept.
+ZONE_NAME: Final = 32
 #: The largest log that can be configured has 2^25 bytes (CONFIG_LOG_BUF_SHIFT), or what
 #: log_buf_len= says: a ring with more records than this is corrupt.
 LOG_COUNT_BITS: Final = 26
@@ -232,6 +244,108 @@ class Reading:
                 found.append(Node(number, first << shift, first + pages << shift))
         return sorted(found, key=lambda node: node.start)
 
+    def memory(self, scratch: U64) -> Memory | None:
+        """What the page allocator has; None: it cannot be read, or this kernel lacks it."""
+        if not self.parts.memory:
+            return None
+        return self.fact("the zones (struct zone)", lambda: self._memory(scratch), None)
+
+    def _memory(self, scratch: U64) -> Memory:
+        prog = self.prog
+        shift = prog["PAGE_SHIFT"].value_()
+        zones = []
+        for number in for_each_online_node(prog):
+            for zone in NODE_DATA(prog, number).node_zones:
+                if zone.present_pages:
+                    zones.append(self._zone(number, zone, shift))
+                if len(zones) > budget.ZONES:
+                    raise _Corrupt("more than any kernel has")
+        caches = (
+            prog["vm_node_stat"][prog[item]].counter.value_()
+            for item in ("NR_SLAB_RECLAIMABLE_B", "NR_KERNEL_MISC_RECLAIMABLE")
+        )
+        reclaimable = sum(max(pages, 0) for pages in caches)
+        return Memory(
+            zones, prog["totalcma_pages"].value_(), reclaimable, self._block_order(shift, scratch)
+        )
+
+    def _block_order(self, shift: int, scratch: U64) -> int:
+        """
+        ``pageblock_order``, mostly a #define: that of a huge page, or less where the page allocator
+        has no such blocks or was configured otherwise (``CONFIG_PAGE_BLOCK_MAX_ORDER``).
+
+        The scratch areas tell which: with the right one all their blocks are of type CMA.
+        """
+        most = (self.prog.type("struct zone").member("free_area").type.length or 1) - 1
+        usual = min(shift - 3, most)
+        areas = [(phys, size) for phys, size in scratch.tolist() if self._in_ram(phys, size)]
+        areas = [(phys, size) for phys, size in areas if size]
+        if not areas or not self.parts.page_blocks:
+            return usual
+        try:
+            for order in (usual, *(order for order in range(most, 8, -1) if order != usual)):
+                if all({*self._page_blocks(*area, order)} == {"cma"} for area in areas):
+                    return order
+        except (FaultError, _Corrupt):
+            # Who asks for the blocks themselves is told.
+            return usual
+        return usual
+
+    def _zone(self, node: int, zone: Object, shift: int) -> Zone:
+        prog = self.prog
+
+        def stat(item: str) -> int:
+            # A count of each processor is added to it only now and then.
+            return max(zone.vm_stat[prog[item]].counter.value_(), 0)
+
+        first, pages = zone.zone_start_pfn.value_(), zone.spanned_pages.value_()
+        if (first + pages) << shift > budget.ADDRESSES:
+            raise _Corrupt(f"node {node} has memory where no processor has any")
+        kept_back = (
+            zone._watermark[prog["WMARK_MIN"]].value_()
+            + zone.watermark_boost.value_()
+            + zone.lowmem_reserve[prog["ZONE_NORMAL"]].value_()
+            + zone.nr_free_highatomic.value_()
+        )
+        return Zone(
+            node,
+            text(prog.read_c_string(zone.name.value_(), max_size=ZONE_NAME)),
+            first << shift,
+            first + pages << shift,
+            zone.present_pages.value_(),
+            zone.managed_pages.counter.value_(),
+            zone.cma_pages.value_(),
+            stat("NR_FREE_PAGES"),
+            stat("NR_FREE_CMA_PAGES"),
+            kept_back,
+            zone._watermark[prog["WMARK_LOW"]].value_(),
+            sum(
+                max(per_cpu_ptr(zone.per_cpu_pageset, cpu).count.value_(), 0)
+                for cpu in for_each_online_cpu(prog)
+            ),
+            stat("NR_ZONE_INACTIVE_FILE") + stat("NR_ZONE_ACTIVE_FILE"),
+        )
+
+    def page_blocks(self, phys: int, size: int, order: int) -> dict[str, int] | None:
+        """
+        How many page blocks of some memory have which migrate type; None: they cannot be read, or
+        this kernel keeps them in a way that khoscope does not know.
+
+        :param order: of a block.
+        """
+        if not self.parts.page_blocks or not size:
+            return None
+        what = "the migrate types of page blocks (struct mem_section_usage)"
+        return self.fact(what, lambda: self._page_blocks(phys, size, order), None)
+
+    def _page_blocks(self, phys: int, size: int, order: int) -> dict[str, int]:
+        shift = self.prog["PAGE_SHIFT"].value_()
+        layout = page_block_layout(self.prog)
+        try:
+            return page_blocks(layout, phys, size, 1 << order + shift, 1 << shift, self.prog.read)
+        except ValueError as error:
+            raise _Corrupt(str(error)) from error
+
     def offline(self) -> U64 | None:
         """The parts of RAM that are offline, as RAM; None: they are not known."""
         what = "which memory is offline (mem_section)"
@@ -305,6 +419,16 @@ class Reading:
         for i in range(count):
             yield areas[i].addr.value_(), areas[i].size.value_()
 
+    def scratch_setup(self) -> ScratchSetup | None:
+        """``kho_scratch_cnt`` and whether there is a ``kho_scratch``; None: not readable."""
+        return self.fact(
+            "the scratch areas (kho_scratch)",
+            lambda: ScratchSetup(
+                int(self.prog["kho_scratch_cnt"].value_()), bool(self.prog["kho_scratch"].read_())
+            ),
+            None,
+        )
+
     def image(self) -> KexecImage | None:
         """``kexec_image``; None: this kernel lacks it, or one of its members that concern KHO."""
         if not self.parts.image:
@@ -340,7 +464,11 @@ class Reading:
         self.fact(what, lambda: self._handlers(handlers), None)
         return self.fact(
             "LUO's state (luo_global)",
-            lambda: LuoState(bool(self.prog["luo_global"].enabled), handlers),
+            lambda: LuoState(
+                bool(self.prog["luo_global"].enabled),
+                handlers,
+                bool(self.prog["luo_dev"].in_use.counter) if self.parts.device else None,
+            ),
             None,
         )
 

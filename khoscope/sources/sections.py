@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-Which memory is online, as ``pfn_to_online_page()`` sees it: the sections of sparse memory.
+The sections of sparse memory: which memory is online, as ``pfn_to_online_page()`` sees it, and of
+which migrate type each page block is.
 
 A section is online or not as a whole, and each of its subsections has memory or has none.
-Kernel sources: ``include/linux/mmzone.h``, ``mm/memory_hotplug.c``.
+Kernel sources: ``include/linux/mmzone.h``, ``mm/memory_hotplug.c``, ``mm/page_alloc.c``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 import numpy as np
 from drgn import Program, offsetof, sizeof
@@ -112,9 +113,83 @@ def _joined(start: U64, size: U64) -> tuple[U64, U64]:
     return start[begins], end[ends]
 
 
+@dataclass(frozen=True)
+class PageBlockLayout:
+    """
+    Where the sections keep the migrate type of each page block (``get_pfnblock_flags_mask()``).
+
+    :param flags: offset of ``pageblock_flags`` in ``struct mem_section_usage``.
+    :param bits: ``NR_PAGEBLOCK_BITS``, a #define, from ``enum pageblock_bits``.
+    :param isolate: bit of a block that is isolated; None: a type of its own says it (linux 6.18).
+    :param types: names of ``enum migratetype``.
+    """
+
+    sections: SectionLayout
+    flags: int
+    bits: int
+    isolate: int | None
+    types: dict[int, str]
+
+    #: ``PAGEBLOCK_MIGRATETYPE_MASK``, a #define.
+    TYPE: ClassVar[int] = 7
+
+
+def page_blocks(
+    layout: PageBlockLayout, phys: int, size: int, block: int, page_size: int, read: Read
+) -> dict[str, int]:
+    """
+    How many page blocks of some memory have which migrate type; memory without struct pages has
+    blocks that are "offline".
+
+    :param phys: where it begins, ``phys_addr_t``.
+    :param block: bytes of a page block.
+    :param read: raises where nothing can be read.
+    :raises ValueError: if it is more than any machine has.
+    """
+    shift = layout.sections.section_shift
+    first, last = phys >> shift, -(-(phys + size) >> shift)
+    if last - first > SECTIONS or size // block > SECTIONS << 6:
+        raise ValueError("there is more memory than any machine has")
+    numbers = np.arange(first, last, dtype=np.uint64)
+    usage = _usages(layout.sections, numbers, page_size, read)
+    per_section = (1 << shift) // block
+    words = -(-per_section * layout.bits // 64)
+    flags = np.zeros((len(numbers), words), np.uint64)
+    there = np.flatnonzero(usage)
+    # In a kernel with section_mem_map there is an array of words behind the map of subsections.
+    flags[there] = _gather(usage[there] + np.uint64(layout.flags), words, read)
+    each = np.unpackbits(flags.view(np.uint8), axis=1, bitorder="little")
+    each = each[:, : per_section * layout.bits].reshape(-1, layout.bits)
+    low = -(-phys // block) - first * per_section
+    each = each[low : low + size // block]
+    online = np.repeat(usage != 0, per_section)[low : low + size // block]
+    kind = each[:, :3] @ np.array([1, 2, 4], np.uint8) & layout.TYPE
+    isolated = np.zeros(len(kind), np.bool_)
+    if layout.isolate is not None:
+        isolated = each[:, layout.isolate] != 0
+    counts = np.bincount(kind[online & ~isolated], minlength=8).tolist()
+    found = {layout.types.get(n, f"type {n}"): count for n, count in enumerate(counts) if count}
+    if isolated.any():
+        found["isolate"] = found.get("isolate", 0) + int(isolated.sum())
+    if not online.all():
+        found["offline"] = int((~online).sum())
+    return found
+
+
 def _subsection_maps(layout: SectionLayout, sections: U64, page_size: int, read: Read) -> U64:
     """u64, shape (n, words): the subsections of each section that are there and online."""
     maps = np.zeros((len(sections), layout.subsection_words), np.uint64)
+    usage = _usages(layout, sections, page_size, read)
+    used = np.flatnonzero(usage)
+    maps[used] = _gather(usage[used] + np.uint64(layout.subsections), maps.shape[1], read)
+    return maps
+
+
+def _usages(layout: SectionLayout, sections: U64, page_size: int, read: Read) -> U64:
+    """
+    u64, shape (n,): virtual address of each section's ``struct mem_section_usage``; 0: it is
+    offline.
+    """
     usage = np.zeros(len(sections), np.uint64)
     per_root = np.uint64(page_size // layout.size)
     roots, of = np.unique(sections // per_root, return_inverse=True)
@@ -127,9 +202,7 @@ def _subsection_maps(layout: SectionLayout, sections: U64, page_size: int, read:
         mine = words[(sections[here] % per_root).astype(np.int64)]
         online = (mine[:, layout.flags // 8] >> np.uint64(layout.online_bit)) & np.uint64(1) != 0
         usage[here] = np.where(online, mine[:, layout.usage // 8], 0)
-    used = np.flatnonzero(usage)
-    maps[used] = _gather(usage[used] + np.uint64(layout.subsections), maps.shape[1], read)
-    return maps
+    return usage
 
 
 def _gather(at: U64, words: int, read: Read) -> U64:

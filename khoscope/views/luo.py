@@ -10,8 +10,9 @@ from ..abi.serialized import LUO_FDT_COMPATIBLE, SEALS, bits
 from ..facts.clients import Luo, LuoFile, LuoSession, Memfd
 from ..facts.owners import ClaimsByOwner
 from ..facts.snapshot import Side, Snapshot
+from ..words.sizes import human
 from . import documents
-from .text import counted, human
+from .text import counted
 from .vmalloc import VmallocText, area_row, range_rows
 
 

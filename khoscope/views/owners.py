@@ -11,8 +11,9 @@ from ..abi.keys import BAD_ORDER
 from ..facts.clients import Owner
 from ..facts.owners import UNKNOWN, BlockOwners
 from ..facts.snapshot import Snapshot
+from ..words.sizes import human
 from . import documents
-from .text import Text, human
+from .text import Text
 
 
 class OwnersText(Text):

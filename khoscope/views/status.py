@@ -15,8 +15,9 @@ from ..facts.clients import Luo
 from ..facts.snapshot import KexecImage, Node, Side, Snapshot
 from ..facts.status import Status, read_from
 from ..words.printable import printable
+from ..words.sizes import human
 from . import documents
-from .text import WIDTH, Text, counted, human, kexecs, predecessor, types_in_words, word
+from .text import WIDTH, Text, counted, kexecs, predecessor, types_in_words, word
 
 #: Width of the column with a fact's name.
 NAME = 12
@@ -107,11 +108,49 @@ def _image(image: KexecImage | None) -> dict[str, Any] | None:
     }
 
 
-class StatusText(Text):
+class FactLines(Text):
+    """
+    Prints facts, one per line, each with where it was read.
+
+    :cvar read_from: where, by the name of a fact.
+    """
+
+    read_from: Mapping[str, str] = {}
+
+    def fact(self, name: str, value: str, read_from: str) -> None:
+        """Print a fact, with its source at the right."""
+        self.facts(name, [value], read_from)
+
+    def facts(self, name: str, values: list[str], read_from: str) -> None:
+        """Print facts from one source, one fact per line."""
+        source = f"[{self.read_from[read_from]}]"
+        lines = [
+            line
+            for value in values
+            for line in textwrap.wrap(printable(value), WIDTH - NAME) or [""]
+        ]
+        room = WIDTH - NAME - len(source)
+        at = next((i for i, line in enumerate(lines) if len(line) < room), len(lines))
+        for i, line in enumerate([*lines, ""] if at == len(lines) else lines):
+            text = f"{name if i == 0 else '':<{NAME}}{line}"
+            if i == at:
+                text = f"{text:<{NAME + room}}{self.paint('dim', source)}"
+            self.line(text)
+
+    def some(self, values: list[str], what: str) -> list[str]:
+        """The values, cut to the limit."""
+        shown = list(islice(values, self._limit))
+        if len(values) > len(shown):
+            hidden = f"{len(values) - len(shown):,} more {what}"
+            shown.append(f"… {hidden} (--limit 0 shows all)")
+        return shown
+
+
+class StatusText(FactLines):
     """Prints the status as text."""
 
     def status(self, facts: Snapshot, status: Status) -> None:
-        self._read_from = read_from(facts)
+        self.read_from = read_from(facts)
         self.line(self.paint("bold", f"{word(facts.kernel.release)}, {facts.taken.source}"))
         self.line(f"read {facts.taken.time} by khoscope {facts.taken.khoscope}")
         self.line()
@@ -130,26 +169,6 @@ class StatusText(Text):
             self.fact("crash image", _crash_image_in_words(facts.crash_image), "crash_image")
         taint = f"{facts.kernel.tainted:#x} ({status.taint})" if status.taint else "no"
         self.fact("tainted", taint, "taint")
-
-    def fact(self, name: str, value: str, read_from: str) -> None:
-        """Print a fact, with its source at the right."""
-        self.facts(name, [value], read_from)
-
-    def facts(self, name: str, values: list[str], read_from: str) -> None:
-        """Print facts from one source, one fact per line."""
-        source = f"[{self._read_from[read_from]}]"
-        lines = [
-            line
-            for value in values
-            for line in textwrap.wrap(printable(value), WIDTH - NAME) or [""]
-        ]
-        room = WIDTH - NAME - len(source)
-        at = next((i for i, line in enumerate(lines) if len(line) < room), len(lines))
-        for i, line in enumerate([*lines, ""] if at == len(lines) else lines):
-            text = f"{name if i == 0 else '':<{NAME}}{line}"
-            if i == at:
-                text = f"{text:<{NAME + room}}{self.paint('dim', source)}"
-            self.line(text)
 
     def _abi(self, facts: Snapshot) -> None:
         out = facts.outgoing.fdt
@@ -184,34 +203,28 @@ class StatusText(Text):
 
     def _scratch(self, status: Status) -> None:
         areas = []
-        for area in status.scratch:
+        for area in filter(lambda area: area.size, status.scratch):
             full = "how full is not known"
             if area.free is not None:
                 used = area.size - area.free
-                full = f"{used / max(area.size, 1):4.0%} in use"
+                full = f"{used / area.size:4.0%} in use"
             areas.append(f"{area.phys:#014x} {human(area.size):>9}  {full}")
-        self.facts("scratch", self._some(areas, "areas") or ["none"], "scratch")
+        self.facts("scratch", self.some(areas, "areas") or ["none"], "scratch")
+        if areas:
+            self.fact("cost", status.cost, "cost")
 
     def _offline(self, facts: Snapshot) -> None:
         """Most kernels have no offline memory, and then there is no line about it."""
         ranges = _offline(facts) or []
         lines = [f"{int(each['phys'], 16):#014x} {human(each['size']):>9}" for each in ranges]
         if lines:
-            self.facts("offline", self._some(lines, "ranges"), "offline")
+            self.facts("offline", self.some(lines, "ranges"), "offline")
 
     def _nodes(self, nodes: list[Node]) -> None:
         """The NUMA nodes, if there are several."""
         if len(nodes) > 1:
             spans = [f"{n.start:#014x} {human(n.end - n.start):>9}  node {n.number}" for n in nodes]
-            self.facts("NUMA nodes", self._some(spans, "nodes"), "nodes")
-
-    def _some(self, values: list[str], what: str) -> list[str]:
-        """The values, cut to the limit."""
-        shown = list(islice(values, self._limit))
-        if len(values) > len(shown):
-            hidden = f"{len(values) - len(shown):,} more {what}"
-            shown.append(f"… {hidden} (--limit 0 shows all)")
-        return shown
+            self.facts("NUMA nodes", self.some(spans, "nodes"), "nodes")
 
     def _blocks(self, facts: Snapshot, status: Status) -> None:
         cost = "there is no tree"
@@ -241,10 +254,10 @@ class StatusText(Text):
     def _subtrees(self, facts: Snapshot, status: Status) -> None:
         words = {True: "preserved", False: "not preserved", None: ""}
         out = [f"{_place(s)}  {words[preserved]}" for s, preserved in status.subtrees]
-        self.facts("subtrees", self._some(out, "subtrees") or ["none"], "subtrees")
+        self.facts("subtrees", self.some(out, "subtrees") or ["none"], "subtrees")
         if facts.incoming:
             handed = [_place(subtree) for subtree in facts.incoming.fdt.subtrees]
-            shown = self._some(handed, "subtrees") or ["none"]
+            shown = self.some(handed, "subtrees") or ["none"]
             self.facts("handed over", shown, "subtrees_in")
 
     def _luo(self, facts: Snapshot) -> None:
@@ -270,7 +283,7 @@ class StatusText(Text):
             sessions.append("not known: nothing of this ABI is decoded")
         # Until somebody opens /dev/liveupdate, the serialized form is all there is.
         source = read_from if luo.live else "sessions_ser"
-        self.facts(name, self._some(sessions, "sessions") or ["none"], source)
+        self.facts(name, self.some(sessions, "sessions") or ["none"], source)
 
 
 def _boot(facts: Snapshot) -> str:

@@ -27,6 +27,7 @@ from ..facts.next_kernel import NextKernel
 from ..facts.snapshot import Handover, Snapshot
 from ..facts.tree import Tree
 from ..words.printable import printable
+from ..words.sizes import human
 from .block_filter import BlockFilter
 
 WIDTH = 80
@@ -492,14 +493,6 @@ def types_in_words(abi: Abi) -> str:
     if abi.type_is_refused:
         return f"page type at key bit {abi.type_shift}, refused (keys have {abi.key_width} bits)"
     return f"page type at key bit {abi.type_shift}, not stored (tree keeps {abi.stored_bits - 1}:0)"
-
-
-def human(size: int) -> str:
-    """Bytes with a binary unit."""
-    units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
-    unit = min(max(size.bit_length() - 1, 0) // 10, len(units) - 1)
-    value = size / (1 << 10 * unit)
-    return f"{value:.0f} {units[unit]}" if value == int(value) else f"{value:.1f} {units[unit]}"
 
 
 def _block_rows(blocks: Blocks) -> list[list[Any]]:

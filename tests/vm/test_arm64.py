@@ -16,7 +16,7 @@ from khoscope.facts import store
 from khoscope.facts.snapshot import Snapshot
 from khoscope.sources.open import open_qemu
 from tests.synthetic import blocks_of
-from tests.vm.test_khoscope import host
+from tests.vm.test_khoscope import COST, host
 from vm import arm64, kernel
 from vm.arm64 import Arm64
 from vm.machine import GuestDied, GuestError, GuestHung
@@ -95,7 +95,7 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         say("no image", "verify", status=wrong)
         story.answers["memfd"] = machine.ask("memfd", str(MEMFD))
         story.answers["load"] = machine.ask("load", machine.command_line(2))
-        for name in ("tree", "fdt", "luo", "status", "owners"):
+        for name in ("tree", "fdt", "luo", "status", "owners", "scratch"):
             say(name, name, *(("--limit", "0") if name in ("tree", "owners") else ()))
         for each in kernel.chosen(arm64.NAMES):
             found = arm64.find(each)
@@ -116,7 +116,7 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def rules(document: Any) -> set[str]:
-    return {finding["rule"] for finding in document["findings"]}
+    return {finding["rule"] for finding in document["findings"]} - COST
 
 
 def blocks(facts: Snapshot) -> set[Block]:
@@ -202,6 +202,16 @@ def test_memfd(story: Story) -> None:
     assert file["memfd"]["pages"] == -(-MEMFD >> story.shift)
     (session,) = story.seen["luo after"]["incoming"]["sessions"]
     assert session["files"][0]["memfd"] == file["memfd"]
+
+
+def test_scratch(story: Story) -> None:
+    """Page blocks of any size: of 512 MiB with 64 KiB pages, of 16 MiB with 16 KiB pages."""
+    found = story.seen["scratch"]
+    for area in found["areas"]:
+        blocks = {12: 2 << 20, 14: 16 << 20, 16: 512 << 20}[story.shift]
+        assert area["page_blocks"] == {"cma": area["size"] // blocks}
+    assert found["cma"]["phantom"] == found["scratch"] > 0
+    assert found["users"]["blocks"] > 0
 
 
 def test_verdicts(story: Story) -> None:

@@ -22,7 +22,8 @@ from ...trace.summary import (
     bucket_range,
     pages,
 )
-from ..text import LIMIT, counted, human
+from ...words.sizes import human
+from ..text import LIMIT, counted
 from .common import ACTION_NAMES, TraceText, returned
 
 
