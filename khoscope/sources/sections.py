@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Final
 
 import numpy as np
 from drgn import Program, offsetof, sizeof
@@ -130,9 +130,6 @@ class PageBlockLayout:
     isolate: int | None
     types: dict[int, str]
 
-    #: ``PAGEBLOCK_MIGRATETYPE_MASK``, a #define.
-    TYPE: ClassVar[int] = 7
-
 
 def page_blocks(
     layout: PageBlockLayout, phys: int, size: int, block: int, page_size: int, read: Read
@@ -156,14 +153,14 @@ def page_blocks(
     words = -(-per_section * layout.bits // 64)
     flags = np.zeros((len(numbers), words), np.uint64)
     there = np.flatnonzero(usage)
-    # In a kernel with section_mem_map there is an array of words behind the map of subsections.
     flags[there] = _gather(usage[there] + np.uint64(layout.flags), words, read)
     each = np.unpackbits(flags.view(np.uint8), axis=1, bitorder="little")
     each = each[:, : per_section * layout.bits].reshape(-1, layout.bits)
     low = -(-phys // block) - first * per_section
     each = each[low : low + size // block]
     online = np.repeat(usage != 0, per_section)[low : low + size // block]
-    kind = each[:, :3] @ np.array([1, 2, 4], np.uint8) & layout.TYPE
+    # PAGEBLOCK_MIGRATETYPE_MASK, a #define.
+    kind = each[:, :3] @ np.array([1, 2, 4], np.uint8)
     isolated = np.zeros(len(kind), np.bool_)
     if layout.isolate is not None:
         isolated = each[:, layout.isolate] != 0
