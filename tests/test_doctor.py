@@ -255,6 +255,9 @@ def test_kernels_whose_memory_says_whether_they_are_finalized(
     assert ("before the kexec" in fact.hint) == (finalized is False)
     early = finalized is False
     assert found["KHO's state"].value == "readable, no FDT" + " before it is finalized" * early
+    # With KHO off, there is nothing to finalize.
+    off = look_inside(it, replace(facts, kho_enable=False), monkeypatch)
+    assert "finalized" not in off
 
 
 def test_kernels_whose_luo_finalizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,7 @@ of ``cma=`` and the like alone.  What is free of them is in CmaFree all the same
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from ..words.sizes import human
@@ -95,7 +94,8 @@ class HostSwitch:
 
     :param on: None: they do not.
     :param hint: what to do to have it on, or to learn more; "": it is on.
-    :param by: which of the files decided: a name in :attr:`HostScratch.read_from`.
+    :param by: which of the files decided: a name of a field of :class:`Told` or :class:`CmaCounts`,
+        or "size".
     """
 
     on: bool | None
@@ -111,41 +111,25 @@ class HostScratch:
 
     :param on: whether KHO is on.
     :param why: in words, whichever it is.
+    :param why_from: the file that decided.
     :param hint: what to do to have it on, or to learn more; "": it is on.
     :param size: bytes of scratch; 0: there is none.
     :param size_from: where that was read, "" if nowhere.
-    :param areas: (physical address, bytes) of each, if debugfs has them; an area may be empty.
-    :param cma_total: bytes, CmaTotal.
-    :param cma_free: bytes, CmaFree.
-    :param mem_free: bytes, MemFree.
-    :param mem_total: bytes, MemTotal.
-    :param cma_blocks: page blocks of type CMA over all zones, scratch or not.
-    :param block_size: bytes of a page block.
-    :param took_over: whether another kernel has handed over to this one.
-    :param read_from: the file of each of these fields that is known.
+    :param cma: what the kernel counts of memory of this type, scratch or not.
     """
 
     on: bool | None
     why: str
+    why_from: str = ""
     hint: str = ""
     size: int | None = None
     size_from: str = ""
-    areas: list[tuple[int, int]] = field(default_factory=list)
-    cma_total: int | None = None
-    cma_free: int | None = None
-    mem_free: int | None = None
-    mem_total: int | None = None
-    cma_blocks: int | None = None
-    block_size: int | None = None
-    took_over: bool | None = None
-    read_from: Mapping[str, str] = field(default_factory=dict)
+    cma: CmaCounts = CmaCounts()
 
     @property
     def phantom(self) -> bool:
         """Whether CmaFree has, or could have, memory that CmaTotal does not have: scratch."""
-        if self.size is not None:
-            return self.size > 0
-        return CmaCounts(self.cma_total, self.cma_free).free_beyond
+        return self.size > 0 if self.size is not None else self.cma.free_beyond
 
 
 def scratch_size(
@@ -200,7 +184,7 @@ def _wanted(told: Told, size: int | None, cma: CmaCounts) -> HostSwitch:
     """It was asked for; what became of that?"""
     by = asked_by(told.command_line or "")
     if size or (size is None and cma.free_beyond):
-        return HostSwitch(True, _why_on(told), "", "size" if size else "cma_free")
+        return HostSwitch(True, _why_on(told), "", "size" if size else "free")
     if size is None:
         what = f"{by}; whether that went well, no file says that can be read"
         return HostSwitch(None, what, _SEE, "command_line")

@@ -96,6 +96,7 @@ class Host:
         # Without KHO, every part of KHO is missing: one line says so, and what to do.
         there = kho.state != State.NO
         tracker = self._tracker(seen)
+        finalizes = tracker == Tracker.XARRAY and not (seen.facts and not seen.facts.kho_enable)
         return [
             kho,
             *([self._says_tracker(seen, tracker)] if there else []),
@@ -104,7 +105,7 @@ class Host:
             self._lockdown(),
             _debug_info(seen),
             *([_kernel(seen), self._kho_is_on(seen), self._says_scratch(seen)] if there else []),
-            *([self._finalized(seen)] if there and tracker == Tracker.XARRAY else []),
+            *([self._finalized(seen)] if there and finalizes else []),
             self._btf(),
             self._kptr_restrict(),
             luo,
@@ -188,7 +189,7 @@ class Host:
             return Fact(name, state, switch.why, "kho_enable", switch.hint, True)
         said = self._scratch
         state = {True: State.OK, False: State.NO, None: State.UNKNOWN}[said.on]
-        return Fact(name, state, said.why, said.read_from["on"], said.hint, True)
+        return Fact(name, state, said.why, said.why_from, said.hint, True)
 
     def _says_scratch(self, seen: HostProbe) -> Fact:
         """
@@ -207,7 +208,7 @@ class Host:
             return Fact(name, State.OK, what, where, "" if used else _give_back(on))
         if size == 0 or (on is False and not said.phantom):
             what = "none: KHO is off" if on is False else "none"
-            return Fact(name, State.OK, what, where or said.read_from["on"])
+            return Fact(name, State.OK, what, where or said.why_from)
         what = "how much is not known"
         if said.phantom:
             what += f", but there is some, {_of_scratch(said)}"
@@ -418,9 +419,9 @@ def _kernel(seen: HostProbe) -> Fact:
 def _of_scratch(said: HostScratch) -> str:
     """What it is to the host, and where /proc/meminfo has it."""
     what = "which only movable memory may use"
-    if said.cma_free is None or said.cma_total is None:
+    if said.cma.free is None or said.cma.total is None:
         return what
-    free, total = said.cma_free >> 10, said.cma_total >> 10
+    free, total = said.cma.free >> 10, said.cma.total >> 10
     return (
         f"{what}; /proc/meminfo has what is free of it in CmaFree ({free:,} kB), "
         f"and none of it in CmaTotal ({total:,} kB)"

@@ -13,7 +13,6 @@ import platform
 import re
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Final
 
@@ -35,13 +34,8 @@ _FOUND: Final = "KHO: found kexec handover data"
 _FILES: Final = {
     "areas": host_files.SCRATCH_LEN,
     "zones": host_files.ZONEINFO,
-    "cma_total": host_files.MEMINFO,
-    "cma_free": host_files.MEMINFO,
-    "mem_total": host_files.MEMINFO,
-    "mem_free": host_files.MEMINFO,
+    "free": host_files.MEMINFO,
     "blocks": host_files.PAGETYPEINFO,
-    "cma_blocks": host_files.PAGETYPEINFO,
-    "block_size": host_files.PAGETYPEINFO,
     "out": host_files.KHO_OUT,
     "lacking": host_files.LOG,
     "command_line": host_files.COMMAND_LINE,
@@ -71,31 +65,12 @@ def read_host_scratch(root: Path = Path("/"), built: bool | None = None) -> Host
     )
     size, size_by = scratch_size(areas, cma, told.took_over)
     switch = host_switch(told, size, cma)
-    found = HostScratch(
-        on=switch.on,
-        why=switch.why,
-        hint=switch.hint,
-        size=size,
-        size_from=str(_FILES[size_by]) if size_by else "",
-        areas=areas or [],
-        cma_total=cma.total,
-        cma_free=cma.free,
-        mem_free=memory.get("MemFree"),
-        mem_total=memory.get("MemTotal"),
-        cma_blocks=cma.blocks,
-        block_size=cma.block_size,
-        took_over=told.took_over,
-    )
     files = {name: str(file) for name, file in _FILES.items()}
-    symbols = str(host_files.KALLSYMS)
-    files |= {"size": found.size_from, "built": config if built is None else symbols}
-    return replace(found, read_from=_read_from(found, {**files, "on": files[switch.by]}))
-
-
-def _read_from(found: HostScratch, files: Mapping[str, str]) -> dict[str, str]:
-    """The files of what is known, and of why the rest is not."""
-    known = {field.name for field in fields(found) if getattr(found, field.name) not in (None, [])}
-    return {name: file for name, file in files.items() if name in known or name == "on"}
+    files["size"] = files[size_by] if size_by else ""
+    files["built"] = config if built is None else str(host_files.KALLSYMS)
+    return HostScratch(
+        switch.on, switch.why, files[switch.by], switch.hint, size, files["size"], cma
+    )
 
 
 # -- memory ---------------------------------------------------------------------------------------
