@@ -420,9 +420,9 @@ def scratch_of(
     return check(replace(facts, **changes), next_kernel)
 
 
-def takes(size: int | None) -> NextKernel:
-    """A kernel that takes so much memory."""
-    return NextKernel("bzImage", "zstd", "7.2.0-next", ("kho-v4",), size=size)
+def takes(size: int | None, initrd: int | None = None) -> NextKernel:
+    """A kernel that takes so much memory, with its initrd."""
+    return NextKernel("bzImage", "zstd", "7.2.0-next", ("kho-v4",), size=size, initrd=initrd)
 
 
 FIRES: dict[str, list[Fires]] = {
@@ -441,6 +441,9 @@ FIRES: dict[str, list[Fires]] = {
     ],
     "scratch-too-small": [
         Fires(lambda: scratch_of(next_kernel=takes(17 << 20)), None),
+        # Each would fit, but not both of them.
+        Fires(lambda: scratch_of(next_kernel=takes(10 << 20, 10 << 20)), None),
+        Fires(lambda: scratch_of(next_kernel=takes(None, 17 << 20)), None),
         # The boot takes 10 MiB, and there are 16.
         Fires(lambda: scratch_of(next_kernel=takes(7 << 20)), None),
         # With its initrd the loaded image takes more than a bzImage says.
@@ -817,6 +820,7 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
     "scratch-too-small": [
         lambda: scratch_of(next_kernel=takes(6 << 20)),
         lambda: scratch_of(next_kernel=takes(None)),
+        lambda: scratch_of(next_kernel=takes(3 << 20, 3 << 20)),
         lambda: scratch_of(next_kernel=takes(1 << 30), scratch=np.zeros((0, 2), np.uint64)),
         lambda: scratch_of(next_kernel=takes(7 << 20), memory=None),
     ],

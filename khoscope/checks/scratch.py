@@ -21,7 +21,8 @@ from .rule import Message, Severity, rule
     /proc/meminfo counts what is free of them in CmaFree and in MemFree, but not in CmaTotal. Only
     memory that can be moved may be there: memory that is pinned for long (RDMA, VFIO, buffers of
     io_uring) and the kernel's own are refused with much memory free. Nothing is broken. If that is
-    too dear, boot with kho=off, or with smaller areas: khoscope scratch has the numbers.
+    too dear, kho=off or smaller areas help from the next cold boot on: khoscope scratch has the
+    numbers.
     """,
     kernel="kho_init init_cma_reserved_pageblock migrate_longterm_unpinnable_folios",
 )
@@ -62,30 +63,34 @@ def scratch_unmovable(facts: Snapshot) -> Iterator[Message]:
     Severity.WARNING,
     "next",
     """
-    kexec_file_load() puts the image and its initrd into the scratch areas, each segment into one of
-    them, and the next kernel boots there: all that it allocates before its page allocator is up has
-    to fit in as well. If a segment does not fit, loading fails. If the boot does not, the next
-    kernel panics early, mostly without a word. Boot this kernel with a larger kho_scratch=, or
-    without one.
+    kexec_file_load() puts the image and its initrd into the scratch areas, each into the first one
+    that has room for it, and the next kernel boots there: all that it allocates before its page
+    allocator is up has to fit in as well. If one of them does not fit, loading fails. If the boot
+    does not, the next kernel panics early, mostly without a word. Boot this kernel with a larger
+    kho_scratch=, or without one.
     """,
     kernel="kho_locate_mem_hole memblock_alloc_range_nid kho_populate",
 )
 def scratch_too_small(facts: Snapshot, kernel: NextKernel) -> Iterator[Message]:
     """The next kernel's image, or its boot, does not fit into the scratch areas."""
-    areas = scratch.areas(facts)
-    if not areas or kernel.size is None:
+    room = [area.size for area in scratch.areas(facts)]
+    total = sum(room)
+    segments = {"kernel": kernel.size or 0, "initrd": kernel.initrd or 0}
+    if not room:
         return
-    largest, total = max(area.size for area in areas), sum(area.size for area in areas)
-    if kernel.size > largest:
-        yield Message(
-            f"{kernel.release} takes {human(kernel.size)} in one piece, the largest area has "
-            f"{human(largest)}"
-        )
-        return
+    for what, size in segments.items():
+        first = next((i for i, left in enumerate(room) if size <= left), None)
+        if first is None:
+            yield Message(
+                f"{kernel.release}: its {what} takes {human(size)} in one piece, and no area has "
+                f"more than {human(max(room))} left"
+            )
+            return
+        room[first] -= size
     needed = scratch.needs(facts)
-    if needed is None:
+    if needed is None or kernel.size is None:
         return
-    image = max(kernel.size, needed.image or 0)
+    image = max(sum(segments.values()), needed.image or 0)
     boot = sum(needed.nodes.values())
     if image + boot > total:
         yield Message(

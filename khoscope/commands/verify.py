@@ -51,6 +51,12 @@ khoscope found nothing wrong, but could not see everything""",
         help="compare with the kernel that you are going to boot: a bzImage, an arm64 Image, a "
         "vmlinux, or a directory with one of them. LZ4 and Zstandard images need khoscope[images]",
     )
+    verify.add_argument(
+        "--initrd",
+        metavar="FILE",
+        type=common.path,
+        help="its initrd: does it fit into scratch, too? (with --next)",
+    )
     verify.add_argument("--only", type=_rules, metavar="RULE,…", help="run only these checks")
     verify.add_argument("--skip", type=_rules, metavar="RULE,…", help="run all but these checks")
     verify.add_argument(
@@ -84,6 +90,8 @@ def _seconds(text: str) -> float:
 def _refuse(args: argparse.Namespace) -> str | None:
     if args.watch and common.is_file(args):
         return "--watch is for a kernel that runs: a file does not change"
+    if args.initrd and not args.next:
+        return "--initrd needs --next"
     possible = _possible(args)
     for name in sorted((args.only or frozenset()) - possible):
         rule = checks.RULES[name]
@@ -108,7 +116,7 @@ def _wanted(args: argparse.Namespace, possible: frozenset[str]) -> frozenset[str
 
 def _run(args: argparse.Namespace) -> int:
     before = common.load_before(args)
-    next_kernel = _read_next(args.next) if args.next else None
+    next_kernel = _read_next(args.next, args.initrd) if args.next else None
     asked = checks.RuleSelection(_wanted(args, _possible(args)), args.fail_on)
 
     def report(facts: Snapshot) -> checks.Report:
@@ -127,10 +135,11 @@ def _run(args: argparse.Namespace) -> int:
     return common.judged(found)
 
 
-def _read_next(path: Path) -> NextKernel:
-    from ..sources.next_kernel import read_image
+def _read_next(path: Path, initrd: Path | None) -> NextKernel:
+    from ..sources.next_kernel import read_image, with_initrd
 
-    return read_image(path)
+    kernel = read_image(path)
+    return with_initrd(kernel, initrd) if initrd else kernel
 
 
 def _watch(

@@ -28,6 +28,7 @@ class NextKernel:
         (``kho_preserve_pages``, ``kho_preserve_vmalloc``); False: it does not say so.
     :param size: bytes that it takes in one piece while it starts: ``init_size`` of a bzImage,
         ``image_size`` of an arm64 Image; None: it does not say.
+    :param initrd: bytes of the initrd that goes with it; None: none was named.
     """
 
     path: str
@@ -41,6 +42,7 @@ class NextKernel:
     misses_files: bool = False
     newer_functions: bool = False
     size: int | None = None
+    initrd: int | None = None
 
     @property
     def has_page_bitmaps(self) -> bool:

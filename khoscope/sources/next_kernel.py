@@ -88,6 +88,16 @@ def read_image(path: Path) -> NextKernel:
     return next(iter(kernels.values()))
 
 
+def with_initrd(kernel: NextKernel, path: Path) -> NextKernel:
+    """
+    The kernel with the size of its initrd.
+
+    :raises KhoscopeError: if that is no file that can be read.
+    """
+    with open_file(path, "give the initrd (initramfs) that is loaded with the kernel") as file:
+        return dataclasses.replace(kernel, initrd=os.fstat(file.fileno()).st_size)
+
+
 @contextmanager
 def _told(path: Path) -> Iterator[None]:
     """Turn whatever keeps a file from being read into two lines."""
@@ -140,6 +150,7 @@ def _read(path: Path) -> NextKernel:
         misses_files=misses_files,
         newer_functions=newer_functions,
         size=_size(start),
+        initrd=None,
     )
 
 
