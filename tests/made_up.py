@@ -46,7 +46,8 @@ STRUCTS: dict[str, str] = {
     "kho_radix_node": "u64 table[512]",
     "kho_radix_tree": "kho_radix_node *root",
     "kho_out": "void *fdt; kho_radix_tree radix_tree",
-    "kho_in": "u64 fdt_phys; char previous_release[65]; u32 kexec_count; kho_radix_tree radix_tree",
+    "kho_in": "u64 fdt_phys; u64 scratch_phys; char previous_release[65]; u32 kexec_count; "
+    "kho_radix_tree radix_tree",
     "kho_scratch": "u64 addr; u64 size",
     "new_utsname": "char release[65]; char version[65]",
     "uts_namespace": "new_utsname name",

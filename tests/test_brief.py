@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from khoscope.cli import main
 from khoscope.commands import scratch as command
 from khoscope.facts.brief import of_files, of_kernel
 from khoscope.facts.host_scratch import HostScratch
+from khoscope.facts.snapshot import Handover
 from khoscope.words.errors import KhoscopeError
 from tests.synthetic import Block
 from tests.test_scratch import host
@@ -28,6 +30,13 @@ def test_brief() -> None:
     assert not of_files(OFF).is_wasted
     # On, but it takes nothing.
     assert not of_files(HostScratch(True, "kho=on on the command line", size=0)).is_wasted
+    # Off, and yet in the way: the kernel before had it on.
+    off = replace(host(), kho_enable=False, handover=Handover(True, "7.2.1", 1))
+    assert (of_kernel(off).on, of_kernel(off).users, of_kernel(off).is_wasted) == (
+        False,
+        None,
+        True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -40,6 +49,13 @@ def test_brief() -> None:
             "KHO on: kho=on on the command line; 184 MiB that only movable memory may use; who "
             "uses it is not known without root and debug info; /proc/meminfo has it in CmaFree, "
             "not in CmaTotal",
+        ),
+        (
+            HostScratch(False, "kho=off on the command line", size=184 * MIB),
+            1,
+            "KHO off: kho=off on the command line; 184 MiB that only movable memory may use; the "
+            "kernel before has left it, and a cold boot gives it back; /proc/meminfo has it in "
+            "CmaFree, not in CmaTotal",
         ),
         (UNKNOWN, 3, f"KHO not known: {UNKNOWN.why}"),
         # It is on, and neither who uses it nor what it takes can be told.

@@ -11,10 +11,11 @@ import ast
 import contextlib
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from drgn import FaultError, Object, Program
+from drgn import FaultError, Object, Program, TypeMember
 from drgn.helpers import ValidationError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -291,10 +292,23 @@ def test_scratch() -> None:
     prog = kernel.program()
     found = [(s.addr.value_(), s.size.value_()) for s in kho_scratch_for_each(prog)]
     assert found == [(1 << 20, 1 << 21), (1 << 30, 1 << 24)]
+    # A kernel with KHO off keeps those that it was handed.
+    kernel.variables["kho_enable"] = lambda prog: Object(prog, "unsigned int", 0)
+    kernel.variables["kho_in"] = _kho_in(0x1000)
+    assert len(list(kho_scratch_for_each(prog))) == 2
     kernel.variables["kho_scratch"] = lambda prog: Object(
         prog, prog.pointer_type(prog.type("struct kho_scratch")), 0
     )
     assert list(kho_scratch_for_each(prog)) == []
+
+
+def _kho_in(scratch_phys: int) -> Callable[[Program], Object]:
+    def variable(prog: Program) -> Object:
+        member = TypeMember(prog.type("unsigned long"), "scratch_phys")
+        kind = prog.struct_type("kho_in", 8, (member,))
+        return Object(prog, kind, {"scratch_phys": scratch_phys})
+
+    return variable
 
 
 def test_scratch_of_a_set_up_that_failed() -> None:
@@ -306,6 +320,7 @@ def test_scratch_of_a_set_up_that_failed() -> None:
     kernel = Kernel(Memory(PLAIN))
     kernel.variables = {
         "kho_enable": lambda prog: Object(prog, "unsigned int", 0),
+        "kho_in": _kho_in(0),
         "kho_scratch": dangling,
         "kho_scratch_cnt": lambda prog: Object(prog, "unsigned int", 2),
     }

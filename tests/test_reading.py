@@ -396,7 +396,7 @@ def test_scratch_that_makes_no_sense() -> None:
     assert named == "the scratch areas (kho_scratch): 5000 are more than any kernel has"
     machine.set("kho_scratch", 0)
     (named,) = machine.source().tree().unreadable
-    assert named == "the scratch areas (kho_scratch): there are none, though KHO is on"
+    assert named == "the scratch areas (kho_scratch): there are none, though there should be"
     # With KHO off there are none.
     machine.set("kho_enable", 0)
     assert machine.source().outline().unreadable == []
@@ -411,6 +411,17 @@ def test_scratch_of_a_set_up_that_failed() -> None:
         facts = machine.source().outline()
         assert facts.scratch.tolist() == []
         assert not facts.unreadable
+
+
+def test_scratch_that_was_handed_over() -> None:
+    """A kernel with KHO off keeps it."""
+    machine = MadeUp()
+    areas = machine.source().outline().scratch.tolist()
+    assert areas
+    machine.set("kho_enable", 0)
+    assert machine.source().outline().scratch.tolist() == []
+    machine.set("kho_in", 0, 0x1000)
+    assert machine.source().outline().scratch.tolist() == areas
 
 
 def test_handlers_that_loop() -> None:

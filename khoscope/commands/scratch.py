@@ -25,7 +25,8 @@ areas would give back. khoscope changes nothing.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""\
 exit status of --brief: 0 if KHO is off or in use, 1 if it is on and nobody uses
-it, or takes memory and only root could tell who uses it; 3 if that cannot be told""",
+it, or takes memory and only root could tell who uses it, or if it is off and the
+kernel before has left its areas; 3 if that cannot be told""",
     )
     command.set_defaults(run=_run)
     kind = common.output(command)

@@ -31,21 +31,19 @@ class Brief:
 
     @property
     def is_wasted(self) -> bool:
-        """Whether it is on, and as far as can be told for nothing, or in the way."""
-        if not self.on or (self.users is not None and self.users.any):
-            return False
-        return self.users is not None or self.misleads
+        """Whether there is scratch, and as far as can be told for nothing, or in the way."""
+        if self.on and self.users is not None:
+            return not self.users.any
+        return self.misleads
 
 
 def of_kernel(facts: Snapshot) -> Brief:
     """What the kernel's memory says."""
     switch = kho_switch(facts)
-    if not switch.on:
-        return Brief(False, switch.why, 0)
     size = sum(area.size for area in areas(facts))
-    return Brief(True, switch.why, size, users(facts), size > 0)
+    return Brief(switch.on, switch.why, size, users(facts) if switch.on else None, size > 0)
 
 
 def of_files(found: HostScratch) -> Brief:
     """What a host's files say."""
-    return Brief(found.on, found.why, found.size, None, bool(found.on) and found.phantom)
+    return Brief(found.on, found.why, found.size, None, found.phantom)

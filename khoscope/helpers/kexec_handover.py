@@ -84,11 +84,12 @@ def kho_scratch_for_each(prog: Program) -> Iterator[Object]:
     0x36200000 0x1a00000
     0x27a00000 0xe800000
 
-    :return: Iterator of ``struct kho_scratch`` objects; none if KHO is not enabled.
+    :return: Iterator of ``struct kho_scratch`` objects. If KHO is not enabled, there are those that
+        the previous kernel handed over, or none.
     """
     # If reserving an area fails, the kernel disables KHO and frees the array, but keeps the pointer
     # and the number of areas.
-    if not prog["kho_enable"]:
+    if not prog["kho_enable"] and not prog["kho_in"].scratch_phys:
         return
     areas = prog["kho_scratch"].read_()
     if areas:

@@ -605,6 +605,10 @@ class KernelSource:
         """The same with what each scratch area is used for."""
         # A corrupt area may reach beyond RAM: read nothing there.
         last, shift = int(facts.ram[-1, 1]), self.abi.page_shift
+        areas = [(phys, max(min(phys + size, last), phys)) for phys, size in facts.scratch.tolist()]
+        if sum(end - phys for phys, end in areas) > last:
+            reading.cannot("what scratch is used for: its areas are larger than RAM")
+            return replace(facts, unreadable=list(reading.unreadable))
         reader = UseReader(
             self._page_reader(facts.ram),
             use_layout(self.prog),
@@ -613,8 +617,7 @@ class KernelSource:
         )
         free: list[int | None] = []
         uses = []
-        for phys, size in facts.scratch.tolist():
-            end = max(min(phys + size, last), phys)
+        for phys, end in areas:
             count, use = reader.uses(phys >> shift, end >> shift)
             free.append(None if use.unread else count)
             if facts.memory is not None:

@@ -55,6 +55,7 @@ _LACKING: Final = (LookupError, AttributeError, TypeError, ObjectAbsentError)
 _NEEDED: Final = (
     "kho_enable",
     "kho_in.fdt_phys",
+    "kho_in.scratch_phys",
     "kho_scratch.addr",
     "kho_scratch.size",
     "kho_scratch_cnt",

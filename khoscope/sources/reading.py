@@ -265,9 +265,10 @@ class Reading:
             for item in ("NR_SLAB_RECLAIMABLE_B", "NR_KERNEL_MISC_RECLAIMABLE")
         )
         reclaimable = sum(max(pages, 0) for pages in caches)
-        return Memory(
-            zones, prog["totalcma_pages"].value_(), reclaimable, self._block_order(shift, scratch)
-        )
+        total = prog["totalcma_pages"].value_()
+        if max(reclaimable, total) << shift > budget.ADDRESSES:
+            raise _Corrupt("more is counted than any machine has")
+        return Memory(zones, total, reclaimable, self._block_order(shift, scratch))
 
     def _block_order(self, shift: int, scratch: U64) -> int:
         """
@@ -307,11 +308,7 @@ class Reading:
             + zone.lowmem_reserve[prog["ZONE_NORMAL"]].value_()
             + zone.nr_free_highatomic.value_()
         )
-        return Zone(
-            node,
-            text(prog.read_c_string(zone.name.value_(), max_size=ZONE_NAME)),
-            first << shift,
-            first + pages << shift,
+        counts = (
             zone.present_pages.value_(),
             zone.managed_pages.counter.value_(),
             zone.cma_pages.value_(),
@@ -325,6 +322,10 @@ class Reading:
             ),
             stat("NR_ZONE_INACTIVE_FILE") + stat("NR_ZONE_ACTIVE_FILE"),
         )
+        if not 0 <= min(counts) <= max(counts) <= budget.ADDRESSES >> shift:
+            raise _Corrupt(f"a zone of node {node} counts more pages than any machine has")
+        name = text(prog.read_c_string(zone.name.value_(), max_size=ZONE_NAME))
+        return Zone(node, name, first << shift, first + pages << shift, *counts)
 
     def page_blocks(self, phys: int, size: int, order: int) -> dict[str, int] | None:
         """
@@ -343,7 +344,7 @@ class Reading:
         layout = page_block_layout(self.prog)
         try:
             return page_blocks(layout, phys, size, 1 << order + shift, 1 << shift, self.prog.read)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise _Corrupt(str(error)) from error
 
     def offline(self) -> U64 | None:
@@ -358,7 +359,7 @@ class Reading:
         size = self.prog["PAGE_SIZE"].value_()
         try:
             return offline(section_layout(self.prog), self.ram, size, self.prog.read)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise _Corrupt(str(error)) from error
 
     # -- KHO --------------------------------------------------------------------------------------
@@ -398,9 +399,9 @@ class Reading:
         """
         ``kho_scratch``: u64, shape (n, 2), address and size of each area.
 
-        :param enabled: KHO is on, so there must be some.  If it is off, there are none, whatever
-            ``kho_scratch`` and its count say: a set-up that failed gives the array back to memblock
-            and leaves both as they are.
+        :param enabled: KHO is on, so there must be some.  If it is off, there are those that the
+            previous kernel handed over, or none, whatever ``kho_scratch`` and its count say: a
+            set-up that failed gives the array back to memblock and leaves both as they are.
         """
         nothing: list[tuple[int, int]] = []
         what = "the scratch areas (kho_scratch)"
@@ -408,12 +409,12 @@ class Reading:
         return np.array(found, np.uint64).reshape(-1, 2)
 
     def _scratch(self, enabled: bool) -> Iterator[tuple[int, int]]:
-        if not enabled:
+        if not enabled and not self.prog["kho_in"].scratch_phys:
             return
         count = self.prog["kho_scratch_cnt"].value_()
         areas = self.prog["kho_scratch"].read_()
         if not areas:
-            raise _Corrupt("there are none, though KHO is on")
+            raise _Corrupt("there are none, though there should be")
         if count > budget.SCRATCH:
             raise _Corrupt(f"{count} are more than any kernel has")
         for i in range(count):

@@ -26,8 +26,12 @@ Read = Callable[[int, int], bytes]
 SUBSECTION_SHIFT: Final = 21
 #: More sections than any machine has, 512 TiB of 128 MiB: what says where RAM is, is corrupt.
 SECTIONS: Final = 1 << 22
-#: Maps of subsections closer than this, in bytes, are read in one go.
+#: Likewise page blocks in scratch: 64 TiB of 2 MiB.
+PAGE_BLOCKS: Final = 1 << 25
+#: Maps of subsections closer than this, in bytes, are read in one go,
+#: but not more than so many.
 NEAR: Final = 1 << 12
+TOGETHER: Final = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ def page_blocks(
     """
     shift = layout.sections.section_shift
     first, last = phys >> shift, -(-(phys + size) >> shift)
-    if last - first > SECTIONS or size // block > SECTIONS << 6:
+    if last - first > SECTIONS or size // block > PAGE_BLOCKS:
         raise ValueError("there is more memory than any machine has")
     numbers = np.arange(first, last, dtype=np.uint64)
     usage = _usages(layout.sections, numbers, page_size, read)
@@ -207,7 +211,7 @@ def _gather(at: U64, words: int, read: Read) -> U64:
     found = np.zeros((len(at), words), np.uint64)
     by = np.argsort(at, kind="stable")
     apart = np.flatnonzero(np.diff(at[by]) > np.uint64(NEAR)) + 1
-    for rows in np.split(by, apart):
+    for rows in np.split(by, np.union1d(apart, np.arange(TOGETHER, len(by), TOGETHER))):
         if not len(rows):
             continue
         first, last = int(at[rows[0]]), int(at[rows[-1]])

@@ -116,7 +116,7 @@ class ScratchText(FactLines):
         if switch.on:
             self.fact("sizes", cost.asked, "asked")
             self.fact("used by", in_words(cost.users), "users")
-        if switch.on:
+        if switch.on and cost.own:
             own = f"{human(cost.own)} that nobody else can use: KHO's own FDT, blobs and tree"
             self.fact("itself", own, "own")
         share = f" ({cost.scratch / max(cost.ram, 1):.1%} of {human(cost.ram)})"
@@ -127,7 +127,14 @@ class ScratchText(FactLines):
         self._free(cost)
         if cost.areas:
             self._cma(cost)
+        if cost.areas and switch.on:
             self._ways_out(facts, cost)
+        elif cost.areas:
+            self.line()
+            self.wrapped(
+                "KHO is off here: the kernel before has left these areas, and a cold boot gives "
+                f"{human(cost.off)} of them back to everybody."
+            )
         elif switch.hint:
             self.line()
             self.wrapped(
@@ -139,9 +146,12 @@ class ScratchText(FactLines):
         """One line."""
         state = {True: "on", False: "off", None: "not known"}[found.on]
         parts = [f"KHO {state}: {found.why}"]
-        if found.on:
+        if found.on or found.misleads:
             size = "scratch of unknown size" if found.size is None else human(found.size)
             parts.append(f"{size} that only movable memory may use")
+        if found.on is False and found.misleads:
+            parts.append("the kernel before has left it, and a cold boot gives it back")
+        if found.on:
             whose = "who uses it is not known without root and debug info"
             if found.users is not None:
                 whose = f"used by {in_words(found.users)}"

@@ -192,7 +192,7 @@ class StatusText(FactLines):
             self.fact("file ABIs", files, "handlers")
 
     def _finalized(self, facts: Snapshot) -> None:
-        if facts.abi.finalize == Finalize.NEVER:
+        if facts.abi.finalize == Finalize.NEVER or not facts.kho_enable:
             return
         state = "not known"
         if facts.finalized is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,32 @@ sys.stdin.close()
 import time
 time.sleep(10000)
 """
+#: Have a pipe hold pages of memory that is mapped, too; say how many of them lie in scratch.
+_HOLD = """
+import ctypes, fcntl, mmap, os, pathlib, struct, time
+size, page = 8 << 20, mmap.PAGESIZE
+out = pathlib.Path("/sys/kernel/debug/kho/out")
+areas = [
+    [int(word, 0) // page for word in (out / name).read_text().split()]
+    for name in ("scratch_phys", "scratch_len")
+]
+memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(mmap.MADV_NOHUGEPAGE)
+for at in range(0, size, page):
+    memory[at] = 1
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+read, write = os.pipe()
+fcntl.fcntl(write, 1031, size)
+iovec = ctypes.create_string_buffer(struct.pack("=QQ", start, size))
+held = ctypes.CDLL(None).vmsplice(write, iovec, ctypes.c_ulong(1), 0)
+assert held == size, held
+with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+    pagemap.seek(start // page * 8)
+    entries = struct.unpack(f"={size // page}Q", pagemap.read(size // page * 8))
+pfns = [entry & (1 << 55) - 1 for entry in entries]
+print(sum(first <= pfn < first + n for pfn in pfns for first, n in zip(*areas)), flush=True)
+time.sleep(10000)
+"""
 #: In this order, in MiB: once what others may have is used up, everything goes into scratch, too.
 FILLS = {"anonymous": 620, "shmem": 60, "page cache": 60}
 
@@ -63,6 +90,7 @@ class Look:
 
     scratch: Any
     meminfo: dict[str, int]
+    vmstat: dict[str, int]
 
     @property
     def in_scratch(self) -> Counter[str]:
@@ -82,6 +110,8 @@ class Story:
     debugfs: list[tuple[int, int]] = field(default_factory=list)
     cma_blocks: dict[int, int] = field(default_factory=dict)
     zoneinfo: str = ""
+    #: Pages of scratch that a pipe held.
+    held: int = 0
     text: dict[str, str] = field(default_factory=dict)
     findings: dict[str, list[Any]] = field(default_factory=dict)
     #: ``scratch --brief``, by stage and user.
@@ -95,7 +125,7 @@ def look(machine: Machine) -> Look:
         said = json.loads(host(*machine.source, "scratch", "--json"))
         now = meminfo(machine)
         if all(abs(was[name] - now[name]) < MIB for name in ("MemFree", "CmaFree")):
-            return Look(said, now)
+            return Look(said, now, vmstat(machine))
     raise AssertionError(f"the guest does not come to rest: {was}, {now}")
 
 
@@ -103,6 +133,13 @@ def meminfo(machine: Machine) -> dict[str, int]:
     """/proc/meminfo, in bytes."""
     lines = machine.run(("cat", "/proc/meminfo"), check=True).stdout.splitlines()
     return {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines}
+
+
+def vmstat(machine: Machine) -> dict[str, int]:
+    """Lines of /proc/vmstat about what is free, in bytes."""
+    lines = machine.run(("cat", "/proc/vmstat"), check=True).stdout.splitlines()
+    pages = dict(line.split() for line in lines if line.startswith("nr_free"))
+    return {name: int(count) * PAGE for name, count in pages.items()}
 
 
 def areas_of(look: Look) -> list[tuple[int, int]]:
@@ -182,6 +219,11 @@ def story(request: pytest.FixtureRequest) -> Story:
             jobs.append(Job(machine, f"/root/{kind.replace(' ', '-')}", words))
             jobs[-1].until_on(120)
             seen.looks[kind] = look(machine)
+            if kind == "anonymous":
+                jobs.append(Job(machine, "/root/hold", ("python3", "-c", _HOLD)))
+                jobs[-1].until_on(120)
+                seen.looks["held"] = look(machine)
+                seen.held = int(jobs[-1].output())
         for job in jobs:
             job.end("KILL")
         machine.run("rm /dev/shm/khoscope /var/tmp/khoscope", check=True)
@@ -193,6 +235,12 @@ def story(request: pytest.FixtureRequest) -> Story:
         seen.findings["after"] = _findings(machine)
         for user, words in USERS.items():
             seen.brief[f"after, {user}"] = machine.run((*words, *BRIEF), timeout=300)
+        machine.load_kexec(append="kho=off")
+        machine.execute_kexec()
+        seen.looks["off"] = look(machine)
+        seen.text["off"] = guest(machine, "scratch")
+        for user, words in USERS.items():
+            seen.brief[f"off, {user}"] = machine.run((*words, *BRIEF), timeout=300)
     return seen
 
 
@@ -203,21 +251,23 @@ def _findings(machine: Machine) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("when", ["cold", *FILLS, "after"])
+@pytest.mark.parametrize("when", ["cold", *FILLS, "held", "after", "off"])
 def test_what_is_free_is_what_meminfo_says(story: Story, when: str) -> None:
     seen = story.looks[when]
     assert seen.scratch["cma"]["total"] == seen.meminfo["CmaTotal"] == 0
     assert abs(seen.scratch["cma"]["free"] - seen.meminfo["CmaFree"]) < SLACK
     assert abs(seen.in_scratch["free"] - seen.meminfo["CmaFree"]) < SLACK
+    assert abs(seen.scratch["cma"]["free"] - seen.vmstat["nr_free_cma"]) < SLACK
     free = sum(zone["free"] for zone in seen.scratch["zones"])
     assert abs(free - seen.meminfo["MemFree"]) < SLACK
+    assert abs(free - seen.vmstat["nr_free_pages"]) < SLACK
     assert seen.in_scratch.total() == seen.scratch["scratch"]
 
 
 def test_each_kind_of_memory_is_seen_in_scratch(story: Story) -> None:
     """What the kernel says is no longer free there is what somebody has just taken."""
-    looks = [story.looks[when] for when in ("cold", *FILLS)]
-    for was, now, kind in zip(looks, looks[1:], FILLS, strict=False):
+    for before, kind in zip(("cold", "held", "shmem"), FILLS, strict=True):
+        was, now = story.looks[before], story.looks[kind]
         taken = was.meminfo["CmaFree"] - now.meminfo["CmaFree"]
         assert taken > 8 * MIB, kind
         # Pages that lie on lists of processors come and go with it.
@@ -226,6 +276,16 @@ def test_each_kind_of_memory_is_seen_in_scratch(story: Story) -> None:
         # So do libraries, and what others have in the page cache.
         assert abs(more - taken - lists) < 2 * SLACK, kind
         assert more < FILLS[kind] * MIB + SLACK
+
+
+def test_what_is_held_beyond_its_mappings(story: Story) -> None:
+    """Pages of a pipe that are mapped as well; others come and go."""
+    was, now = (
+        sum(area["held"] for area in story.looks[when].scratch["areas"])
+        for when in ("anonymous", "held")
+    )
+    assert story.held > 256
+    assert now - was == pytest.approx(story.held, abs=64)
 
 
 def test_phantom_cma(story: Story) -> None:
@@ -248,7 +308,21 @@ def test_after_a_kexec(story: Story) -> None:
     )
     # No session was handed over, and kho_test has freed what it was handed.
     assert not after.scratch["users"]["any"]
+    assert "kho-unused" in {found["rule"] for found in story.findings["after"]}
+    assert "kho-unused" not in {found["rule"] for found in story.findings["cold"]}
     assert "replace kho=on in GRUB_CMDLINE_LINUX" in story.text["after"]
+
+
+def test_off_but_handed_over(story: Story) -> None:
+    """With kho=off, a kernel keeps the areas that it was handed, and they are as dear as before."""
+    cold, off = story.looks["cold"], story.looks["off"]
+    assert not off.scratch["kho"]["on"]
+    assert areas_of(off) == areas_of(cold)
+    assert {kind for area in off.scratch["areas"] for kind in area["page_blocks"]} == {"cma"}
+    assert off.scratch["cma"]["phantom"] == cold.scratch["scratch"]
+    assert off.scratch["pinnable"] < off.meminfo["MemAvailable"] - cold.scratch["scratch"] // 2
+    assert "KHO is off here: the kernel before has left" in story.text["off"]
+    assert "boot with kho=off" not in story.text["off"]
 
 
 def test_one_line_for_an_agent(story: Story) -> None:
@@ -260,11 +334,15 @@ def test_one_line_for_an_agent(story: Story) -> None:
         "after, root": 1,
         # CmaFree is above CmaTotal there, too, though no zone counts scratch.
         "after, nobody": 1,
+        "off, root": 1,
+        "off, nobody": 1,
     }
     for name, result in story.brief.items():
         (line,) = result.stdout.splitlines()
-        assert line.startswith("KHO on: kho=on on the command line; "), name
-        assert ("used by" in line) == name.endswith("root")
+        state = "off" if name.startswith("off") else "on"
+        assert line.startswith(f"KHO {state}: kho={state} on the command line; "), name
+        assert ("used by" in line) == (name.endswith("root") and state == "on")
+        assert ("a cold boot gives it back" in line) == (state == "off")
     size = story.looks["cold"].scratch["scratch"]
     assert f"; {human(size)} that only movable memory may use" in story.brief["cold, nobody"].stdout
 
@@ -295,9 +373,26 @@ def _boots_with(sizes: str, memory: int) -> None:
         assert said["sizes"] == f"{sizes} on the command line"
         wanted = [int(word) * MIB for word in re.findall(r"(\d+)M", sizes)]
         assert [area["size"] for area in said["areas"]] == [size for size in wanted if size]
+        _does_not_fit(machine, max(wanted) + MIB)
         machine.load_kexec()
         machine.execute_kexec()
         assert look(machine).scratch["handover"]["is_kho_boot"]
+
+
+def _does_not_fit(machine: Machine, size: int) -> None:
+    """With an initrd of this size, kexec refuses to load the kernel, as khoscope has said."""
+    kernel = str(machine.kernel.share / "bzImage")
+    with tempfile.NamedTemporaryFile() as initrd:
+        initrd.truncate(size)
+        rule = ("--only", "scratch-too-small", "--next", kernel)
+        assert json.loads(host(*machine.source, "verify", "--json", *rule))["findings"] == []
+        said = host(*machine.source, "verify", "--json", *rule, "--initrd", initrd.name)
+    (found,) = json.loads(said)["findings"]
+    assert f"its initrd takes {human(size)} in one piece" in found["message"]
+    words = f"truncate -s {size} initrd; kexec -s -l /kernel/bzImage --initrd=initrd"
+    refused = machine.run(words, timeout=120)
+    assert refused.returncode != 0
+    assert "Cannot assign requested address" in refused.stderr
 
 
 def test_kho_has_switched_itself_off() -> None:
