@@ -430,6 +430,8 @@ FIRES: dict[str, list[Fires]] = {
         Fires(scratch_of, None),
         # cma= has some of it.
         Fires(lambda: scratch_of(cma=(9000, 3000)), None),
+        # Of 4096 pages of cma= and as many of scratch, 4000 are free: that changes all the time.
+        Fires(lambda: scratch_of(cma=(8192, 4096)), None),
         # A kernel that was handed over to does not count its scratch in its zones.
         Fires(lambda: scratch_of(cma=(0, 0), came=HANDED_OVER), None),
     ],
@@ -804,8 +806,6 @@ def with_incoming_fdt(**changes: object) -> Snapshot:
 SILENT: dict[str, list[Callable[[], Report]]] = {
     "phantom-cma": [
         lambda: scratch_of(cma=(4096, 4096), scratch_use=[]),
-        # Of 4096 pages of cma= and as many of scratch, 4000 are free: nobody is misled.
-        lambda: scratch_of(cma=(8192, 4096)),
         # An older snapshot does not know of zones.
         lambda: scratch_of(memory=None),
         lambda: one(FIXED),

@@ -27,14 +27,14 @@ from .rule import Message, Severity, rule
     kernel="kho_init init_cma_reserved_pageblock migrate_longterm_unpinnable_folios",
 )
 def phantom_cma(facts: Snapshot) -> Iterator[Message]:
-    """/proc/meminfo shows more CMA memory than there is in total: the others are KHO's scratch."""
-    memory, page = facts.memory, facts.abi.page_size
-    size = scratch.phantom(facts)
-    free = sum(zone.free_cma for zone in memory.zones) if memory else 0
-    if memory is not None and size and free > memory.cma_total:
+    """/proc/meminfo counts more CMA memory as free than there is in total: KHO's scratch."""
+    memory, size = facts.memory, scratch.phantom(facts)
+    if memory is not None and size:
+        # What is free just now would make another finding of it at each look.
+        total = memory.cma_total * facts.abi.page_size >> 10
         yield Message(
-            f"{human(size)} that only movable memory may use: CmaTotal "
-            f"{memory.cma_total * page >> 10:,} kB, CmaFree {free * page >> 10:,} kB"
+            f"{human(size)} that only movable memory may use: CmaTotal ({total:,} kB) does not "
+            "count them, CmaFree counts what is free of them"
         )
 
 
