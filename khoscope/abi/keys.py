@@ -281,6 +281,11 @@ class Abi:
         ``BAD_ORDER`` and address 0.
         """
         plain = keys & np.uint64(~self.type_bit & (1 << 64) - 1)
+        if len(keys) and self._is_one_kind(keys):
+            # At scale: all keys of a leaf, or of many, have one order and type.
+            _, same, kind = self.kho_radix_decode_key(int(keys[0]))
+            phys = plain << np.uint64(self.page_shift + same)
+            return phys, np.full(len(keys), same, np.uint8), np.full(len(keys), kind, np.int8)
         bit = _highest_bit(plain)
         good = (bit >= 0) & (bit <= self.order_0_log2)
         order = np.where(good, self.order_0_log2 - bit, 0)
@@ -294,6 +299,14 @@ class Abi:
             # As the kernel's own walk sees it: a type that is not stored reads as contig.
             types = np.full(keys.shape, KHO_PAGE_CONTIG if self.has_types else NO_TYPE, np.int8)
         return phys, np.where(good, order, BAD_ORDER).astype(np.uint8), types
+
+    def _is_one_kind(self, keys: U64) -> bool:
+        """Whether keys have the same order, below 52, and type."""
+        low, high = int(keys.min()), int(keys.max())
+        bit = (low & ~self.type_bit).bit_length() - 1
+        if not 0 < bit <= self.order_0_log2:
+            return False
+        return (low ^ high) & ~((1 << bit) - 1) == 0
 
     def kho_radix_decode_key(self, key: int) -> tuple[int, int, int]:
         """:meth:`kho_radix_decode_keys` for a single key, without numpy's cost for small arrays."""

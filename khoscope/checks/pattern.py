@@ -34,7 +34,7 @@ def held(pages: Pages) -> NDArray[np.bool_]:
 
 def tails(pages: Pages) -> NDArray[np.int64]:
     """How many pages follow the first."""
-    return pages.zeros.astype(np.int64) + pages.ones + pages.others
+    return pages.tails
 
 
 def is_contig(pages: Pages) -> NDArray[np.bool_]:

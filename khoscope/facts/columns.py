@@ -9,6 +9,7 @@ A column set is a frozen dataclass whose fields are arrays of one length.  Strea
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Final, Self, get_args, get_origin, get_type_hints
 
@@ -61,8 +62,9 @@ class Columns:
 
     def __getitem__(self, rows: slice | NDArray[Any]) -> Self:
         """The same columns for some rows (a slice, a mask or indices)."""
+        columns = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         return type(self)(
-            **{name: value[rows] for name, value in vars(self).items() if value is not None}
+            **{n: column[rows] for n, column in columns.items() if column is not None}
         )
 
     @classmethod
@@ -125,6 +127,11 @@ class Pages(Columns):
     unread: NDArray[np.uint32]
     pristine: NDArray[np.uint32]
 
+    @functools.cached_property
+    def tails(self) -> NDArray[np.int64]:
+        """i64, how many pages that were read follow the first."""
+        return self.zeros.astype(np.int64) + self.ones + self.others
+
     NOT_COMPOUND: ClassVar[int] = -1
     COMPOUND_TAIL: ClassVar[int] = -2
     UNRECORDED: ClassVar[int] = 2**32 - 1
@@ -160,9 +167,12 @@ class Blocks(Columns):
             raise ValueError("the struct pages of these blocks were not read")
         return self.pages
 
-    @property
+    @functools.cached_property
     def page_count(self) -> U64:
         """u64, pages of each block; 0 for a bad order."""
+        if len(self.order) and (self.order == self.order[0]).all():
+            only = int(self.order[0])
+            return np.full(len(self.order), 1 << only if only < 64 else 0, np.uint64)
         order = np.minimum(self.order, 63).astype(np.uint64)
         return np.where(self.order > 63, np.uint64(0), np.uint64(1) << order)
 
@@ -171,7 +181,10 @@ class Blocks(Columns):
         count = self.page_count
         end = self.phys + (count << np.uint64(page_shift))
         # A block of the highest order has 2^64 bytes, which wrap around to 0.
-        return np.where((end <= self.phys) & (count > 0), np.uint64(2**64 - 1), end)
+        wrapped = (end <= self.phys) & (count > 0)
+        if wrapped.any():
+            end[wrapped] = 2**64 - 1
+        return end
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -355,7 +355,7 @@ def _other_stamp(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
 
 def _not_all_pages(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
     pages = blocks.facts
-    seen = pages.zeros.astype(np.uint64) + pages.ones + pages.others + pages.unread
+    seen = (pages.tails + pages.unread).view(np.uint64)
     count = blocks.page_count
     # The sum leaves out the head, unless the head is unread, too.  The count of unread pages beyond
     # all memory is capped.
@@ -375,7 +375,7 @@ def _more_than_all(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
 
 def _other_odd(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
     pages = blocks.facts
-    tails = pages.zeros.astype(np.int64) + pages.ones + pages.others
+    tails = pages.tails
     alike = (pages.zeros == tails) | (pages.ones == tails)
     mixed = ~alike & (pages.others != tails)
     wrong = np.where(pages.odd > 0, alike | (pages.odd < 2), mixed)

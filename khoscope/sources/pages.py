@@ -23,6 +23,8 @@ from ..facts.page_runs import PageKnowledge, PageRuns, page_types
 
 #: Reads ``size`` bytes at a kernel virtual address; None: that memory cannot be read.
 ReadVirt = Callable[[int, int], bytes | None]
+#: Which rows: a run of them, or each by its number.
+Rows = slice | NDArray[np.int64]
 
 #: struct pages read at once.
 WINDOW: Final = 1 << 15
@@ -170,7 +172,7 @@ class StructPages:
     @property
     def flags(self) -> U64:
         flags = self._column(self._layout.flags, np.uint64)
-        return self._but_fake(flags, flags & ~self._flag_mask)
+        return self._but_fake(flags, flags & ~self._flag_mask) if self._layout.fake_heads else flags
 
     @property
     def _flag_mask(self) -> np.uint64:
@@ -201,12 +203,14 @@ class StructPages:
 
     @property
     def is_tail(self) -> NDArray[np.bool_]:
-        compound = self._column(self._layout.compound, np.uint64)
-        return ((compound & np.uint64(1)) != 0) | self.is_fake_head
+        return self._is_tail(slice(None))
 
-    @property
-    def is_head(self) -> NDArray[np.bool_]:
-        return (self.flags >> np.uint64(self._layout.head_bit)) & np.uint64(1) != 0
+    def _is_tail(self, pages: Rows) -> NDArray[np.bool_]:
+        compound = self._column(self._layout.compound, np.uint64)[pages]
+        tail: NDArray[np.bool_] = compound & np.uint64(1) != 0
+        if self._layout.fake_heads:
+            tail |= self.is_fake_head[pages]
+        return tail
 
     @property
     def is_buddy(self) -> NDArray[np.bool_]:
@@ -217,21 +221,35 @@ class StructPages:
         """Pages that are as the boot left them, but for refcount and ``private``."""
         layout = self._layout
         node = self._address + np.uint64(layout.lru)
-        return (
-            (self._column(layout.lru, np.uint64) == node)
-            & (self._column(layout.lru + 8, np.uint64) == node)
-            & (self._column(layout.mapping, np.uint64) == 0)
-            & (self._column(layout.page_type, np.uint32) == NO_PAGE_TYPE)
-            & (self._column(layout.flags, np.uint64) & self._flag_mask == 0)
-        )
+        pristine: NDArray[np.bool_] = self._column(layout.lru, np.uint64) == node
+        # What is or was in use fails that already.
+        if pristine.any():
+            pristine &= self._column(layout.lru + 8, np.uint64) == node
+            pristine &= self._column(layout.mapping, np.uint64) == 0
+            pristine &= self._column(layout.page_type, np.uint32) == NO_PAGE_TYPE
+            pristine &= self._column(layout.flags, np.uint64) & self._flag_mask == 0
+        return pristine
 
-    def compound_order(self) -> NDArray[np.int8]:
-        """i8 for each page but the last: order of the compound page that starts there."""
-        # No order is that high, but memory may hold anything; an order below 0 would mean something
-        # else.
-        order = np.minimum(self.flags[1:] & np.uint64(0xFF), np.uint64(127)).astype(np.int8)
-        head = np.where(self.is_head[:-1] & self.is_tail[1:], order, Pages.NOT_COMPOUND)
-        return np.where(self.is_tail[:-1], Pages.COMPOUND_TAIL, head).astype(np.int8)
+    def compound_order(self, pages: Rows | None = None) -> NDArray[np.int8]:
+        """
+        i8: order of the compound page that starts at each page.
+
+        :param pages: which; None: all but the last.  The order is in the page behind each.
+        """
+        if pages is None:
+            pages = slice(0, len(self.flags) - 1)
+        tail = self._is_tail(pages)
+        found = np.where(tail, np.int8(Pages.COMPOUND_TAIL), np.int8(Pages.NOT_COMPOUND))
+        head = (self.flags[pages] >> np.uint64(self._layout.head_bit)) & np.uint64(1) != 0
+        rows = np.flatnonzero(head & ~tail)
+        if len(rows):
+            behind = (rows + pages.start if isinstance(pages, slice) else pages[rows]) + 1
+            # No order is that high, but memory may hold anything; an order below 0 would mean
+            # something else.
+            order = np.minimum(self.flags[behind] & np.uint64(0xFF), np.uint64(127))
+            large = self._is_tail(behind)
+            found[rows[large]] = order[large].astype(np.int8)
+        return found
 
 
 class PageReader:
@@ -251,13 +269,16 @@ class PageReader:
         """The same blocks with the facts of their struct pages."""
         return Blocks(blocks.key, blocks.phys, blocks.order, blocks.type, self._facts(blocks))
 
-    def stamps(self, ram: U64, progress: Callable[[int], None]) -> Iterator[Blocks]:
+    def stamps(
+        self, ram: U64, progress: Callable[[int], None], bare: bool = False
+    ) -> Iterator[Blocks]:
         """
         Every page that carries a stamp, by looking at all struct pages.
 
         :param ram: u64, shape (n, 2), physical.
         :param progress: called for each part, with the number of pages that were looked at, or with
             the number that could not be read, as a negative number.
+        :param bare: without the facts of the struct pages of the stamped blocks.
         """
         waiting: list[Blocks] = []
         rows = 0
@@ -268,7 +289,7 @@ class PageReader:
                 for start, raw in self._readable(pfn, min(pfn + WINDOW, last), progress):
                     found = self._stamped(start, self._view(start, raw))
                     if len(found):
-                        waiting.append(self.with_pages(found))
+                        waiting.append(found if bare else self.with_pages(found))
                         rows += len(found)
                     if rows >= CHUNK_BLOCKS:
                         yield Blocks.concatenate(waiting)
@@ -372,13 +393,17 @@ class PageReader:
         start = (blocks.phys >> shift).astype(np.int64)
         # Memory beyond RAM has no struct pages.  A block of a bad order has no pages.
         length = np.minimum(blocks.page_count, np.uint64(1) << np.uint64(40)).astype(np.int64)
-        end = np.minimum(start + length, self._ram_end)
-        # The cap leaves room to add pages of RAM that cannot be read.
-        facts.unread[:] = np.minimum(start + length - np.maximum(end, start), 2**31)
+        end = start + length
+        if int(end.max(initial=0)) > self._ram_end:
+            end = np.minimum(end, self._ram_end)
+            # The cap leaves room to add pages of RAM that cannot be read.
+            facts.unread[:] = np.minimum(start + length - np.maximum(end, start), 2**31)
         rows = np.flatnonzero(end > start)
-        if len(rows):
+        if (start[rows[1:]] < start[rows[:-1]]).any():
             rows = rows[np.argsort(start[rows], kind="stable")]
-            _Gather(self, facts, rows, start[rows], end[rows]).run()
+        if len(rows):
+            at = _run_of(rows)
+            _Gather(self, facts, rows, start[at], end[at]).run()
             self._find_free(facts, start, rows)
         return facts
 
@@ -389,13 +414,12 @@ class PageReader:
         The page itself shows neither: the buddy allocator marks only the first page of its block,
         and the per-cpu lists mark nothing.
         """
-        typed = (facts.page_type >> np.uint32(24)) < self._layout.untyped
-        suspect = rows[
-            (facts.head[rows] == 0)
-            & (facts.free[rows] == 0)
-            & (facts.unread[rows] == 0)
-            & ~typed[rows]
-            & (facts.compound[rows] == Pages.NOT_COMPOUND)
+        suspect = rows[facts.head[_run_of(rows)] == 0]
+        suspect = suspect[
+            (facts.free[suspect] == 0)
+            & (facts.unread[suspect] == 0)
+            & (facts.page_type[suspect] >> np.uint32(24) >= self._layout.untyped)
+            & (facts.compound[suspect] == Pages.NOT_COMPOUND)
         ]
         order = self._abi.max_page_order
         region = start[suspect] >> order
@@ -480,7 +504,9 @@ class _Gather:
         # Blocks of a corrupt tree may overlap.  All that reach into a window lie between the first
         # block at which the furthest end so far is beyond the window's start, and the last block
         # that begins before the window's end.
-        self._reach = np.maximum.accumulate(end)
+        self._reach = end
+        if (start[1:] < end[:-1]).any():
+            self._reach = np.maximum.accumulate(end)
 
     def run(self) -> None:
         begins = np.flatnonzero(self._start[1:] > self._reach[:-1] + GAP) + 1
@@ -500,7 +526,9 @@ class _Gather:
         """
         i = int(np.searchsorted(self._reach, low, "right"))
         j = int(np.searchsorted(self._start, high, "left"))
-        hit = np.arange(i, j)[self._end[i:j] > low]
+        hit: Rows = slice(i, j)
+        if self._reach is not self._end:
+            hit = np.arange(i, j)[self._end[i:j] > low]
         reader = self._reader
         # Read one more page than asked for: a compound page's order is in its second page.
         raw = reader._read_pages(low, high + 1) or reader._read_pages(low, high)
@@ -508,48 +536,84 @@ class _Gather:
             middle = (low + high) // 2
             return self._window(middle, high, self._window(low, middle, carry))
         rows, start, end = self._rows[hit], self._start[hit], self._end[hit]
-        first = np.maximum(start + 1, low) - low
-        last = np.maximum(np.minimum(end, high) - low, first)
+        begin, stop = start - low, end - low
+        if len(start) and (start[0] < low or self._reach[j - 1] > high):
+            begin, stop = np.maximum(begin, 0), np.minimum(stop, high - low)
         facts = self._facts
         if raw is None:
-            facts.unread[rows] += (np.minimum(end, high) - np.maximum(start, low)).astype(np.uint32)
+            facts.unread[_run_of(rows)] += (stop - begin).astype(np.uint32)
             return None
         pages = reader._view(low, raw)
-        refcount = pages.refcount[: high - low]
+        refcount = pages.refcount[: high - low].copy()
+        several = np.flatnonzero(stop - begin > (start >= low))
+        if len(several):
+            self._tails(rows[several], start[several], stop[several], low, refcount, carry)
 
-        def tails(which: NDArray[np.bool_]) -> NDArray[np.uint32]:
-            total = np.concatenate([[0], np.cumsum(which)])
-            return (total[last] - total[first]).astype(np.uint32)
+        to = _run_of(rows)
+        for column, which in ((facts.free, pages.is_buddy), (facts.pristine, pages.is_pristine)):
+            _count(column, to, which[: high - low], begin, stop)
 
-        zeros, ones = tails(refcount == 0), tails(refcount == 1)
-        facts.zeros[rows] += zeros
-        facts.ones[rows] += ones
-        facts.others[rows] += (last - first).astype(np.uint32) - zeros - ones
-
-        begin = np.maximum(start, low) - low
-
-        def every(which: NDArray[np.bool_]) -> NDArray[np.uint32]:
-            total = np.concatenate([[0], np.cumsum(which[: high - low])])
-            return (total[last] - total[begin]).astype(np.uint32)
-
-        facts.free[rows] += every(pages.is_buddy)
-        facts.pristine[rows] += every(pages.is_pristine)
-
-        # The first tail that differs from the one before it differs from the second page, too.
-        before = np.concatenate([[refcount[0] if carry is None else carry], refcount[:-1]])
-        changes = np.flatnonzero(refcount != before)
-        at = np.searchsorted(changes, np.maximum(start + 2, low) - low)
-        change = np.append(changes, high - low)[at]
-        odd = (change < last) & (facts.odd[rows] == 0)
-        facts.odd[rows[odd]] = (change[odd] + low - start[odd]).astype(np.uint32)
-
-        here = start >= low
-        head, to = start[here] - low, rows[here]
+        begun = int(np.searchsorted(start, low))
+        head, to = _run_of(begin[begun:]), _run_of(rows[begun:])
         facts.head[to] = refcount[head]
         facts.private[to] = pages.private[head]
         facts.flags[to] = pages.flags[head]
         facts.page_type[to] = pages.page_type[head]
-        compound = pages.compound_order()
-        with_next = head < len(compound)
-        facts.compound[to[with_next]] = compound[head[with_next]]
+        # The last page has nothing behind it if that could not be read.
+        known = slice(begun, int(np.searchsorted(start, low + len(pages.flags) - 1)))
+        facts.compound[_run_of(rows[known])] = pages.compound_order(_run_of(begin[known]))
         return refcount[-1]
+
+    def _tails(
+        self,
+        rows: NDArray[np.int64],
+        start: NDArray[np.int64],
+        last: NDArray[np.int64],
+        low: int,
+        refcount: NDArray[np.int32],
+        carry: np.int32 | None,
+    ) -> None:
+        """
+        Add the refcounts of the pages of some blocks that are not the first of their block.
+
+        :param start: of each block, pfn.
+        :param last: behind its last page in the window, which begins at ``low``; ``low`` is 0.
+        """
+        facts = self._facts
+        first = np.maximum(start + 1, low) - low
+        zeros, ones = np.zeros((2, len(rows)), np.uint32)
+        _count(zeros, slice(None), refcount == 0, first, last)
+        _count(ones, slice(None), refcount == 1, first, last)
+        facts.zeros[rows] += zeros
+        facts.ones[rows] += ones
+        facts.others[rows] += (last - first).astype(np.uint32) - zeros - ones
+
+        # The first tail that differs from the one before it differs from the second page, too.
+        changes = np.flatnonzero(refcount[1:] != refcount[:-1]) + 1
+        if carry is not None and carry != refcount[0]:
+            changes = np.append(0, changes)
+        at = np.searchsorted(changes, np.maximum(start + 2, low) - low)
+        change = np.append(changes, len(refcount))[at]
+        odd = (change < last) & (facts.odd[rows] == 0)
+        facts.odd[rows[odd]] = (change[odd] + low - start[odd]).astype(np.uint32)
+
+
+def _run_of(rows: NDArray[np.int64]) -> Rows:
+    """The same rows, as a slice if each follows the one before: that is several times as fast."""
+    if len(rows) and rows[-1] - rows[0] + 1 == len(rows) and (rows[1:] > rows[:-1]).all():
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
+
+
+def _count(
+    column: NDArray[np.uint32],
+    rows: Rows,
+    which: NDArray[np.bool_],
+    first: NDArray[np.int64],
+    last: NDArray[np.int64],
+) -> None:
+    """Add to rows of a column how many of the pages [first, last) are some."""
+    if which.any():
+        total = np.zeros(len(which) + 1, np.uint32)
+        np.cumsum(which, dtype=np.uint32, out=total[1:])
+        column[rows] += total[last] - total[first]
