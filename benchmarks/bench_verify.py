@@ -163,7 +163,7 @@ def measure(shape: Shape, millions: int, directory: Path) -> list[object]:
         for pfn in range(0, pages, WINDOW):
             prog.read(LAYOUT.vmemmap + pfn * LAYOUT.size, WINDOW * LAYOUT.size)
 
-    stream = Stream(lambda: map(reader.with_pages, tree.blocks(abi)))
+    stream = Stream(lambda: map(reader.with_pages, tree.by_address(abi)))
     facts = snapshot(abi, [], ram=((0, pages << abi.page_shift),), scratch=[(0, 0)])
     facts = replace(facts, outgoing=replace(facts.outgoing, tree=tree, blocks=stream))
 

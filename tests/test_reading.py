@@ -347,6 +347,68 @@ def test_a_fault_of_an_attempt_that_is_thrown_away(monkeypatch: pytest.MonkeyPat
     assert facts.unreadable == []
 
 
+def keys(facts: Snapshot) -> list[int]:
+    return [key for chunk in facts.outgoing.blocks for key in chunk.key.tolist()]
+
+
+def test_judging_reads_no_struct_page_but_those_of_blocks() -> None:
+    """And those only if somebody iterates the blocks; nothing is looked for."""
+    machine = MadeUp()
+    machine.areas()
+    machine.memory.add_page(0x20_0000, 0)
+    source = machine.source()
+    asked: list[int] = []
+    read = source._read_virt
+
+    def counting(address: int, size: int) -> bytes | None:
+        asked.append(address)
+        return read(address, size)
+
+    source._read_virt = counting  # type: ignore[method-assign]
+    facts, nothing = source.judge(lambda facts: None)
+    assert (nothing, asked, facts.scan, list(facts.stamps)) == (None, [], None, [])
+    _, found = source.judge(keys)
+    assert found == [source.abi.kho_radix_encode_key(0x20_0000, 0)]
+    size = source.layout.pages.size
+    assert asked == [source.layout.pages.vmemmap + (0x20_0000 >> 12) * size]
+
+
+def test_what_moves_is_judged_anew() -> None:
+    """What was made of a tree that moved meanwhile does not count."""
+    machine = MadeUp()
+    source = machine.source(moves=True)
+    seen: list[int] = []
+
+    def use(facts: Snapshot) -> int:
+        seen.append(len(keys(facts)))
+        if len(seen) == 1:
+            machine.memory.add_page(0x20_0000, 0)
+        return seen[-1]
+
+    facts, last = source.judge(use)
+    assert (seen, last) == ([0, 1], 1)
+    assert (facts.outgoing.tree.state.moved, facts.outgoing.tree.state.reads) == (0, 3)
+
+
+def test_what_never_stands_still_is_judged_as_far_as_it_did() -> None:
+    machine = MadeUp()
+    machine.memory.add_page(0x20_0000, 0)
+    source = machine.source(moves=True)
+    look = source._with_scratch
+    seen: list[Snapshot] = []
+
+    def moving(reading: Reading, facts: Snapshot) -> Snapshot:
+        machine.memory.add_page(0x30_0000 + 0x1000 * len(seen), 0)
+        seen.append(facts)
+        return look(reading, facts)
+
+    source._with_scratch = moving  # type: ignore[method-assign]
+    facts, found = source.judge(keys)
+    assert facts.outgoing.tree.state.moved == 1
+    # All but the one that came during the last look.
+    assert len(found) == len(seen)
+
+
 # Each small fact
 
 

@@ -440,11 +440,13 @@ class Kernel:
         self.waited: list[float] = []
         self.before: Snapshot | None = None
 
-    def snapshot(self, before: Snapshot | None = None) -> Snapshot:
+    def judge(
+        self, use: Callable[[Snapshot], Report], before: Snapshot | None = None
+    ) -> tuple[Snapshot, Report]:
         self.before = before
         state = next(self._states, KeyboardInterrupt)
         if isinstance(state, Snapshot):
-            return state
+            return state, use(state)
         raise state("kernel memory cannot be read", "see whether it is still there")
 
 

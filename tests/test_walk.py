@@ -6,6 +6,7 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 
 import khoscope.facts.tree
 from khoscope.abi.keys import KHO_PAGE_CONTIG, NO_TYPE, Abi
-from khoscope.facts.columns import CHUNK_BLOCKS, Blocks
-from khoscope.facts.tree import KeySet, NodeProblem, Tree
+from khoscope.facts.columns import CHUNK_BLOCKS, Blocks, Leaves
+from khoscope.facts.tree import KeySet, NodeProblem, Tree, TreeState
 from khoscope.sources import walk as walk_module
 from khoscope.sources.walk import PROBLEMS_KEPT, READS, in_ranges, settle, walk
 from khoscope.views.block_filter import BlockFilter
@@ -101,6 +102,40 @@ def test_walk_gives_what_was_preserved(made: tuple[Abi, list[tuple[bool, Block]]
     keys = [key for chunk in tree.blocks(abi) for key in chunk.key.tolist()]
     assert keys == sorted(set(keys))
     assert all(len(group) and group.counts().all() for group in tree.leaves)
+
+
+@given(changes(), st.integers(1, 4))
+def test_blocks_by_address(made: tuple[Abi, list[tuple[bool, Block]]], chunk: int) -> None:
+    """Whatever the orders, and wherever chunks end: never between two blocks of one address."""
+    abi, steps = made
+    memory, model = built(abi, steps)
+    tree = memory.walk()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(khoscope.facts.tree, "CHUNK_BLOCKS", chunk)
+        chunks = list(tree.by_address(abi))
+    by_key = [key for part in tree.blocks(abi) for key in part.key.tolist()]
+    found = [key for part in chunks for key in part.key.tolist()]
+    phys = [phys for part in chunks for phys in part.phys.tolist()]
+    assert sorted(found) == by_key
+    assert list(zip(phys, found, strict=True)) == sorted(zip(phys, found, strict=True))
+    assert {*listed(chunks)} == model
+    for part, behind in pairwise(chunks):
+        assert len(part)
+        assert part.phys[-1] < behind.phys[0]
+
+
+@pytest.mark.parametrize("abi", [PLAIN, FIXED])
+def test_keys_without_an_address_come_first(abi: Abi) -> None:
+    """Each is there once, though no address is behind any of them."""
+    leaf = np.zeros((1, abi.page_size), np.uint8)
+    leaf[0, 0] = 0b11
+    good = abi.kho_radix_encode_key(0x8000_0000, 0) & ~(abi.leaf_bits - 1)
+    beyond = [1 << 56, (1 << 56) + abi.leaf_bits]
+    leaves = [Leaves(np.array([key], np.uint64), leaf) for key in (0, good, *beyond)]
+    tree = Tree(TreeState(0x1000), leaves=leaves)
+    found = [key for part in tree.by_address(abi) for key in part.key.tolist()]
+    assert sorted(found) == sorted(key + bit for key in (0, good, *beyond) for bit in (0, 1))
+    assert found[: 2 * len(beyond)] == [key + bit for key in beyond for bit in (0, 1)]
 
 
 @given(changes())

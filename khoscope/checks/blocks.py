@@ -24,7 +24,7 @@ from ..facts.columns import Blocks, Leaves, Pages
 from ..facts.next_kernel import NextKernel
 from ..facts.owners import FolioTotal
 from ..facts.snapshot import Snapshot
-from ..facts.tree import KeySet, decode_leaves
+from ..facts.tree import KeySet, Tree, TreeState, decode_leaves
 from .inplace import InPlace
 from .pattern import (
     ORDER_LOST,
@@ -275,6 +275,8 @@ def in_scratch(facts: Snapshot, blocks: Blocks) -> Marked:
 def _in_areas(areas: U64, start: U64, end: U64) -> NDArray[np.bool_]:
     """Which of the spans [start, end) share memory with an area; areas as Snapshot.scratch."""
     areas = areas[areas[:, 1] > 0]
+    if not len(areas):
+        return np.zeros(len(start), np.bool_)
     areas = areas[np.argsort(areas[:, 0], kind="stable")]
     reach = np.maximum.accumulate(areas[:, 0] + np.minimum(areas[:, 1], ~areas[:, 0]))
     # Of the areas that begin before the span's end, take the one that reaches furthest.
@@ -350,14 +352,18 @@ def metadata_in_scratch(facts: Snapshot) -> Iterator[Message]:
 )
 def outside_ram(facts: Snapshot, blocks: Blocks) -> Marked:
     """The address is beyond or between RAM, or in a hole."""
-    good_key = blocks.order != BAD_ORDER
     start, end = blocks.phys, blocks.end(facts.abi.page_shift)
-    at = np.searchsorted(facts.ram[:, 0], start, "right").astype(np.int64) - 1
-    inside = np.zeros(len(blocks), np.bool_)
-    if len(facts.ram):
-        inside = (at >= 0) & (end <= facts.ram[np.maximum(at, 0), 1])
+    outside = np.zeros(len(blocks), np.bool_)
+    # Neighbours mostly lie in one range.
+    span = (start.min(initial=2**64 - 1), end.max(initial=0))
+    if not ((facts.ram[:, 0] <= span[0]) & (span[1] <= facts.ram[:, 1])).any():
+        at = np.searchsorted(facts.ram[:, 0], start, "right").astype(np.int64) - 1
+        inside = np.zeros(len(blocks), np.bool_)
+        if len(facts.ram):
+            inside = (at >= 0) & (end <= facts.ram[np.maximum(at, 0), 1])
+        outside = (blocks.order != BAD_ORDER) & ~inside
     return Marked(
-        good_key & ~inside,
+        outside,
         lambda row: f"{start[row]:#x}..{end[row]:#x} is not all RAM",
     )
 
@@ -482,11 +488,10 @@ def both_types(facts: Snapshot, every: KeySet) -> Iterator[tuple[Blocks, Marked]
     bit = np.uint64(facts.abi.type_bit)
     if not bit:
         return
-    for i in np.flatnonzero((every.leaves.key & bit) == 0):
+    contig = np.flatnonzero((every.leaves.key & bit) == 0)
+    twins = every.leaf(every.leaves.key[contig] | bit)
+    for i, twin in zip(contig[twins >= 0].tolist(), twins[twins >= 0].tolist(), strict=True):
         leaf = every.leaves[i : i + 1]
-        twin = int(every.leaf(leaf.key | bit)[0])
-        if twin < 0:
-            continue
         both = leaf.bitmap & every.leaves.bitmap[twin]
         if both.any():
             blocks = decode_leaves(facts.abi, Leaves(leaf.key, both))
@@ -511,68 +516,66 @@ def both_types(facts: Snapshot, every: KeySet) -> Iterator[tuple[Blocks, Marked]
 )
 def overlap(facts: Snapshot, every: KeySet) -> Iterator[tuple[Blocks, Marked]]:
     """Two recorded blocks share pages."""
-    abi = facts.abi
-    if not len(every.leaves):
-        return
-    _, orders, _ = abi.kho_radix_decode_keys(every.leaves.key)
+    abi, leaves = facts.abi, every.leaves
+    _, orders, _ = abi.kho_radix_decode_keys(leaves.key)
     # The one leaf whose bits include order bits holds blocks of 2^38 pages and more at 4 KiB:
     # outside-ram and bad-key report those.
-    regular = (every.leaves.key & ~np.uint64(abi.type_bit)) != 0
+    regular = (leaves.key & ~np.uint64(abi.type_bit)) != 0
     regular &= orders != BAD_ORDER
-    present = sorted(set(orders[regular].tolist()))
-    lost = set(orders[regular & lost_orders(facts, every.leaves)].tolist())
-    for i in np.flatnonzero(regular).tolist():
-        leaf = every.leaves[i : i + 1]
-        larger = [order for order in present if order > orders[i]]
-        covered = _covered(facts, every, int(leaf.key[0]), int(orders[i]), larger)
-        if covered is None:
-            continue
-        hit = leaf.bitmap & np.packbits(covered, bitorder="little")
+    if len(np.unique(orders[regular])) < 2:
+        return
+    lost = np.unique(orders[regular & lost_orders(facts, leaves)])
+    reach, reach_of_real = _Reach(abi), _Reach(abi)
+    for blocks in Tree(TreeState(0), leaves=[leaves[regular]]).by_address(abi):
+        hit = reach.covered(blocks, np.ones(len(blocks), np.bool_))
+        inside = hit
+        if len(lost):
+            inside = reach_of_real.covered(blocks, ~np.isin(blocks.order, lost))
         if hit.any():
-            blocks = decode_leaves(abi, Leaves(leaf.key, hit))
-            real = [order for order in larger if order not in lost]
-            inside = _covered(facts, every, int(leaf.key[0]), int(orders[i]), real)
-            bit = (blocks.key & np.uint64(abi.leaf_bits - 1)).astype(np.int64)
             yield (
-                blocks,
+                blocks[hit],
                 Marked(
-                    np.ones(len(blocks), np.bool_),
+                    np.ones(int(hit.sum()), np.bool_),
                     lambda row: "lies inside a larger block that is preserved too",
                     ORDER_LOST,
-                    np.ones(len(blocks), np.bool_) if inside is None else ~inside[bit],
+                    ~inside[hit],
                 ),
             )
 
 
-def _covered(
-    facts: Snapshot, every: KeySet, key: int, order: int, larger: list[int]
-) -> NDArray[np.bool_] | None:
-    """
-    Which blocks of one leaf, present or not, lie inside a larger block of the tree; None: none.
+class _Reach:
+    """Finds the blocks that lie inside larger ones, in chunks that are sorted by address."""
 
-    All blocks of a leaf have one order.  The larger blocks around them are a run of bits in one
-    leaf of the larger order; each bit is repeated for the blocks inside.
-    """
-    abi = facts.abi
-    covered: NDArray[np.bool_] | None = None
-    index = key & ~abi.type_bit & ~(1 << (abi.order_0_log2 - order))
-    for above in larger:
-        step = above - order
-        first = index >> step
-        length = max(abi.leaf_bits >> step, 1)
-        for page_type in abi.key_types:
-            wanted = abi.kho_radix_encode_key(0, above, page_type) | first
-            row = int(every.leaf(np.array([wanted], np.uint64))[0])
-            if row < 0:
-                continue
-            bits = np.unpackbits(every.leaves.bitmap[row], bitorder="little").view(np.bool_)
-            at = wanted & (abi.leaf_bits - 1)
-            here = np.repeat(bits[at : at + length], abi.leaf_bits // length)
-            covered = here if covered is None else covered | here
-    return covered
+    def __init__(self, abi: Abi) -> None:
+        self._shift = abi.page_shift
+        self._reach = np.uint64(0)
+
+    def covered(self, blocks: Blocks, larger: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """
+        Which blocks of the next chunk lie inside a larger one.
+
+        :param larger: which of them count as that.
+
+        A block begins at a multiple of its size.  So what reaches over a block's first page and
+        begins in front of it is larger, and holds all of it.
+        """
+        begins = np.flatnonzero(np.append(True, blocks.phys[1:] != blocks.phys[:-1]))
+        end = np.where(larger, blocks.end(self._shift), np.uint64(0))
+        reach = np.maximum(np.maximum.accumulate(end), self._reach)
+        before = np.append(self._reach, reach[begins[1:] - 1])
+        self._reach = reach[-1]
+        count = np.diff(np.append(begins, len(blocks)))
+        found: NDArray[np.bool_] = np.repeat(before, count) > blocks.phys
+        if len(begins) < len(blocks):
+            order = np.where(larger, blocks.order, np.uint8(0))
+            found |= blocks.order < np.repeat(np.maximum.reduceat(order, begins), count)
+        return found
 
 
 def unjudged(facts: Snapshot, blocks: Blocks) -> int:
     """Blocks whose struct pages could not be read although they lie in RAM."""
-    lost = ~readable(blocks.facts) & ~outside_ram(facts, blocks).rows
+    lost = ~readable(blocks.facts)
+    if not lost.any():
+        return 0
+    lost &= ~outside_ram(facts, blocks).rows
     return int((lost & (blocks.order != BAD_ORDER)).sum())

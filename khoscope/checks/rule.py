@@ -26,6 +26,7 @@ class Finding:
     :param phys: ``phys_addr_t`` of the block, or None if the finding is about the kernel.
     :param order: the block's order, likewise.
     :param follows: the rule whose finding is the cause of this one; empty: it stands for itself.
+    :param key: radix key of the block; 0: the finding is about none.
     """
 
     rule: str
@@ -35,6 +36,7 @@ class Finding:
     phys: int | None = None
     order: int | None = None
     follows: str = ""
+    key: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,10 @@ class Rule:
         *,
         explain: str = "",
         follows: str = "",
+        key: int = 0,
     ) -> Finding:
         why = " ".join(explain.split()) or self.explain
-        return Finding(self.name, self.severity, message, why, phys, order, follows)
+        return Finding(self.name, self.severity, message, why, phys, order, follows, key)
 
 
 @dataclass(frozen=True)

@@ -201,12 +201,17 @@ class Report:
                 *_where(chunk, row),
                 explain=marked.explanation(row),
                 follows=cause if so else "",
+                key=int(chunk.key[row]) if isinstance(chunk, Blocks) else 0,
             )
             for row, so in zip(rows[made].tolist(), follows[made].tolist(), strict=True)
         }
         self.counts[rule.name] += len(rows)
         self._keep(rule, [found[row] for row in rows[keep].tolist()])
         return found
+
+    def sort(self, rule: Rule) -> None:
+        """Have a rule's findings about blocks in order of key, whatever order they came in."""
+        self.kept.get(rule.name, []).sort(key=lambda finding: finding.key)
 
     def _room(self, rule: Rule, follows: str = "") -> int:
         """How many more findings may be kept that follow from this rule; empty: from none."""
@@ -285,6 +290,7 @@ def _check_tree(facts: Snapshot, keys: Callable[[], KeySet], report: Report) -> 
     for rule, find in report.finders("tree"):
         for blocks, marked in find(facts, keys()):
             report.add_marked(rule, blocks, marked)
+        report.sort(rule)
 
 
 def _block_rules(
@@ -325,6 +331,8 @@ def _check_blocks(
             folios.add(blocks)
     for rule, find in of_folios:
         report.add_messages(rule, find(facts, folios.totals()))
+    for rule, _ in rules:
+        report.sort(rule)
     report.blocks = rows.count
     report.incomplete += rows.gaps()
 

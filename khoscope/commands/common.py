@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from ..carry.memfd import retrieve
 from ..checks import Report, Verdict
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ..sources.kernel import KernelSource
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+T = TypeVar("T")
 
 #: Exit statuses: fine; found an error; could not do it; found nothing wrong, but could not see
 #: everything.
@@ -159,6 +161,20 @@ def kernel(args: argparse.Namespace, progress: Progress) -> KernelSource:
     from ..sources.kernel import KernelSource, Overrides
 
     return KernelSource(*_program(args), Overrides(args.type_shift), progress)
+
+
+def judge(
+    args: argparse.Namespace, use: Callable[[Snapshot], T], before: Snapshot | None
+) -> tuple[Snapshot, T]:
+    """
+    The facts of the snapshot file or kernel that was asked for, and what ``use`` makes of them; of
+    a kernel, :meth:`KernelSource.judge`.
+    """
+    if args.snapshot:
+        found = store.load_file(args.snapshot)
+        return found, use(found)
+    with Progress(sys.stderr) as progress:
+        return kernel(args, progress).judge(use, before)
 
 
 def facts(args: argparse.Namespace, read: Callable[[KernelSource], Snapshot]) -> Snapshot:

@@ -126,8 +126,7 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.watch:
         return _watch(args, before, next_kernel, report)
-    facts = common.facts(args, lambda source: source.snapshot(before))
-    found = report(facts)
+    facts, found = common.judge(args, report, before)
     if args.json:
         documents.write_verify(facts, found, sys.stdout, next_kernel)
     else:
@@ -155,8 +154,7 @@ def _watch(
     last: checks.Report | None = None
     try:
         while True:
-            facts = source.snapshot(before)
-            now = report(facts)
+            facts, now = source.judge(report, before)
             if last is None:
                 view.start(facts, now, next_kernel)
             elif changes := checks.changes(last, now):

@@ -118,9 +118,9 @@ class Handover:
     kexec_count: int | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scan:
-    """How the search for stamps went, in pages."""
+    """How the search for stamps went, in pages; complete as soon as all stamps were iterated."""
 
     scanned: int = 0
     unread: int = 0

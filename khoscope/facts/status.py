@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
-from ..abi.keys import BAD_ORDER, U64, Tracker
+from ..abi.keys import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE, U64, Tracker
 from ..abi.kho_fdt import Subtree
 from ..words.errors import KhoscopeError
 from ..words.sizes import human
@@ -78,6 +77,8 @@ _PARTS: Final = {
     "nid": "the scratch area of NUMA node {}",
     "area": "a scratch area",
 }
+#: ``NO_TYPE``, contig and split.
+_TYPES: Final = KHO_PAGE_SPLIT - NO_TYPE + 1
 _SEE_THE_LOG: Final = "see what the kernel's log says of KHO"
 
 
@@ -325,13 +326,14 @@ def _cost(facts: Snapshot) -> str:
 
 def _totals(stream: Iterable[Blocks]) -> dict[tuple[int, int], int]:
     """Blocks by (order, type)."""
-    counted: Counter[tuple[int, int]] = Counter()
+    counts = np.zeros(256 * _TYPES, np.int64)
     for chunk in stream:
-        both = np.stack([chunk.order.astype(np.int16), chunk.type.astype(np.int16)])
-        kinds, counts = np.unique(both, axis=1, return_counts=True)
-        for order, kind, count in zip(*kinds.tolist(), counts.tolist(), strict=True):
-            counted[order, kind] += count
-    return dict(counted)
+        kind = chunk.order.astype(np.int64) * _TYPES + chunk.type - NO_TYPE
+        counts += np.bincount(kind, minlength=len(counts))
+    return {
+        (kind // _TYPES, kind % _TYPES + NO_TYPE): int(counts[kind])
+        for kind in np.flatnonzero(counts).tolist()
+    }
 
 
 def _subtrees(facts: Snapshot, side: Side) -> list[tuple[Subtree, bool | None]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -93,6 +94,26 @@ class Tree:
         if blocks:
             yield decode_leaves(abi, Leaves.concatenate(waiting))
 
+    def by_address(self, abi: Abi) -> Iterator[Blocks]:
+        """
+        The blocks, decoded, chunk by chunk, sorted by address, and by key where several begin.
+
+        Whoever reads their struct pages comes by each of them once, whatever the orders.
+        """
+        ahead = []
+        for order, leaves in _by_kind(abi, Leaves.concatenate(self.leaves)):
+            if order == BAD_ORDER:
+                # Keys that mean nothing have no address; they count as 0.
+                yield from Tree(self.state, leaves=[leaves]).blocks(abi)
+            else:
+                ahead.append(_Ahead(abi, leaves))
+        while ahead:
+            # What a kind has begins behind what is decoded of it.
+            until = min(each.decoded for each in ahead)
+            blocks = Blocks.concatenate(filter(len, (each.until(until) for each in ahead)))
+            ahead = [each for each in ahead if not each.done]
+            yield from _pieces(_sorted(blocks))
+
     def totals(self, abi: Abi) -> dict[tuple[int, int], int]:
         """Blocks by (order, type), counted without decoding a key."""
         counted: dict[tuple[int, int], int] = {}
@@ -121,6 +142,80 @@ def _add(
     np.add.at(sums, where, counts)
     for k, n in zip(kinds.tolist(), sums.tolist(), strict=True):
         counted[k >> 8, (k & 255) - 1] = counted.get((k >> 8, (k & 255) - 1), 0) + n
+
+
+def _by_kind(abi: Abi, leaves: Leaves) -> Iterator[tuple[int, Leaves]]:
+    """
+    The order, and leaves, of each order and type: within these, keys and addresses are in one
+    order.
+    """
+    if not len(leaves):
+        return
+    _, order, types = abi.kho_radix_decode_keys(leaves.key)
+    begins = (order[1:] != order[:-1]) | (types[1:] != types[:-1])
+    # The leaf that holds the highest orders has one of them for each of its blocks.
+    low = (leaves.key & ~np.uint64(abi.type_bit)) == 0
+    order = np.where(low, np.uint8(0), order)
+    begins |= low[1:] | low[:-1]
+    bounds = [0, *(np.flatnonzero(begins) + 1).tolist(), len(leaves)]
+    for first, end in pairwise(bounds):
+        yield int(order[first]), leaves[first:end]
+
+
+class _Ahead:
+    """Blocks of one kind, decoded some at a time."""
+
+    def __init__(self, abi: Abi, leaves: Leaves) -> None:
+        self._abi = abi
+        self._leaves = leaves
+        self._counts = leaves.counts()
+        self._next = 0
+        self._blocks = Blocks.empty()
+        #: No block that is not yet decoded begins in front of this address.
+        self.decoded = 0
+        self._decode()
+
+    @property
+    def done(self) -> bool:
+        return self._next == len(self._leaves) and not len(self._blocks)
+
+    def until(self, phys: int) -> Blocks:
+        """Those that begin in front of an address; it is not above :attr:`decoded`."""
+        at = len(self._blocks)
+        if phys < 1 << 64:
+            at = int(np.searchsorted(self._blocks.phys, np.uint64(phys)))
+        found, self._blocks = self._blocks[:at], self._blocks[at:]
+        if not len(self._blocks):
+            self._decode()
+        return found
+
+    def _decode(self) -> None:
+        start, blocks = self._next, 0
+        while self._next < len(self._leaves) and blocks < CHUNK_BLOCKS:
+            blocks += int(self._counts[self._next])
+            self._next += 1
+        self._blocks = decode_leaves(self._abi, self._leaves[start : self._next])
+        self._blocks = _sorted(self._blocks)
+        self.decoded = 1 << 64
+        if self._next < len(self._leaves):
+            self.decoded = self._abi.kho_radix_decode_key(int(self._leaves.key[self._next]))[0]
+
+
+def _sorted(blocks: Blocks) -> Blocks:
+    """Sorted by address; blocks of one address stay in order."""
+    if (blocks.phys[1:] < blocks.phys[:-1]).any():
+        return blocks[np.argsort(blocks.phys, kind="stable")]
+    return blocks
+
+
+def _pieces(blocks: Blocks) -> Iterator[Blocks]:
+    """Blocks cut into chunks, but never between two of one address."""
+    start = 0
+    while start < len(blocks):
+        end = min(start + CHUNK_BLOCKS, len(blocks))
+        end = int(np.searchsorted(blocks.phys, blocks.phys[end - 1], "right"))
+        yield blocks[start:end]
+        start = end
 
 
 def decode_leaves(abi: Abi, leaves: Leaves) -> Blocks:
@@ -181,6 +276,9 @@ class KeySet:
     def leaf(self, keys: U64) -> NDArray[np.int64]:
         """The row of the leaf that would hold each key; -1: the tree has none."""
         base = keys & ~np.uint64(self._abi.leaf_bits - 1)
+        if len(base) > 1 and (base == base[0]).all():
+            # As of a chunk of single pages: one look-up for all.
+            return np.full(len(keys), self.leaf(base[:1])[0])
         at = np.searchsorted(self.leaves.key, base)
         there = at < len(self.leaves)
         there[there] = self.leaves.key[at[there]] == base[there]
@@ -192,6 +290,11 @@ class KeySet:
     def contains(self, keys: U64) -> NDArray[np.bool_]:
         """Which of the keys are set."""
         leaf = self.leaf(keys)
+        if len(keys) > self._abi.leaf_bits >> 3 and (leaf == leaf[0]).all():
+            if leaf[0] < 0:
+                return np.zeros(len(keys), np.bool_)
+            bits = np.unpackbits(self.leaves.bitmap[leaf[0]], bitorder="little").view(np.bool_)
+            return bits[(keys & np.uint64(self._abi.leaf_bits - 1)).view(np.int64)]
         found = leaf >= 0
         bit = (keys[found] & np.uint64(self._abi.leaf_bits - 1)).astype(np.int64)
         byte = self.leaves.bitmap[leaf[found], bit >> 3]

@@ -52,6 +52,7 @@ from .uses import UseReader
 from .walk import READ_SIZE, in_ranges, read_nodes, settle, walk
 
 C = TypeVar("C", bound=Columns)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -227,9 +228,45 @@ class KernelSource:
         facts = self.scratch()
         if not facts.handover.is_kho_boot or not self.abi.stamp.has_magic:
             return facts
-        scan = _Scan(self, facts.ram)
-        facts = spool(replace(facts, stamps=_Lazy(scan.stamps)))
-        return replace(facts, scan=scan.result())
+        scan = _Scan(self, facts.ram, bare=True)
+        return replace(facts, stamps=_Lazy(scan.stamps), scan=scan.seen)
+
+    def judge(
+        self, use: Callable[[Snapshot], T], before: Snapshot | None = None
+    ) -> tuple[Snapshot, T]:
+        """
+        All facts but stamps, and what ``use`` makes of them.
+
+        The blocks are read while ``use`` iterates them, in order of address, and are not kept.  If
+        the tree moves meanwhile, ``use`` is called again: only what it gave last counts.
+
+        :param before: as in :meth:`snapshot`, whose facts ``use`` is given then: what arrived is
+            judged by more than one look.
+        :raises KhoscopeError: if KHO is off.
+        """
+        if before is not None:
+            facts = self.snapshot(before)
+            return facts, use(facts)
+        with told():
+            self._require_kho()
+            reading = self._begin()
+            kernel = reading.kernel()
+
+            def walk_it() -> Tree:
+                return self._walk_outgoing(reading)
+
+            def read(tree: Tree) -> tuple[Snapshot, T]:
+                facts = self._lazily(reading.attempt(), tree, kernel, tree.by_address)
+                return facts, use(facts)
+
+            if not self._moves:
+                return read(walk_it())
+            (facts, used), tree = settle(walk_it, read)
+            if not tree.state.moved:
+                return replace(facts, outgoing=replace(facts.outgoing, tree=tree)), used
+        # What stood still among what moves is known only after all was read: keep it until then.
+        facts = self.snapshot(stamps=False)
+        return facts, use(facts)
 
     @told()
     def snapshot(self, before: Snapshot | None = None, stamps: bool = True) -> Snapshot:
@@ -283,19 +320,11 @@ class KernelSource:
         before: Snapshot | None,
         stamps: bool,
     ) -> Snapshot:
-        """All facts, read on the strength of a tree."""
+        """All facts, read on the strength of a tree, and kept."""
         scan = _Scan(self, reading.ram)
         pages = self._page_reader(reading.ram)
-        facts = self._with_clients(reading, self._snapshot(reading, tree, kernel))
-        facts = self._with_scratch(reading, facts)
-        outgoing = self._with_vm_structs(reading, facts)
-        facts = replace(
-            facts,
-            outgoing=replace(
-                outgoing, blocks=_Lazy(lambda: map(pages.with_pages, tree.blocks(self.abi)))
-            ),
-            stamps=_Lazy(scan.stamps) if stamps else (),
-        )
+        facts = self._lazily(reading, tree, kernel, tree.blocks)
+        facts = replace(facts, stamps=_Lazy(scan.stamps) if stamps else ())
         lost = _Count()
         if before is not None:
             recorded = before.outgoing.tree
@@ -308,8 +337,31 @@ class KernelSource:
         facts = spool(facts)
         if lost.value:
             reading.cannot(f"{lost.value:,} of the pages where the earlier snapshot's leaves were")
-        result = scan.result() if stamps else None
-        return replace(facts, scan=result, unreadable=list(reading.unreadable))
+        seen = scan.seen if stamps else None
+        return replace(facts, scan=seen, unreadable=list(reading.unreadable))
+
+    def _lazily(
+        self,
+        reading: Reading,
+        tree: Tree,
+        kernel: Kernel,
+        blocks: Callable[[Abi], Iterator[Blocks]],
+    ) -> Snapshot:
+        """
+        All facts but stamps; the blocks are read anew whenever they are iterated.
+
+        :param blocks: the tree's, in some order.
+        """
+        pages = self._page_reader(reading.ram)
+        facts = self._with_clients(reading, self._snapshot(reading, tree, kernel))
+        facts = self._with_scratch(reading, facts)
+        outgoing = self._with_vm_structs(reading, facts)
+        stream = _Lazy(lambda: map(pages.with_pages, blocks(self.abi)))
+        return replace(
+            facts,
+            outgoing=replace(outgoing, blocks=stream),
+            unreadable=list(reading.unreadable),
+        )
 
     @told()
     def vmalloc(self, address: int) -> Snapshot:
@@ -656,29 +708,31 @@ class _Lazy(Generic[C]):
 
 
 class _Scan:
-    """The stamp scan of a source, and what it could not see."""
+    """
+    The stamp scan of a source.
 
-    def __init__(self, source: KernelSource, ram: U64) -> None:
+    :param bare: without a look at the struct pages of the stamped blocks.
+    """
+
+    def __init__(self, source: KernelSource, ram: U64, bare: bool = False) -> None:
         self._source = source
         self._ram = ram
+        self._bare = bare
         self._pages = source._page_reader(ram)
-        self._scanned = self._unread = 0
+        self.seen = Scan()
 
     def stamps(self) -> Iterator[Blocks]:
-        self._scanned = self._unread = 0
-        return self._pages.stamps(self._ram, self._count)
+        self.seen.scanned = self.seen.unread = 0
+        return self._pages.stamps(self._ram, self._count, self._bare)
 
     def _count(self, pages: int) -> None:
         if pages > 0:
-            self._scanned += pages
+            self.seen.scanned += pages
         else:
-            self._unread -= pages
+            self.seen.unread -= pages
         total = int((self._ram[:, 1] - self._ram[:, 0]).sum())
         self._source._progress(
             "scanning struct pages for stamps",
-            self._scanned + self._unread,
+            self.seen.scanned + self.seen.unread,
             total >> self._source.abi.page_shift,
         )
-
-    def result(self) -> Scan:
-        return Scan(self._scanned, self._unread)
