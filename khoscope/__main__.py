@@ -14,10 +14,12 @@ def main() -> int:
     try:
         from .cli import main as run
     except ImportError as error:
-        from .words.errors import say
+        from .words.errors import not_whole, say
+        from .words.statuses import UNABLE
 
-        say(f"it is not whole: {error}", "install khoscope again, with all that it needs")
-        return 2
+        lacking = not_whole(error)
+        say(lacking.what, lacking.hint)
+        return UNABLE
     return run()
 
 

@@ -10,15 +10,15 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from types import FrameType, ModuleType
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from . import DRGN_COMMAND, __version__
-from .commands import COMMANDS, IN_DRGN, common
-from .commands.common import UNABLE
-from .words.errors import KhoscopeError, say
+from .commands import COMMANDS, IN_DRGN, arguments, describe
+from .words.errors import KhoscopeError, not_whole, say
 from .words.printable import printable
+from .words.statuses import UNABLE
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -187,6 +187,31 @@ class _Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
+class _Command(_Parser):
+    """
+    The parser of one command; it learns what the command takes as soon as it has to parse.
+
+    :param command: the command's name.
+    """
+
+    def __init__(self, *, command: str, **more: Any) -> None:
+        super().__init__(**more)
+        self._unknown = command
+
+    def describe(self) -> None:
+        """Import the command, if that was not done yet."""
+        if self._unknown:
+            try:
+                describe(self._unknown, self)
+            except ImportError as error:
+                raise not_whole(error) from error
+            self._unknown = ""
+
+    def parse_known_args(self, *words: Any, **more: Any) -> Any:
+        self.describe()
+        return super().parse_known_args(*words, **more)
+
+
 def parser() -> argparse.ArgumentParser:
     """The options and commands."""
     top = _Parser(
@@ -216,12 +241,16 @@ everything""",
     source.add_argument(
         "--qemu",
         metavar="SOCKET",
-        type=common.given,
+        type=arguments.given,
         help="read a QEMU guest through its QMP socket",
     )
-    source.add_argument("--core", metavar="FILE", type=common.path, help="read a vmcore")
-    source.add_argument("--snapshot", metavar="FILE", type=common.path, help="read a .khosnap file")
-    top.add_argument("--vmlinux", metavar="FILE", type=common.path, help="the kernel's debug info")
+    source.add_argument("--core", metavar="FILE", type=arguments.path, help="read a vmcore")
+    source.add_argument(
+        "--snapshot", metavar="FILE", type=arguments.path, help="read a .khosnap file"
+    )
+    top.add_argument(
+        "--vmlinux", metavar="FILE", type=arguments.path, help="the kernel's debug info"
+    )
     top.set_defaults(program=None)
     _add_commands(top, COMMANDS)
     return top
@@ -257,7 +286,7 @@ class _Refused(argparse.Action):
         parser.error(f"{option_string}: {parser.prog} looks at the program of this drgn session")
 
 
-def _add_commands(top: argparse.ArgumentParser, commands: Sequence[ModuleType]) -> None:
+def _add_commands(top: argparse.ArgumentParser, commands: Mapping[str, str]) -> None:
     top.add_argument("--version", action="version", version=f"khoscope {__version__}")
     top.add_argument(
         "-v",
@@ -271,9 +300,9 @@ def _add_commands(top: argparse.ArgumentParser, commands: Sequence[ModuleType]) 
         type=_type_shift,
         help="the key bit of the page type, or 'none'; overrides the debug info",
     )
-    subparsers = top.add_subparsers(required=True, metavar="COMMAND")
-    for command in commands:
-        command.add(subparsers)
+    subparsers = top.add_subparsers(required=True, metavar="COMMAND", parser_class=_Command)
+    for name, what in commands.items():
+        subparsers.add_parser(name, help=what, command=name)
 
 
 def _type_shift(text: str) -> int:

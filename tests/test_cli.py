@@ -840,6 +840,7 @@ AS_NOBODY = """
 import os, sys
 import khoscope.sources.kernel, khoscope.sources.open
 import khoscope.trace.probes, khoscope.trace.record, khoscope.trace.session
+import khoscope.commands.trace, khoscope.commands.tree
 from khoscope.cli import main
 if os.geteuid() == 0:
     os.setgroups([])

@@ -51,6 +51,8 @@ def rows(text: str) -> Iterator[list[str]]:
 def commands() -> dict[str, argparse.ArgumentParser]:
     """Their parsers by name."""
     (action,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    for each in action.choices.values():
+        each.describe()
     return dict(action.choices)
 
 

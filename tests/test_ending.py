@@ -153,9 +153,10 @@ def test_a_bug_is_no_verdict(run: Run, error: Exception, monkeypatch: pytest.Mon
 
 
 def test_a_khoscope_that_is_not_whole() -> None:
-    code = "import sys; sys.modules['msgspec'] = None; sys.argv = ['khoscope', '--version'];"
-    code += "from khoscope.__main__ import main; sys.exit(main())"
-    finished([sys.executable, "-c", code]).refused("it is not whole", "msgspec", "install")
+    for module, word in (("argparse", "--version"), ("msgspec", "checks")):
+        code = f"import sys; sys.modules[{module!r}] = None; sys.argv = ['khoscope', {word!r}];"
+        code += "from khoscope.__main__ import main; sys.exit(main())"
+        finished([sys.executable, "-c", code]).refused("it is not whole", module, "install")
 
 
 # Signals
@@ -170,34 +171,38 @@ class Interrupt:
         if name == MODULE:
             _signal.raise_signal(_signal.SIGINT)
 
-MODULE, way = sys.argv[1:3]
+MODULE, way, word = sys.argv[1:4]
 sys.meta_path.insert(0, Interrupt)
-sys.argv = ["/usr/bin/khoscope", "--version"]
+sys.argv = ["/usr/bin/khoscope", word]
 if way == "script":
     from khoscope.__main__ import main
     sys.exit(main())
 sys.argv[0] = "-m"
-sys.orig_argv = [sys.executable, "-m", "khoscope", "--version"]
+sys.orig_argv = [sys.executable, "-m", "khoscope", word]
 runpy.run_module("khoscope", run_name="__main__", alter_sys=True)
 """
 
-MODULES = [
+#: What every command imports, and what a command does.
+EARLY = [
     *("khoscope.__main__", "khoscope.cli", "khoscope.words.errors", "khoscope.words.printable"),
-    *("khoscope.commands", "khoscope.facts.store", "numpy", "msgspec", "tabulate", "argparse"),
+    *("khoscope.commands", "argparse"),
 ]
+LATE = ["khoscope.commands.checks", "khoscope.facts.store", "numpy", "msgspec", "tabulate"]
 
 
 @pytest.mark.parametrize("way", ["script", "module"])
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", [*EARLY, *LATE])
 def test_ctrl_c_during_any_import(module: str, way: str) -> None:
-    command = ["env", "--default-signal=INT", sys.executable, "-c", INTERRUPTED, module, way]
-    result = finished(command)
-    assert (result.status, result.out, result.err) == (-signal.SIGINT, "", "")
+    interrupted = [INTERRUPTED, module, way, "checks"]
+    result = finished(["env", "--default-signal=INT", sys.executable, "-c", *interrupted])
+    said = "khoscope: interrupted\n" if module in LATE else ""
+    assert (result.status, result.out, result.err) == (-signal.SIGINT, "", said)
 
 
-def test_that_it_is_the_interrupt() -> None:
-    for way in ("script", "module"):
-        result = finished([sys.executable, "-c", INTERRUPTED, "no.such.module", way])
+@pytest.mark.parametrize("way", ["script", "module"])
+def test_the_version_takes_no_command(way: str) -> None:
+    for module in ("no.such.module", *LATE):
+        result = finished([sys.executable, "-c", INTERRUPTED, module, way, "--version"])
         assert (result.status, result.out, result.err) == (0, "khoscope 0.1.0\n", "")
 
 
@@ -205,8 +210,10 @@ def test_that_it_is_the_interrupt() -> None:
 @pytest.mark.parametrize("module", ["khoscope.cli", "numpy"])
 def test_ctrl_c_ends_a_job_in_the_background(module: str, way: str) -> None:
     """A script's shell has it ignore SIGINT; ``kill -INT`` ends it all the same, at any moment."""
-    command = ["env", "--ignore-signal=INT", sys.executable, "-c", INTERRUPTED, module, way]
-    assert finished(command) == Result(-signal.SIGINT, "", "")
+    interrupted = [INTERRUPTED, module, way, "checks"]
+    result = finished(["env", "--ignore-signal=INT", sys.executable, "-c", *interrupted])
+    said = "khoscope: interrupted\n" if module in LATE else ""
+    assert result == Result(-signal.SIGINT, "", said)
 
 
 @pytest.mark.parametrize("program", ["drgn", "-c", "script.py", "-m", "/opt/khoscope/x.py"])

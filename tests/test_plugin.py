@@ -35,6 +35,8 @@ def prog(monkeypatch: pytest.MonkeyPatch) -> Program:
 def commands(top: argparse.ArgumentParser) -> dict[str, set[str]]:
     """The options of each command."""
     (action,) = (a for a in top._actions if isinstance(a, argparse._SubParsersAction))
+    for each in action.choices.values():
+        each.describe()
     return {
         name: {option for a in each._actions for option in a.option_strings}
         for name, each in action.choices.items()

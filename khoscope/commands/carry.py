@@ -19,20 +19,17 @@ from ..words.errors import say
 from . import common
 
 
-def add(commands: common.Commands) -> None:
-    command = commands.add_parser(
-        "carry",
-        help="hand a snapshot to the next kernel, in memory",
-        description="""\
+def add(command: argparse.ArgumentParser) -> None:
+    command.description = """\
 Write a snapshot into a memfd, ask LUO to preserve the memfd, and keep running
 until the kexec. In the next kernel, `khoscope verify --before carried` reads
 that snapshot. No disk is involved.
 
 khoscope is read-only, with this one exception: carry creates a memfd and asks
 the kernel to preserve it. carry needs /dev/liveupdate: a kernel with
-CONFIG_LIVEUPDATE, booted with kho=on liveupdate=on.""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="""\
+CONFIG_LIVEUPDATE, booted with kho=on liveupdate=on."""
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.epilog = """\
 examples:
   khoscope carry &                     wait for its last line
   kexec -e
@@ -40,8 +37,7 @@ examples:
 
 The LUO session ends when carry ends, and the snapshot is then not carried.
 `kexec -e` ends no process. `systemctl kexec` ends every process except those of
-a service with DefaultDependencies=no and SurviveFinalKillSignal=yes.""",
-    )
+a service with DefaultDependencies=no and SurviveFinalKillSignal=yes."""
     command.set_defaults(run=_run, refuse=_refuse)
     command.add_argument("--json", action="store_true", help="one JSON document")
 

@@ -12,10 +12,7 @@ from ..views.checks import Checks, write_checks
 from . import common
 
 
-def add(commands: common.Commands) -> None:
-    command = commands.add_parser(
-        "checks", help="list what verify and trace look for, or explain one check"
-    )
+def add(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_run)
     command.add_argument("--json", action="store_true", help="one JSON document")
     command.add_argument(

@@ -7,34 +7,27 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from ..carry.memfd import retrieve
-from ..checks import Report, Verdict
 from ..facts import store
 from ..facts.snapshot import Snapshot
 from ..views.progress import Progress
 from ..views.text import LIMIT
 from ..words.errors import KhoscopeError, say
+from ..words.statuses import FINE as FINE
+from ..words.statuses import FOUND as FOUND
+from ..words.statuses import NO_VERDICT as NO_VERDICT
+from ..words.statuses import UNABLE as UNABLE
+from .arguments import given as given
+from .arguments import path as path
 
 if TYPE_CHECKING:
     from drgn import Program
 
+    from ..checks import Report
     from ..sources.kernel import KernelSource
 
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
-
 T = TypeVar("T")
-
-#: Exit statuses: fine; found an error; could not do it; found nothing wrong, but could not see
-#: everything.
-FINE, FOUND, UNABLE, NO_VERDICT = 0, 1, 2, 3
-
-_STATUSES: Final = {
-    Verdict.PASS: FINE,
-    Verdict.FAIL: FOUND,
-    Verdict.INCOMPLETE: NO_VERDICT,
-}
 
 #: This word stands for the carried snapshot after --before. A file of that name is ``./carried``.
 CARRIED = "carried"
@@ -65,25 +58,12 @@ def _limit(text: str) -> int | None:
     return number or None
 
 
-def given(text: str) -> str:
-    """
-    Any text but an empty one.
-
-    A shell variable that is not set gives an empty text, which would mean something else.
-    """
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty: give a value, or leave the option out")
-    return text
-
-
-def path(text: str) -> Path:
-    """A file's name."""
-    return Path(given(text))
-
-
 def judged(report: Report) -> int:
     """The exit status for a report's verdict."""
-    return _STATUSES[report.verdict]
+    from ..checks import Verdict
+
+    statuses = {Verdict.PASS: FINE, Verdict.FAIL: FOUND, Verdict.INCOMPLETE: NO_VERDICT}
+    return statuses[report.verdict]
 
 
 def before_option(command: argparse.ArgumentParser, help: str) -> None:
@@ -102,6 +82,7 @@ def load_before(args: argparse.Namespace) -> Snapshot | None:
         return None
     if args.before != CARRIED:
         return store.load_file(Path(args.before))
+    from ..carry.memfd import retrieve
     from ..sources.open import is_this_host
 
     if args.qemu or args.core or (args.program and not is_this_host(args.program)):

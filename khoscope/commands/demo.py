@@ -9,10 +9,7 @@ import sys
 from . import common
 
 
-def add(commands: common.Commands) -> None:
-    demo = commands.add_parser(
-        "demo", help="run the checks on snapshots of real guests; needs no root and no KHO"
-    )
+def add(demo: argparse.ArgumentParser) -> None:
     demo.set_defaults(run=_run)
     demo.add_argument("--json", action="store_true", help="one JSON document")
 

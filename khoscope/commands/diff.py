@@ -12,8 +12,7 @@ from ..views.text import Text
 from . import common
 
 
-def add(commands: common.Commands) -> None:
-    diff = commands.add_parser("diff", help="show what changed between two snapshots")
+def add(diff: argparse.ArgumentParser) -> None:
     diff.set_defaults(run=_run)
     common.output(diff, "block")
     diff.add_argument("a", metavar="A", type=common.path)

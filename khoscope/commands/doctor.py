@@ -13,19 +13,15 @@ from ..words.errors import KhoscopeError
 from . import common
 
 
-def add(commands: common.Commands) -> None:
-    command = commands.add_parser(
-        "doctor",
-        help="show what this host offers, and what to do about what is missing",
-        description="""\
+def add(command: argparse.ArgumentParser) -> None:
+    command.description = """\
 Show what this host offers: one line for each thing that khoscope can use, where
 khoscope looked for it, and what to do if it is missing. doctor has no
-requirements of its own: without root it says what it can.""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="""\
+requirements of its own: without root it says what it can."""
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.epilog = """\
 exit status: 0 if this host has everything that commands need in order to read
-this kernel, 2 otherwise; stderr then names the first thing that is missing""",
-    )
+this kernel, 2 otherwise; stderr then names the first thing that is missing"""
     command.set_defaults(run=_run, refuse=_refuse)
     command.add_argument("--json", action="store_true", help="one JSON document")
 

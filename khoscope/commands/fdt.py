@@ -18,13 +18,11 @@ from . import common
 SIDES = {"out": "outgoing", "in": "incoming"}
 
 
-def add(commands: common.Commands) -> None:
-    fdt = commands.add_parser(
-        "fdt",
-        help="show the root FDT and its subtrees, decoded",
-        description="Show the root FDT, then what its subtrees point to. FDTs are printed as "
-        "device-tree source. Their values are bytes as they stand in memory; comments say what "
-        "the bytes mean. Known structures are decoded. Anything else is printed as bytes.",
+def add(fdt: argparse.ArgumentParser) -> None:
+    fdt.description = (
+        "Show the root FDT, then what its subtrees point to. FDTs are printed as device-tree "
+        "source. Their values are bytes as they stand in memory; comments say what the bytes mean. "
+        "Known structures are decoded. Anything else is printed as bytes."
     )
     fdt.set_defaults(run=_run, refuse=_refuse)
     fdt.add_argument(

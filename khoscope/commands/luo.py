@@ -11,8 +11,7 @@ from ..words.errors import KhoscopeError
 from . import common
 
 
-def add(commands: common.Commands) -> None:
-    luo = commands.add_parser("luo", help="show live update sessions, their files and their memory")
+def add(luo: argparse.ArgumentParser) -> None:
     luo.set_defaults(run=_run)
     common.output(luo)
 

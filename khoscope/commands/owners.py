@@ -13,10 +13,7 @@ from ..words.errors import KhoscopeError
 from . import common
 
 
-def add(commands: common.Commands) -> None:
-    owners = commands.add_parser(
-        "owners", help="name the owner of each preserved block, as far as memory can tell"
-    )
+def add(owners: argparse.ArgumentParser) -> None:
     owners.set_defaults(run=_run)
     common.output(owners, "block")
     owners.add_argument(

@@ -18,25 +18,21 @@ from ..words.errors import KhoscopeError
 from . import common
 
 
-def add(commands: common.Commands) -> None:
-    command = commands.add_parser(
-        "pages",
-        help="show the struct pages of a range of memory",
-        description="""\
+def add(command: argparse.ArgumentParser) -> None:
+    command.description = """\
 Show the struct pages of a range of memory: refcount, flags, stamp, whether the
 page is free, and which preserved block covers it. A run of equal pages is one
 row.
 
 A page on a per-cpu free list looks allocated. A snapshot file holds only the
 pages of blocks: the whole struct page of a block's first page, and the refcount
-of the other pages if they all have the same one.""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="""\
+of the other pages if they all have the same one."""
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.epilog = """\
 examples:
   khoscope pages 0x3a200000                  the page that holds this address
   khoscope pages 0x3a200000..0x3a400000      the pages of 2 MiB
-  khoscope pages 0..0x40000000 --jsonl       1 GiB, one run per line""",
-    )
+  khoscope pages 0..0x40000000 --jsonl       1 GiB, one run per line"""
     command.set_defaults(run=_run)
     common.output(command, "run of equal pages")
     command.add_argument(

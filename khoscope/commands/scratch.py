@@ -14,20 +14,16 @@ from ..words.errors import KhoscopeError
 from . import common
 
 
-def add(commands: common.Commands) -> None:
-    command = commands.add_parser(
-        "scratch",
-        help="show what KHO costs this host, and what could be given back",
-        description="""\
+def add(command: argparse.ArgumentParser) -> None:
+    command.description = """\
 Show what KHO costs this host: the scratch areas and what is in them, how much of
 what is free can be pinned, who uses KHO at all, and what kho=off or smaller
-areas would give back. khoscope changes nothing.""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="""\
+areas would give back. khoscope changes nothing."""
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.epilog = """\
 exit status of --brief: 0 if KHO is off or in use, 1 if it is on and nobody uses
 it, or takes memory and only root could tell who uses it, or if it is off and the
-kernel before has left its areas; 3 if that cannot be told""",
-    )
+kernel before has left its areas; 3 if that cannot be told"""
     command.set_defaults(run=_run)
     kind = common.output(command)
     kind.add_argument(

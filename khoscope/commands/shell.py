@@ -11,10 +11,7 @@ from ..words.errors import KhoscopeError
 from . import common
 
 
-def add(commands: common.Commands) -> None:
-    shell = commands.add_parser(
-        "shell", help="start a drgn session with prog and the kho_* helpers"
-    )
+def add(shell: argparse.ArgumentParser) -> None:
     shell.set_defaults(run=_run)
 
 

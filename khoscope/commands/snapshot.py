@@ -12,8 +12,7 @@ from ..views.text import Text
 from . import common
 
 
-def add(commands: common.Commands) -> None:
-    snapshot = commands.add_parser("snapshot", help="write all facts to a file")
+def add(snapshot: argparse.ArgumentParser) -> None:
     snapshot.set_defaults(run=_run, refuse=_refuse)
     common.output(snapshot)
     snapshot.add_argument("file", metavar="FILE", type=common.path)

@@ -11,19 +11,15 @@ from ..views import status as view
 from . import common
 
 
-def add(commands: common.Commands) -> None:
-    command = commands.add_parser(
-        "status",
-        help="show the state of KHO on one screen",
-        description="""\
+def add(command: argparse.ArgumentParser) -> None:
+    command.description = """\
 Show the state of KHO on one screen: whether KHO is on and why, what is
 preserved, and what was handed over. Each line names the kernel variable that it
 was read from.
 
 After a KHO boot, status looks at all struct pages to find the blocks that
-nobody has claimed yet.""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+nobody has claimed yet."""
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
     command.set_defaults(run=_run)
     common.output(command)
 

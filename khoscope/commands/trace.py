@@ -21,15 +21,12 @@ if TYPE_CHECKING:
 CLOCK = time.CLOCK_MONOTONIC
 
 
-def add(commands: common.Commands) -> None:
-    trace = commands.add_parser(
-        "trace",
-        help="follow preserve, unpreserve, split and restore as they happen",
-        description="""\
+def add(trace: argparse.ArgumentParser) -> None:
+    trace.description = """\
 Follow KHO's calls as they happen, and check every block: do the refcounts of
-its pages fit the type that is recorded or stamped?""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="""\
+its pages fit the type that is recorded or stamped?"""
+    trace.formatter_class = argparse.RawDescriptionHelpFormatter
+    trace.epilog = """\
 examples:
   khoscope trace                       one line per call, until Ctrl-C
   khoscope trace --check -d 30         trace for 30 seconds, then give a verdict
@@ -42,8 +39,7 @@ examples:
   khoscope trace --replay a.khotrace   show and check them, on any machine
 
 exit status: 0 fine, 1 --check found an error, 2 khoscope could not do it, 3 no
-verdict: --check found nothing wrong, but something was missed""",
-    )
+verdict: --check found nothing wrong, but something was missed"""
     trace.set_defaults(run=_run, refuse=_refuse)
     kind = common.output(trace, "call")
     kind.add_argument(

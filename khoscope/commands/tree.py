@@ -17,10 +17,7 @@ from ..words.errors import KhoscopeError
 from . import common
 
 
-def add(commands: common.Commands) -> None:
-    tree = commands.add_parser(
-        "tree", help="show what is preserved: the radix tree, or the xarrays before it"
-    )
+def add(tree: argparse.ArgumentParser) -> None:
     tree.set_defaults(run=_run, refuse=_refuse)
     common.output(tree, "block")
     tree.add_argument("--order", type=int, help="show only blocks of this order")

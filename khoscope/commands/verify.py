@@ -21,15 +21,12 @@ from . import common
 from .checks import rule_name
 
 
-def add(commands: common.Commands) -> None:
-    verify = commands.add_parser(
-        "verify",
-        help="run the checks, and say whether it is safe to kexec",
-        description="""\
+def add(verify: argparse.ArgumentParser) -> None:
+    verify.description = """\
 Run the checks (khoscope checks lists them), and say whether it is safe to
-kexec. In the new kernel, with --before, say whether everything arrived.""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="""\
+kexec. In the new kernel, with --before, say whether everything arrived."""
+    verify.formatter_class = argparse.RawDescriptionHelpFormatter
+    verify.epilog = """\
 examples:
   khoscope verify                              is it safe to kexec?
   khoscope verify --next /boot/vmlinuz-7.2.1   is it safe into this kernel?
@@ -39,8 +36,7 @@ examples:
   khoscope verify --before before.khosnap      compare, after the kexec
 
 exit status: 0 fine, 1 a check failed, 2 khoscope could not do it, 3 no verdict:
-khoscope found nothing wrong, but could not see everything""",
-    )
+khoscope found nothing wrong, but could not see everything"""
     verify.set_defaults(run=_run, refuse=_refuse)
     common.output(verify)
     common.before_option(verify, "compare with this snapshot of the kernel that handed over")

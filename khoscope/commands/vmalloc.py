@@ -18,10 +18,7 @@ from . import common
 _ONE_RULE = checks.RuleSelection(frozenset({"broken-vmalloc"}))
 
 
-def add(commands: common.Commands) -> None:
-    vmalloc = commands.add_parser(
-        "vmalloc", help="show a struct kho_vmalloc and its chain of chunks"
-    )
+def add(vmalloc: argparse.ArgumentParser) -> None:
     vmalloc.set_defaults(run=_run)
     common.output(vmalloc)
     vmalloc.add_argument(

@@ -24,6 +24,13 @@ class KhoscopeError(Exception):
         super().__init__(self.what)
 
 
+def not_whole(error: ImportError) -> KhoscopeError:
+    """What to say if khoscope lacks something that it needs."""
+    return KhoscopeError(
+        f"it is not whole: {error}", "install khoscope again, with all that it needs"
+    )
+
+
 def say(*lines: str) -> None:
     """Print lines to stderr, if stderr is open."""
     # A closed stderr is None, and print() would then write to stdout.
