@@ -54,8 +54,8 @@ def test_brief() -> None:
             HostScratch(False, "kho=off on the command line", size=184 * MIB),
             1,
             "KHO off: kho=off on the command line; 184 MiB that only movable memory may use; the "
-            "kernel before has left it, and a cold boot gives it back; /proc/meminfo has it in "
-            "CmaFree, not in CmaTotal",
+            "kernel before has left it, and a cold boot with kho=off gives it back; /proc/meminfo "
+            "has it in CmaFree, not in CmaTotal",
         ),
         (UNKNOWN, 3, f"KHO not known: {UNKNOWN.why}"),
         # It is on, and neither who uses it nor what it takes can be told.

@@ -426,7 +426,7 @@ def test_scratch_of_a_kernel_whose_memory_is_read(
     files = {"proc/meminfo": MEMINFO.format(0, 4096), "proc/pagetypeinfo": blocks}
     found = look_inside(with_files(tmp_path, files), off, monkeypatch)["scratch"]
     assert (found.state, found.read_from) == (State.OK, "/proc/pagetypeinfo")
-    assert "a cold boot gives it back" in found.hint
+    assert "a cold boot with kho=off gives it back" in found.hint
 
 
 def test_debug_info_is_there_and_the_kernel_is_not_understood(

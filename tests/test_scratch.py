@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from khoscope.abi.kho_fdt import Subtree
+from khoscope.checks import check
 from khoscope.cli import main
 from khoscope.facts import diff, store
+from khoscope.facts.brief import of_kernel
 from khoscope.facts.clients import Claims, Luo, LuoSession, LuoState, Owner, OwnerKind
 from khoscope.facts.scratch import (
     Sizes,
@@ -161,6 +164,7 @@ def test_an_area_without_memory_is_none() -> None:
         ("kho_scratch=1M,2G,0x10k", Sizes(MIB, 2 * GIB, 16 << 10)),
         ("kho_scratch=0,0,8M", Sizes(0, 0, 8 * MIB)),
         ("kho_scratch=010,0,8M", Sizes(8, 0, 8 * MIB)),
+        ("kho_scratch=08,0,8M", 200),
         # The last one counts, if it is one.
         ("kho_scratch=1M,2M,3M kho_scratch=50%", 50),
         ("kho_scratch=50% kho_scratch=1M,2M,3M", Sizes(MIB, 2 * MIB, 3 * MIB)),
@@ -217,7 +221,7 @@ def test_what_the_boot_needed() -> None:
 
 def test_sizes_that_a_kernel_with_large_blocks_can_have() -> None:
     """It rounds all of them up to its largest block."""
-    facts = host(command_line="kho_scratch=64M,192M,128M")
+    facts = host()
     large = replace(facts.abi, page_shift=16, max_page_order=13)
     sizes = enough(replace(facts, abi=large))
     assert sizes is not None
@@ -246,8 +250,9 @@ def test_what_is_free() -> None:
         (0, "Normal", 30 * MIB, 20 * MIB, 0, 10 * MIB),
         (1, "Normal", 500 * MIB, 190 * MIB, 300 * MIB, 10 * MIB),
     ]
-    # Of 300 MiB of files, 20 lie in scratch, and 36 are kept, as is half of 8 MiB of slabs.
-    assert found.pinnable == (730 + 20 + 190 + 15 + 280 - 36 + 4) * MIB
+    # Of 300 MiB of files, 20 lie in scratch, and perhaps 1 that cannot be read; 36 are kept, as is
+    # half of 8 MiB of slabs.
+    assert found.pinnable == (730 + 20 + 190 + 15 + 279 - 36 + 4) * MIB
     assert (found.cma_total, found.cma_free) == (32 * MIB, 460 * MIB)
     assert found.phantom == 480 * MIB
     assert (found.scratch, found.ram) == (512 * MIB, 8 * GIB)
@@ -275,18 +280,70 @@ def test_reserved_pages_of_scratch_come_back_to_nobody() -> None:
 
 
 def test_users() -> None:
-    assert not users(host()).any
+    assert users(host()).nobody
     found = users(host(Block(0x400000, 9), Block(0x800000, 0)))
     assert (found.blocks, found.size, found.any) == (2, 2 * MIB + 4096, True)
     facts = host()
     luo = Luo(0x5000, "luo-v5", sessions=[LuoSession("systemd", None, 1)])
     assert users(replace(facts, outgoing=replace(facts.outgoing, luo=luo))).sessions == 1
     assert users(replace(facts, liveupdate=LuoState(True, [], True))).any
-    assert not users(replace(facts, liveupdate=None)).any
-    # Every kexec is a handover while KHO is on; sessions say that somebody meant it.
-    handed = replace(facts, handover=Handover(True, "7.2.0-test", 1), incoming=facts.outgoing)
-    assert not users(handed).any
-    assert users(replace(handed, incoming=replace(facts.outgoing, luo=luo))).any
+    assert users(replace(facts, liveupdate=None)).nobody
+    # Every kexec is a handover while KHO is on; sessions and clients' subtrees say that somebody
+    # meant it.
+    fdt = replace(facts.outgoing.fdt, subtrees=[Subtree("LUO", 0x5000, 64)])
+    came = replace(facts.outgoing, fdt=fdt)
+    handed = replace(facts, handover=Handover(True, "7.2.0-test", 1), incoming=came)
+    assert users(handed).nobody
+    assert users(replace(handed, incoming=replace(came, luo=luo))).any
+    fdt = replace(fdt, subtrees=[*fdt.subtrees, Subtree("ima-kexec", 0x6000, 64)])
+    assert users(replace(handed, incoming=replace(came, fdt=fdt))).any
+
+
+def test_subtrees_of_clients_are_not_khos_own() -> None:
+    facts = host()
+    for name, any_ in (("LUO", False), ("ima-kexec", True)):
+        owners = [Owner(OwnerKind.SUBTREE, f"subtree {name}")]
+        side = replace(facts.outgoing, owners=owners)
+        assert users(replace(facts, outgoing=side)).any == any_
+
+
+def test_users_that_nothing_is_known_of() -> None:
+    """Where not all can be read, nobody is told that nobody is there."""
+    facts = host()
+    tree = facts.outgoing.tree
+    for state in (replace(tree.state, problem_count=1), replace(tree.state, moved=1)):
+        side = replace(facts.outgoing, tree=replace(tree, state=state))
+        found = users(replace(facts, outgoing=side))
+        assert (found.any, found.nobody) == (False, False)
+    for unknown in (
+        replace(facts, unreadable=["the zones"]),
+        replace(facts, liveupdate=LuoState(True, [], None)),
+    ):
+        assert not users(unknown).nobody
+        assert "Nobody uses KHO" not in text(unknown)
+        assert "nobody that is known of, but" in text(unknown)
+        assert not check(unknown).counts["kho-unused"]
+        brief = of_kernel(unknown)
+        assert (brief.is_wasted, brief.users) == (False, users(unknown))
+
+
+def test_sizes_for_which_a_node_has_no_room() -> None:
+    facts = replace(host(), image=KexecImage(True, True, 0x2000, 50 * MIB))
+    assert enough(facts) is not None
+    small = replace(facts, nodes=[Node(0, 0, 8 * GIB), Node(1, 8 * GIB, 8 * GIB + 96 * MIB)])
+    assert enough(small) is None
+    assert cost(small).no_advice == "there is no room for areas that would surely do"
+
+
+def test_khos_own_pages_in_an_area() -> None:
+    """Its root FDT lies in the lowmem area."""
+    facts = host()
+    facts = replace(facts, scratch=facts.scratch.copy())
+    facts.scratch[0] = 0, 64 * MIB
+    (lowmem, *others) = cost(facts).areas
+    assert lowmem.own >= 4096
+    assert not any(area.own for area in others)
+    assert "lowmem, KHO's own: " in text(facts)
 
 
 # What is shown
@@ -311,17 +368,19 @@ def test_text() -> None:
         "global 0x000180000000 192 MiB 1 Normal 95 cma, 1 movable 168 MiB",
         "node 0, movable: page cache 12 MiB",
         "node 0, cannot be moved: slab 4 MiB",
+        "global, page blocks that should be of type cma: 1 movable",
         "global, pinned: 12 KiB",
         "global, held by more than mappings: 8 KiB",
         "node 1, not readable: 1 MiB",
         "0 DMA32 900 MiB 730 MiB 160 MiB 10 MiB",
-        "About 1.2 GiB can be pinned for long",
+        "At least 1.2 GiB can be pinned for long",
         "/proc/meminfo: CmaTotal 32,768 kB, CmaFree 471,040 kB.",
         "The other 480 MiB are scratch.",
         "kho=off 512 MiB no handover, no live update",
-        "No kho_scratch= is suggested: no image is loaded",
-        "GRUB replace kho=on in GRUB_CMDLINE_LINUX",
-        "systemd-boot replace kho=on in /etc/kernel/cmdline",
+        "No kho_scratch= is suggested: a next kernel may need ",
+        "more than there is, if its image takes 160 MiB: load it, and ask again.",
+        "GRUB replace kho=on by it in GRUB_CMDLINE_LINUX (or GRUB_CMDLINE_LINUX_DEFAULT)",
+        "systemd-boot replace kho=on by it in /etc/kernel/cmdline",
         "Nobody uses KHO here.",
     ):
         assert said in shown
@@ -348,7 +407,7 @@ def test_text_when_off() -> None:
     shown = text(facts)
     assert "KHO off: the command line does not have kho=on" in shown
     assert "scratch none" in shown
-    assert "To have it, boot it with kho=on." in shown
+    assert "To have it in this kernel: boot it with kho=on." in shown
     assert "GRUB" not in shown
     assert "used by" not in shown
 
@@ -370,7 +429,9 @@ def test_json() -> None:
     assert document["areas"][1]["page_blocks"] == {"cma": 95, "movable": 1}
     assert document["areas"][3]["page_blocks"] is None
     assert document["cma"]["phantom"] == 480 * MIB
-    assert document["given_back"] == {"kho=off": 512 * MIB}
+    assert document["given_back"]["kho_off"] == 512 * MIB
+    assert document["given_back"]["kho_scratch"] is None
+    assert document["given_back"]["why_not"].startswith("a next kernel may need")
     assert document["users"]["any"] is False
 
 

@@ -53,7 +53,8 @@ def phantom_cma(facts: Snapshot) -> Iterator[Message]:
 )
 def scratch_unmovable(facts: Snapshot) -> Iterator[Message]:
     """Memory in scratch that cannot be moved away."""
-    for area, found in scratch.unmovable(facts):
+    # With KHO off, the next kernel is loaded and boots elsewhere.
+    for area, found in scratch.unmovable(facts) if facts.kho_enable else ():
         sizes = (f"{use} {human(count * facts.abi.page_size)}" for use, count in found.items())
         yield Message(f"{area.purpose}: {', '.join(sizes)}", area.phys)
 
@@ -76,7 +77,7 @@ def scratch_too_small(facts: Snapshot, kernel: NextKernel) -> Iterator[Message]:
     room = [area.size for area in scratch.areas(facts)]
     total = sum(room)
     segments = {"kernel": kernel.size or 0, "initrd": kernel.initrd or 0}
-    if not room:
+    if not room or not facts.kho_enable:
         return
     for what, size in segments.items():
         first = next((i for i, left in enumerate(room) if size <= left), None)
@@ -114,5 +115,5 @@ def kho_unused(facts: Snapshot) -> Iterator[Message]:
     """KHO is on, and nobody but KHO itself preserves anything."""
     size = sum(area.size for area in scratch.areas(facts))
     # Older snapshots do not say whether /dev/liveupdate is open.
-    if facts.kho_enable and size and facts.memory is not None and not scratch.users(facts).any:
+    if facts.kho_enable and size and facts.memory is not None and scratch.users(facts).nobody:
         yield Message(f"nobody uses KHO here, and {human(size)} are set aside for it")

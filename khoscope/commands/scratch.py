@@ -53,7 +53,7 @@ def _brief(args: argparse.Namespace) -> int:
     view.ScratchText(sys.stdout).brief(found)
     if found.is_wasted:
         return common.FOUND
-    told = found.on is False or found.users is not None
+    told = found.on is False or (found.users is not None and found.users.any)
     return common.FINE if told else common.NO_VERDICT
 
 

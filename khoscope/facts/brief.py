@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .host_scratch import HostScratch
-from .scratch import Users, areas, users
+from .scratch import Users, areas, phantom, users
 from .snapshot import Snapshot
 from .status import kho_switch
 
@@ -33,15 +33,19 @@ class Brief:
     def is_wasted(self) -> bool:
         """Whether there is scratch, and as far as can be told for nothing, or in the way."""
         if self.on and self.users is not None:
-            return not self.users.any
+            return self.users.nobody
         return self.misleads
 
 
 def of_kernel(facts: Snapshot) -> Brief:
     """What the kernel's memory says."""
     switch = kho_switch(facts)
-    size = sum(area.size for area in areas(facts))
-    return Brief(switch.on, switch.why, size, users(facts) if switch.on else None, size > 0)
+    size: int | None = sum(area.size for area in areas(facts))
+    if switch.on and not size:
+        # KHO has areas, so that they cannot be read.
+        size = None
+    misleads = bool(size or phantom(facts))
+    return Brief(switch.on, switch.why, size, users(facts) if switch.on else None, misleads)
 
 
 def of_files(found: HostScratch) -> Brief:

@@ -27,7 +27,8 @@ class NextKernel:
     :param newer_functions: whether it has functions of KHO that came with linux 6.18
         (``kho_preserve_pages``, ``kho_preserve_vmalloc``); False: it does not say so.
     :param size: bytes that it takes in one piece while it starts: ``init_size`` of a bzImage,
-        ``image_size`` of an arm64 Image; None: it does not say.
+        ``image_size`` of an arm64 Image; of a vmlinux what it takes at least; None: it does not
+        say.
     :param initrd: bytes of the initrd that goes with it; None: none was named.
     """
 

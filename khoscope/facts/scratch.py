@@ -12,14 +12,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
+from ..abi import serialized
 from ..abi.keys import BAD_ORDER, U64, Tracker
+from ..words.sizes import human
 from .clients import Claims, OwnerKind
-from .snapshot import Memory, PageUse, ScratchUse, Snapshot, Zone, rows
+from .snapshot import Memory, Node, PageUse, ScratchUse, Snapshot, Zone, rows
 from .tree import KeySet
 
 #: ``scratch_scale``, per cent, unless ``kho_scratch=`` says otherwise.
@@ -34,8 +36,10 @@ _MOVABLE: Final = {
     *(PageUse.PCP, PageUse.TRANSIT),
     *_MOVABLE_TYPES,
 }
-#: Whose memory is KHO's own: not the reason why somebody has KHO on.
-_OWN: Final = {OwnerKind.FDT, OwnerKind.SUBTREE, OwnerKind.LUO}
+#: Whose memory is KHO's own: not the reason why somebody has KHO on.  Of the subtrees, the others
+#: are their clients'.
+_OWN: Final = {OwnerKind.FDT, OwnerKind.LUO}
+_OWN_SUBTREES: Final = {serialized.LUO, serialized.KEXEC_METADATA}
 #: Sizes that are suggested are multiples of this, or of what the kernel rounds to if that is more.
 _GRAIN: Final = 16 << 20
 #: The least that is suggested for lowmem: drivers of the next kernel may take memory there alone.
@@ -56,6 +60,7 @@ class Area:
     """
     A scratch area.
 
+    :param own: bytes in it that are KHO's own; there should be none before a handover.
     :param purpose: ``lowmem``, ``global`` or ``node N``, as the kernel meant it.
     :param node: the NUMA node that it lies in; None: not known.
     :param zones: the zones that it lies in.
@@ -69,6 +74,7 @@ class Area:
     zones: tuple[str, ...]
     free: int | None
     use: ScratchUse | None
+    own: int = 0
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,8 @@ class Users:
     :param size: of these blocks, bytes.
     :param sessions: of LUO.
     :param open: whether somebody has ``/dev/liveupdate`` open; None: not known.
-    :param came: sessions of LUO were handed over to this kernel.
+    :param came: sessions, or subtrees of clients, were handed over to this kernel.
+    :param unknown: why there may be others, in words; "": there are none.
     """
 
     blocks: int
@@ -142,10 +149,16 @@ class Users:
     sessions: int
     open: bool | None
     came: bool
+    unknown: str = ""
 
     @property
     def any(self) -> bool:
         return bool(self.blocks or self.sessions or self.open or self.came)
+
+    @property
+    def nobody(self) -> bool:
+        """Whether it is sure that there is nobody."""
+        return not self.any and not self.unknown
 
 
 @dataclass(frozen=True)
@@ -164,6 +177,7 @@ class Cost:
     :param phantom: of page blocks of type MIGRATE_CMA that CmaTotal does not count: scratch.
     :param needs: None: not known.
     :param advice: smaller areas that would do; None: there are none.
+    :param no_advice: why there are none, in words.
     :param given_back: what they would give back.
     """
 
@@ -181,25 +195,30 @@ class Cost:
     users: Users
     needs: Needs | None
     advice: Sizes | None
+    no_advice: str
     given_back: int
 
 
 def cost(facts: Snapshot) -> Cost:
     """What KHO costs the host that a snapshot is of."""
     memory, page = facts.memory, facts.abi.page_size
-    listed = areas(facts)
+    own = _own_pages(facts)
+    listed = [
+        replace(area, own=page * _between(own, area.phys, area.phys + area.size))
+        for area in areas(facts)
+    ]
     total = sum(area.size for area in listed)
     reserved = sum(use.pages.get(PageUse.RESERVED, 0) for use in facts.scratch_use)
-    sizes = enough(facts)
-    # Sizes that are hardly smaller are not worth it.
-    if sizes is not None and 10 * sizes.total_of(facts) > 9 * total:
+    needed, sizes = needs(facts), enough(facts)
+    why_not = _no_advice(facts, needed, sizes, total)
+    if why_not:
         sizes = None
     return Cost(
         areas=listed,
         asked=asked_for(facts),
         scratch=total,
-        off=total - reserved * page,
-        ram=int((facts.ram[:, 1] - facts.ram[:, 0]).sum()),
+        off=max(total - reserved * page, 0),
+        ram=size_of(facts.ram),
         own=_own(facts)[1] + _tree_size(facts),
         zones=[_free(zone, page) for zone in memory.zones] if memory else [],
         pinnable=pinnable(facts),
@@ -207,10 +226,30 @@ def cost(facts: Snapshot) -> Cost:
         cma_free=sum(zone.free_cma for zone in memory.zones) * page if memory else None,
         phantom=phantom(facts),
         users=users(facts),
-        needs=needs(facts),
+        needs=needed,
         advice=sizes,
+        no_advice=why_not,
         given_back=total - sizes.total_of(facts) if sizes else 0,
     )
+
+
+def _no_advice(facts: Snapshot, needed: Needs | None, sizes: Sizes | None, total: int) -> str:
+    """Why these sizes are no advice, to a host whose areas have so many bytes; "": they are."""
+    if needed is None:
+        if facts.handover.is_kho_boot:
+            return "what a boot needs is not known after a handover: ask after a cold boot"
+        return "what a boot needs is not known"
+    why = ""
+    if sizes is None:
+        why = "there is no room for areas that would surely do"
+    elif sizes.total_of(facts) > total:
+        why = f"a next kernel may need {human(sizes.total_of(facts))}, more than there is"
+    elif 10 * sizes.total_of(facts) > 9 * total:
+        # Sizes that are hardly smaller are not worth it.
+        why = "a next kernel would need nearly as much"
+    if why and needed.image is None:
+        why += f", if its image takes {human(_IMAGE)}: load it, and ask again"
+    return why
 
 
 def areas(facts: Snapshot) -> list[Area]:
@@ -290,7 +329,9 @@ def pinnable(facts: Snapshot) -> int | None:
     )
     in_scratch = Counter[str]()
     for use in facts.scratch_use:
+        # What cannot be read may be page cache, too: what is left is the least.
         in_scratch.update(use.pages)
+        in_scratch[PageUse.FILE] += use.unread
     pages -= in_scratch[PageUse.FILE] + in_scratch[PageUse.PCP]
     files = sum(zone.file for zone in zones) - in_scratch[PageUse.FILE]
     low = sum(zone.low for zone in memory.zones)
@@ -309,23 +350,39 @@ def users(facts: Snapshot) -> Users:
             good[order] += count
     blocks, size = _own(facts)
     pages = sum(count << order for order, count in good.items())
-    luo = facts.outgoing.luo
+    luo, came = facts.outgoing.luo, facts.incoming
     return Users(
         max(sum(good.values()) - blocks, 0),
         max((pages << facts.abi.page_shift) - size, 0),
         len(luo.sessions) if luo else 0,
         facts.liveupdate.in_use if facts.liveupdate else None,
-        bool(facts.incoming and facts.incoming.luo and facts.incoming.luo.sessions),
+        came is not None
+        and (
+            bool(came.luo and came.luo.sessions)
+            or not {subtree.name for subtree in came.fdt.subtrees} <= _OWN_SUBTREES
+        ),
+        _unknown_users(facts),
     )
+
+
+def _unknown_users(facts: Snapshot) -> str:
+    """Why there may be users that facts do not show; "": there are none."""
+    state = facts.outgoing.tree.state
+    if state.problem_count:
+        return "the tree cannot be read whole"
+    if state.moved:
+        return "blocks came and went meanwhile"
+    if facts.unreadable:
+        return "not all that tells can be read"
+    if facts.liveupdate is not None and facts.liveupdate.in_use is None:
+        return "whether /dev/liveupdate is open is not recorded"
+    return ""
 
 
 def _own(facts: Snapshot) -> tuple[int, int]:
     """How many of the preserved blocks are KHO's and LUO's own, and their bytes."""
-    own = [i for i, owner in enumerate(facts.outgoing.owners) if owner.kind in _OWN]
-    every = Claims.concatenate(facts.outgoing.claims)
-    every = every[np.isin(every.owner, np.array(own, np.uint32)) & (every.size > 0)]
     keys = KeySet(facts.abi, facts.outgoing.tree.leaves)
-    pages = _pages(every, facts.abi.page_shift)
+    pages = _claimed_pages(facts)
     blocks = size = 0
     for order in keys.orders:
         for page_type in facts.abi.key_types:
@@ -334,6 +391,32 @@ def _own(facts: Snapshot) -> tuple[int, int]:
             blocks += found
             size += found << order + facts.abi.page_shift
     return blocks, size
+
+
+def _claimed_pages(facts: Snapshot) -> U64:
+    """The addresses of the pages that KHO's and LUO's own structures lead to."""
+    subtrees = {f"subtree {name}" for name in _OWN_SUBTREES}
+    own = [
+        i
+        for i, owner in enumerate(facts.outgoing.owners)
+        if owner.kind in _OWN or (owner.kind == OwnerKind.SUBTREE and owner.name in subtrees)
+    ]
+    every = Claims.concatenate(facts.outgoing.claims)
+    every = every[np.isin(every.owner, np.array(own, np.uint32)) & (every.size > 0)]
+    return _pages(every, facts.abi.page_shift)
+
+
+def _own_pages(facts: Snapshot) -> U64:
+    """These, and a radix tree's nodes; sorted."""
+    tree = facts.outgoing.tree.nodes if facts.abi.tracker == Tracker.RADIX else ()
+    return np.unique(np.concatenate([_claimed_pages(facts), *(nodes.phys for nodes in tree)]))
+
+
+def _between(addresses: U64, start: int, end: int) -> int:
+    """How many of some addresses, sorted, lie in [start, end)."""
+    bounds = np.array([start, min(end, 2**64 - 1)], np.uint64)
+    first, last = np.searchsorted(addresses, bounds).tolist()
+    return int(last - first)
 
 
 def _tree_size(facts: Snapshot) -> int:
@@ -396,7 +479,9 @@ def _memparse(text: str) -> int | None:
     digits, unit = found.groups()
     if digits[:2] in ("0x", "0X"):
         number = int(digits, 16)
-    elif digits[0] == "0" and re.fullmatch(r"[0-7]+", digits):
+    elif digits[0] == "0":
+        if not re.fullmatch(r"[0-7]+", digits):
+            return None
         number = int(digits, 8)
     else:
         number = int(digits)
@@ -407,7 +492,7 @@ def asked_for(facts: Snapshot) -> str:
     """What decided the sizes of the scratch areas, in words."""
     command_line = facts.kernel.command_line
     if facts.handover.is_kho_boot:
-        return "those of the kernel that handed over: it may be the first one that decided"
+        return "handed over by the kernel before, which may have been handed them itself"
     if not command_line:
         return "what decided their sizes is not recorded"
     words, sizes = scratch_parameters(command_line), scratch_sizes(command_line)
@@ -467,7 +552,28 @@ def enough(facts: Snapshot) -> Sizes | None:
     # SCRATCH_ALIGNMENT_BYTES, a #define.
     grain = max(_GRAIN, facts.abi.page_size << facts.abi.max_page_order)
     low = max(_with_margin(needed.low), _LOWMEM)
-    return Sizes(*(_up(size, grain) for size in (low, image, _with_margin(per_node))))
+    sizes = Sizes(*(_up(size, grain) for size in (low, image, _with_margin(per_node))))
+    return sizes if _have_room(facts, sizes) else None
+
+
+def _have_room(facts: Snapshot, sizes: Sizes) -> bool:
+    """Whether there is memory for such areas, and as much for the kernel and others."""
+    nodes = facts.nodes or ()
+    return (
+        2 * sizes.lowmem < below_4_gib(facts.ram)
+        and 2 * sizes.total_of(facts) < size_of(facts.ram)
+        and all(2 * sizes.per_node <= size_of(within(facts.ram, node)) for node in nodes)
+    )
+
+
+def within(ram: U64, node: Node) -> U64:
+    """The parts of ranges of memory that lie in the span of a node."""
+    return np.clip(ram, np.uint64(node.start), np.uint64(node.end))
+
+
+def size_of(ranges: U64) -> int:
+    """Bytes of ranges of memory."""
+    return int((ranges[:, 1] - ranges[:, 0]).sum())
 
 
 def below_4_gib(ram: U64) -> int:

@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from ..abi.keys import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE, U64, Tracker
+from ..abi.keys import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE, Tracker
 from ..abi.kho_fdt import Subtree
 from ..words.errors import KhoscopeError
 from ..words.sizes import human
@@ -242,16 +242,22 @@ def asked_by(command_line: str) -> str:
 
 def _failed(facts: Snapshot, lacking: tuple[str, int | None] | None) -> Switch:
     """KHO has switched itself off in a kernel whose memory is known."""
-    has = f"{human(_size(facts.ram))} of RAM"
+    has = f"{human(scratch.size_of(facts.ram))} of RAM"
     if lacking:
         part, number = lacking
         if part == "lowmem":
             has += f", of which {human(scratch.below_4_gib(facts.ram))} are below 4 GiB"
         for node in facts.nodes or []:
             if node.number == number:
-                own = np.clip(facts.ram, np.uint64(node.start), np.uint64(node.end))
-                has += f", of which {human(_size(own))} are in node {number}"
+                own = scratch.within(facts.ram, node)
+                has += f", of which {human(scratch.size_of(own))} are in node {number}"
     switch = switched_off(facts.kernel.command_line, lacking, has)
+    if lacking and facts.nodes and number not in {None, *(n.number for n in facts.nodes)}:
+        return replace(
+            switch,
+            hint=f"no kho_scratch= helps: node {number} has no memory, and this kernel wants an "
+            "area there, which linux 7.0 and later do not",
+        )
     if not lacking:
         # kho_init() may have failed, which no other size would help.
         return replace(switch, hint=f"{_SEE_THE_LOG}; if there was no room, {switch.hint}")
@@ -264,13 +270,8 @@ def _smaller(facts: Snapshot, has: str) -> str:
 
     :param has: how much memory there is, in words.
     """
-    sizes, low = scratch.enough(facts), scratch.below_4_gib(facts.ram)
-    # The kernel and others have to have some of it, too.
-    if (
-        sizes is not None
-        and 2 * sizes.lowmem < low
-        and 2 * sizes.total_of(facts) < _size(facts.ram)
-    ):
+    sizes = scratch.enough(facts)
+    if sizes is not None:
         asked = scratch.scratch_parameters(facts.kernel.command_line)
         place = f" in place of {asked[-1]}" if asked else ""
         return (
@@ -278,11 +279,6 @@ def _smaller(facts: Snapshot, has: str) -> str:
             f"{has}), and should do for a kernel like this one"
         )
     return ""
-
-
-def _size(ranges: U64) -> int:
-    """Bytes of ranges of memory, as :attr:`Snapshot.ram`."""
-    return int((ranges[:, 1] - ranges[:, 0]).sum())
 
 
 def not_reserved(log: Iterable[str]) -> tuple[str, int | None] | None:
@@ -320,7 +316,7 @@ def _scratch(facts: Snapshot) -> list[Scratch]:
 def _cost(facts: Snapshot) -> str:
     """What scratch costs this host, and for whom."""
     size = sum(area.size for area in scratch.areas(facts))
-    used = "" if scratch.users(facts).any else "; nobody uses KHO"
+    used = "; nobody uses KHO" if scratch.users(facts).nobody else ""
     return f"{human(size)} that only movable memory may use{used} (khoscope scratch)"
 
 

@@ -204,7 +204,8 @@ class Host:
                 size, where = int(seen.facts.scratch[:, 1].sum()), "kho_scratch"
         if size:
             what = f"{human(size)}, {_of_scratch(said)}"
-            used = on and seen.facts is not None and users(seen.facts).any
+            # What cannot be told is no reason to give anything back.
+            used = on and seen.facts is not None and not users(seen.facts).nobody
             return Fact(name, State.OK, what, where, "" if used else _give_back(on))
         if size == 0 or (on is False and not said.phantom):
             what = "none: KHO is off" if on is False else "none"
@@ -435,7 +436,7 @@ def _give_back(on: bool | None) -> str:
     A kernel that a KHO kernel kexecs keeps the areas, even with ``kho=off``.
     """
     if on is False:
-        return "the kernel before has handed it over, and KHO is off: a cold boot gives it back"
+        return "the kernel before has handed it over: a cold boot with kho=off gives it back"
     costs = "khoscope scratch says what it costs"
     return f"{costs}; where nobody hands anything over, a cold boot with kho=off gives it back"
 

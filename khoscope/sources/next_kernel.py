@@ -15,6 +15,7 @@ import re
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
@@ -80,8 +81,10 @@ def read_image(path: Path) -> NextKernel:
     for kernel in map(_read, images):
         # A vmlinux next to its bzImage is the same kernel.
         same = dataclasses.replace(kernel, path="", compression=None, size=None)
-        if kernels.setdefault(same, kernel).size is None:
-            kernels[same] = dataclasses.replace(kernels[same], size=kernel.size)
+        first = kernels.setdefault(same, kernel)
+        # The bzImage takes more than the vmlinux in it.
+        most = max(first.size or 0, kernel.size or 0) or None
+        kernels[same] = dataclasses.replace(first, size=most)
     if len(kernels) > 1:
         which = ", ".join(f"{k.path} ({k.release})" for k in kernels.values())
         raise KhoscopeError(f"{path}: several kernels: {which}", "give one of these files")
@@ -128,8 +131,12 @@ def _images(directory: Path) -> list[Path]:
 def _read(path: Path) -> NextKernel:
     with _told(path), open_file(path, _HINT) as file:
         start = file.read(_LONG_HEADER)
+        size = _size(start)
+        pieces: Iterable[bytes]
         if start.startswith(b"\x7fELF"):
-            compression, pieces = None, _segments(file, start)
+            loads = _loads(file, start)
+            compression, size = None, _span(loads)
+            pieces = (each for load in loads for each in _range(file, load.offset, load.filesz))
         elif start[0x202:0x206] == b"HdrS":
             compression, pieces = decompress(_payload(file, start))
         elif start[0x38:0x3C] == b"ARM\x64":
@@ -149,7 +156,7 @@ def _read(path: Path) -> NextKernel:
         **found,
         misses_files=misses_files,
         newer_functions=newer_functions,
-        size=_size(start),
+        size=size,
         initrd=None,
     )
 
@@ -160,7 +167,7 @@ def _size(start: bytes) -> int | None:
         (version,) = struct.unpack_from("<H", start, 0x206)
         # A vmlinux has no such header, and older protocols no init_size.
         return struct.unpack_from("<I", start, 0x260)[0] or None if version >= 0x020A else None
-    if start[0x38:0x3C] == b"ARM\x64" and not start.startswith(b"\x7fELF"):
+    if start[0x38:0x3C] == b"ARM\x64":
         return struct.unpack_from("<Q", start, 16)[0] or None
     return None
 
@@ -180,8 +187,18 @@ def _payload(file: IO[bytes], start: bytes) -> bytes:
     return b"".join(_range(file, setup + offset, length))
 
 
-def _segments(file: IO[bytes], start: bytes) -> Iterator[bytes]:
-    """What an ELF file loads, without its debug info."""
+@dataclass(frozen=True)
+class _Load:
+    """What an ELF file loads (``Elf64_Phdr``): from where in the file, and to where in memory."""
+
+    offset: int
+    filesz: int
+    paddr: int
+    memsz: int
+
+
+def _loads(file: IO[bytes], start: bytes) -> list[_Load]:
+    """What an ELF file loads, which leaves its debug info out."""
     # 64 bit, little endian, ET_EXEC or ET_DYN: not an object file, and not a memory dump, which
     # contains the strings of everybody.
     if start[4:6] != b"\2\1" or start[16:18] not in (b"\2\0", b"\3\0") or len(start) < 64:
@@ -191,16 +208,22 @@ def _segments(file: IO[bytes], start: bytes) -> Iterator[bytes]:
     if size != 56:
         raise Damaged(f"program headers of {size} bytes")
     headers = b"".join(_range(file, table, size * count))
-    loaded = [
-        (offset, length)
-        for kind, _, offset, _, _, length, _, _ in struct.iter_unpack("<IIQQQQQQ", headers)
+    loads = [
+        _Load(offset, filesz, paddr, memsz)
+        for kind, _, offset, _, paddr, filesz, memsz, _ in struct.iter_unpack("<IIQQQQQQ", headers)
         if kind == 1
     ]
-    total = sum(length for _, length in loaded)
+    total = sum(load.filesz for load in loads)
     if total > LIMIT:
         raise Damaged(f"{total:,} bytes to load")
-    for offset, length in loaded:
-        yield from _range(file, offset, length)
+    return loads
+
+
+def _span(loads: list[_Load]) -> int | None:
+    """Bytes of memory from the first to the last that is loaded; None: more than a kernel has."""
+    end = max((load.paddr + load.memsz for load in loads), default=0)
+    span = end - min((load.paddr for load in loads), default=0)
+    return span if 0 < span <= LIMIT else None
 
 
 def _whole(file: IO[bytes]) -> Iterator[bytes]:

@@ -13,12 +13,13 @@ from ..facts.status import kho_parameter, kho_switch
 from ..words.sizes import human
 from . import documents
 from .status import FactLines
-from .text import counted, word
+from .text import WIDTH, counted, word
 
 #: Where what is shown was read, in the kernel's own names.
 READ_FROM: Final = {
     "kho": "kho_enable",
     "asked": "saved_command_line",
+    "handover": "kho_in",
     "users": "kho_out, luo_dev",
     "own": "kho_out",
     "scratch": "kho_scratch",
@@ -26,6 +27,8 @@ READ_FROM: Final = {
     "use": "struct page",
     "zones": "struct zone",
     "cma_total": "totalcma_pages",
+    "caches": "vm_node_stat",
+    "needs": "kho_scratch, struct zone, kexec_image",
 }
 _NOT_KNOWN: Final = "not known"
 
@@ -67,6 +70,7 @@ def write_json(facts: Snapshot, cost: Cost, out: IO[str]) -> None:
             "sessions": users.sessions,
             "liveupdate_open": users.open,
             "handed_over": users.came,
+            "not_known": users.unknown or None,
         },
         "needs": None
         if needs is None
@@ -76,8 +80,13 @@ def write_json(facts: Snapshot, cost: Cost, out: IO[str]) -> None:
             "image": needs.image,
             "how": needs.how,
         },
-        "given_back": {"kho=off": cost.off}
-        | ({} if advice is None else {str(advice): cost.given_back}),
+        "given_back": {
+            "kho_off": cost.off,
+            "kho_scratch": None
+            if advice is None
+            else {"parameter": str(advice), "bytes": cost.given_back},
+            "why_not": cost.no_advice or None,
+        },
         "read_from": READ_FROM,
     }
     documents.write(document, out)
@@ -97,6 +106,7 @@ def _area(area: Area) -> dict[str, Any]:
         "pinned": use.pinned if use else None,
         "held": use.held if use else None,
         "unread": use.unread if use else None,
+        "own": area.own,
     }
 
 
@@ -111,17 +121,23 @@ class ScratchText(FactLines):
         self.line(f"read {facts.taken.time} by khoscope {facts.taken.khoscope}")
         for what in islice(facts.unreadable, self._limit):
             self.wrapped(f"cannot be read: {what}", "  ", "")
+        for what in islice(facts.contradictions, self._limit):
+            self.wrapped(f"facts contradict each other: {what}", "  ", "")
         self.line()
         self.fact("KHO", f"{'on' if switch.on else 'off'}: {switch.why}", "kho")
         if switch.on:
-            self.fact("sizes", cost.asked, "asked")
+            came = facts.handover.is_kho_boot
+            self.fact("sizes", cost.asked, "handover" if came else "asked")
             self.fact("used by", in_words(cost.users), "users")
         if switch.on and cost.own:
             own = f"{human(cost.own)} that nobody else can use: KHO's own FDT, blobs and tree"
             self.fact("itself", own, "own")
-        share = f" ({cost.scratch / max(cost.ram, 1):.1%} of {human(cost.ram)})"
+        share = f" ({cost.scratch / cost.ram:.1%} of {human(cost.ram)})" if cost.ram else ""
         taken = f"{human(cost.scratch)}{share}: only movable memory may be there"
-        self.fact("scratch", taken if cost.areas else "none", "scratch")
+        if not cost.areas:
+            # KHO has areas if it is on, so that they cannot be read.
+            taken = _NOT_KNOWN if switch.on else "none"
+        self.fact("scratch", taken, "scratch")
         if cost.areas:
             self._areas(cost.areas, facts.abi.page_size)
         self._free(cost)
@@ -132,14 +148,14 @@ class ScratchText(FactLines):
         elif cost.areas:
             self.line()
             self.wrapped(
-                "KHO is off here: the kernel before has left these areas, and a cold boot gives "
-                f"{human(cost.off)} of them back to everybody."
+                "KHO is off here: the kernel before has left these areas. A cold boot with kho=off "
+                f"gives {human(cost.off)} of them back to everybody."
             )
         elif switch.hint:
             self.line()
             self.wrapped(
-                "Nothing but handovers to a next kernel (live update) needs KHO. To have it, "
-                f"{switch.hint}."
+                "Nothing but handovers to a next kernel (live update) needs KHO. To have it "
+                f"in this kernel: {switch.hint}."
             )
 
     def brief(self, found: Brief) -> None:
@@ -150,11 +166,13 @@ class ScratchText(FactLines):
             size = "scratch of unknown size" if found.size is None else human(found.size)
             parts.append(f"{size} that only movable memory may use")
         if found.on is False and found.misleads:
-            parts.append("the kernel before has left it, and a cold boot gives it back")
+            parts.append(
+                "the kernel before has left it, and a cold boot with kho=off gives it back"
+            )
         if found.on:
             whose = "who uses it is not known without root and debug info"
             if found.users is not None:
-                whose = f"used by {in_words(found.users)}"
+                whose = f"used by: {in_words(found.users)}"
             parts.append(whose)
         if found.misleads:
             parts.append("/proc/meminfo has it in CmaFree, not in CmaTotal")
@@ -178,11 +196,15 @@ class ScratchText(FactLines):
         align = ["left", "left", "right", "right", "left", "left", "right"]
         self.table(rows, headers, align)
         self._more(len(areas), len(areas), "areas")
-        source = f"[{', '.join(READ_FROM[name] for name in ('page_blocks', 'use'))}]"
-        self.line(self.paint("dim", f"{source:>80}"))
+        self._source("page_blocks", "use")
         for area in areas[: self._limit]:
             for kind, said in _uses(area, page):
                 self.wrapped(f"{area.purpose}, {kind}: {said}", "  ", "")
+
+    def _source(self, *names: str) -> None:
+        """Where what was just shown was read."""
+        source = f"[{', '.join(READ_FROM[name] for name in names)}]"
+        self.line(self.paint("dim", f"{source:>{WIDTH}}"))
 
     def _free(self, cost: Cost) -> None:
         self.line()
@@ -199,17 +221,20 @@ class ScratchText(FactLines):
         ]
         headers = ["node", "zone", "free now", "for anybody", "only movable", "kept back"]
         self.table(rows, headers, ["right", "left", *["right"] * 4])
-        self.line(self.paint("dim", f"{'[' + READ_FROM['zones'] + ']':>80}"))
+        self._source("zones")
         self.wrapped(
             "Anybody: the kernel's own memory, and memory that is pinned for long (RDMA, VFIO, "
             "buffers of io_uring). Movable: programs' memory and page cache, and only as long as "
             "nobody pins it."
         )
         if cost.pinnable is not None:
+            unread = any(area.use and area.use.unread for area in cost.areas)
+            least = "At least" if unread else "About"
             self.wrapped(
-                f"About {human(cost.pinnable)} can be pinned for long: what is free for anybody, "
+                f"{least} {human(cost.pinnable)} can be pinned for long: what is free for anybody, "
                 "and the page cache and slab memory that the kernel can free for it."
             )
+            self._source("zones", "caches", "use")
 
     def _cma(self, cost: Cost) -> None:
         if cost.cma_total is None or cost.cma_free is None or not cost.phantom:
@@ -221,6 +246,7 @@ class ScratchText(FactLines):
             f"CmaTotal what cma= and drivers have of them. The other {human(cost.phantom)} are "
             "scratch."
         )
+        self._source("zones", "cma_total", "page_blocks")
 
     def _ways_out(self, facts: Snapshot, cost: Cost) -> None:
         self.line()
@@ -228,20 +254,16 @@ class ScratchText(FactLines):
         if cost.advice is not None:
             rows.append([str(cost.advice), human(cost.given_back), "see below"])
         self.table(rows, ["on the command line", "gives back", "at the price of"], ["left"] * 3)
+        self._source("needs")
         if cost.advice is not None and cost.needs is not None:
             self._risk(cost.needs)
-        elif cost.needs is not None and cost.needs.image is None:
-            self.wrapped(
-                "No kho_scratch= is suggested: no image is loaded, and its size is not known. Load "
-                "the next kernel, and ask again."
-            )
-        elif cost.needs is not None:
-            self.wrapped("No kho_scratch= is suggested: a next kernel would need nearly as much.")
-        if not cost.users.any:
+        else:
+            self.wrapped(f"No kho_scratch= is suggested: {cost.no_advice}.")
+        if cost.users.nobody:
             self._switch_off(kho_parameter(facts.kernel.command_line))
 
     def _risk(self, needs: Needs) -> None:
-        image = "no image is loaded, so 160 MiB were taken for it: load it and ask again"
+        image = "an image of 160 MiB, a guess: none is loaded"
         if needs.image is not None:
             image = f"the loaded image and its initrd, {human(needs.image)}"
         nodes = ", ".join(f"node {n} {human(size)}" for n, size in needs.nodes.items())
@@ -259,7 +281,7 @@ class ScratchText(FactLines):
         :param asked: the word that asks for it now; it may stand behind one that is added.
         """
         self.line()
-        put = f"replace {asked[0]} in" if asked else "add it to"
+        put = f"replace {asked[0]} by it in" if asked else "add it to"
         self.wrapped(
             "Nobody uses KHO here. To switch it off, boot with kho=off, and not by a kexec: that "
             "keeps the areas."
@@ -267,13 +289,14 @@ class ScratchText(FactLines):
         for where, how in (
             (
                 "GRUB",
-                f"{put} GRUB_CMDLINE_LINUX in /etc/default/grub, then update-grub "
-                "(Fedora: grubby --update-kernel=ALL --args=kho=off)",
+                f"{put} GRUB_CMDLINE_LINUX (or GRUB_CMDLINE_LINUX_DEFAULT) in /etc/default/grub or "
+                "/etc/default/grub.d, then update-grub (Fedora: grubby --update-kernel=ALL "
+                "--args=kho=off)",
             ),
             (
                 "systemd-boot",
-                f"{put} /etc/kernel/cmdline, then kernel-install add-all; or to the "
-                "options of the entry in loader/entries",
+                f"{put} /etc/kernel/cmdline, then kernel-install add-all; or {put} the options of "
+                "the entry in loader/entries",
             ),
         ):
             self.wrapped(how, " " * 16, f"  {where:<14}")
@@ -290,11 +313,13 @@ def in_words(users: Users) -> str:
     if users.sessions:
         parts.append(counted(users.sessions, "session"))
     if users.open:
-        parts.append("/dev/liveupdate is open")
+        parts.append("whoever has /dev/liveupdate open")
     if users.came:
-        parts.append("sessions were handed over to this kernel")
+        parts.append("what was handed over to this kernel")
     if parts:
         return ", ".join(parts)
+    if users.unknown:
+        return f"nobody that is known of, but {users.unknown}"
     known = "" if users.open is None else ", and /dev/liveupdate is not open"
     return f"nobody: no blocks but KHO's own, no sessions{known}"
 
@@ -311,6 +336,11 @@ def _uses(area: Area, page: int) -> list[tuple[str, str]]:
     if use is None:
         return [("in use", _NOT_KNOWN)]
     found = []
+    if odd := {kind: n for kind, n in (use.blocks or {}).items() if kind != "cma"}:
+        blocks = ", ".join(f"{n:,} {kind}" for kind, n in odd.items())
+        found.append(("page blocks that should be of type cma", blocks))
+    if area.own:
+        found.append(("KHO's own", human(area.own)))
     for kind, movable in (("movable", True), ("cannot be moved", False)):
         sizes = [
             f"{name} {human(count * page)}"

@@ -124,13 +124,14 @@ class FactLines(Text):
     def facts(self, name: str, values: list[str], read_from: str) -> None:
         """Print facts from one source, one fact per line."""
         source = f"[{self.read_from[read_from]}]"
-        lines = [
-            line
-            for value in values
-            for line in textwrap.wrap(printable(value), WIDTH - NAME) or [""]
-        ]
+        lines: list[str] = []
+        # The source stands beside the end of a value, and not in the middle of one.
+        ends = []
+        for value in values:
+            lines += textwrap.wrap(printable(value), WIDTH - NAME) or [""]
+            ends.append(len(lines) - 1)
         room = WIDTH - NAME - len(source)
-        at = next((i for i, line in enumerate(lines) if len(line) < room), len(lines))
+        at = next((i for i in ends if len(lines[i]) < room), len(lines))
         for i, line in enumerate([*lines, ""] if at == len(lines) else lines):
             text = f"{name if i == 0 else '':<{NAME}}{line}"
             if i == at:

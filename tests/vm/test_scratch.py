@@ -269,7 +269,7 @@ def test_each_kind_of_memory_is_seen_in_scratch(story: Story) -> None:
     for before, kind in zip(("cold", "held", "shmem"), FILLS, strict=True):
         was, now = story.looks[before], story.looks[kind]
         taken = was.meminfo["CmaFree"] - now.meminfo["CmaFree"]
-        assert taken > 8 * MIB, kind
+        assert taken > 2 * MIB, kind
         # Pages that lie on lists of processors come and go with it.
         lists = was.in_scratch["free per CPU"] - now.in_scratch["free per CPU"]
         more = now.in_scratch[kind] - was.in_scratch[kind]
@@ -303,14 +303,15 @@ def test_after_a_kexec(story: Story) -> None:
     assert areas_of(after) == areas_of(cold) == story.debugfs
     assert sum(story.cma_blocks.values()) * 512 * PAGE == after.scratch["scratch"]
     assert after.in_scratch["reserved"] > 4 * MIB
-    assert after.scratch["given_back"]["kho=off"] == (
+    assert after.scratch["given_back"]["kho_off"] == (
         after.scratch["scratch"] - after.in_scratch["reserved"]
     )
-    # No session was handed over, and kho_test has freed what it was handed.
-    assert not after.scratch["users"]["any"]
-    assert "kho-unused" in {found["rule"] for found in story.findings["after"]}
-    assert "kho-unused" not in {found["rule"] for found in story.findings["cold"]}
-    assert "replace kho=on in GRUB_CMDLINE_LINUX" in story.text["after"]
+    # kho_test has freed what it was handed, but that it was handed something shows.
+    assert (after.scratch["users"]["blocks"], after.scratch["users"]["handed_over"]) == (0, True)
+    assert "what was handed over to this kernel" in story.text["after"]
+    assert "not known after a handover" in story.text["after"]
+    rules = {found["rule"] for found in story.findings["after"] + story.findings["cold"]}
+    assert "kho-unused" not in rules
 
 
 def test_off_but_handed_over(story: Story) -> None:
@@ -322,7 +323,7 @@ def test_off_but_handed_over(story: Story) -> None:
     assert off.scratch["cma"]["phantom"] == cold.scratch["scratch"]
     assert off.scratch["pinnable"] < off.meminfo["MemAvailable"] - cold.scratch["scratch"] // 2
     assert "KHO is off here: the kernel before has left" in story.text["off"]
-    assert "boot with kho=off" not in story.text["off"]
+    assert "Nobody uses KHO" not in story.text["off"]
 
 
 def test_one_line_for_an_agent(story: Story) -> None:
@@ -331,7 +332,7 @@ def test_one_line_for_an_agent(story: Story) -> None:
     assert statuses == {
         "cold, root": 0,
         "cold, nobody": 1,
-        "after, root": 1,
+        "after, root": 0,
         # CmaFree is above CmaTotal there, too, though no zone counts scratch.
         "after, nobody": 1,
         "off, root": 1,
@@ -342,7 +343,7 @@ def test_one_line_for_an_agent(story: Story) -> None:
         state = "off" if name.startswith("off") else "on"
         assert line.startswith(f"KHO {state}: kho={state} on the command line; "), name
         assert ("used by" in line) == (name.endswith("root") and state == "on")
-        assert ("a cold boot gives it back" in line) == (state == "off")
+        assert ("a cold boot with kho=off gives it back" in line) == (state == "off")
     size = story.looks["cold"].scratch["scratch"]
     assert f"; {human(size)} that only movable memory may use" in story.brief["cold, nobody"].stdout
 
@@ -426,9 +427,18 @@ def test_kho_has_switched_itself_off() -> None:
 
 
 def test_sizes_that_are_suggested_will_do() -> None:
-    with Machine("7.2-fixed", memory=2048) as machine:
+    """On a host that nobody has use for KHO on, which it is told, too."""
+    nobody = "initcall_blacklist=kho_test_init"
+    with Machine("7.2-fixed", append=nobody, memory=2048) as machine:
         machine.load_kexec()
         said = look(machine).scratch
-    (sizes,) = said["given_back"].keys() - {"kho=off"}
-    assert said["given_back"][sizes] > 64 * MIB
-    _boots_with(sizes, memory=2048)
+        rules = {found["rule"] for found in _findings(machine)}
+        brief = machine.run(BRIEF, timeout=300)
+        text = host(*machine.source, "scratch")
+    assert rules == {"phantom-cma", "kho-unused"}
+    assert (brief.returncode, "; used by: nobody: " in brief.stdout) == (1, True)
+    assert "Nobody uses KHO here." in text
+    assert "replace kho=on by it in GRUB_CMDLINE_LINUX" in text
+    advice = said["given_back"]["kho_scratch"]
+    assert advice["bytes"] > 64 * MIB
+    _boots_with(advice["parameter"], memory=2048)

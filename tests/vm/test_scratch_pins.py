@@ -113,7 +113,7 @@ def test_without_scratch(off: Pinned) -> None:
 
 def test_what_kho_off_gives_back(on: Pinned, off: Pinned) -> None:
     """With it, the same program gets what was said that it would."""
-    given_back = on.said["given_back"]["kho=off"]
+    given_back = on.said["given_back"]["kho_off"]
     assert off.pinned - on.pinned == pytest.approx(given_back, rel=0.1)
     assert off.pinned == pytest.approx(on.said["pinnable"] + given_back, rel=0.05)
 
