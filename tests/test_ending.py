@@ -141,7 +141,7 @@ def test_a_bug_is_no_verdict(run: Run, error: Exception, monkeypatch: pytest.Mon
         raise error
 
     monkeypatch.setattr(common, "facts", fails)
-    result = run("--snapshot", SNAPSHOT, "status")
+    result = run("--snapshot", SNAPSHOT, "luo")
     assert (result.status, result.out) == (2, "")
     lines = result.err.splitlines()
     assert all(line.startswith("khoscope: ") for line in lines)
@@ -247,7 +247,7 @@ def test_in_a_session_nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> N
 
     before = handlers()
     monkeypatch.setattr(common, "facts", facts)
-    words = ["--snapshot", str(SNAPSHOT), "status"]
+    words = ["--snapshot", str(SNAPSHOT), "luo"]
     assert cli.perform(cli.parser(), words) == 2
     assert cli.main(words) == 2
     session, program = seen
@@ -276,7 +276,7 @@ def facts(args, read):
             time.sleep(0.1)
 
 common.facts = facts
-sys.exit(cli.main(["status"]))
+sys.exit(cli.main(["luo"]))
 """
 
 

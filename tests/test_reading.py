@@ -14,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from khoscope.abi.keys import BlockLimits
+from khoscope.checks import check
 from khoscope.facts.columns import Leaves
 from khoscope.facts.snapshot import KexecImage, Node, Snapshot
+from khoscope.facts.tree import Tree
 from khoscope.sources import probe
 from khoscope.sources import reading as reading_module
 from khoscope.sources.kernel import KernelSource
@@ -34,7 +36,7 @@ def _mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def every(source: KernelSource) -> list[Snapshot]:
     """What each kind of look gives."""
-    return [source.tree(), source.clients(), source.status(), source.snapshot()]
+    return [source.tree(), source.clients(), source.status(lambda _: None)[0], source.snapshot()]
 
 
 def test_all_is_there() -> None:
@@ -108,7 +110,9 @@ def test_a_bug_of_ours_gets_out(monkeypatch: pytest.MonkeyPatch, error: type[Exc
 
     monkeypatch.setattr("khoscope.sources.reading.parse_root_fdt", fails)
     monkeypatch.setattr("khoscope.sources.kernel.walk", fails)
-    for look in (source.tree, source.clients, source.status, source.snapshot):
+    looks = [source.tree, source.clients, source.snapshot]
+    looks += [lambda: source.status(lambda _: None)[0], lambda: source.judge(lambda _: None)[0]]
+    for look in looks:
         with pytest.raises(error, match="ours"):
             look()
 
@@ -388,6 +392,27 @@ def test_what_moves_is_judged_anew() -> None:
     facts, last = source.judge(use)
     assert (seen, last) == ([0, 1], 1)
     assert (facts.outgoing.tree.state.moved, facts.outgoing.tree.state.reads) == (0, 3)
+
+
+def test_a_problem_that_only_the_last_look_sees_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks come during two looks, and then the tree is damaged: no verdict is without that."""
+    machine = MadeUp()
+    source = machine.source(moves=True)
+    walk, walks = source._walk_outgoing, 0
+
+    def moving(reading: Reading) -> Tree:
+        nonlocal walks
+        walks += 1
+        if walks in (2, 3):
+            machine.memory.add_page(0x20_0000 + 0x1000 * walks, 0)
+        if walks == 4:
+            machine.memory.set_entry(machine.memory.root, 12, 0x123)
+        return walk(reading)
+
+    monkeypatch.setattr(source, "_walk_outgoing", moving)
+    facts, report = source.judge(check)
+    assert facts.outgoing.tree.state.problem_count == 1
+    assert report.counts["bad-node"] == 1
 
 
 def test_what_never_stands_still_is_judged_as_far_as_it_did() -> None:

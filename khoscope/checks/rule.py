@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, TypeVar
 
@@ -36,7 +36,7 @@ class Finding:
     phys: int | None = None
     order: int | None = None
     follows: str = ""
-    key: int = 0
+    key: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class Report:
     What the rules found.
 
     :param kept: for each rule, the first KEPT findings that stand for themselves, and the first
-        KEPT that follow from another.
+        KEPT that follow from another, in the order in which the blocks were read.
     :param counts: how many findings each rule has, kept or not.
     :param follows: how many of them follow from another finding, by the rule of that finding, then
         by their own rule.
@@ -329,10 +329,10 @@ def _check_blocks(
             report.add_marked(rule, blocks, marked)
         if of_folios:
             folios.add(blocks)
-    for rule, find in of_folios:
-        report.add_messages(rule, find(facts, folios.totals()))
     for rule, _ in rules:
         report.sort(rule)
+    for rule, find in of_folios:
+        report.add_messages(rule, find(facts, folios.totals()))
     report.blocks = rows.count
     report.incomplete += rows.gaps()
 

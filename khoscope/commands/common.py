@@ -144,18 +144,21 @@ def kernel(args: argparse.Namespace, progress: Progress) -> KernelSource:
     return KernelSource(*_program(args), Overrides(args.type_shift), progress)
 
 
-def judge(
-    args: argparse.Namespace, use: Callable[[Snapshot], T], before: Snapshot | None
+def used(
+    args: argparse.Namespace,
+    use: Callable[[Snapshot], T],
+    read: Callable[[KernelSource], tuple[Snapshot, T]],
 ) -> tuple[Snapshot, T]:
     """
-    The facts of the snapshot file or kernel that was asked for, and what ``use`` makes of them; of
-    a kernel, :meth:`KernelSource.judge`.
+    The facts of the snapshot file or kernel that was asked for, and what ``use`` makes of them.
+
+    :param read: has a kernel's facts used while they are read, as :meth:`KernelSource.judge` does.
     """
     if args.snapshot:
         found = store.load_file(args.snapshot)
         return found, use(found)
     with Progress(sys.stderr) as progress:
-        return kernel(args, progress).judge(use, before)
+        return read(kernel(args, progress))
 
 
 def facts(args: argparse.Namespace, read: Callable[[KernelSource], Snapshot]) -> Snapshot:

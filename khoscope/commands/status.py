@@ -25,9 +25,9 @@ nobody has claimed yet."""
 
 
 def _run(args: argparse.Namespace) -> int:
-    facts = common.facts(args, lambda source: source.status())
+    facts, found = common.used(args, status, lambda source: source.status(status))
     if args.json:
-        view.write_json(facts, status(facts), sys.stdout)
+        view.write_json(facts, found, sys.stdout)
     else:
-        view.StatusText(sys.stdout, args.limit).status(facts, status(facts))
+        view.StatusText(sys.stdout, args.limit).status(facts, found)
     return common.FINE

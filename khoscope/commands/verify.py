@@ -122,7 +122,7 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.watch:
         return _watch(args, before, next_kernel, report)
-    facts, found = common.judge(args, report, before)
+    facts, found = common.used(args, report, lambda source: source.judge(report, before))
     if args.json:
         documents.write_verify(facts, found, sys.stdout, next_kernel)
     else:

@@ -163,7 +163,7 @@ def _by_kind(abi: Abi, leaves: Leaves) -> Iterator[tuple[int, Leaves]]:
 
 
 class _Ahead:
-    """Blocks of one kind, decoded some at a time."""
+    """Blocks of one kind, decoded some at a time; their leaves are sorted by key."""
 
     def __init__(self, abi: Abi, leaves: Leaves) -> None:
         self._abi = abi
@@ -191,11 +191,11 @@ class _Ahead:
 
     def _decode(self) -> None:
         start, blocks = self._next, 0
-        while self._next < len(self._leaves) and blocks < CHUNK_BLOCKS:
+        most = start + max(RUN_BITS // self._abi.leaf_bits, 1)
+        while self._next < min(len(self._leaves), most) and blocks < CHUNK_BLOCKS:
             blocks += int(self._counts[self._next])
             self._next += 1
-        self._blocks = decode_leaves(self._abi, self._leaves[start : self._next])
-        self._blocks = _sorted(self._blocks)
+        self._blocks = _sorted(decode_leaves(self._abi, self._leaves[start : self._next]))
         self.decoded = 1 << 64
         if self._next < len(self._leaves):
             self.decoded = self._abi.kho_radix_decode_key(int(self._leaves.key[self._next]))[0]

@@ -220,16 +220,18 @@ class KernelSource:
         return self._with_scratch(reading, self._clients(reading))
 
     @told()
-    def status(self) -> Snapshot:
+    def status(self, use: Callable[[Snapshot], T]) -> tuple[Snapshot, T]:
         """
-        :meth:`scratch`, and what is stamped.  There are stamps only after a KHO boot: looking for
-        them takes a scan of all struct pages.
+        :meth:`scratch`, what is stamped, and what ``use`` makes of them.
+
+        There are stamps only after a KHO boot: looking for them takes a scan of all struct pages,
+        whenever ``use`` iterates them.
         """
         facts = self.scratch()
-        if not facts.handover.is_kho_boot or not self.abi.stamp.has_magic:
-            return facts
-        scan = _Scan(self, facts.ram, bare=True)
-        return replace(facts, stamps=_Lazy(scan.stamps), scan=scan.seen)
+        if facts.handover.is_kho_boot and self.abi.stamp.has_magic:
+            scan = _Scan(self, facts.ram, bare=True)
+            facts = replace(facts, stamps=_Lazy(scan.stamps), scan=scan.seen)
+        return facts, use(facts)
 
     def judge(
         self, use: Callable[[Snapshot], T], before: Snapshot | None = None
@@ -262,7 +264,8 @@ class KernelSource:
             if not self._moves:
                 return read(walk_it())
             (facts, used), tree = settle(walk_it, read)
-            if not tree.state.moved:
+            seen = facts.outgoing.tree.state
+            if not tree.state.moved and tree.state.problem_count == seen.problem_count:
                 return replace(facts, outgoing=replace(facts.outgoing, tree=tree)), used
         # What stood still among what moves is known only after all was read: keep it until then.
         facts = self.snapshot(stamps=False)
@@ -356,7 +359,16 @@ class KernelSource:
         facts = self._with_clients(reading, self._snapshot(reading, tree, kernel))
         facts = self._with_scratch(reading, facts)
         outgoing = self._with_vm_structs(reading, facts)
-        stream = _Lazy(lambda: map(pages.with_pages, blocks(self.abi)))
+
+        def read() -> Iterator[Blocks]:
+            total = sum(int(leaves.counts().sum()) for leaves in tree.leaves)
+            done = 0
+            for part in blocks(self.abi):
+                yield pages.with_pages(part)
+                done += len(part)
+                self._progress("checking blocks", done, total)
+
+        stream = _Lazy(read)
         return replace(
             facts,
             outgoing=replace(outgoing, blocks=stream),
@@ -479,7 +491,7 @@ class KernelSource:
                 "the stamps of this kernel are an order alone, and cannot be searched for",
                 "compare it with a snapshot of the kernel before it: khoscope verify --before",
             )
-        return _Scan(self, self._begin().ram).stamps()
+        return _Scan(self, self._begin().ram, bare=True).stamps()
 
     def pages(self, start: int, end: int) -> Iterator[PageRuns]:
         """The struct pages of the pfns [start, end), window by window, each a row."""
