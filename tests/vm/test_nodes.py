@@ -49,7 +49,10 @@ def blocks_at(look: Look, *pieces: Piece) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("kernel", ["7.2-base"])
 def test_memory_of_two_nodes(kernel: str, tmp_path: Path) -> None:
     before = tmp_path / "before.khosnap"
-    with Machine(kernel, borders=(HALVES >> 10, SINGLE >> 10)) as machine:
+    # A kernel that KASLR puts into the small node in the middle needs more scratch there than that
+    # node has, and switches KHO off.
+    borders = (HALVES >> 10, SINGLE >> 10)
+    with Machine(kernel, append="nokaslr", borders=borders) as machine:
         look = Look(machine)
         nodes = look.ask("status")["nodes"]
         assert [int(node["phys"], 16) for node in nodes[1:]] == [HALVES, SINGLE]
