@@ -10,13 +10,12 @@ callback.  Everything is measured in one run, and what counts is the ratio.
 from __future__ import annotations
 
 import resource
-import time
-from collections.abc import Callable
 
 import numpy as np
 from drgn import Architecture, Platform, Program
 from tabulate import tabulate
 
+from benchmarks.bench_tree import timed
 from khoscope.abi.keys import Abi
 from khoscope.facts.snapshot import ScratchUse
 from khoscope.sources.pages import WINDOW, PageReader
@@ -50,16 +49,6 @@ def struct_pages() -> bytes:
             part["mapping"], part["refcount"] = 0x1000 + (of == 2), 2 - (of == 2)
             part["page_type"] = 0
     return pages.tobytes()
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Seconds, the best of three."""
-    took = []
-    for _ in range(3):
-        start = time.perf_counter()
-        work()
-        took.append(time.perf_counter() - start)
-    return min(took)
 
 
 def main() -> None:

@@ -38,7 +38,6 @@ from .pattern import (
     readable,
     restores_split,
     stays_compound,
-    tails,
     type_name,
     typed,
 )
@@ -61,7 +60,7 @@ from .rule import Marked, Message, Severity, also, rule
 def type_mismatch(facts: Snapshot, blocks: Blocks) -> Marked:
     """The recorded type says one refcount pattern and the struct pages show the other."""
     pages = blocks.facts
-    many = tails(pages) > 0
+    many = pages.tails > 0
     wrong = (blocks.type == KHO_PAGE_CONTIG) & is_split(pages)
     wrong |= (blocks.type == KHO_PAGE_SPLIT) & is_contig(pages)
     return Marked(

@@ -28,7 +28,6 @@ from .pattern import (
     is_split,
     readable,
     stays_compound,
-    tails,
     type_name,
     typed,
 )
@@ -217,7 +216,7 @@ def _half_a_folio(before: Blocks, now: Pages, abi: Abi) -> NDArray[np.bool_]:
 
     Nothing else leaves such a block.
     """
-    every = (now.head == 1) & (now.ones == tails(now)) & (now.compound == before.order)
+    every = (now.head == 1) & (now.ones == now.tails) & (now.compound == before.order)
     as_pages = np.zeros(len(before), np.bool_)
     return every & stays_compound(abi, before.order, as_pages)
 
@@ -334,7 +333,7 @@ def type_changed(pairs: Pairs) -> Marked:
     stamp = pairs.abi.stamp.type(pairs.after.private)
     recorded = pairs.before.type
     was = pairs.before.facts
-    many = tails(was) > 0
+    many = was.tails > 0
     other = typed(pairs.before) & (stamp != recorded)
     other |= many & (stamp == KHO_PAGE_CONTIG) & is_split(was)
     other |= many & (stamp == KHO_PAGE_SPLIT) & is_contig(was)

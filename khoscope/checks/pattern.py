@@ -32,14 +32,9 @@ def held(pages: Pages) -> NDArray[np.bool_]:
     return readable(pages) & (pages.head > 0) & (pages.free == 0)
 
 
-def tails(pages: Pages) -> NDArray[np.int64]:
-    """How many pages follow the first."""
-    return pages.tails
-
-
 def is_contig(pages: Pages) -> NDArray[np.bool_]:
     """Head held, tails at 0.  A single page is both contig and split."""
-    return held(pages) & (pages.zeros == tails(pages))
+    return held(pages) & (pages.zeros == pages.tails)
 
 
 def is_split(pages: Pages) -> NDArray[np.bool_]:
@@ -78,7 +73,7 @@ def lost_type(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
     if not abi.has_types or abi.type_is_stored or abi.type_is_refused:
         return np.zeros(len(blocks), np.bool_)
     pages = blocks.facts
-    return (blocks.type == KHO_PAGE_CONTIG) & is_split(pages) & (tails(pages) > 0)
+    return (blocks.type == KHO_PAGE_CONTIG) & is_split(pages) & (pages.tails > 0)
 
 
 def lost_order(facts: Snapshot, blocks: Blocks) -> NDArray[np.bool_]:
@@ -145,7 +140,7 @@ def describe(pages: Pages, row: int, order: int = 0) -> str:
     head = int(pages.head[row])
     if pages.unread[row]:
         return f"{pages.unread[row]} struct pages unreadable"
-    count = int(tails(pages)[row])
+    count = int(pages.tails[row])
     if count == 0:
         text = f"{head}"
     elif pages.zeros[row] == count:

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from ..abi.keys import BAD_ORDER, U64
 from ..checks import BatchFindings, Finding
-from ..checks.pattern import tails
 from ..checks.run import KEPT
 from ..facts.calls import (
     BIT_CLEAR,
@@ -135,7 +134,7 @@ def alike(batch: Batch) -> Alike:
         return Alike([], groups)
     blocks, pages = touches.blocks, touches.blocks.facts
     looked = touches.action != Action.DELETE
-    rest = tails(pages)
+    rest = pages.tails
     examples, kind = distinct(
         [
             touches.action,
