@@ -59,18 +59,21 @@ from .rule import Marked, Message, Severity, also, rule
 )
 def type_mismatch(facts: Snapshot, blocks: Blocks) -> Marked:
     """The recorded type says one refcount pattern and the struct pages show the other."""
-    pages = blocks.facts
-    many = pages.tails > 0
-    wrong = (blocks.type == KHO_PAGE_CONTIG) & is_split(pages)
-    wrong |= (blocks.type == KHO_PAGE_SPLIT) & is_contig(pages)
     return Marked(
-        wrong & many & typed(blocks),
+        blocks.by_look(_other_type),
         lambda row: (
             f"recorded {type_name(int(blocks.type[row]))}, the pages are {_describe(blocks, row)}"
         ),
         "type-not-stored",
         lost_type(facts.abi, blocks),
     )
+
+
+def _other_type(blocks: Blocks) -> NDArray[np.bool_]:
+    pages = blocks.facts
+    wrong = (blocks.type == KHO_PAGE_CONTIG) & is_split(pages)
+    wrong |= (blocks.type == KHO_PAGE_SPLIT) & is_contig(pages)
+    return wrong & (pages.tails > 0) & typed(blocks)
 
 
 @rule(
@@ -86,9 +89,12 @@ def type_mismatch(facts: Snapshot, blocks: Blocks) -> Marked:
 )
 def mixed_refcounts(facts: Snapshot, blocks: Blocks) -> Marked:
     """No type describes the block: neither 1/0 nor 1/1, heads at 0 included."""
-    pages = blocks.facts
+
+    def mixed(blocks: Blocks) -> NDArray[np.bool_]:
+        return _judged(blocks) & ~is_contig(blocks.facts) & ~is_split(blocks.facts)
+
     return Marked(
-        _judged(blocks) & ~is_contig(pages) & ~is_split(pages),
+        blocks.by_look(mixed),
         lambda row: f"no type fits: the pages are {_describe(blocks, row)}",
     )
 
@@ -119,20 +125,27 @@ def wrong_after_restore(kernel: NextKernel | None, facts: Snapshot, blocks: Bloc
     """What the next kernel's restore will set differs from what is there now; it is assumed to
     do what this kernel does, unless its image tells."""
     abi, who = _restored_by(kernel, facts)
+
     # Assume that clients restore a folio with kho_restore_folio(); where that is not known,
     # needs-folio-restore says so.
-    folio = blocks.facts.compound > 0
-    split = restores_split(abi, blocks.type, folio)
-    compound = stays_compound(abi, blocks.order, folio)
+    def split(blocks: Blocks) -> NDArray[np.bool_]:
+        return restores_split(abi, blocks.type, blocks.facts.compound > 0)
+
+    def compound(blocks: Blocks) -> NDArray[np.bool_]:
+        return stays_compound(abi, blocks.order, blocks.facts.compound > 0)
+
+    def other(blocks: Blocks) -> NDArray[np.bool_]:
+        return _judged(blocks) & (~fits(blocks.facts, split(blocks)) | compound(blocks))
 
     def say(row: int) -> str:
-        how = ", and leave it a compound page" if compound[row] else ""
+        block = blocks[row : row + 1]
+        how = ", and leave it a compound page" if compound(block)[0] else ""
         return (
             f"{_describe(blocks, row)} now, {who} will restore it as "
-            f"{named(int(blocks.order[row]), bool(split[row]))}{how}"
+            f"{named(int(block.order[0]), bool(split(block)[0]))}{how}"
         )
 
-    wrong = _judged(blocks) & (~fits(blocks.facts, split) | compound)
+    wrong = blocks.by_look(other)
     if wrong.any():
         # Nobody restores what is used in place.
         wrong &= ~InPlace(facts).claimed(blocks)
@@ -141,7 +154,7 @@ def wrong_after_restore(kernel: NextKernel | None, facts: Snapshot, blocks: Bloc
         say,
         "type-not-stored",
         lost_type(facts.abi, blocks),
-        _STAYS_COMPOUND if compound.any() else "",
+        _STAYS_COMPOUND if blocks.by_look(compound).any() else "",
     )
 
 
@@ -227,7 +240,7 @@ def stale_entry(facts: Snapshot, blocks: Blocks) -> Marked:
             return "it now lies inside a compound page that begins before it"
         return f"is now a folio of order {pages.compound[row]}"
 
-    return Marked(_stale(blocks), say)
+    return Marked(blocks.by_look(_stale), say)
 
 
 def _stale(blocks: Blocks) -> NDArray[np.bool_]:
@@ -421,7 +434,7 @@ def bad_key(facts: Snapshot, blocks: Blocks) -> Marked:
             return f"key {blocks.key[row]:#x} has no order bit that this kernel knows"
         return f"key {blocks.key[row]:#x}: order {blocks.order[row]} is more than all RAM"
 
-    return Marked(blocks.order > _order_limit(facts), say)
+    return Marked(blocks.by_look(lambda blocks: blocks.order > _order_limit(facts)), say)
 
 
 def _order_limit(facts: Snapshot) -> int:
@@ -446,7 +459,8 @@ def _order_limit(facts: Snapshot) -> int:
 def huge_order(facts: Snapshot, blocks: Blocks) -> Marked:
     """A block above MAX_PAGE_ORDER."""
     most = facts.abi.max_page_order
-    huge = (blocks.order > most) & (blocks.order <= _order_limit(facts))
+    limit = _order_limit(facts)
+    huge = blocks.by_look(lambda blocks: (blocks.order > most) & (blocks.order <= limit))
     if huge.any():
         # Of those that a next kernel like this one cannot take, block-too-large speaks.
         huge &= ~InPlace(facts).claimed(blocks) & ~too_large(facts, facts.abi.limits, blocks)
@@ -525,7 +539,8 @@ def overlap(facts: Snapshot, every: KeySet) -> Iterator[tuple[Blocks, Marked]]:
         return
     lost = np.unique(orders[regular & lost_orders(facts, leaves)])
     reach, reach_of_real = _Reach(abi), _Reach(abi)
-    for blocks in Tree(TreeState(0), leaves=[leaves[regular]]).by_address(abi):
+    for chunk in Tree(TreeState(0), leaves=[leaves[regular]]).by_address(abi):
+        blocks = chunk.in_order_of("phys")
         hit = reach.covered(blocks, np.ones(len(blocks), np.bool_))
         inside = hit
         if len(lost):
@@ -573,7 +588,7 @@ class _Reach:
 
 def unjudged(facts: Snapshot, blocks: Blocks) -> int:
     """Blocks whose struct pages could not be read although they lie in RAM."""
-    lost = ~readable(blocks.facts)
+    lost = blocks.by_look(lambda blocks: ~readable(blocks.facts))
     if not lost.any():
         return 0
     lost &= ~outside_ram(facts, blocks).rows

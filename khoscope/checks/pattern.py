@@ -72,8 +72,12 @@ def lost_type(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
     """Split blocks of several pages that are recorded contig because the tree dropped the type."""
     if not abi.has_types or abi.type_is_stored or abi.type_is_refused:
         return np.zeros(len(blocks), np.bool_)
-    pages = blocks.facts
-    return (blocks.type == KHO_PAGE_CONTIG) & is_split(pages) & (pages.tails > 0)
+
+    def lost(blocks: Blocks) -> NDArray[np.bool_]:
+        pages = blocks.facts
+        return (blocks.type == KHO_PAGE_CONTIG) & is_split(pages) & (pages.tails > 0)
+
+    return blocks.by_look(lost)
 
 
 def lost_order(facts: Snapshot, blocks: Blocks) -> NDArray[np.bool_]:

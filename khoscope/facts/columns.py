@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Final, Self, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -142,6 +142,10 @@ class Pages(Columns):
         return cls(**{name: np.zeros(rows, dtype) for name, dtype in cls.DTYPES.items()})
 
 
+#: Pages of a block of each order.
+_PAGE_COUNT: Final = np.array([1 << o if o < 64 else 0 for o in range(256)], np.uint64)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Blocks(Columns):
     """
@@ -168,13 +172,51 @@ class Blocks(Columns):
         return self.pages
 
     @functools.cached_property
+    def _stretches(self) -> tuple[Self, NDArray[np.int64]] | None:
+        """
+        The first of each stretch of neighbours that differ in nothing but key and address, and how
+        many each has; None: there are too many to be worth it.
+        """
+        changes = self.order[1:] != self.order[:-1]
+        if len(changes) < 2:
+            return None
+        differ = np.empty_like(changes)
+        facts = self.facts
+        for column in (self.type, *(getattr(facts, name) for name in Pages.DTYPES)):
+            changes |= np.not_equal(column[1:], column[:-1], out=differ)
+        first = np.append(0, np.flatnonzero(changes) + 1)
+        if len(first) > len(self) // 4:
+            return None
+        return self[first], np.diff(np.append(first, len(self)))
+
+    def by_look(self, find: Callable[[Self], NDArray[np.bool_]]) -> NDArray[np.bool_]:
+        """
+        What a function finds, worked out once for each stretch of blocks that look alike: most
+        blocks look like their neighbours.
+
+        :param find: of blocks with their facts, a mask; it must not look at key or address.
+        """
+        stretches = self._stretches
+        if stretches is None:
+            return find(self)
+        first, count = stretches
+        found = find(first)
+        return np.repeat(found, count) if found.any() else np.zeros(len(self), np.bool_)
+
+    @functools.cached_property
     def page_count(self) -> U64:
         """u64, pages of each block; 0 for a bad order."""
         if len(self.order) and (self.order == self.order[0]).all():
             only = int(self.order[0])
             return np.full(len(self.order), 1 << only if only < 64 else 0, np.uint64)
-        order = np.minimum(self.order, 63).astype(np.uint64)
-        return np.where(self.order > 63, np.uint64(0), np.uint64(1) << order)
+        return _PAGE_COUNT[self.order]
+
+    def in_order_of(self, column: str) -> Self:
+        """The same blocks sorted by ``phys`` or ``key``; those of one address keep their order."""
+        values = getattr(self, column)
+        if (values[1:] < values[:-1]).any():
+            return self[np.argsort(values, kind="stable")]
+        return self
 
     def end(self, page_shift: int) -> U64:
         """u64, the first physical address behind each block, saturating at 2^64 - 1."""

@@ -9,6 +9,7 @@ it judges facts, read live or not, and says which facts contradict each other.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -382,10 +383,15 @@ def _other_odd(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
     return wrong & (pages.unread == 0)
 
 
+def _by_look(find: Rows) -> Rows:
+    """The same, of what has nothing to do with keys and addresses."""
+    return lambda abi, blocks: blocks.by_look(functools.partial(find, abi))
+
+
 _PAGES: Final[dict[str, Rows]] = {
-    "have other pages than their order says": _not_all_pages,
-    "have more free or odd pages than pages": _more_than_all,
-    "have a first odd page, and no odd pages, or the other way round": _other_odd,
+    "have other pages than their order says": _by_look(_not_all_pages),
+    "have more free or odd pages than pages": _by_look(_more_than_all),
+    "have a first odd page, and no odd pages, or the other way round": _by_look(_other_odd),
 }
 _KEYS: Final[dict[str, Rows]] = {"are not what their keys say": _other_key, **_PAGES}
 _STAMPS: Final[dict[str, Rows]] = {"are not what their stamps say": _other_stamp, **_PAGES}

@@ -191,11 +191,10 @@ class FolioTally:
 
     def add(self, blocks: Blocks) -> None:
         """Look at the next chunk."""
-        facts = blocks.facts
-        folio = (facts.compound > 0) & (facts.compound == blocks.order)
-        blocks = blocks[folio & (facts.unread == 0) & (facts.free == 0)]
-        if not len(blocks):
+        folios = blocks.by_look(_are_folios)
+        if not folios.any():
             return
+        blocks = blocks[folios]
         owner = self._owners.of(blocks)
         counts = self._counts[owner]
         blocks, owner = blocks[counts], owner[counts]
@@ -217,6 +216,12 @@ class FolioTally:
             )
             for owner in sorted(self._first, key=lambda owner: (owner == UNKNOWN, owner))
         ]
+
+
+def _are_folios(blocks: Blocks) -> NDArray[np.bool_]:
+    facts = blocks.facts
+    folio = (facts.compound > 0) & (facts.compound == blocks.order)
+    return folio & (facts.unread == 0) & (facts.free == 0)
 
 
 def claimed(side: Side) -> list[tuple[Owner, int]]:

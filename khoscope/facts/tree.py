@@ -96,7 +96,8 @@ class Tree:
 
     def by_address(self, abi: Abi) -> Iterator[Blocks]:
         """
-        The blocks, decoded, chunk by chunk, sorted by address, and by key where several begin.
+        The blocks, decoded, in chunks: each begins behind all blocks of the one before it, and is
+        sorted by key.
 
         Whoever reads their struct pages comes by each of them once, whatever the orders.
         """
@@ -110,9 +111,11 @@ class Tree:
         while ahead:
             # What a kind has begins behind what is decoded of it.
             until = min(each.decoded for each in ahead)
-            blocks = Blocks.concatenate(filter(len, (each.until(until) for each in ahead)))
+            for end in _ends([each.begins(until) for each in ahead], until):
+                blocks = Blocks.concatenate(filter(len, (each.until(end) for each in ahead)))
+                if len(blocks):
+                    yield blocks.in_order_of("key")
             ahead = [each for each in ahead if not each.done]
-            yield from _pieces(_sorted(blocks))
 
     def totals(self, abi: Abi) -> dict[tuple[int, int], int]:
         """Blocks by (order, type), counted without decoding a key."""
@@ -179,15 +182,22 @@ class _Ahead:
     def done(self) -> bool:
         return self._next == len(self._leaves) and not len(self._blocks)
 
+    def begins(self, phys: int) -> U64:
+        """The addresses of those that begin in front of another one."""
+        return self._blocks.phys[: self._until(phys)]
+
     def until(self, phys: int) -> Blocks:
         """Those that begin in front of an address; it is not above :attr:`decoded`."""
-        at = len(self._blocks)
-        if phys < 1 << 64:
-            at = int(np.searchsorted(self._blocks.phys, np.uint64(phys)))
+        at = self._until(phys)
         found, self._blocks = self._blocks[:at], self._blocks[at:]
         if not len(self._blocks):
             self._decode()
         return found
+
+    def _until(self, phys: int) -> int:
+        if phys < 1 << 64:
+            return int(np.searchsorted(self._blocks.phys, np.uint64(phys)))
+        return len(self._blocks)
 
     def _decode(self) -> None:
         start, blocks = self._next, 0
@@ -195,27 +205,24 @@ class _Ahead:
         while self._next < min(len(self._leaves), most) and blocks < CHUNK_BLOCKS:
             blocks += int(self._counts[self._next])
             self._next += 1
-        self._blocks = _sorted(decode_leaves(self._abi, self._leaves[start : self._next]))
+        found = decode_leaves(self._abi, self._leaves[start : self._next])
+        self._blocks = found.in_order_of("phys")
         self.decoded = 1 << 64
         if self._next < len(self._leaves):
             self.decoded = self._abi.kho_radix_decode_key(int(self._leaves.key[self._next]))[0]
 
 
-def _sorted(blocks: Blocks) -> Blocks:
-    """Sorted by address; blocks of one address stay in order."""
-    if (blocks.phys[1:] < blocks.phys[:-1]).any():
-        return blocks[np.argsort(blocks.phys, kind="stable")]
-    return blocks
+def _ends(begins: list[U64], until: int) -> list[int]:
+    """
+    Addresses that cut blocks into chunks; the last is ``until``.
 
-
-def _pieces(blocks: Blocks) -> Iterator[Blocks]:
-    """Blocks cut into chunks, but never between two of one address."""
-    start = 0
-    while start < len(blocks):
-        end = min(start + CHUNK_BLOCKS, len(blocks))
-        end = int(np.searchsorted(blocks.phys, blocks.phys[end - 1], "right"))
-        yield blocks[start:end]
-        start = end
+    :param begins: where the blocks of each kind begin, all in front of ``until``.
+    """
+    count = sum(map(len, begins))
+    if count <= CHUNK_BLOCKS:
+        return [until]
+    ranks = range(CHUNK_BLOCKS, count, CHUNK_BLOCKS)
+    return [*np.partition(np.concatenate(begins), ranks)[ranks].tolist(), until]
 
 
 def decode_leaves(abi: Abi, leaves: Leaves) -> Blocks:

@@ -130,10 +130,11 @@ class StructPages:
     @functools.cached_property
     def _address(self) -> U64:
         """u64, the virtual address of each struct page."""
-        pfn = self._pfn
+        pfn, layout = self._pfn, self._layout
         if isinstance(pfn, int):
-            pfn = np.arange(len(self._raw) // self._layout.size, dtype=np.uint64) + np.uint64(pfn)
-        return pfn * np.uint64(self._layout.size) + np.uint64(self._layout.vmemmap)
+            count = len(self._raw) // layout.size
+            return _offsets(layout.size, count) + np.uint64(layout.vmemmap + pfn * layout.size)
+        return pfn * np.uint64(layout.size) + np.uint64(layout.vmemmap)
 
     @functools.cached_property
     def is_fake_head(self) -> NDArray[np.bool_]:
@@ -214,7 +215,11 @@ class StructPages:
 
     @property
     def is_buddy(self) -> NDArray[np.bool_]:
-        return (self.page_type >> np.uint32(24)) == self._layout.buddy_type
+        layout = self._layout
+        if layout.fake_heads or layout.inverted is not None:
+            return (self.page_type >> np.uint32(24)) == layout.buddy_type
+        # The top byte alone is less to go through.
+        return self._column(layout.page_type + 3, np.uint8) == layout.buddy_type
 
     @property
     def is_pristine(self) -> NDArray[np.bool_]:
@@ -250,6 +255,12 @@ class StructPages:
             large = self._is_tail(behind)
             found[rows[large]] = order[large].astype(np.int8)
         return found
+
+
+@functools.lru_cache(maxsize=4)
+def _offsets(size: int, count: int) -> U64:
+    """Of so many struct pages from the first, bytes: most windows have as many."""
+    return np.arange(count, dtype=np.uint64) * np.uint64(size)
 
 
 class PageReader:
@@ -389,20 +400,19 @@ class PageReader:
     def _facts(self, blocks: Blocks) -> Pages:
         facts = Pages.blank(len(blocks))
         facts.compound[:] = Pages.NOT_COMPOUND
-        shift = np.uint64(self._abi.page_shift)
-        start = (blocks.phys >> shift).astype(np.int64)
+        start = (blocks.phys >> np.uint64(self._abi.page_shift)).view(np.int64)
         # Memory beyond RAM has no struct pages.  A block of a bad order has no pages.
-        length = np.minimum(blocks.page_count, np.uint64(1) << np.uint64(40)).astype(np.int64)
+        length = np.minimum(blocks.page_count, np.uint64(1) << np.uint64(40)).view(np.int64)
         end = start + length
         if int(end.max(initial=0)) > self._ram_end:
             end = np.minimum(end, self._ram_end)
             # The cap leaves room to add pages of RAM that cannot be read.
             facts.unread[:] = np.minimum(start + length - np.maximum(end, start), 2**31)
         rows = np.flatnonzero(end > start)
-        if (start[rows[1:]] < start[rows[:-1]]).any():
-            rows = rows[np.argsort(start[rows], kind="stable")]
+        at = _run_of(rows)
+        if (start[at][1:] < start[at][:-1]).any():
+            at = rows = rows[np.argsort(start[rows], kind="stable")]
         if len(rows):
-            at = _run_of(rows)
             _Gather(self, facts, rows, start[at], end[at]).run()
             self._find_free(facts, start, rows)
         return facts
@@ -588,6 +598,12 @@ class _Gather:
         facts.ones[rows] += ones
         facts.others[rows] += (last - first).astype(np.uint32) - zeros - ones
 
+        # Most blocks have tails that are all alike.
+        count = last - first
+        mixed = np.flatnonzero((start < low) | (zeros != count) & (ones != count))
+        if not len(mixed):
+            return
+        rows, start, last = rows[mixed], start[mixed], last[mixed]
         # The first tail that differs from the one before it differs from the second page, too.
         changes = np.flatnonzero(refcount[1:] != refcount[:-1]) + 1
         if carry is not None and carry != refcount[0]:
