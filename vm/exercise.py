@@ -22,7 +22,8 @@ from vm.machine import Machine
 #: - ``vmalloc-pages`` preserves the pages of an area, without ``kho_preserve_vmalloc()``;
 #: - ``slab`` preserves the page of an object of ``kmalloc()``;
 #: - ``blob`` adds a subtree with a blob, ``blob-lost`` adds one with a blob that nobody preserved,
-#:   and ``blob-at`` adds one with a blob at an address that only the running kernel tells.
+#:   and ``blob-at`` adds one with a blob at an address that only the running kernel tells;
+#: - ``folio-at`` preserves a folio of others, at such an address.
 SCENARIOS = (
     "contig",
     "split",
@@ -163,7 +164,7 @@ class Exercise:
             each order). For ``many``, ``vmalloc`` and ``vmalloc-pages`` it is the number of pages.
             For ``blob`` it is the number of subtrees; the scenario ends with the first subtree that
             KHO refuses. For ``scratch`` and ``blob-at`` it is the physical address, a multiple of
-            four pages or of one page; for ``node-border`` and
+            four pages or of one page; for ``folio-at`` that of a folio; for ``node-border`` and
             ``node-halves`` that of the border
         """
         words = scenario if number is None else f"{scenario} {number}"

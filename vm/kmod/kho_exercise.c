@@ -5,7 +5,7 @@
  * In /sys/kernel/debug/kho_exercise:
  *
  *   preserve  write "NAME", "NAME N", "many N", "scratch PHYS", "blob-at PHYS",
- *             "node-border PHYS" or "node-halves PHYS":
+ *             "folio-at PHYS", "node-border PHYS" or "node-halves PHYS":
  *             allocates the memory of a scenario and has KHO preserve it. N is
  *             how many blocks of the scenarios that are made of some, of all its
  *             orders in turn (else one of each); how many pages "many" has, and
@@ -682,6 +682,13 @@ static void free_folio(struct piece *p)
 	folio_put(page_folio(page_of(p, 0)));
 }
 
+/* Before the kexec it is somebody else's. */
+static void free_folio_of_others(struct piece *p)
+{
+	if (p->handed_over)
+		free_folio(p);
+}
+
 /* make_dma() has seen to it that the device has the same address for it. */
 static void free_dma(struct piece *p)
 {
@@ -1039,6 +1046,26 @@ static int make_blob_at(const struct scenario *s, unsigned long phys)
 	return preserve(s, p);
 }
 
+/* A folio that is somebody else's, who keeps it. */
+static int make_folio_at(const struct scenario *s, unsigned long phys)
+{
+	struct page *page = pfn_to_online_page(PHYS_PFN(phys));
+	struct piece *p;
+
+	if (!PAGE_ALIGNED(phys) || !page || !page_count(page) ||
+	    page != &page_folio(page)->page)
+		return -EINVAL;
+
+	p = new_piece(s);
+	if (IS_ERR(p))
+		return PTR_ERR(p);
+	p->phys = phys;
+	p->order = folio_order(page_folio(page));
+	p->pages = folio_nr_pages(page_folio(page));
+
+	return preserve(s, p);
+}
+
 /* Memory that the next kernel uses from its start. Whose it is now does not matter. */
 static int make_scratch(const struct scenario *s, unsigned long phys)
 {
@@ -1268,6 +1295,12 @@ static const struct scenario scenarios[] = {
 		.argument = AN_ADDRESS,
 		.make = make_blob_at,
 		.never_restored = true,
+	}, {
+		.name = "folio-at",
+		.kind = &folios,
+		.argument = AN_ADDRESS,
+		.make = make_folio_at,
+		.free = free_folio_of_others,
 	}, {
 		/* Only KHO's own debugging refuses it. */
 		.name = "scratch",
