@@ -179,6 +179,8 @@ class Block:
     unread: int = 0
     pristine: int = 0
     key: int | None = None
+    #: Tails that are in no count, since they have no struct pages of their own.
+    shared: int = 0
 
     @classmethod
     def split(cls, phys: int, order: int, **more: int) -> Block:
@@ -204,7 +206,8 @@ def page_facts(blocks: Iterable[Block]) -> Pages:
         for name in Pages.DTYPES.keys() - {"zeros"}:
             getattr(facts, name)[i] = getattr(b, name)
         if b.order != BAD_ORDER:
-            facts.zeros[i] = max((1 << b.order) - 1 - b.ones - b.others - b.unread, 0)
+            counted = b.ones + b.others + b.unread + b.shared
+            facts.zeros[i] = max((1 << b.order) - 1 - counted, 0)
         tails = facts.zeros[i] + facts.ones[i] + facts.others[i]
         if not facts.odd[i] and tails not in (facts.zeros[i], facts.ones[i], facts.others[i]):
             facts.odd[i] = 2

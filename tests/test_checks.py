@@ -1392,6 +1392,27 @@ def test_folios_are_summed_up_by_owner() -> None:
     assert report.errors == 0
 
 
+HUGETLB = {"page_type": 0xF4000000, "private": 0x12}
+
+
+def test_tails_that_share_struct_pages_are_told() -> None:
+    shares = {**HUGETLB, "shared": (1 << 18) - 64}
+    report = check(out(folio(18, phys=1 << 30, **shares), folio(9, phys=1 << 26, **HUGETLB)))
+    [found] = [f.message for f in report.findings if f.rule == "needs-folio-restore"]
+    assert found == (
+        "2 folios (262,656 pages, 262,080 tail struct pages shared by HVO) of an unknown owner,"
+        " at 0x4000000, 0x40000000"
+    )
+    [huge] = [f.message for f in report.findings if f.rule == "huge-order"]
+    assert huge.endswith("the pages are 1/0 compound order 18 in the 64 pages looked at")
+    assert not report.incomplete
+    # Only tails of a folio with a page type have no facts of their own.
+    shares = {**HUGETLB, "shared": 7}
+    for lacking in (folio(4, shared=7), contig(4, **shares), folio(4, **shares, unread=1)):
+        said = check(out(lacking)).incomplete
+        assert any("have other pages than their order says" in each for each in said)
+
+
 def test_folios_that_were_freed_or_not_in_an_older_file() -> None:
     """It does not say which, and so there is no verdict."""
     old = Pages.UNRECORDED

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from khoscope.abi.keys import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE, Abi, Stamp
 from khoscope.facts.columns import Blocks, Pages
+from khoscope.facts.invariants import of_blocks
+from khoscope.facts.page_runs import PageKnowledge, PageRuns
 from khoscope.sources import pages as pages_module
 from khoscope.sources.pages import InvertedTypes, PageLayout, PageReader
 from tests.synthetic import FIXED, PLAIN
@@ -305,6 +307,90 @@ def test_fake_heads(kept: int, window: int, monkeypatch: pytest.MonkeyPatch) -> 
     newer.pages[:] = memory.pages
     if kept == 64:
         assert newer.facts((512, 9)).others.tolist() == [7]
+
+
+#: Bit 4 of ``private``, as on linux 6.16 to 7.3.
+SHARING = replace(LAYOUT, hugetlb_type=HUGETLB >> 24, optimized=1 << 4)
+#: Where a large folio begins and ends.
+FOLIO = (4096, 8192)
+
+
+def sharing(older: bool) -> Vmemmap:
+    """
+    Memory with an optimised hugetlb folio at ``FOLIO``.
+
+    Since linux 7.1 the struct pages that tails share are not those of their head; here one in each
+    page of them is odd.
+    """
+    memory = Vmemmap(count=12288, layout=replace(SHARING, fake_heads=older))
+    head, end = FOLIO
+    optimised(memory, head, 12, TOGETHER if older else end - head)
+    memory.pages["private"][head] = 0x12
+    if older:
+        memory.pages["private"][head:end:TOGETHER] = 0x12
+    else:
+        # Of the mask of the folio's addresses, which the tails of all folios share.
+        memory.pages["info"][head + 1 : end] = (-(64 << 12)) % (1 << 64) + 1
+        memory.pages["refcount"][head + TOGETHER + 5 : end : TOGETHER] = 7
+    return memory
+
+
+@pytest.mark.parametrize("older", [True, False])
+@pytest.mark.parametrize("window", [1, 63, 64, 65, 1000, 1 << 15])
+def test_tails_that_share_struct_pages_are_not_counted(
+    older: bool, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages_module, "WINDOW", window)
+    memory = sharing(older)
+    # The folio; its first half; a block with pages behind it, which are their own.
+    blocks = columns([(4096, 12), (4096, 11), (0, 13)])
+    blocks = memory.reader().with_pages(blocks)
+    facts = blocks.facts
+    assert facts.zeros.tolist()[:2] == [63, 63]
+    assert (
+        facts.odd.tolist()[:2] == facts.others.tolist()[:2] == facts.unread.tolist()[:2] == [0, 0]
+    )
+    assert blocks.shared.tolist() == [(1 << 12) - 64, (1 << 11) - 64, 0]
+    assert int(facts.tails[2]) == (1 << 13) - 1
+    assert not of_blocks(FIXED, replace_keys(blocks))
+    # Without the flag, each of them is taken for its own.
+    memory.pages["private"][FOLIO[0] : FOLIO[1]] = 0x2
+    facts = memory.facts((4096, 12))
+    assert int(facts.tails[0]) == (1 << 12) - 1
+    assert (int(facts.others[0]) > 0) == (not older)
+
+
+def replace_keys(blocks: Blocks) -> Blocks:
+    """The same with the keys that they have in a tree."""
+    rows = zip(blocks.phys.tolist(), blocks.order.tolist(), strict=True)
+    keys = [FIXED.kho_radix_encode_key(phys, order, 0) for phys, order in rows]
+    return replace(blocks, key=np.array(keys, np.uint64))
+
+
+@pytest.mark.parametrize("older", [True, False])
+@pytest.mark.parametrize("first", [0, 4096, 6000, 8191])
+def test_tails_that_share_struct_pages_page_by_page(
+    older: bool, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever one begins to look, and wherever a window begins."""
+    monkeypatch.setattr(pages_module, "WINDOW", 1024)
+    memory = sharing(older)
+    found = PageRuns.concatenate(memory.reader().pages(first, 12288))
+    pfns = np.arange(first, 12288)
+    shared = (pfns >= FOLIO[0] + TOGETHER) & (pfns < FOLIO[1])
+    assert ((found.seen == PageKnowledge.SHARED) == shared).all()
+    assert set(found.compound[shared].tolist()) <= {Pages.COMPOUND_TAIL}
+    assert not found.refcount[pfns != FOLIO[0]].any()
+
+
+def test_a_folio_that_leads_nowhere() -> None:
+    """Struct pages may hold anything: tails of a head outside RAM, of one that is a tail itself."""
+    memory = sharing(False)
+    for head in (-(1 << 20), 1 << 20, 0, 4096, 6143):
+        memory.pages["info"][6144:8192] = (LAYOUT.vmemmap + head * 64) % (1 << 64) + 1
+        memory.pages["info"][4096] = 1
+        found = PageRuns.concatenate(memory.reader().pages(6144, 12288))
+        assert (found.seen == PageKnowledge.READ).all()
 
 
 def test_fake_heads_page_by_page() -> None:

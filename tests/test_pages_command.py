@@ -261,6 +261,17 @@ def test_recorded_heads() -> None:
     assert at(0x0)["seen"] == PageKnowledge.UNRECORDED
 
 
+def test_tails_that_share_struct_pages_have_no_facts() -> None:
+    folio = Block(0x200000, 9, head=3, compound=9, page_type=0xF4000000, shared=448)
+    facts = snapshot(FIXED, [folio])
+    found = look_at(facts, recorded(facts), 0x200000, 0x400000)
+    seen = [PageKnowledge.READ, PageKnowledge.REFCOUNT, PageKnowledge.SHARED]
+    assert found.seen.tolist() == seen
+    assert found.pages.tolist() == [1, 63, 448]
+    assert found.refcount.tolist() == [3, 0, 0]
+    assert found.compound.tolist() == [9, Pages.COMPOUND_TAIL, Pages.COMPOUND_TAIL]
+
+
 def test_blocks_out_of_order_are_refused() -> None:
     facts = snapshot(FIXED, [])
     one, other = (columns(FIXED, [Block(phys)]) for phys in (0x1000, 0x2000))

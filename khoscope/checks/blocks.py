@@ -215,7 +215,8 @@ def needs_folio_restore(facts: Snapshot, folios: list[FolioTotal]) -> Iterator[M
 
 def _folios(total: FolioTotal) -> str:
     count = "1 folio" if total.folios == 1 else f"{total.folios:,} folios"
-    return f"{count} ({total.pages:,} pages)"
+    shared = f", {total.shared:,} tail struct pages shared by HVO" if total.shared else ""
+    return f"{count} ({total.pages:,} pages{shared})"
 
 
 @rule(

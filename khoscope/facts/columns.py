@@ -97,7 +97,8 @@ class Pages(Columns):
     :param head: i32, refcount of the first page.
     :param zeros: u32, how many of the other pages have refcount 0.
     :param ones: u32, how many have 1.
-    :param others: u32, how many have any other.
+    :param others: u32, how many have any other.  In none of the three are tails of a hugetlb folio
+        that share their struct pages with others (HVO): :attr:`Blocks.shared`.
     :param odd: u32, index of the first page whose refcount differs from the second page's (the
         one that decides the type when the series preserves); 0: they all agree.
     :param free: u32, how many pages of the block are free: in the buddy allocator, or on a
@@ -170,6 +171,19 @@ class Blocks(Columns):
         if self.pages is None:
             raise ValueError("the struct pages of these blocks were not read")
         return self.pages
+
+    @property
+    def shared(self) -> NDArray[np.int64]:
+        """
+        i64, how many tails of each block have no struct pages of their own: the kernel has mapped
+        those of a hugetlb folio onto others (HVO, ``mm/hugetlb_vmemmap.c``), and they are not
+        counted.  In traces, these are all that were not looked at.
+        """
+        pages = self.facts
+        top = pages.page_type >> np.uint32(24)
+        typed = (pages.compound >= self.order) & (top >= 0x80) & (top < 0xFF)
+        uncounted = self.page_count.view(np.int64) - 1 - pages.tails - pages.unread
+        return np.where(typed & (pages.unread == 0), np.maximum(uncounted, 0), 0)
 
     @functools.cached_property
     def _stretches(self) -> tuple[Self, NDArray[np.int64]] | None:

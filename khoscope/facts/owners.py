@@ -160,12 +160,14 @@ class FolioTotal:
     Folios of several pages that are preserved and that one owner has.
 
     :param owner: None: not known.
+    :param shared: how many of the pages share their struct pages with others (HVO).
     :param first: the lowest of their addresses, a few of them.
     """
 
     owner: Owner | None
     folios: int
     pages: int
+    shared: int
     first: list[int]
 
 
@@ -187,6 +189,7 @@ class FolioTally:
         self._counts = np.array([*(owner.kind in FOLIOS_OF for owner in every), True], np.bool_)
         self._folios = np.zeros(len(self._counts), np.int64)
         self._pages = np.zeros(len(self._counts), np.uint64)
+        self._shared = np.zeros(len(self._counts), np.int64)
         self._first: dict[int, U64] = {}
 
     def add(self, blocks: Blocks) -> None:
@@ -200,6 +203,7 @@ class FolioTally:
         blocks, owner = blocks[counts], owner[counts]
         np.add.at(self._folios, owner, 1)
         np.add.at(self._pages, owner, blocks.page_count)
+        np.add.at(self._shared, owner, blocks.shared)
         for each in np.unique(owner).tolist():
             known = self._first.get(each, np.zeros(0, np.uint64))
             phys = np.append(known, blocks.phys[owner == each])
@@ -212,6 +216,7 @@ class FolioTally:
                 None if owner == UNKNOWN else self._owners.owners[owner],
                 int(self._folios[owner]),
                 int(self._pages[owner]),
+                int(self._shared[owner]),
                 self._first[owner].tolist(),
             )
             for owner in sorted(self._first, key=lambda owner: (owner == UNKNOWN, owner))

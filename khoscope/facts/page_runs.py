@@ -43,6 +43,9 @@ class PageKnowledge(IntEnum):
     UNRECORDED = 4
     #: No System RAM is there.
     OUTSIDE_RAM = 5
+    #: It is a tail of a hugetlb folio that shares its struct page with other tails (HVO,
+    #: mm/hugetlb_vmemmap.c): no fact of its own.
+    SHARED = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,7 +302,11 @@ def _fill(window: PageRuns, blocks: Blocks, abi: Abi, buddy: int | None) -> None
     )
     window.refcount[page] = np.where(alike & ~unread, facts.ones[block] > 0, 0)
     window.buddy[page] = np.where(facts.free[block] > tails, PageRuns.FREE, PageRuns.ALLOCATED)
-    inside = page - begin[block] < 1 << np.clip(facts.compound[block].astype(np.int64), 0, 62)
+    at = page - begin[block]
+    shared = at >= (count - blocks.shared)[block]
+    window.seen[page[shared]] = PageKnowledge.SHARED
+    window.refcount[page[shared]] = 0
+    inside = at < 1 << np.clip(facts.compound[block].astype(np.int64), 0, 62)
     window.compound[page] = np.where(
         inside & (facts.compound[block] > 0), Pages.COMPOUND_TAIL, Pages.NOT_COMPOUND
     )

@@ -84,6 +84,9 @@ class PageLayout:
         not since linux 7.1.
     :param inverted: how the kernel has page types in bits; None: in numbers, as all that reads
         them expects.
+    :param hugetlb_type: ``PGTY_hugetlb``; 0: the kernel has no such pages.
+    :param optimized: ``HPG_vmemmap_optimized`` as a mask, for ``private`` of a hugetlb folio; 0:
+        debug info has no such flag.
     """
 
     vmemmap: int
@@ -101,6 +104,8 @@ class PageLayout:
     untyped: int = 0xFF
     fake_heads: bool = False
     inverted: InvertedTypes | None = None
+    hugetlb_type: int = 0
+    optimized: int = 0
 
 
 #: ``page_type`` of a page that has no type and is mapped nowhere (``_mapcount`` is -1).
@@ -191,6 +196,26 @@ class StructPages:
         """``page->mapping``; of a tail it holds something else."""
         return self._column(self._layout.mapping, np.uint64)
 
+    @property
+    def is_optimized(self) -> NDArray[np.bool_]:
+        """
+        Heads of hugetlb folios whose tails share struct pages
+        (``folio_test_hugetlb_vmemmap_optimized()`` in hugetlb.h).
+        """
+        return _is_optimized(self._layout, self.page_type, self.private)
+
+    def head_of_first(self) -> int:
+        """The pfn of the head of the compound page that the first page is a tail of."""
+        # The first page may be a fake head, and the one behind it is none.
+        info = int(self._column(self._layout.compound, np.uint64)[1])
+        address = int(self._address[1])
+        if info & 1:
+            # Since linux 7.1 a mask, where hugetlb folios can be optimised (_compound_head() in
+            # page-flags.h); else the address of the head.
+            rest = ~(info - 1) % (1 << 64)
+            address = address & ~rest if rest & (rest + 1) == 0 else info - 1
+        return (address - self._layout.vmemmap) // self._layout.size
+
     def of_folio(self, offset: int) -> NDArray[np.int64]:
         """
         i64 for each page: the ``atomic_t`` at some offset of ``struct folio``, if it is the head of
@@ -261,6 +286,16 @@ class StructPages:
 def _offsets(size: int, count: int) -> U64:
     """Of so many struct pages from the first, bytes: most windows have as many."""
     return np.arange(count, dtype=np.uint64) * np.uint64(size)
+
+
+def _is_optimized(
+    layout: PageLayout, page_type: NDArray[np.uint32], private: U64
+) -> NDArray[np.bool_]:
+    if not layout.optimized:
+        return np.zeros(len(page_type), np.bool_)
+    hugetlb = page_type >> np.uint32(24) == layout.hugetlb_type
+    optimized: NDArray[np.bool_] = hugetlb & (private & np.uint64(layout.optimized) != 0)
+    return optimized
 
 
 class PageReader:
@@ -351,9 +386,47 @@ class PageReader:
             found.page_type[to] = page_types(pages.page_type)
             last = Pages.COMPOUND_TAIL if tail[-1] else Pages.NOT_COMPOUND
             found.compound[to] = np.append(pages.compound_order(), np.int8(last))
+            for low, high in self._shared(at, pages):
+                self._forget(found[max(low - start, 0) : max(high - start, 0)])
         buddy = self._buddy(start, end, parts)
         found.buddy[:] = np.where(found.seen == PageKnowledge.READ, buddy, PageRuns.ALLOCATED)
         return found
+
+    @property
+    def own(self) -> int:
+        """
+        How many struct pages an optimised hugetlb folio has for itself
+        (``HUGETLB_VMEMMAP_RESERVE_PAGES`` in hugetlb_vmemmap.h).
+        """
+        return self._abi.page_size // self._layout.size
+
+    def _shared(self, start: int, pages: StructPages) -> Iterator[tuple[int, int]]:
+        """
+        The pages whose struct pages are shared among tails of hugetlb folios, first and end, pfns.
+
+        :param pages: from ``start`` on; a folio may begin before them.
+        """
+        if not self._layout.optimized:
+            return
+        parts = [(start, pages)]
+        if np.count_nonzero(pages.is_tail[:2]) == 2:
+            head = pages.head_of_first()
+            raw = self._read_pages(head, head + 2) if 0 <= head < start else None
+            if raw is not None:
+                parts.append((head, self._view(head, raw)))
+        for at, part in parts:
+            rows = np.flatnonzero(part.is_optimized[:-1])
+            orders = part.compound_order(rows).tolist()
+            for head, order in zip((rows + at).tolist(), orders, strict=True):
+                if order > 0:
+                    yield head + self.own, head + (1 << order)
+
+    def _forget(self, runs: PageRuns) -> None:
+        """Their struct pages say nothing about these pages alone."""
+        runs.seen[:] = PageKnowledge.SHARED
+        runs.stamp[:] = runs.flags[:] = runs.refcount[:] = 0
+        runs.page_type[:] = PageRuns.UNTYPED
+        runs.compound[:] = Pages.COMPOUND_TAIL
 
     def _stamped(self, start: int, pages: StructPages) -> Blocks:
         abi = self._abi
@@ -555,13 +628,6 @@ class _Gather:
             return None
         pages = reader._view(low, raw)
         refcount = pages.refcount[: high - low].copy()
-        several = np.flatnonzero(stop - begin > (start >= low))
-        if len(several):
-            self._tails(rows[several], start[several], stop[several], low, refcount, carry)
-
-        to = _run_of(rows)
-        for column, which in ((facts.free, pages.is_buddy), (facts.pristine, pages.is_pristine)):
-            _count(column, to, which[: high - low], begin, stop)
 
         begun = int(np.searchsorted(start, low))
         head, to = _run_of(begin[begun:]), _run_of(rows[begun:])
@@ -572,7 +638,39 @@ class _Gather:
         # The last page has nothing behind it if that could not be read.
         known = slice(begun, int(np.searchsorted(start, low + len(pages.flags) - 1)))
         facts.compound[_run_of(rows[known])] = pages.compound_order(_run_of(begin[known]))
+
+        several = np.flatnonzero(stop - begin > (start >= low))
+        if len(several):
+            length = end[several] - start[several]
+            stop[several] = self._own(rows[several], start[several] - low, length, stop[several])
+            self._tails(rows[several], start[several], stop[several], low, refcount, carry)
+
+        to = _run_of(rows)
+        for column, which in ((facts.free, pages.is_buddy), (facts.pristine, pages.is_pristine)):
+            _count(column, to, which[: high - low], begin, stop)
         return refcount[-1]
+
+    def _own(
+        self,
+        rows: NDArray[np.int64],
+        begin: NDArray[np.int64],
+        length: NDArray[np.int64],
+        stop: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """
+        Where the struct pages of each block end that are not shared with other tails.
+
+        :param begin: of each block, in the window or before it; ``stop`` is in it.
+        """
+        facts, layout = self._facts, self._reader._layout
+        types = facts.page_type[rows]
+        if not (types >> np.uint32(24) == layout.hugetlb_type).any():
+            return stop
+        shares = _is_optimized(layout, types, facts.private[rows])
+        # A block that reaches beyond the folio has more struct pages of its own.
+        order = np.clip(facts.compound[rows].astype(np.int64), 0, 62)
+        shares &= length <= np.int64(1) << order
+        return np.where(shares, np.clip(begin + self._reader.own, 0, stop), stop)
 
     def _tails(
         self,

@@ -677,7 +677,14 @@ def page_layout(prog: Program) -> PageLayout:
         untyped=types.numbers["mapcount_underflow"],
         fake_heads=not newer,
         inverted=types.inverted,
+        hugetlb_type=types.numbers.get("hugetlb", 0),
+        optimized=_bit(enumerators(prog, "enum hugetlb_page_flags").get("HPG_vmemmap_optimized")),
     )
+
+
+def _bit(number: int | None) -> int:
+    """A mask; 0: there is no such flag."""
+    return 0 if number is None else 1 << number
 
 
 @guarded()

@@ -20,6 +20,7 @@ SILENT = {
     PageKnowledge.UNREAD: "its struct page cannot be read",
     PageKnowledge.UNRECORDED: "not in the snapshot",
     PageKnowledge.OUTSIDE_RAM: "outside RAM",
+    PageKnowledge.SHARED: "tail struct page shared by HVO",
 }
 
 

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Struct pages of hugetlb folios whose struct pages the kernel has given back, or not (HVO)."""
+"""
+Struct pages of hugetlb folios whose struct pages the kernel has given back, or not (HVO).
+
+No kernel hands over such a folio by itself: memfds of huge pages are refused by LUO.  A driver that
+pins one and calls kho_preserve_folio() does.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +13,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.vm.test_khoscope import TIMEOUT
+from tests.vm.test_khoscope import TIMEOUT, guest
+from tests.vm.test_rules import of
+from vm.exercise import Exercise
+from vm.job import Job
 from vm.kernel import one_of_each_series, series
 from vm.machine import Machine
 
 SCRIPT = Path(__file__).parent / "guest" / "hugetlb.py"
+HOLD = Path(__file__).parent / "guest" / "hold_hugetlb.py"
+#: Bytes of the folios, with their orders.
+SIZES = {9: 2 << 20, 18: 1 << 30}
+#: Scratch is of no use for what the command line reserves, and would be twice as large as that.
+HUGE = (
+    "hugetlb_free_vmemmap=on hugepagesz=2M hugepages=1 hugepagesz=1G hugepages=1"
+    " kho_scratch=64M,256M,256M"
+)
+OWN = 64
 
 
 @pytest.mark.parametrize("kernel", one_of_each_series())
@@ -25,7 +42,8 @@ def test_hugetlb_folios_are_read_as_drgn_reads_them(kernel: str) -> None:
             check=True,
         ).stdout
     whole, optimised = map(json.loads, said.splitlines())
-    for each in (whole, optimised):
+    # What tails share is not counted: the rest of the first page of struct pages is left.
+    for each, own in ((whole, 511), (optimised, 63)):
         assert each["head"]
         assert each["khoscope"] == each["drgn"]
         assert len(each["khoscope"]) == 3 * 512
@@ -34,7 +52,7 @@ def test_hugetlb_folios_are_read_as_drgn_reads_them(kernel: str) -> None:
         refcount = block.pop("head")
         assert refcount >= 1
         assert block == {
-            "zeros": 511,
+            "zeros": own,
             "ones": 0,
             "others": 0,
             "compound": 9,
@@ -44,3 +62,56 @@ def test_hugetlb_folios_are_read_as_drgn_reads_them(kernel: str) -> None:
     # Of eight pages of struct pages, one is left.
     assert (whole["given_back"], optimised["given_back"]) == (0, 7 if series(kernel) < "7" else 6)
     assert optimised["fake_heads"] == (series(kernel) == "6.18")
+
+
+def test_optimised_folios_are_handed_over(tmp_path: Path) -> None:
+    snapshot = tmp_path / "before.khosnap"
+    with Machine("7.2-fixed", append=HUGE, memory=5120) as machine:
+        exercise = Exercise(machine)
+        exercise.load()
+        machine.copy_in(HOLD, "/root/hold.py")
+        words = ("python3", "/root/hold.py", *map(str, SIZES.values()))
+        holder = Job(machine, "/root/hold", words)
+        holder.until_on(TIMEOUT)
+        at = dict(zip(SIZES, map(int, holder.output().split()), strict=True))
+        for phys in at.values():
+            exercise.preserve("folio-at", phys)
+        assert [(p.ret, p.pages) for p in exercise.report()] == [(0, 1 << order) for order in SIZES]
+
+        before = json.loads(guest(machine, "verify", "--json"))["findings"]
+        guest(machine, "snapshot", "/root/before.khosnap")
+        machine.copy_out("/root/before.khosnap", snapshot)
+        look = {order: _runs(machine, "--live", at[order], order) for order in SIZES}
+        kept = {
+            order: _runs(machine, "--snapshot /root/before.khosnap", at[order], order)
+            for order in SIZES
+        }
+        machine.load_kexec()
+        machine.execute_kexec()
+        exercise.load()
+        exercise.restore("folio-at")
+        machine.copy_in(snapshot, "/root/before.khosnap")
+        after = json.loads(guest(machine, "verify", "--before", "/root/before.khosnap", "--json"))
+        restored = {order: _runs(machine, "--live", at[order], order) for order in SIZES}
+
+    pages = sum(1 << order for order in SIZES)
+    shared = pages - OWN * len(SIZES)
+    said = f"2 folios ({pages:,} pages, {shared:,} tail struct pages shared by HVO)"
+    [folios] = of(before, "needs-folio-restore")
+    assert folios["message"].startswith(said)
+    for order in SIZES:
+        rows = [("read", 1), ("read", OWN - 1), ("shared", (1 << order) - OWN)]
+        assert look[order] == rows
+        assert kept[order] == [rows[0], ("refcount", OWN - 1), rows[2]]
+        # The next kernel has a struct page for each, and no hugetlb folio.
+        assert restored[order] == [("read", 1), ("read", (1 << order) - 1)]
+    assert after["verdict"] == "pass"
+    found = {f.get("phys") for f in after["findings"]}
+    assert not found & {f"{phys:#x}" for phys in at.values()}
+
+
+def _runs(machine: Machine, source: str, phys: int, order: int) -> list[tuple[str, int]]:
+    """How much is known of the pages of a folio, run by run."""
+    span = f"{phys:#x}..{phys + SIZES[order]:#x}"
+    found = json.loads(guest(machine, *source.split(), "pages", span, "--json"))
+    return [(run["seen"], run["pages"]) for run in found["runs"]]
