@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from types import FrameType
 
 from ..carry.memfd import carry
+from ..facts.snapshot import Snapshot
 from ..views import carry as view
-from ..views.progress import Progress
+from ..views.progress import Progress, followed
 from ..views.text import Text
 from ..words.errors import say
 from . import common
@@ -53,7 +54,11 @@ def _run(args: argparse.Namespace) -> int:
         with contextlib.ExitStack() as stack:
             with Progress(sys.stderr) as progress:
                 source = common.kernel(args, progress)
-                carried = stack.enter_context(carry(source.snapshot))
+
+                def take() -> Snapshot:
+                    return followed(source.snapshot(), progress, "writing blocks")
+
+                carried = stack.enter_context(carry(take))
             stack.enter_context(_stoppable())
             if args.json:
                 view.write_json(carried, sys.stdout)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..facts import store
 from ..facts.snapshot import Snapshot
-from ..views.progress import Progress
+from ..views.progress import Progress, followed
 from ..views.text import LIMIT
 from ..words.errors import KhoscopeError, say
 from ..words.statuses import FINE as FINE
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from ..sources.kernel import KernelSource
 
 T = TypeVar("T")
+
+#: What is done with the blocks of a snapshot.
+READ_BACK = "going through blocks"
 
 #: This word stands for the carried snapshot after --before. A file of that name is ``./carried``.
 CARRIED = "carried"
@@ -147,18 +150,18 @@ def kernel(args: argparse.Namespace, progress: Progress) -> KernelSource:
 def used(
     args: argparse.Namespace,
     use: Callable[[Snapshot], T],
-    read: Callable[[KernelSource], tuple[Snapshot, T]],
+    read: Callable[[KernelSource, Progress], tuple[Snapshot, T]],
 ) -> tuple[Snapshot, T]:
     """
     The facts of the snapshot file or kernel that was asked for, and what ``use`` makes of them.
 
     :param read: has a kernel's facts used while they are read, as :meth:`KernelSource.judge` does.
     """
-    if args.snapshot:
-        found = store.load_file(args.snapshot)
-        return found, use(found)
     with Progress(sys.stderr) as progress:
-        return read(kernel(args, progress))
+        if args.snapshot:
+            found = store.load_file(args.snapshot)
+            return found, use(followed(found, progress, READ_BACK))
+        return read(kernel(args, progress), progress)
 
 
 def facts(args: argparse.Namespace, read: Callable[[KernelSource], Snapshot]) -> Snapshot:

@@ -8,6 +8,7 @@ import sys
 
 from ..facts import store
 from ..views import documents
+from ..views.progress import Progress, followed
 from ..views.text import Text
 from . import common
 
@@ -21,10 +22,14 @@ def add(diff: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     a, b = store.load_file(args.a), store.load_file(args.b)
-    if args.json:
-        documents.write_diff(a, b, sys.stdout)
-    elif args.jsonl:
-        documents.write_diff_lines(a, b, sys.stdout)
-    else:
-        Text(sys.stdout, args.limit).diff(a, b)
+    with Progress(sys.stderr) as progress:
+        out = progress.beside(sys.stdout)
+        # Both are read side by side.
+        a = followed(a, progress, common.READ_BACK)
+        if args.json:
+            documents.write_diff(a, b, out)
+        elif args.jsonl:
+            documents.write_diff_lines(a, b, out)
+        else:
+            Text(out, args.limit).diff(a, b)
     return common.FINE

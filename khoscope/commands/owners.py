@@ -9,6 +9,7 @@ import sys
 from ..facts.owners import NOBODY, BlockOwners, Preservers
 from ..facts.snapshot import Snapshot
 from ..views import owners as view
+from ..views.progress import Progress, followed
 from ..words.errors import KhoscopeError
 from . import common
 
@@ -26,13 +27,16 @@ def add(owners: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     facts = common.facts(args, lambda source: source.snapshot(stamps=False))
-    holders = BlockOwners(facts, _callers(args, facts))
-    if args.json:
-        view.write_json(facts, holders, sys.stdout)
-    elif args.jsonl:
-        view.write_lines(holders, sys.stdout)
-    else:
-        view.OwnersText(sys.stdout, args.limit).owners(facts, holders)
+    callers = _callers(args, facts)
+    with Progress(sys.stderr) as progress:
+        out = progress.beside(sys.stdout)
+        holders = BlockOwners(followed(facts, progress, common.READ_BACK), callers)
+        if args.json:
+            view.write_json(facts, holders, out)
+        elif args.jsonl:
+            view.write_lines(holders, out)
+        else:
+            view.OwnersText(out, args.limit).owners(facts, holders)
     return common.FINE
 
 

@@ -53,18 +53,20 @@ def _run(args: argparse.Namespace) -> int:
             look = source.pages
 
         def looked(start: int, stop: int) -> Iterator[PageRuns]:
+            shift = facts.abi.page_shift
             last = min(end, int(facts.ram[-1, 1]))
             for window in look(start, stop):
-                progress("looking at pages", int(window.phys[-1]) - first, last - first)
                 yield window
+                done = int(window.phys[-1]) - first >> shift
+                progress("looking at pages", done, last - first >> shift)
 
-        found = _cleared(runs(facts, first, end, looked), progress)
+        found, out = runs(facts, first, end, looked), progress.beside(sys.stdout)
         if args.json:
-            view.write_json(facts, args.range, found, sys.stdout)
+            view.write_json(facts, args.range, found, out)
         elif args.jsonl:
-            view.write_lines(facts, found, sys.stdout)
+            view.write_lines(facts, found, out)
         else:
-            view.PagesText(sys.stdout, args.limit).pages(facts, found)
+            view.PagesText(out, args.limit).pages(facts, found)
     return common.FINE
 
 
@@ -76,10 +78,3 @@ def _require_few(facts: Snapshot, first: int, end: int) -> None:
         raise KhoscopeError(
             f"{pages:,} pages of RAM, more than {budget.PAGES:,}", "give a smaller range"
         )
-
-
-def _cleared(found: Iterator[PageRuns], progress: Progress) -> Iterator[PageRuns]:
-    """Clear the progress bar before each part, because runs are read while they are shown."""
-    for part in found:
-        progress.clear()
-        yield part

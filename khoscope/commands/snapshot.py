@@ -8,6 +8,7 @@ import sys
 
 from ..facts import store
 from ..views import documents
+from ..views.progress import Progress, followed
 from ..views.text import Text
 from . import common
 
@@ -28,7 +29,8 @@ def _refuse(args: argparse.Namespace) -> str | None:
 def _run(args: argparse.Namespace) -> int:
     before = common.load_before(args)
     facts = common.facts(args, lambda source: source.snapshot(before))
-    store.save_file(facts, args.file)
+    with Progress(sys.stderr) as progress:
+        store.save_file(followed(facts, progress, "writing blocks"), args.file)
     if args.json:
         documents.write_snapshot(facts, args.file, sys.stdout)
     else:

@@ -11,7 +11,7 @@ from ..facts.snapshot import Snapshot
 from ..facts.tree import Tree
 from ..views import documents
 from ..views.block_filter import BlockFilter
-from ..views.progress import Progress
+from ..views.progress import Progress, followed_tree
 from ..views.text import Text
 from ..words.errors import KhoscopeError
 from . import common
@@ -69,13 +69,15 @@ def _refuse(args: argparse.Namespace) -> str | None:
 def _run(args: argparse.Namespace) -> int:
     facts, tree, which = _read(args)
     wanted = BlockFilter(args.order, args.type, args.phys)
-    if args.json:
-        documents.write_tree(facts, tree, which, wanted, args.nodes, args.raw_keys, sys.stdout)
-    elif args.jsonl:
-        documents.write_block_lines(facts, tree, wanted, args.raw_keys, sys.stdout)
-    else:
-        text = Text(sys.stdout, args.limit)
-        text.tree(facts, tree, which, wanted, args.nodes, args.raw_keys)
+    with Progress(sys.stderr) as progress:
+        out, tree = progress.beside(sys.stdout), followed_tree(tree, progress)
+        if args.json:
+            documents.write_tree(facts, tree, which, wanted, args.nodes, args.raw_keys, out)
+        elif args.jsonl:
+            documents.write_block_lines(facts, tree, wanted, args.raw_keys, out)
+        else:
+            text = Text(out, args.limit)
+            text.tree(facts, tree, which, wanted, args.nodes, args.raw_keys)
     return common.FINE
 
 

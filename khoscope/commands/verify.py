@@ -9,16 +9,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import checks
 from ..facts.next_kernel import NextKernel
 from ..facts.snapshot import Snapshot
 from ..views import documents
 from ..views import watch as watch_view
-from ..views.progress import Progress
+from ..views.progress import Progress, followed
 from ..views.text import Text
 from . import common
 from .checks import rule_name
+
+if TYPE_CHECKING:
+    from ..sources.kernel import KernelSource
 
 
 def add(verify: argparse.ArgumentParser) -> None:
@@ -122,7 +126,16 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.watch:
         return _watch(args, before, next_kernel, report)
-    facts, found = common.used(args, report, lambda source: source.judge(report, before))
+
+    def judge(source: KernelSource, progress: Progress) -> tuple[Snapshot, checks.Report]:
+        # What is compared is read first, and kept.
+        if before is None:
+            return source.judge(report)
+        return source.judge(
+            lambda facts: report(followed(facts, progress, common.READ_BACK)), before
+        )
+
+    facts, found = common.used(args, report, judge)
     if args.json:
         documents.write_verify(facts, found, sys.stdout, next_kernel)
     else:

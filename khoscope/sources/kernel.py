@@ -678,6 +678,7 @@ class KernelSource:
             use_layout(self.prog),
             facts.kernel.page_types,
             self._moves,
+            self._counter("looking at scratch", sum(end - phys for phys, end in areas) >> shift),
         )
         free: list[int | None] = []
         uses = []
@@ -691,6 +692,16 @@ class KernelSource:
         return replace(
             facts, scratch_free=free, scratch_use=uses, unreadable=list(reading.unreadable)
         )
+
+    def _counter(self, what: str, total: int) -> Callable[[int], None]:
+        """Reports progress when it is told how much more is done."""
+        done = _Count()
+
+        def count(more: int) -> None:
+            done.value += more
+            self._progress(what, done.value, total)
+
+        return count
 
     def phys(self, pointer: Object) -> int:
         return int(virt_to_phys(pointer).value_()) if pointer else 0
@@ -744,7 +755,7 @@ class _Scan:
             self.seen.unread -= pages
         total = int((self._ram[:, 1] - self._ram[:, 0]).sum())
         self._source._progress(
-            "scanning struct pages for stamps",
+            "scanning struct pages",
             self.seen.scanned + self.seen.unread,
             total >> self._source.abi.page_shift,
         )

@@ -9,7 +9,7 @@ Kernel sources: ``include/linux/page-flags.h``, ``include/linux/mm.h`` (``folio_
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -69,15 +69,22 @@ class UseReader:
 
     :param names: of page types, by number.
     :param moves: the kernel runs meanwhile.
+    :param looked: called with how many more pages were looked at.
     """
 
     def __init__(
-        self, pages: PageReader, layout: UseLayout, names: dict[int, str], moves: bool
+        self,
+        pages: PageReader,
+        layout: UseLayout,
+        names: dict[int, str],
+        moves: bool,
+        looked: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._pages = pages
         self._layout = layout
         self._names = names
         self._moves = moves
+        self._looked = looked
 
     def uses(self, start: int, end: int) -> tuple[int, ScratchUse]:
         """
@@ -108,6 +115,7 @@ class UseReader:
             # if it is not one of hugetlb's gigantic ones.
             for at, uses in self._look(low, high):
                 yield uses[max(start - at, 0) : max(end - at, 0)]
+            self._looked(min(high, end) - max(low, start))
 
     def _look(self, low: int, high: int) -> Iterator[tuple[int, _Uses]]:
         kernel = _CODES.index(PageUse.KERNEL)
