@@ -30,6 +30,18 @@ HUGE = (
     " kho_scratch=64M,256M,256M"
 )
 OWN = 64
+#: What LUO says of a memfd of huge pages: no handler takes it.
+REFUSED = """
+import errno, os
+from khoscope.carry.liveupdate import LiveUpdate
+memfd = os.memfd_create("huge", os.MFD_HUGETLB)
+os.ftruncate(memfd, 2 << 20)
+with LiveUpdate() as luo, luo.create_session("huge") as session:
+    try:
+        session.preserve_fd(memfd, 1)
+    except OSError as error:
+        print(errno.errorcode[error.errno])
+"""
 
 
 @pytest.mark.parametrize("kernel", one_of_each_series())
@@ -78,6 +90,8 @@ def test_optimised_folios_are_handed_over(tmp_path: Path) -> None:
             exercise.preserve("folio-at", phys)
         assert [(p.ret, p.pages) for p in exercise.report()] == [(0, 1 << order) for order in SIZES]
 
+        script = ("env", "PYTHONPATH=/khoscope", "python3", "-c", REFUSED)
+        refused = machine.run(script, timeout=TIMEOUT, check=True).stdout.strip()
         before = json.loads(guest(machine, "verify", "--json"))["findings"]
         guest(machine, "snapshot", "/root/before.khosnap")
         machine.copy_out("/root/before.khosnap", snapshot)
@@ -94,6 +108,7 @@ def test_optimised_folios_are_handed_over(tmp_path: Path) -> None:
         after = json.loads(guest(machine, "verify", "--before", "/root/before.khosnap", "--json"))
         restored = {order: _runs(machine, "--live", at[order], order) for order in SIZES}
 
+    assert refused == "ENOENT"
     pages = sum(1 << order for order in SIZES)
     shared = pages - OWN * len(SIZES)
     said = f"2 folios ({pages:,} pages, {shared:,} tail struct pages shared by HVO)"
