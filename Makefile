@@ -69,6 +69,7 @@ bench: .venv/dev kernels
 	$(BIN)/python -m benchmarks.trace_overhead
 	$(BIN)/python -m benchmarks.restored_as_pages
 	$(BIN)/python -m benchmarks.scratch_pages
+	$(BIN)/python -m benchmarks.kcore_pieces
 
 # A source archive, and a wheel that is built from it.
 dist: .venv/dev
