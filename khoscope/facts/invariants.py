@@ -362,7 +362,9 @@ def _not_all_pages(abi: Abi, blocks: Blocks) -> NDArray[np.bool_]:
     # all memory is capped.
     head_unread = (pages.unread > 0) & (seen == count)
     endless = pages.unread >= np.uint32(1 << 31)
-    whole = (seen + np.uint64(1) == count) | head_unread | endless | (blocks.shared > 0)
+    whole = (seen + np.uint64(1) == count) | head_unread | endless
+    if not whole.all():
+        whole |= blocks.shared > 0
     return (blocks.order != BAD_ORDER) & ~whole | (blocks.order == BAD_ORDER) & (seen > 0)
 
 
