@@ -36,7 +36,6 @@ from khoscope.checks import (
 )
 from khoscope.checks.clients import NEEDED
 from khoscope.checks.rule import SCOPES, TRACE, of_scopes
-from khoscope.facts import budget
 from khoscope.facts.clients import (
     FLB_LIST,
     Claims,
@@ -935,6 +934,8 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
         lambda: check(out(luo=luo_v1(session(), session("vm2", 0)))),
         # What came is for others to judge.
         lambda: check(came(luo(broken_file(), problems=["its sessions loop"]))),
+        # Nor is what khoscope has not looked at.
+        lambda: check(out(luo=luo(session(count=9, left_out=7), left_out=3))),
     ],
     "orphaned-session": [
         lambda: check(came(None)),
@@ -950,7 +951,7 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
         # Nor is a session that this kernel has made.
         lambda: check(out(luo=luo(session()))),
         # Files that khoscope has not looked at are not missing.
-        lambda: check(came(luo(session(files=budget.ENTRIES, count=1 << 20, retrieved=True)))),
+        lambda: check(came(luo(session(count=9, left_out=7, retrieved=True)))),
     ],
     "image-without-kho": [lambda: image(False), lambda: image(True, 0x2000), lambda: one(FIXED)],
     "no-image": [lambda: image(True), lambda: image(True, 0x2000), lambda: one(FIXED)],
@@ -1322,6 +1323,17 @@ def test_where_the_chain_is_said_to_be() -> None:
     facts = replace(made, finalized=True, outgoing=replace(made.outgoing, serialized=chain))
     (found,) = [f for f in check(facts).findings if f.rule == "bad-fdt"]
     assert "preserved-memory-map is 0x1000, the first chunk is 0x7000" in found.message
+
+
+def test_an_fdt_that_is_larger_than_khoscope_reads() -> None:
+    """A limit of khoscope's is no fault of the kernel's, but no verdict passes either."""
+    header = bytes.fromhex("d00dfeed00200000") + bytes(32)
+    for size, wrong in ((2 << 20, 0), (1 << 20, 1)):
+        facts = out(fdt=subtrees(Subtree("memblock", AT, size)), blobs={"subtree memblock": header})
+        report = check(facts)
+        assert report.counts["bad-fdt"] == wrong
+        said = "outgoing subtree memblock: an FDT of 2,097,152 bytes: not looked at"
+        assert (said in report.incomplete) == (not wrong)
 
 
 @pytest.mark.parametrize("abi", [PLAIN, POSTED, FIXED])

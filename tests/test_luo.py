@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,7 +22,7 @@ from khoscope.abi.serialized import (
     MEMFD_COMPATIBLE,
     MEMFD_V1,
 )
-from khoscope.facts import budget, store
+from khoscope.facts import budget, listed, store
 from khoscope.facts.clients import Flb, Luo, LuoFile, LuoSession, Memfd, OwnerKind
 from khoscope.sources.luo import Serialized
 from tests.fuzz import fuzz
@@ -219,35 +220,51 @@ def test_a_list_of_sessions_that_loops() -> None:
     assert problems == [f"block 1 at {handed.head:#x} was there before: the chain loops"]
 
 
-def test_more_than_is_kept() -> None:
-    """Sessions and files together: neither are multiplied with the other."""
-    sessions, problems = read(handed_over(3, 3, 3), kept=7)
-    assert problems == []
+@pytest.mark.parametrize("arrays", [False, True])
+def test_more_than_is_looked_at(arrays: bool) -> None:
+    """Sessions and files together.  A limit of khoscope's is no fault of the kernel's."""
+    handed = handed_over(3, 3, 3, arrays=arrays)
+    sessions, problems = read(handed, kept=7)
+    assert [problems, *(session.problems for session in sessions)] == [[]] * 4
     assert [len(session.files) for session in sessions] == [3, 1, 0]
-    assert sessions[1].problems[0] == "3 entries, only 1 are looked at"
-    assert sessions[2].problems[0] == "3 entries, only 0 are looked at"
+    assert [session.left_out for session in sessions] == [0, 2, 3]
+    following = handed.machine.following()
+    serialized = Serialized(following, arrays=arrays, _left=2)
+    assert len(serialized.sessions(handed.head)) == 2
+    assert (serialized.problems, serialized.left_out) == ([], 1)
 
 
-def test_all_that_is_kept_can_be_stored() -> None:
-    """As many files as are looked at, with names and numbers that take the most room."""
+def test_more_flbs_than_are_looked_at() -> None:
     machine = Machine()
-    # Each has a list of its own, which is broken.
-    size = budget.ENTRIES - 300
+    serialized = Serialized(machine.following(), _left=2)
+    assert len(serialized.flbs(flbs(machine, 5))) == 2
+    assert (serialized.problems, serialized.left_out) == ([], 3)
+
+
+def test_long_lists_can_be_stored() -> None:
+    """With names and numbers that take the most room; one session is longer than a piece."""
+    machine = Machine()
     ser = machine.memfd([(PFN, 0)], 2**64 - 1, 2**64 - 1)
-    entries = [file_ser(ser, 2**64 - 1 - n) for n in range(size)]
-    per_session = -(-size // 300)
+    entries = [file_ser(ser, 2**64 - 1 - n) for n in range(15_000)]
     sessions = []
-    for start in range(0, size, per_session):
-        part = entries[start : start + per_session]
+    start = 0
+    for number, size in enumerate([listed.PIECE + 100, *[60] * 100]):
+        part = entries[start : start + size]
         head = machine.blocks(LUO_FILE_SER, part)[0]
-        sessions.append(session_ser(b"\xff" * 59 + b"%05d" % start, head, len(part)))
+        sessions.append(session_ser(b"\xff" * 59 + b"%05d" % number, head, len(part)))
+        start += size
     following = machine.following()
     serialized = Serialized(following)
     found = serialized.sessions(machine.blocks(LUO_SESSION_SER, sessions)[0])
-    assert sum(len(session.files) for session in found) == size
-    again = store.spool(facts_of(following, Luo(DATA, "luo-v5", sessions=found))).outgoing
+    assert sum(len(session.files) for session in found) == start
+    file = io.BytesIO()
+    side = facts_of(following, Luo(DATA, "luo-v5", sessions=found))
+    store.save(side, file)
+    again = store._load(file, "test.khosnap").outgoing
     assert again.luo is not None
     assert again.luo.sessions == found
+    assert again.owners == following.owners
+    assert again.vmallocs == following.vmallocs
 
 
 # Arrays

@@ -17,9 +17,10 @@ import pytest
 from khoscope.abi.kho_fdt import LuoFdt, parse_luo_fdt
 from khoscope.abi.serialized import LUO_FLB_HEADER_SER, LUO_FLB_SER
 from khoscope.checks import check
-from khoscope.facts import invariants, store
+from khoscope.facts import budget, invariants, store
 from khoscope.facts.clients import Claims, Flb, Luo, OwnerKind
 from khoscope.facts.snapshot import Side, Snapshot
+from khoscope.sources import luo as luo_module
 from khoscope.sources.probe import KhoOut, LuoLists, Parts
 from tests.made_up import DIRECT_MAP, RAM, MadeUp, mapped
 from tests.test_fdt import blob, data, u64
@@ -412,6 +413,62 @@ def test_what_a_vmcore_lacks_is_named() -> None:
         assert facts.outgoing.luo is not None
         assert bool(facts.outgoing.luo.problems) == moves
         assert facts.unreadable == ([] if moves else ["LUO's sessions (outgoing)"])
+
+
+def test_more_files_than_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit of khoscope's is no fault of the kernel's, but no verdict passes either."""
+    kernel = Kernel()
+    kernel.listed(24, kernel.session("a", *range(5)), kernel.session("b", 7), kernel.session("c"))
+    monkeypatch.setattr(budget, "ENTRIES", 6)
+    luo = kernel.outgoing()
+    # All sessions are found first.
+    assert [(s.count, len(s.files), s.left_out, s.problems) for s in luo.sessions] == [
+        *((5, 3, 2, []), (1, 0, 1, []), (0, 0, 0, []))
+    ]
+    report = check(kernel.facts())
+    assert report.counts["broken-luo"] == 0
+    assert [each for each in report.incomplete if "beyond" in each] == [
+        "outgoing LUO: session 'a': at least 2 files beyond the 6 entries that khoscope looks at",
+        "outgoing LUO: session 'b': at least 1 files beyond the 6 entries that khoscope looks at",
+    ]
+    monkeypatch.setattr(budget, "ENTRIES", 2)
+    luo = kernel.outgoing()
+    assert ([s.name for s in luo.sessions], luo.left_out, luo.problems) == (["a", "b"], 1, [])
+
+
+def test_lists_that_loop() -> None:
+    """They end, and nothing on them is there twice."""
+    kernel = Kernel()
+    links = [kernel.session(name, 7, 8) for name in ("a", "b")]
+    kernel.listed(24, *links)
+    machine = kernel.machine
+    (first,) = np.frombuffer(machine.prog.read(links[0] + 16, 8), np.uint64).tolist()
+    (second,) = np.frombuffer(machine.prog.read(first, 8), np.uint64).tolist()
+    machine.words(second, first)
+    machine.words(links[1], links[0])
+    luo = kernel.outgoing()
+    assert luo.problems == [f"the list loops: {links[0] - 72:#x} was there before"]
+    assert seen(luo) == {"a": (False, 2, [7, 8]), "b": (False, 2, [7, 8])}
+    assert luo.sessions[0].problems == [f"the list loops: {first - 32:#x} was there before"]
+
+
+def test_a_list_that_moves_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """khoscope came upon a file that was just taken off its list."""
+    kernel = Kernel()
+    link = kernel.session("a", 7, 8)
+    kernel.listed(24, link)
+    source = kernel.machine.source(moves=True)
+    at = luo_module._Look.at
+
+    def moving(look: luo_module._Look, head: int) -> None:
+        at(look, head)
+        kernel.machine.words(link + 16 + 24, 2)
+
+    kernel.machine.words(link + 16 + 24, 3)
+    monkeypatch.setattr(luo_module._Look, "at", moving)
+    luo = source.clients().outgoing.luo
+    assert luo is not None
+    assert (luo.sessions[0].count, luo.sessions[0].problems) == (2, [])
 
 
 # What it was handed

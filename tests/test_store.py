@@ -389,8 +389,8 @@ def test_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_newer_schema() -> None:
-    data = with_meta(lambda meta: meta.update(schema="khosnap/5", unheard_of={}))
-    with pytest.raises(KhoscopeError, match=r"schema is khosnap/5, this .* reads up to khosnap/4"):
+    data = with_meta(lambda meta: meta.update(schema="khosnap/6", unheard_of={}))
+    with pytest.raises(KhoscopeError, match=r"schema is khosnap/6, this .* reads up to khosnap/5"):
         load(data)
 
 

@@ -31,7 +31,7 @@ FDT_NOP: Final = 4
 FDT_END: Final = 9
 #: The version that kernels write: older ones keep names and values in other places.
 _VERSION: Final = 17
-#: No client's state is larger.
+#: No known client's state is larger.
 _SIZE_LIMIT: Final = 1 << 20
 #: ``FDT_MAX_DEPTH`` (drivers/of/fdt.c): the kernel's own limit of depth.
 _DEPTH_LIMIT: Final = 64
@@ -109,6 +109,16 @@ def read(blob: bytes) -> DeviceTree:
     for each in _names_twice(root, ""):
         problems.add(each)
     return DeviceTree(root, header.totalsize, reserved, problems.all())
+
+
+def is_too_large(blob: bytes, size: int) -> bool:
+    """
+    Whether :func:`read` refuses an FDT only because it reads none that large.
+
+    :param blob: its beginning.
+    :param size: bytes of the memory that it is in.
+    """
+    return blob.startswith(MAGIC) and _SIZE_LIMIT < (total_size(blob) or 0) <= size
 
 
 @dataclass

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 
 from ..abi import serialized
 from ..abi.compatibles import is_known
+from ..abi.fdt import is_too_large, total_size
 from ..abi.keys import COMPATIBLES
 from ..abi.kho_fdt import compatible_of, parse_luo_fdt
-from ..facts import invariants
+from ..facts import budget, invariants
 from ..facts.clients import Luo
 from ..facts.columns import Blocks
 from ..facts.nodes import are_known
@@ -59,7 +60,7 @@ def _unknown(side: Side, outgoing: bool) -> Iterator[str]:
         yield "root FDT: it could not be read"
     elif fdt.compatible is not None and not is_known(fdt.compatible, COMPATIBLES):
         yield f"root FDT: {fdt.compatible!r} is an ABI that khoscope does not know"
-    there = {subtree.name for subtree in fdt.subtrees}
+    there = {subtree.name: subtree.size for subtree in fdt.subtrees}
     luo = side.luo
     if luo is None:
         if serialized.LUO in there:
@@ -68,8 +69,11 @@ def _unknown(side: Side, outgoing: bool) -> Iterator[str]:
         yield f"LUO: {_luo_named(side, luo)}: its sessions were not looked at"
     else:
         yield from _unknown_files(luo)
+        yield from _left_out(luo)
     for name, known in serialized.SUBTREE_COMPATIBLES.items():
         blob = side.blobs.get(f"subtree {name}", b"")
+        if is_too_large(blob, there.get(name) or 0):
+            yield f"subtree {name}: an FDT of {total_size(blob):,} bytes: not looked at"
         # bad-fdt reports a blob that is not an FDT; an incoming blob may have been freed since.
         says = compatible_of(blob)
         if says is not None and says != known:
@@ -98,6 +102,16 @@ def _unknown_files(luo: Luo) -> Iterator[str]:
     for handler, count in handlers.items():
         if handler not in serialized.MEMFDS:
             yield f"LUO: {count:,} files of handler {handler!r}: their memory was not looked at"
+
+
+def _left_out(luo: Luo) -> Iterator[str]:
+    """What khoscope has not looked at because all have more than it keeps."""
+    beyond = f"beyond the {budget.ENTRIES:,} entries that khoscope looks at"
+    if luo.left_out:
+        yield f"LUO: at least {luo.left_out:,} sessions or FLBs {beyond}"
+    for session in luo.sessions:
+        if session.left_out:
+            yield f"LUO: session {session.name!r}: at least {session.left_out:,} files {beyond}"
 
 
 def _unknown_metadata(side: Side) -> Iterator[str]:

@@ -478,7 +478,7 @@ def _sessions(before: Snapshot, after: Snapshot) -> Iterator[tuple[LuoSession, L
     if luo is None:
         none = handed is None or LUO not in {subtree.name for subtree in handed.fdt.subtrees}
     else:
-        none = not luo.live and luo.raw is None and not luo.problems
+        none = not (luo.live or luo.raw is not None or luo.problems or luo.left_out)
     for session in before.outgoing.luo.sessions:
         now = sessions.get(session.name)
         if now is not None or none:

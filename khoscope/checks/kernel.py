@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from ..abi.compatibles import base
-from ..abi.fdt import MAGIC, Unreadable, read
+from ..abi.fdt import MAGIC, Unreadable, is_too_large, read
 from ..abi.keys import COMPATIBLES_WITHOUT_TYPES, Abi, Finalize, Tracker
 from ..abi.kho_fdt import Fdt, Subtree
 from ..abi.serialized import LUO, SUBTREE_COMPATIBLES
@@ -155,6 +155,9 @@ def _subtree_trouble(side: Side) -> Iterator[Message]:
     for subtree in side.fdt.subtrees:
         blob = side.blobs.get(f"subtree {subtree.name}")
         if blob is None or not _should_be_fdt(subtree.name, blob):
+            continue
+        if is_too_large(blob, subtree.size or 0):
+            # The verdict says that it was not looked at.
             continue
         try:
             read(blob)

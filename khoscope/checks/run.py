@@ -99,6 +99,8 @@ class Report:
     incomplete: list[str] = field(default_factory=list)
     rules: set[str] = field(default_factory=set)
     left_out: set[str] = field(default_factory=set)
+    #: How many findings are kept of each rule, by the rule that they follow from.
+    _kept: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
     def findings(self) -> list[Finding]:
@@ -215,10 +217,11 @@ class Report:
 
     def _room(self, rule: Rule, follows: str = "") -> int:
         """How many more findings may be kept that follow from this rule; empty: from none."""
-        return KEPT - sum(each.follows == follows for each in self.kept.get(rule.name, ()))
+        return KEPT - self._kept[rule.name, follows]
 
     def _keep(self, rule: Rule, findings: list[Finding]) -> None:
         self.kept.setdefault(rule.name, []).extend(findings)
+        self._kept.update((rule.name, each.follows) for each in findings)
 
 
 def _where(chunk: Blocks | Calls, row: int) -> tuple[int | None, int | None]:

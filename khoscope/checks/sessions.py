@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from ..facts import budget
 from ..facts.clients import Luo, LuoSession
 from ..facts.snapshot import Snapshot
 from .rule import Message, Severity, also, rule
@@ -101,8 +100,8 @@ def files_that_came(luo: Luo, session: LuoSession) -> int:
     Up to linux 7.1, a session that has lost files on the way still counts them.
     """
     # What khoscope has left out of a long list is there.
-    all_seen = sum(1 + len(each.files) for each in luo.sessions) < budget.ENTRIES
-    return min(session.count, len(session.files)) if luo.live and all_seen else session.count
+    there = len(session.files) + session.left_out
+    return min(session.count, there) if luo.live else session.count
 
 
 def named(session: LuoSession) -> str:

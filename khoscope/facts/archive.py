@@ -69,7 +69,7 @@ class Format:
 
 SNAPSHOT: Final = Format(
     "khosnap",
-    4,
+    5,
     "snapshot file",
     "take the snapshot again, or copy the file again",
     "khoscope --snapshot FILE opens it",
@@ -144,7 +144,7 @@ class _Shape:
         :param kind: what it should be; msgspec checks that later, with better messages.
         :param member: the ``Class.member`` that it belongs to.
         """
-        origin, inner = get_origin(kind), get_args(kind)
+        origin, inner = _generic(kind)
         if origin in (Union, UnionType):
             if raw is not None:
                 self.of(raw, next(each for each in inner if each is not NoneType), path, member)
@@ -167,20 +167,34 @@ class _Shape:
                 raise ValueError(f"{path}: no address or count is {raw:#x}")
 
     def _members(self, raw: dict[str, Any], kind: Any, path: str) -> None:
-        hints = _hints(kind)
-        for f in dataclasses.fields(kind):
-            member = f"{kind.__name__}.{f.name}"
-            if f.name in raw:
-                self.of(raw[f.name], hints[f.name], f"{path}.{f.name}".lstrip("."), member)
+        for name, hint, member in _hints(kind):
+            value = raw.get(name, _MISSING)
+            # Most are so; there may be millions.
+            if value is None or (type(value) is str and len(value) <= budget.TEXT):
+                continue
+            if type(value) is int and 0 <= value < 1 << 64 and member not in SIGNED:
+                continue
+            if value is not _MISSING:
+                self.of(value, hint, f"{path}.{name}".lstrip("."), member)
             elif member in self._may_lack:
                 self.lacking.add(member)
             else:
-                raise ValueError(f"{path}.{f.name}".lstrip(".") + " is not there")
+                raise ValueError(f"{path}.{name}".lstrip(".") + " is not there")
+
+
+_MISSING: Final = object()
 
 
 @functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
+def _generic(kind: Any) -> tuple[Any, tuple[Any, ...]]:
+    return get_origin(kind), get_args(kind)
+
+
+@functools.cache
+def _hints(kind: Any) -> list[tuple[str, Any, str]]:
+    """The members of a dataclass: name, type, and ``Class.member``."""
+    hints = get_type_hints(kind)
+    return [(f.name, hints[f.name], f"{kind.__name__}.{f.name}") for f in dataclasses.fields(kind)]
 
 
 class Writer:
@@ -255,14 +269,17 @@ class Archive:
         self._format = format
         self._version = format.version
         self._prefix = ""
+        self._may_lack: Collection[str] = ()
         self.ours = ours
+        #: Bytes of the file.
+        self.size = file.seek(0, os.SEEK_END)
         with self.damage():
             self._zip = zipfile.ZipFile(file)
             names = self._zip.namelist()
             if len({*names}) < len(names):
                 raise ValueError("members of one name")
             if not ours:
-                self._check_sizes(file.seek(0, os.SEEK_END))
+                self._check_sizes(self.size)
 
     def _check_sizes(self, size: int) -> None:
         """Refuse contents that would take more memory than a file of this many bytes may take."""
@@ -334,9 +351,19 @@ class Archive:
             )
         with self.damage():
             self._version = int(version)
-            shape = _Shape(may_lack.get(self._version, ()))
-            shape.of(msgspec.json.decode(raw), kind, "")
-            return msgspec.json.decode(raw, type=kind), shape.lacking
+            self._may_lack = may_lack.get(self._version, ())
+            return self._decoded(raw, kind)
+
+    def json(self, name: str, kind: type[T]) -> T:
+        """Another member that is JSON, of the same schema."""
+        raw = self.member(name)
+        with self.damage():
+            return self._decoded(raw, kind)[0]
+
+    def _decoded(self, raw: bytes, kind: type[T]) -> tuple[T, set[str]]:
+        shape = _Shape(self._may_lack)
+        shape.of(msgspec.json.decode(raw), kind, "")
+        return msgspec.json.decode(raw, type=kind), shape.lacking
 
     def names(self) -> list[str]:
         """The names of all members."""

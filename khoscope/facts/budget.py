@@ -4,15 +4,16 @@ How much of anything a file may hold: the one place for limits on facts that any
 written.
 
 Each limit is far above what a host has, but low enough that no file of less than 64 MiB makes any
-command need more than 1 GiB.  khoscope refuses a file beyond a limit.  The same limits apply to
-lists and counts in a kernel's own memory that could have any length if they are corrupt.
+command need more than 1 GiB, or 2 GiB if it lists a million files of sessions.  khoscope refuses a
+file beyond a limit.  The same limits apply to lists and counts in a kernel's own memory that could
+have any length if they are corrupt: there, what lies beyond is told as not looked at.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-#: Bytes of ``meta.json``: 16,384 files of sessions take 15 MiB.
+#: Bytes of ``meta.json``: the first 8,192 files of sessions, with their owners, take 8 MiB.
 META: Final = 32 << 20
 #: Bytes of any other member when unpacked: chunks are a few MiB, blobs are cut at BLOB.
 MEMBER: Final = 64 << 20
@@ -38,9 +39,9 @@ ZONES: Final = NODES * 2
 SCRATCH: Final = 1 << 12
 #: Subtrees of a root FDT: 64 KiB have room for 1,200.
 SUBTREES: Final = 1 << 12
-#: Sessions, files and FLBs that are kept, all together: if there are more, somebody wrote over
-#: something, or a list loops.
-ENTRIES: Final = 1 << 14
+#: Sessions, files and FLBs of a kernel that are looked at, all together.  KHO allows 630,000 files
+#: in each session (``KHO_MAX_BLOCKS``); those beyond are told as not looked at.
+ENTRIES: Final = 1 << 20
 #: Pages of a file that are shown one by one: 1 TiB of 4 KiB.
 PAGES: Final = 1 << 28
 
@@ -50,6 +51,15 @@ def members(size: int) -> int:
     The most members in a zip of this many bytes: a zip needs hundreds of bytes to describe one.
     """
     return max(1 << 16, size // 128)
+
+
+def entries(size: int) -> int:
+    """
+    The most sessions and files of LUO in a file of this many bytes.
+
+    Each takes 100 bytes in the file, and 2 KiB in memory with what it owns.
+    """
+    return max(1 << 14, size // 64)
 
 
 def leaves(size: int) -> int:

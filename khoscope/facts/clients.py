@@ -37,7 +37,7 @@ class OwnerKind(StrEnum):
     CALLER = "caller"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Owner:
     """
     Somebody whose memory is preserved.
@@ -77,7 +77,7 @@ class Claims(Columns):
     owner: NDArray[np.uint32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Vmalloc:
     """
     A ``struct kho_vmalloc`` and its chain of ``struct kho_vmalloc_chunk``.
@@ -105,7 +105,7 @@ class Vmalloc:
     problems: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Memfd:
     """
     A ``struct memfd_luo_ser``.
@@ -130,7 +130,7 @@ class Memfd:
     problems: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LuoFile:
     """
     A file in a session (``struct luo_file``, or ``struct luo_file_ser``).
@@ -151,13 +151,15 @@ class LuoFile:
     problems: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LuoSession:
     """
     A session (``struct luo_session``, or ``struct luo_session_ser``).
 
     :param retrieved: as in ``struct luo_session``; None if only the serialized form is there.
     :param count: how many files the session says it has.
+    :param left_out: how many files khoscope has not looked at, at least: all have more than it
+        keeps.
     """
 
     name: str
@@ -165,6 +167,7 @@ class LuoSession:
     count: int
     files: list[LuoFile] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,7 @@ class Luo:
     :param liveupdate_num: live updates up to the next kernel, or up to this one.
     :param live: the sessions come from the kernel's lists, not from the serialized form.
     :param raw: the first bytes of the blob in hex if the ABI is not known.
+    :param left_out: how many sessions and FLBs khoscope has not looked at, likewise.
     """
 
     phys: int
@@ -201,6 +205,7 @@ class Luo:
     flbs: list[Flb] = field(default_factory=list)
     raw: str | None = None
     problems: list[str] = field(default_factory=list)
+    left_out: int = 0
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,7 @@ def _luo_says(raw: bytes) -> tuple[str | None, int | None] | None:
 
 
 def _session(session: LuoSession) -> Iterator[str]:
-    if session.count != len(session.files) and not session.problems:
+    if session.count != len(session.files) and not (session.problems or session.left_out):
         yield f"counts {session.count} files, {len(session.files)} are listed"
     if len({file.token for file in session.files}) < len(session.files):
         yield "two files with one token"

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from functools import cached_property
+from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,8 @@ from ..abi.keys import U64
 from .clients import Claims, Owner, OwnerKind, Vmalloc
 from .columns import Blocks
 from .snapshot import Side, Snapshot
+
+K = TypeVar("K")
 
 #: In place of an owner: the owner is not known.
 UNKNOWN: Final = -1
@@ -313,35 +316,46 @@ class ClaimsByOwner:
         every = Claims.concatenate(side.claims)
         self._claims = every[np.argsort(every.owner, kind="stable")]
         self._starts = np.searchsorted(self._claims.owner, np.arange(len(side.owners) + 1))
-        self._found: dict[Hashable, list[int]] = {}
-        for i, owner in enumerate(side.owners):
-            for key in (
-                (owner.kind, owner.name),
-                (owner.kind, owner.session, owner.token),
-                owner.session,
-            ):
-                self._found.setdefault(key, []).append(i)
+        self._owners = side.owners
+
+    @cached_property
+    def _by_name(self) -> dict[tuple[OwnerKind, str], list[int]]:
+        return self._numbers(lambda owner: (owner.kind, owner.name))
+
+    @cached_property
+    def _by_token(self) -> dict[tuple[OwnerKind, str | None, int | None], list[int]]:
+        return self._numbers(lambda owner: (owner.kind, owner.session, owner.token))
+
+    @cached_property
+    def _by_session(self) -> dict[str | None, list[int]]:
+        return self._numbers(lambda owner: owner.session)
+
+    def _numbers(self, key: Callable[[Owner], K]) -> dict[K, list[int]]:
+        found: dict[K, list[int]] = {}
+        for number, each in enumerate(map(key, self._owners)):
+            found.setdefault(each, []).append(number)
+        return found
 
     def chunks(self, area: Vmalloc) -> Claims:
         """The chunks of a vmalloc area."""
-        return self._of((OwnerKind.VMALLOC_CHUNK, area.name))
+        return self._of(self._by_name.get((OwnerKind.VMALLOC_CHUNK, area.name)))
 
     def pages(self, area: Vmalloc) -> Claims:
         """The pages that the chunks of a vmalloc area list."""
-        return self._of((OwnerKind.VMALLOC_PAGE, area.name))
+        return self._of(self._by_name.get((OwnerKind.VMALLOC_PAGE, area.name)))
 
     def folios(self, session: str, token: int) -> Claims:
         """The folios of a memfd."""
-        return self._of((OwnerKind.MEMFD, session, token))
+        return self._of(self._by_token.get((OwnerKind.MEMFD, session, token)))
 
     def session_bytes(self, session: str) -> int:
         """How many bytes of whole pages a LUO session preserves, its own lists included."""
-        claims = self._of(session)
+        claims = self._of(self._by_session.get(session))
         low = np.uint64((1 << self._page_shift) - 1)
         end = (claims.phys + claims.size + low) & ~low
         return int((end - (claims.phys & ~low)).sum())
 
-    def _of(self, key: Hashable) -> Claims:
+    def _of(self, owners: Sequence[int] | None) -> Claims:
         return Claims.concatenate(
-            self._claims[self._starts[i] : self._starts[i + 1]] for i in self._found.get(key, ())
+            self._claims[self._starts[i] : self._starts[i + 1]] for i in owners or ()
         )

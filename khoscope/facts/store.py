@@ -18,11 +18,12 @@ import numpy as np
 from ..abi.compatibles import OF_XARRAYS, block_limits
 from ..abi.keys import U64, Abi, Tracker
 from ..abi.kho_fdt import Fdt, root_fdt
-from . import budget, invariants
+from . import budget, invariants, listed
 from .archive import SNAPSHOT, Archive, Stored, Writer
 from .clients import Claims, Luo, LuoState, Owner, Vmalloc
 from .columns import CHUNK_BLOCKS, Blocks, Columns, Leaves, Nodes
 from .files import NewFile, open_file
+from .listed import Lists
 from .snapshot import (
     Handover,
     Kernel,
@@ -63,6 +64,8 @@ class _SideMeta:
     vmallocs: list[Vmalloc] = field(default_factory=list)
     owners: list[Owner] = field(default_factory=list)
     serialized: TreeState | None = None
+    #: Pieces that follow each of the lists above.
+    lists: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,17 @@ class _Meta:
     memory: Memory | None = None
 
 
+#: Members that files of version 1 to 4 lack: khoscope looked at fewer sessions and files, and told
+#: of the others as problems.
+UNRECORDED_4: Final[dict[str, str]] = {
+    "_SideMeta.lists": "",
+    "Luo.left_out": "",
+    "LuoSession.left_out": "",
+}
 #: Members that files of version 1 to 3 lack.  Only rules about what KHO costs need them, and they
 #: are about the present.
 UNRECORDED_3: Final[dict[str, str]] = {
+    **UNRECORDED_4,
     "_Meta.scratch_setup": "",
     "_Meta.scratch_use": "",
     "_Meta.memory": "",
@@ -140,8 +151,12 @@ UNRECORDED_1: Final[dict[str, str]] = {
 DERIVED: Final = {f"Fdt.{f.name}": "" for f in dataclasses.fields(Fdt) if f.name != "phys"}
 
 
-def write_snapshot(snapshot: Snapshot, writer: Writer) -> None:
-    """Write a snapshot, reading each of its streams once."""
+def write_snapshot(snapshot: Snapshot, writer: Writer, lists: bool = True) -> None:
+    """
+    Write a snapshot, reading each of its streams once.
+
+    :param lists: also what its clients hand over, and the owners: their lists may be long.
+    """
     chunks: dict[str, int] = {}
 
     def put_side(name: str, side: Side) -> _SideMeta:
@@ -154,14 +169,18 @@ def write_snapshot(snapshot: Snapshot, writer: Writer) -> None:
             put_stream(f"{name}/serialized/leaves", side.serialized.leaves)
         for i, blob in enumerate(side.blobs.values()):
             writer.member(f"{name}/blobs/{i:06d}.bin", blob[: budget.BLOB])
+        begun, pieces = listed.NOTHING, dict[str, int]()
+        if lists:
+            begun, pieces = listed.put(writer, name, _lists(side))
         return _SideMeta(
             side.fdt,
             side.tree.state,
             list(side.blobs),
-            side.luo,
-            side.vmallocs,
-            side.owners,
+            begun.luo,
+            begun.vmallocs,
+            begun.owners,
             side.serialized.state if side.serialized is not None else None,
+            pieces,
         )
 
     def put_stream(name: str, stream: Iterable[Columns]) -> None:
@@ -201,10 +220,14 @@ def write_snapshot(snapshot: Snapshot, writer: Writer) -> None:
     writer.json("meta.json", meta)
 
 
-def save(snapshot: Snapshot, file: IO[bytes]) -> None:
-    """Write a snapshot as a zip of its own."""
+def _lists(side: Side) -> Lists:
+    return Lists(side.luo, side.vmallocs, side.owners)
+
+
+def save(snapshot: Snapshot, file: IO[bytes], lists: bool = True) -> None:
+    """Write a snapshot as a zip of its own; ``lists`` is that of :func:`write_snapshot`."""
     with zipfile.ZipFile(file, "w") as archive:
-        write_snapshot(snapshot, Writer(archive))
+        write_snapshot(snapshot, Writer(archive), lists)
 
 
 def save_file(snapshot: Snapshot, path: Path) -> None:
@@ -224,8 +247,9 @@ def spool(snapshot: Snapshot) -> Snapshot:
     The same facts, read once and kept: what a source reads lazily becomes a fixed snapshot.
     """
     file = tempfile.SpooledTemporaryFile(max_size=SPOOL_MEMORY)  # noqa: SIM115 - lives on in it
-    save(snapshot, file)
-    return _load(file, "spooled snapshot", ours=True)
+    # The lists are in memory, and stay there.
+    save(snapshot, file, lists=False)
+    return read_snapshot(Archive(file, "spooled snapshot", SNAPSHOT, ours=True), snapshot)
 
 
 def load_file(path: Path) -> Snapshot:
@@ -237,17 +261,22 @@ def load_file(path: Path) -> Snapshot:
     return _load(open_file(path, "name a file that `khoscope snapshot` wrote"), str(path))
 
 
-def _load(file: IO[bytes], name: str, ours: bool = False) -> Snapshot:
-    return read_snapshot(Archive(file, name, SNAPSHOT, ours))
+def _load(file: IO[bytes], name: str) -> Snapshot:
+    return read_snapshot(Archive(file, name, SNAPSHOT))
 
 
-def read_snapshot(archive: Archive) -> Snapshot:
-    """The snapshot that :func:`write_snapshot` wrote."""
+def read_snapshot(archive: Archive, spooled: Snapshot | None = None) -> Snapshot:
+    """
+    The snapshot that :func:`write_snapshot` wrote.
+
+    :param spooled: has the lists, if they were not written.
+    """
     may_lack = {
         1: UNRECORDED_1 | DERIVED,
         2: UNRECORDED_2 | DERIVED,
         3: UNRECORDED_3 | DERIVED,
-        4: DERIVED,
+        4: UNRECORDED_4 | DERIVED,
+        5: DERIVED,
     }
     meta, lacking = archive.meta(SNAPSHOT, _Meta, may_lack)
     abi = _whole(meta.abi)
@@ -256,28 +285,39 @@ def read_snapshot(archive: Archive) -> Snapshot:
     with archive.damage():
         _check_abi(abi)
         offline = _ranges(meta.offline)
-        if not archive.ours:
-            _check_lists(meta)
     streams = _Streams(archive, abi, meta.chunks)
     wrong: list[str] = []
 
     def tree(name: str, state: TreeState) -> Tree:
         return Tree(state, streams.nodes(f"{name}/nodes"), streams.leaves(f"{name}/leaves"))
 
+    def whole(name: str, of: _SideMeta) -> Lists:
+        given = None if spooled is None else spooled.outgoing if name == "out" else spooled.incoming
+        if given is not None:
+            return _lists(given)
+        found = listed.get(archive, name, Lists(of.luo, of.vmallocs, of.owners), of.lists)
+        if not archive.ours:
+            with archive.damage():
+                listed.check(found, archive.size)
+                if len(of.fdt.subtrees) > budget.SUBTREES:
+                    raise ValueError("more sessions, files or subtrees than khoscope keeps")
+        return found
+
     def side(name: str, of: _SideMeta) -> Side:
         blobs = archive.blobs(name, of.blobs)
         fdt = _derived(of.fdt, blobs)
         if not _same(of.fdt, fdt):
             wrong.append(f"{name}: its root FDT's bytes say something else than what is recorded")
+        lists = whole(name, of)
         return Side(
             fdt,
             tree(name, of.tree),
             blobs,
             streams.blocks(f"{name}/blocks", "key"),
-            of.luo,
-            of.vmallocs,
-            of.owners,
-            streams.claims(f"{name}/claims", len(of.owners)),
+            lists.luo,
+            lists.vmallocs,
+            lists.owners,
+            streams.claims(f"{name}/claims", len(lists.owners)),
             None if of.serialized is None else tree(f"{name}/serialized", of.serialized),
         )
 
@@ -353,27 +393,6 @@ def _same(recorded: Fdt, derived: Fdt) -> bool:
     return dataclasses.replace(recorded, problems=[]) == dataclasses.replace(derived, problems=[])
 
 
-def _check_lists(meta: _Meta) -> None:
-    """
-    Refuse more entries than any kernel has, if an entry costs more memory than its room in the
-    file.
-    """
-    for side in filter(None, (meta.outgoing, meta.incoming)):
-        sessions = side.luo.sessions if side.luo else []
-        entries = len(sessions) + sum(len(session.files) for session in sessions)
-        if entries > budget.ENTRIES or len(side.fdt.subtrees) > budget.SUBTREES:
-            raise ValueError("more sessions, files or subtrees than khoscope keeps")
-        # khoscope finds what these own by their names, so no two may share a name.
-        files = [(session.name, file.token) for session in sessions for file in session.files]
-        for named, names in (
-            (len(sessions), {session.name for session in sessions}),
-            (len(files), {*files}),
-            (len(side.vmallocs), {area.name for area in side.vmallocs}),
-        ):
-            if len(names) < named:
-                raise ValueError("sessions, files or vmalloc areas of one name")
-
-
 def _check_memory(facts: Snapshot) -> None:
     """Refuse memory that no machine has."""
     if len(facts.ram) > budget.RAM_RANGES or len(facts.scratch) > budget.SCRATCH:
@@ -414,7 +433,9 @@ def _check_members(archive: Archive, meta: _Meta) -> None:
         for side, of in (("out", meta.outgoing), ("in", meta.incoming))
         if of is not None
     }
-    archive.require_members({"ram.npy", "scratch.npy", "meta.json"}, {**meta.chunks, **blobs})
+    pieces = {f"{side}/{kind}": n for side, of in sides.items() for kind, n in of.lists.items()}
+    counts = {**meta.chunks, **blobs, **pieces}
+    archive.require_members({"ram.npy", "scratch.npy", "meta.json"}, counts)
 
 
 def _check_abi(abi: Abi) -> None:

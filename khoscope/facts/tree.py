@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi.keys import BAD_ORDER, U64, Abi
+from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, U64, Abi
 from .columns import CHUNK_BLOCKS, Blocks, Leaves, Nodes
 
 #: How many bits of leaves are unpacked at once.
@@ -330,14 +330,16 @@ class KeySet:
         every = {*orders.tolist(), *(mixed if low.any() else ())}
         return sorted(order for order in every if order <= self._abi.order_0_log2)
 
-    def folio(self, phys: int) -> int:
-        """Pages of the folio that is preserved at an address; 0: there is none."""
+    def folios(self, phys: U64) -> U64:
+        """u64, pages of the largest folio that is preserved at each address; 0: there is none."""
         abi = self._abi
-        for order in range(abi.max_page_order, -1, -1):
-            aligned = phys % (abi.page_size << order) == 0
-            if aligned and abi.kho_radix_encode_key(phys, order) in self:
-                return 1 << order
-        return 0
+        found = np.zeros(len(phys), np.uint64)
+        for order in self.orders:
+            if order <= abi.max_page_order:
+                aligned = phys % np.uint64(abi.page_size << order) == 0
+                keys = abi.kho_radix_encode_keys(phys, order, KHO_PAGE_CONTIG)
+                found[aligned & self.contains(keys)] = 1 << order
+        return found
 
     def runs(self) -> Iterator[tuple[U64, U64]]:
         """

@@ -10,7 +10,8 @@ mm/memblock.c (reserve_mem).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -36,10 +37,60 @@ from ..abi.serialized import (
 )
 from ..facts.clients import Claims, Memfd, Owner, OwnerKind, Vmalloc
 from ..facts.tree import KeySet
-from .walk import READ_SIZE, ReadPhys, in_ranges
+from .walk import READ_SIZE, ReadPhys, in_ranges, read_near
+
+I64 = NDArray[np.int64]
 
 #: How many claims one chunk has: a snapshot file limits the size of chunks.
 CLAIMS_KEPT: Final = 1 << 20
+
+_KNOWN_FLAGS: Final = sum(KHO_VMALLOC_FLAGS)
+
+#: What of a memfd has owners of its own: their kinds, and what they are.
+_PARTS: Final = (
+    (None, "memfd_luo_ser"),
+    (OwnerKind.VMALLOC_CHUNK, "folio list"),
+    (OwnerKind.VMALLOC_PAGE, "folio list"),
+    (OwnerKind.MEMFD, "data"),
+)
+
+
+@dataclass(frozen=True)
+class _Areas:
+    """
+    Areas of vmalloc, and what their chunks list.
+
+    :param listed: u64, addresses, area after area: those in front of the first that is no page.
+    :param of: i64, which area each of them is of.
+    :param size: u64, bytes of an entry of each area.
+    :param claims: number, address and size of each claim: the chunks of area n have the number 2n,
+        its pages 2n + 1.
+    """
+
+    areas: list[Vmalloc]
+    listed: U64
+    of: I64
+    size: U64
+    claims: tuple[I64, U64, U64]
+
+
+@dataclass(frozen=True)
+class _Folios:
+    """
+    The folios of memfds.
+
+    :param of: i64, which memfd each piece of memory is of.
+    :param phys: u64, address of each piece.
+    :param size: u64, its bytes.
+    :param pages: pages of each memfd.
+    :param problems: of those that have some.
+    """
+
+    of: I64
+    phys: U64
+    size: U64
+    pages: list[int]
+    problems: dict[int, list[str]]
 
 
 @dataclass
@@ -64,6 +115,8 @@ class ClientWalker:
     _claims: list[Claims] = field(default_factory=list)
     #: Pages of chains that were followed: no page is in two chains, or twice in one.
     _followed: set[int] = field(default_factory=set)
+    #: Pages that were read before somebody asks for them.
+    _ahead: dict[int, bytes | None] = field(default_factory=dict)
     #: Folios of files that were looked at.
     _folios_seen: int = 0
 
@@ -92,6 +145,29 @@ class ClientWalker:
         index = np.full(len(at), len(self.owners) - 1, np.uint32)
         self._claims.append(join(Claims(at, length, index)))
 
+    def claim_each(self, owner: Callable[[int], Owner], number: I64, phys: U64, size: U64) -> None:
+        """
+        Note whose many pieces of memory are.
+
+        :param owner: the owner of a number.  They are listed in the order of their numbers.
+        :param number: of the owner of each piece.
+        """
+        if not len(number):
+            return
+        has = np.flatnonzero(np.bincount(number))
+        index = np.zeros(int(number.max()) + 1, np.uint32)
+        index[has] = len(self.owners) + np.arange(len(has))
+        self.owners += map(owner, has.tolist())
+        self._claims.append(join(Claims(phys, size, index[number])))
+
+    def sort_owners(self, start: int, key: Callable[[Owner], int]) -> None:
+        """List the owners from the start-th on in another order."""
+        by = sorted(range(start, len(self.owners)), key=lambda number: key(self.owners[number]))
+        number = np.arange(len(self.owners), dtype=np.uint32)
+        number[by] = number[start:].copy()
+        self.owners[start:] = [self.owners[each] for each in by]
+        self._claims = [replace(each, owner=number[each.owner]) for each in self._claims]
+
     def structure(self, phys: int, layout: np.dtype[np.void]) -> np.void | None:
         """The structure at an address; None: it is not in RAM, or cannot be read."""
         raw = self.bytes_at(phys, layout.itemsize)
@@ -103,14 +179,26 @@ class ClientWalker:
 
     def in_ram(self, phys: int, size: int) -> bool:
         """Whether memory lies in RAM; addresses and bytes."""
-        if phys + size >= 1 << 64:
-            return False
-        span = np.array([phys], np.uint64), np.array([phys + size], np.uint64)
-        return bool(in_ranges(self.ram, *span)[0])
+        starts, ends = self._ram_bounds
+        at = bisect_right(starts, phys) - 1
+        return at >= 0 and phys < phys + size <= ends[at]
+
+    @cached_property
+    def _ram_bounds(self) -> tuple[list[int], list[int]]:
+        return self.ram[:, 0].tolist(), self.ram[:, 1].tolist()
 
     def page(self, phys: int) -> bytes | None:
         """A page; None likewise, or if the address is not aligned to a page."""
-        return None if phys % self.abi.page_size else self.bytes_at(phys, self.abi.page_size)
+        if phys % self.abi.page_size:
+            return None
+        ahead = self._ahead.pop(phys, None)
+        return self.bytes_at(phys, self.abi.page_size) if ahead is None else ahead
+
+    def _read_ahead(self, phys: U64) -> None:
+        """Read pages together that :meth:`page` is going to be asked for one by one."""
+        size = self.abi.page_size
+        at = np.unique(phys[self.are_pages(phys, size)]).tolist()
+        self._ahead = dict(zip(at, read_near(self.read, at, [size] * len(at)), strict=True))
 
     def are_pages(self, phys: U64, size: int | U64) -> NDArray[np.bool_]:
         """Which addresses are aligned to pages and begin this much memory in RAM."""
@@ -156,61 +244,79 @@ class ClientWalker:
         :return: the area, and the addresses that its chunks list, u64, up to the first that is no
             page.
         """
-        first, total, order = (int(desc[name]) for name in ("first", "total_pages", "order"))
-        problems: list[str] = []
-        if order > self.abi.max_page_order:
-            problems.append(f"order {order} is more than the page allocator has")
-            order = 0
-        unknown = int(desc["flags"]) & ~sum(KHO_VMALLOC_FLAGS)
-        if unknown:
-            problems.append(f"flags {unknown:#x} are unknown: they are not restored")
-        # That of another area, if somebody has copied its descriptor: then both lead to it.
-        followed = first in self._followed
-        chunks, entries = self._chunks(first, total >> order, problems)
-        size = self.abi.page_size << order
-        good = self.are_pages(entries, size)
-        if not good.all():
-            bad = entries[~good]
-            problems.append(f"{len(bad)} entries are no pages in RAM, the first {int(bad[0]):#x}")
-        if twice := int((good & ~_apart(entries, size)).sum()):
-            problems.append(f"{twice} entries list pages that another one lists, too")
-            good &= _apart(entries, size)
-        listed = len(entries) << order
-        if listed != total:
-            problems.append(f"lists {listed} pages, total_pages is {total}")
-        area = Vmalloc(
-            whose.name,
-            phys,
-            first,
-            total,
-            int(desc["flags"]),
-            order,
-            len(chunks),
-            listed,
-            problems,
+        areas = self._areas(np.array([desc], KHO_VMALLOC), [phys], [whose])
+        kinds = (OwnerKind.VMALLOC_CHUNK, OwnerKind.VMALLOC_PAGE)
+        self.claim_each(lambda kind: replace(whose, kind=kinds[kind]), *areas.claims)
+        return areas.areas[0], areas.listed
+
+    def _areas(self, descs: NDArray[np.void], phys: list[int], whose: list[Owner]) -> _Areas:
+        """Follow each ``struct kho_vmalloc`` of an array, one after the other."""
+        abi, number = self.abi, len(descs)
+        first, total, order = (descs[name].tolist() for name in ("first", "total_pages", "order"))
+        flags = descs["flags"].tolist()
+        per_chunk = abi.page_size // 8 - 1
+        problems: list[list[str]] = [[] for _ in range(number)]
+        chunks: list[int] = []
+        pages: list[bytes] = []
+        owned: list[tuple[int, int]] = []
+        count = [0] * number
+        if number > 1:
+            self._read_ahead(descs["first"])
+        for i in range(number):
+            if order[i] > abi.max_page_order:
+                problems[i].append(f"order {order[i]} is more than the page allocator has")
+                order[i] = 0
+            if unknown := flags[i] & ~_KNOWN_FLAGS:
+                problems[i].append(f"flags {unknown:#x} are unknown: they are not restored")
+            # That of another area, if somebody has copied its descriptor: then both lead to it.
+            followed = first[i] in self._followed
+            # The kernel adds a chunk as soon as the last one is full, so the last may be empty.
+            limit = min(total[i] >> order[i], self.ram_pages) // per_chunk + 1
+            begin = len(chunks)
+            for at, raw in self._chain(first[i], "chunk", limit, problems[i]):
+                chunks.append(at)
+                pages.append(raw)
+            count[i] = len(chunks) - begin
+            owned += [(first[i], i)] if followed else [(at, i) for at in chunks[begin:]]
+        size = np.uint64(abi.page_size) << np.array(order, np.uint64)
+        of, entries = _entries(pages, np.repeat(np.arange(number), count), per_chunk)
+        good = self._good(of, entries, size[of], problems)
+        listed = np.bincount(of, minlength=number) << np.array(order, np.int64)
+        for i in np.flatnonzero(listed != descs["total_pages"]).tolist():
+            problems[i].append(f"lists {listed[i]} pages, total_pages is {total[i]}")
+        chunk = np.array([at for at, _ in owned], np.uint64)
+        chunk_size = np.full(len(chunk), abi.page_size, np.uint64)
+        kind = np.concatenate([2 * np.array([i for _, i in owned], np.int64), 2 * of[good] + 1])
+        claims = (
+            kind,
+            np.concatenate([chunk, entries[good]]),
+            np.concatenate([chunk_size, size[of[good]]]),
         )
-        self.vmallocs.append(area)
-        mine = replace(whose, kind=OwnerKind.VMALLOC_CHUNK)
-        self.claim(mine, first if followed else chunks, self.abi.page_size)
-        self.claim(replace(whose, kind=OwnerKind.VMALLOC_PAGE), entries[good], size)
-        return area, entries if good.all() else entries[: int(good.argmin())]
+        areas = [
+            Vmalloc(owner.name, *said)
+            for owner, *said in zip(
+                *(whose, phys, first, total, flags, order, count, listed.tolist(), problems),
+                strict=True,
+            )
+        ]
+        self.vmallocs += areas
+        sound = _in_front(of, ~good, number)
+        return _Areas(areas, entries[sound], of[sound], size, claims)
 
-    def _chunks(self, first: int, entries: int, problems: list[str]) -> tuple[U64, U64]:
-        """
-        The chunks of a chain and what they list, as far as it can be followed.
-
-        :param entries: how many entries it should have.
-        """
-        per_chunk = self.abi.page_size // 8 - 1
-        # The kernel adds a chunk as soon as the last one is full, so the last may be empty.
-        limit = min(entries, self.ram_pages) // per_chunk + 1
-        chunks: dict[int, U64] = {}
-        for at, raw in self._chain(first, "chunk", limit, problems):
-            entry = np.frombuffer(raw, np.uint64, per_chunk, 8)
-            ends = np.flatnonzero(entry == 0)
-            chunks[at] = entry[: ends[0]] if len(ends) else entry
-        listed = np.concatenate([np.zeros(0, np.uint64), *chunks.values()])
-        return np.array(list(chunks), np.uint64), listed
+    def _good(
+        self, of: I64, entries: U64, size: U64, problems: list[list[str]]
+    ) -> NDArray[np.bool_]:
+        """Which entries are pages in RAM that no other one of the same area lists."""
+        good = self.are_pages(entries, size)
+        outside, first = entries[~good], of[~good]
+        for i, at, count in zip(*_runs(first), strict=True):
+            said = f"{count} entries are no pages in RAM, the first {outside[at]:#x}"
+            problems[i].append(said)
+        apart = _apart(entries, size, of)
+        twice = np.bincount(of[good & ~apart])
+        for i in np.flatnonzero(twice).tolist():
+            problems[i].append(f"{twice[i]} entries list pages that another one lists, too")
+        return good & apart
 
     # -- blocks of entries ------------------------------------------------------------------------
 
@@ -226,16 +332,18 @@ class ClientWalker:
             is empty.
         :return: addresses of the blocks, and the entries that they say they have.
         """
-        per_block = (self.abi.page_size - KHO_BLOCK_HEADER_SER.itemsize) // layout.itemsize
-        blocks: dict[int, NDArray[Any]] = {}
+        header = KHO_BLOCK_HEADER_SER.itemsize
+        per_block = (self.abi.page_size - header) // layout.itemsize
+        blocks: list[int] = []
+        used: list[bytes] = []
         for at, raw in self._chain(head, "block", KHO_MAX_BLOCKS, problems):
-            count = int(unpack(KHO_BLOCK_HEADER_SER, raw)["count"])
+            count = int.from_bytes(raw[8:header], "little")
             if not written <= count <= per_block:
                 problems.append(f"block {at:#x} says to have {count} entries, {per_block} fit")
                 count = 0
-            blocks[at] = np.frombuffer(raw, layout, count, KHO_BLOCK_HEADER_SER.itemsize)
-        entries = np.concatenate([np.zeros(0, layout), *blocks.values()])
-        return np.array(list(blocks), np.uint64), entries
+            blocks.append(at)
+            used.append(raw[header : header + count * layout.itemsize])
+        return np.array(blocks, np.uint64), np.frombuffer(b"".join(used), layout)
 
     # -- arrays of entries ------------------------------------------------------------------------
 
@@ -296,114 +404,171 @@ class ClientWalker:
         :param handler: the compatible of its file handler, one of MEMFDS.
         :return: the memfd, or why it cannot be read.
         """
+        return self.memfds(handler, [phys], [whose])[0]
+
+    def memfds(self, handler: str, phys: list[int], whose: list[Owner]) -> list[Memfd | str]:
+        """Follow each ``struct memfd_luo_ser`` of a list, as :meth:`memfd` does."""
         layout = MEMFDS[handler]
-        ser = self.structure(phys, layout)
-        if ser is None or phys % self.abi.page_size:
-            return f"struct memfd_luo_ser at {phys:#x} is no readable page in RAM"
-        self.claim(replace(whose, name=f"{whose.name}: memfd_luo_ser"), phys, layout.itemsize)
-        sealed = "seals" in (layout.names or ())
-        problems: list[str] = []
-        folios, pages = None, 0
-        if int(ser["nr_folios"]):
-            listed = replace(whose, name=f"{whose.name}: folio list")
-            at = phys + layout.itemsize - KHO_VMALLOC.itemsize
-            folios, areas = self.vmalloc(ser["folios"], at, listed)
-            data = replace(whose, kind=OwnerKind.MEMFD, name=f"{whose.name}: data")
-            pages = self._folios(ser, areas, self.abi.page_size << folios.order, data, problems)
-        elif int(ser["size"]):
-            problems.append(f"{int(ser['size'])} bytes and no folio")
-        return Memfd(
-            phys,
-            int(ser["pos"]),
-            int(ser["size"]),
-            # memfd-v1 hands over neither.
-            int(ser["seals"]) if sealed else 0,
-            int(ser["flags"]) if sealed else 0,
-            int(ser["nr_folios"]),
-            folios,
-            pages,
-            problems,
+        at = np.array(phys, np.uint64)
+        there = np.flatnonzero(self.are_pages(at, layout.itemsize))
+        raw = read_near(self.read, at[there].tolist(), [layout.itemsize] * len(there))
+        there = there[[each is not None for each in raw]]
+        ser = np.frombuffer(b"".join(filter(None, raw)), layout)
+        at, owner = at[there], [whose[i] for i in there.tolist()]
+        lists = np.flatnonzero(ser["nr_folios"])
+        areas = self._areas(
+            ser["folios"][lists],
+            (at[lists] + np.uint64(layout.itemsize - KHO_VMALLOC.itemsize)).tolist(),
+            [_named(owner[i], "folio list") for i in lists.tolist()],
         )
+        folios = self._folios(ser[lists], areas)
+        # Four owners: the structure, the chunks and pages of the list, and what it lists.
+        number, claimed, size = areas.claims
+        self.claim_each(
+            lambda each: _owner_of(owner[each >> 2], each & 3),
+            np.concatenate(
+                [
+                    4 * np.arange(len(ser)),
+                    4 * lists[number >> 1] + 1 + (number & 1),
+                    4 * lists[folios.of] + 3,
+                ]
+            ),
+            np.concatenate([at, claimed, folios.phys]),
+            np.concatenate([np.full(len(ser), layout.itemsize, np.uint64), size, folios.size]),
+        )
+        found: list[Memfd | str] = [
+            f"struct memfd_luo_ser at {each:#x} is no readable page in RAM" for each in phys
+        ]
+        for i, memfd in zip(
+            there.tolist(), _memfds(ser, at.tolist(), lists, areas.areas, folios), strict=True
+        ):
+            found[i] = memfd
+        return found
 
-    def _folios(
-        self, ser: np.void, listed: U64, size: int, data: Owner, problems: list[str]
-    ) -> int:
+    def _folios(self, ser: NDArray[np.void], areas: _Areas) -> _Folios:
         """
-        Claim the folios of a memfd.
+        The folios of memfds.
 
-        :param listed: addresses of the areas, all of one size, that hold the list of folios.
-        :return: how many pages they have.
+        An entry of a list does not say how large its folio is.  But the list has all of a file, so
+        each folio ends where the next one begins.
+
+        :param areas: that hold the lists of folios.
         """
-        number = int(ser["nr_folios"])
-        # No folio is in two files, so all files together have no more folios than RAM has pages.
-        looked = min(number, self.ram_pages - self._folios_seen)
-        self._folios_seen += looked
-        raw = self._contents(listed, size, looked * MEMFD_LUO_FOLIO_SER.itemsize)
         shift = np.uint64(self.abi.page_shift)
-        file_end = -(-int(ser["size"]) >> self.abi.page_shift)
-        mine = len(self._claims)
-        seen = pages = odd = behind = 0
-        for entries, end in self._with_ends(raw, number, file_end):
-            if not seen and len(entries) and entries["index"][0]:
-                problems.append(f"its first folio is that of page {entries['index'][0]}")
-            seen += len(entries)
+        number, size = ser["nr_folios"], ser["size"]
+        file_end = (size >> shift) + (size % np.uint64(self.abi.page_size) != 0)
+        seen, odd, behind = np.zeros((3, len(ser)), np.int64)
+        read, pages, first = np.zeros((3, len(ser)), np.uint64)
+        claims: list[Claims] = []
+        held = np.zeros(0, MEMFD_LUO_FOLIO_SER), np.zeros(0, np.int64)
+        for entries, of, more in self._lists(areas, self._looked(number)):
+            read += np.bincount(of, minlength=len(ser)).astype(np.uint64)
+            entries, of = np.concatenate([held[0], entries]), np.concatenate([held[1], of])
+            index = entries["index"]
             pfn = entries["pfn_and_flags"] & np.uint64((1 << MEMFD_PFN_BITS) - 1)
+            end, known = np.zeros(len(of), np.uint64), np.zeros(len(of), np.bool_)
+            end[:-1], known[:-1] = index[1:], of[1:] == of[:-1]
+            # Whoever comes next ends the last one.
+            last = np.flatnonzero(~known[: len(of) - more])
+            last = last[read[of[last]] == number[of[last]]]
+            rest = file_end[of[last]] - np.minimum(index[last], file_end[of[last]])
+            end[last] = index[last] + self._last_folios(pfn[last], rest)
+            known[last] = True
+            held = (entries[-1:], of[-1:]) if more else (entries[:0], of[:0])
+            pfn, index, end, of = pfn[known], index[known], end[known], of[known]
+            begins = seen[of] == 0
+            begins[1:] &= of[1:] != of[:-1]
+            first[of[begins]] = index[begins]
+            seen += np.bincount(of, minlength=len(ser))
             # The kernel skips a pfn of 0.
-            used = pfn != 0
-            count = end - entries["index"]
-            inside = entries["index"] < np.uint64(file_end)
-            sound = (end > entries["index"]) & (count & (count - np.uint64(1)) == 0)
+            used, inside = pfn != 0, index < file_end[of]
+            count = end - index
+            sound = (end > index) & (count & (count - np.uint64(1)) == 0)
             sound &= pfn % np.maximum(count, np.uint64(1)) == 0
+            sound &= pfn <= np.uint64((1 << 64) - 1) >> shift
             sound &= self.are_pages(pfn << shift, count << shift)
-            behind += int((used & ~inside).sum())
-            odd += int((used & inside & ~sound).sum())
+            behind += np.bincount(of[used & ~inside], minlength=len(ser))
+            odd += np.bincount(of[used & inside & ~sound], minlength=len(ser))
             good = used & sound
-            self.claim(data, pfn[good] << shift, count[good] << shift)
-            pages += int(count[good].sum())
-        if seen < number:
-            problems.append(f"of {number} folios only the first {seen} can be read")
-        if odd:
-            problems.append(f"{odd} folios are not in RAM, or do not end where the next one begins")
-        if behind:
-            problems.append(f"{behind} folios lie behind its end")
-        claims = Claims.concatenate(self._claims[mine:])
-        if not _apart(claims.phys, claims.size).all():
-            problems.append("some of its folios are listed twice")
-        return pages
+            claims.append(join(Claims(pfn[good] << shift, count[good] << shift, of[good])))
+            np.add.at(pages, of[good], count[good])
+        every = Claims.concatenate(claims)
+        of = every.owner.astype(np.int64)
+        twice = np.bincount(of[~_apart(every.phys, every.size, of)], minlength=len(ser))
+        problems: dict[int, list[str]] = {}
+        for counts, said in (
+            (np.where(seen > 0, first, 0), "its first folio is that of page {first}"),
+            (
+                seen.astype(np.uint64) < number,
+                "of {number} folios only the first {seen} can be read",
+            ),
+            (odd, "{odd} folios are not in RAM, or do not end where the next one begins"),
+            (behind, "{behind} folios lie behind its end"),
+            (twice, "some of its folios are listed twice"),
+        ):
+            for i in np.flatnonzero(counts).tolist():
+                problems.setdefault(i, []).append(
+                    said.format(
+                        first=first[i], number=number[i], seen=seen[i], odd=odd[i], behind=behind[i]
+                    )
+                )
+        return _Folios(of, every.phys, every.size, pages.tolist(), problems)
 
-    def _with_ends(
-        self, raw: Iterable[bytes], number: int, file_end: int
-    ) -> Iterator[tuple[NDArray[Any], U64]]:
+    def _looked(self, number: U64) -> I64:
         """
-        The folios of a memfd in groups, and the index at which each folio ends.
+        How many folios of each file to look at.
 
-        An entry does not say how large its folio is.  But the list has all of a file, so each folio
-        ends where the next one begins.
-
-        :param number: of folios; if ``raw`` has fewer, the end of the last one is not known.
-        :param file_end: index behind the last page of the file.
+        No folio is in two files, so all files together have no more folios than RAM has pages.
         """
-        waiting = np.zeros(0, MEMFD_LUO_FOLIO_SER)
-        for part in raw:
-            entries = np.concatenate([waiting, np.frombuffer(part, MEMFD_LUO_FOLIO_SER)])
-            number -= len(entries) - len(waiting)
-            yield entries[:-1], entries["index"][1:]
-            waiting = entries[-1:]
-        if not number:
-            rest = max(file_end - int(waiting["index"][0]), 0)
-            pfn = int(waiting["pfn_and_flags"][0]) & (1 << MEMFD_PFN_BITS) - 1
-            yield waiting, waiting["index"] + np.uint64(self._last_folio(pfn, rest))
+        looked = []
+        for count in number.tolist():
+            looked.append(min(count, self.ram_pages - self._folios_seen))
+            self._folios_seen += looked[-1]
+        return np.array(looked, np.int64)
 
-    def _last_folio(self, pfn: int, rest: int) -> int:
+    def _lists(self, areas: _Areas, looked: I64) -> Iterator[tuple[NDArray[np.void], I64, bool]]:
         """
-        Pages of a file's last folio.
+        The ``struct memfd_luo_folio_ser`` of each area, one area after the other, some at a time.
+
+        :param looked: how many of each are wanted.
+        :return: the entries, which area each is of, and whether more follow.
+        """
+        of, phys, size = areas.of, areas.listed, areas.size[areas.of].astype(np.int64)
+        item = MEMFD_LUO_FOLIO_SER.itemsize
+        within = np.arange(len(of)) - np.searchsorted(of, of)
+        take = np.minimum(looked[of] * item - within * size, size)
+        of, phys, take = of[take > 0], phys[take > 0], take[take > 0]
+        # Cut what is larger than one read.
+        parts = -(-take // READ_SIZE)
+        which = np.repeat(np.arange(len(of)), parts)
+        at = READ_SIZE * (np.arange(len(which)) - np.repeat(np.cumsum(parts) - parts, parts))
+        of, phys = of[which], phys[which] + at.astype(np.uint64)
+        take = np.minimum(take[which] - at, READ_SIZE)
+        group = (np.cumsum(take) - take) // READ_SIZE
+        bounds = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(of)]
+        ended = np.zeros(len(looked), np.bool_)
+        for low, high in pairwise(bounds):
+            raw = read_near(self.read, phys[low:high].tolist(), take[low:high].tolist())
+            there = np.array([each is not None for each in raw], np.bool_)
+            here = _in_front(of[low:high], ~there, len(looked)) & ~ended[of[low:high]]
+            ended[of[low:high][~there]] = True
+            kept = [each for each, keep in zip(raw, here.tolist(), strict=True) if keep and each]
+            whose = np.repeat(of[low:high][here], take[low:high][here] // item)
+            yield np.frombuffer(b"".join(kept), MEMFD_LUO_FOLIO_SER), whose, high < len(of)
+
+    def _last_folios(self, pfn: U64, rest: U64) -> U64:
+        """
+        Pages of files' last folios.
 
         :param rest: pages of the file that are left for it; the folio may reach beyond the file's
             end.
         """
-        at_least = 1 << max(rest - 1, 0).bit_length() if rest else 0
-        size = 0 if self.keys is None else self.keys.folio(pfn << self.abi.page_shift)
-        return max(size, at_least) if rest else 0
+        # frexp() gives the bit length: there are fewer than 2^53 pages.
+        bits = np.frexp((np.maximum(rest, np.uint64(1)) - np.uint64(1)).astype(np.float64))[1]
+        size = np.uint64(1) << bits.astype(np.uint64)
+        if self.keys is not None:
+            size = np.maximum(size, self.keys.folios(pfn << np.uint64(self.abi.page_shift)))
+        return np.where(rest > 0, size, np.uint64(0))
 
     def _contents(self, phys: U64, size: int, length: int) -> Iterator[bytes]:
         """
@@ -461,12 +626,79 @@ class ClientWalker:
         self.claim(Owner(OwnerKind.KHO_TEST, "kho_test: folios"), phys[good], sizes[good])
 
 
-def _apart(phys: U64, size: int | U64) -> NDArray[np.bool_]:
-    """Which areas of memory begin behind the end of the area below; if all do, none overlap."""
-    by = np.argsort(phys, kind="stable")
-    end = (phys + np.asarray(size, np.uint64))[by]
+def _memfds(
+    ser: NDArray[np.void], phys: list[int], lists: I64, areas: list[Vmalloc], folios: _Folios
+) -> Iterator[Memfd]:
+    """
+    :param lists: which of them have a list of folios.
+    """
+    number = len(ser)
+    listed: list[Vmalloc | None] = [None] * number
+    pages = [0] * number
+    problems: list[list[str]] = [[] for _ in range(number)]
+    for i, area, has in zip(lists.tolist(), areas, folios.pages, strict=True):
+        listed[i], pages[i] = area, has
+    for n, said in folios.problems.items():
+        problems[int(lists[n])] = said
+    for i in np.flatnonzero((ser["nr_folios"] == 0) & (ser["size"] > 0)).tolist():
+        problems[i].append(f"{ser['size'][i]} bytes and no folio")
+    names = ser.dtype.names or ()
+    # memfd-v1 hands over neither.
+    zeros = [0] * number
+    seals, flags = (ser[n].tolist() if n in names else zeros for n in ("seals", "flags"))
+    pos, size, nr_folios = (ser[name].tolist() for name in ("pos", "size", "nr_folios"))
+    return map(Memfd, phys, pos, size, seals, flags, nr_folios, listed, pages, problems)
+
+
+def _named(whose: Owner, what: str) -> Owner:
+    """An owner of something of a file."""
+    return Owner(whose.kind, f"{whose.name}: {what}", whose.session, whose.token)
+
+
+def _owner_of(whose: Owner, part: int) -> Owner:
+    """The owner of a part of a memfd."""
+    kind, what = _PARTS[part]
+    return Owner(kind or whose.kind, f"{whose.name}: {what}", whose.session, whose.token)
+
+
+def _entries(pages: list[bytes], of: I64, per_chunk: int) -> tuple[I64, U64]:
+    """
+    What chunks list, and of which area each entry is.
+
+    :param of: which area each chunk is of.
+    """
+    raw = np.frombuffer(b"".join(pages), np.uint64).reshape(len(pages), per_chunk + 1)[:, 1:]
+    ends = raw == 0
+    length = np.where(ends.any(axis=1), ends.argmax(axis=1), per_chunk)
+    return np.repeat(of, length), raw[np.arange(per_chunk) < length[:, None]]
+
+
+def _runs(of: I64) -> tuple[list[int], list[int], list[int]]:
+    """The numbers in a sorted column, the first row of each, and how many it has."""
+    number, first, count = np.unique(of, return_index=True, return_counts=True)
+    return number.tolist(), first.tolist(), count.tolist()
+
+
+def _in_front(of: I64, bad: NDArray[np.bool_], number: int) -> NDArray[np.bool_]:
+    """Which rows lie in front of the first bad one that is of the same area; sorted by area."""
+    if not bad.any():
+        return ~bad
+    first = np.full(number, len(of))
+    np.minimum.at(first, of[bad], np.flatnonzero(bad))
+    return np.arange(len(of)) < first[of]
+
+
+def _apart(phys: U64, size: int | U64, of: I64 | None = None) -> NDArray[np.bool_]:
+    """
+    Which areas of memory begin behind the end of the area below; if all do, none overlap.
+
+    :param of: areas of different numbers do not count.
+    """
+    end = phys + np.asarray(size, np.uint64)
+    of = np.zeros(len(phys), np.int64) if of is None else of
     apart = np.ones(len(phys), np.bool_)
-    apart[by[1:]] = phys[by][1:] >= end[:-1]
+    by = np.lexsort((phys, of))
+    apart[by[1:]] = (phys[by][1:] >= end[by][:-1]) | (of[by][1:] != of[by][:-1])
     return apart
 
 

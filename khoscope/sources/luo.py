@@ -10,12 +10,13 @@ Kernel sources: ``kernel/liveupdate/luo_*.c``, ``include/linux/kho/abi/luo.h``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial, reduce
 from typing import Any, Final
 
 import numpy as np
-from drgn import FaultError, Object, Program
+from drgn import FaultError, Object, Program, TypeKind, sizeof
 from drgn.helpers.linux.list import list_empty, list_for_each_entry
 from drgn.helpers.linux.mm import virt_to_phys
 from numpy.typing import NDArray
@@ -41,6 +42,10 @@ from ..facts import budget
 from ..facts.clients import FLB_LIST, Flb, Luo, LuoFile, LuoSession, Memfd, Owner, OwnerKind
 from .follow import ClientWalker
 from .probe import LuoLists
+from .walk import READS
+
+#: How many memfds are followed together.
+TOGETHER: Final = 1 << 12
 
 LIST_OF_SESSIONS: Final = Owner(OwnerKind.LUO, "LUO: list of sessions")
 
@@ -113,6 +118,7 @@ def read_outgoing(luo: From, following: ClientWalker, handed: Handed) -> tuple[L
         sessions,
         flbs,
         problems=lists.problems,
+        left_out=lists.left_out,
     )
     return found, lists.unread
 
@@ -180,6 +186,7 @@ def read_incoming(luo: From, following: ClientWalker, handed: Handed) -> tuple[L
         sessions,
         flbs,
         problems=lists.problems,
+        left_out=lists.left_out,
     )
     return found, lists.unread
 
@@ -196,6 +203,55 @@ def unknown(following: ClientWalker, handed: Handed) -> Luo:
     return Luo(phys, text(bytes(ser["compatible"])), raw=raw.hex())
 
 
+@dataclass(frozen=True)
+class _Files:
+    """
+    Files of a session, each a row.
+
+    :param handler: ``compatible`` of each one's handler.
+    :param status: ``retrieve_status``, as in :class:`~khoscope.facts.clients.LuoFile`.
+    """
+
+    handler: list[str]
+    token: list[int]
+    data: list[int]
+    status: list[int | None]
+
+
+@dataclass
+class _Session:
+    """
+    A session whose files are not followed yet.
+
+    :param room: where its files are written: ``phys_addr_t`` of the first block, or the virtual
+        address of the array.
+    :param found: what each file leads to, or why it cannot be followed.
+    """
+
+    name: str
+    retrieved: bool | None
+    count: int
+    files: _Files
+    problems: list[str]
+    left_out: int = 0
+    room: int = 0
+    found: list[Memfd | str | None] = field(default_factory=list)
+
+    def whole(self) -> LuoSession:
+        of = self.files
+        files = [
+            LuoFile(handler, token, data, status, None, [found])
+            if isinstance(found, str)
+            else LuoFile(handler, token, data, status, found)
+            for handler, token, data, status, found in zip(
+                of.handler, of.token, of.data, of.status, self.found, strict=True
+            )
+        ]
+        return LuoSession(
+            self.name, self.retrieved, self.count, files, self.problems, self.left_out
+        )
+
+
 @dataclass
 class Serialized:
     """
@@ -204,12 +260,14 @@ class Serialized:
     :param arrays: its lists are arrays; else chains of blocks.
     :param problems: what is wrong with it, in words, except the problems of single sessions and
         files.
+    :param left_out: sessions and FLBs that are not looked at.
     """
 
     following: ClientWalker
     problems: list[str] = field(default_factory=list)
     arrays: bool = False
-    _left: int = budget.ENTRIES
+    left_out: int = 0
+    _left: int = field(default_factory=lambda: budget.ENTRIES)
 
     def sessions(self, at: int, without: Collection[str] = ()) -> list[LuoSession]:
         """
@@ -224,39 +282,64 @@ class Serialized:
             if self.arrays
             else self._chain(at, LUO_SESSION_SER, whose, problems)
         )
+        kept = self._kept(entries)
+        self.left_out += len(entries) - len(kept)
         names = _Once("session name", problems)
-        named = [(text(bytes(ser["name"])), ser) for ser in self._kept(entries, problems)]
-        return [
-            self._session_ser(name, ser)
-            for name, ser in named
+        named = [(text(name), *rest) for name, *rest in kept.tolist()]
+        return self._followed(
+            self._session_ser(name, files, count)
+            for name, files, count in named
             if name not in without and names.is_new(name)
-        ]
+        )
 
-    def _session_ser(self, name: str, ser: np.void) -> LuoSession:
-        at, count = int(ser["files"]), int(ser["count"])
+    def _session_ser(self, name: str, at: int, count: int) -> _Session:
         problems: list[str] = []
         whose = _list_of_files(name)
-        entries = self._kept(
+        entries = (
             self._array(at, LUO_FILES, count, whose, problems)
             if self.arrays
-            else self._chain(at, LUO_FILE_SER, whose, problems),
-            problems,
+            else self._chain(at, LUO_FILE_SER, whose, problems)
         )
-        tokens = _Once("token", problems)
-        files = [
-            self._file(
-                name,
-                text(bytes(entry["compatible"])),
-                int(entry["token"]),
-                int(entry["data"]),
-                None,
-            )
-            for entry in entries
-            if tokens.is_new(int(entry["token"]))
-        ]
+        kept = self._kept(entries)
+        files = _Files(
+            [_text(each) for each in kept["compatible"].tolist()],
+            kept["token"].tolist(),
+            kept["data"].tolist(),
+            [None] * len(kept),
+        )
+        session = _Session(name, None, count, _once(files, problems), problems)
+        session.left_out = len(entries) - len(kept)
         if count != len(entries):
             problems.append(f"counts {count} files, lists {len(entries)}")
-        return LuoSession(name, None, count, files, problems)
+        return session
+
+    def _followed(self, sessions: Iterable[_Session]) -> list[LuoSession]:
+        """The same sessions with what their files lead to."""
+        owners = len(self.following.owners)
+        every = list(sessions)
+        wanted: dict[str, list[tuple[_Session, int]]] = {}
+        for session in every:
+            files = session.files
+            session.found = [None] * len(files.token)
+            for row, (handler, status) in enumerate(zip(files.handler, files.status, strict=True)):
+                # A retrieved memfd is a file again: the kernel has given back the memory that
+                # described it.
+                if handler in MEMFDS and not status:
+                    wanted.setdefault(handler, []).append((session, row))
+        for handler, rows in wanted.items():
+            for start in range(0, len(rows), TOGETHER):
+                self._follow(handler, rows[start : start + TOGETHER])
+        if len(every) > 1:
+            rank = {session.name: number for number, session in enumerate(every)}
+            self.following.sort_owners(owners, lambda owner: rank[owner.session or ""])
+        return [session.whole() for session in every]
+
+    def _follow(self, handler: str, rows: list[tuple[_Session, int]]) -> None:
+        whose = [_memfd_of(session.name, session.files.token[row]) for session, row in rows]
+        data = [session.files.data[row] for session, row in rows]
+        memfds = self.following.memfds(handler, data, whose)
+        for (session, row), found in zip(rows, memfds, strict=True):
+            session.found[row] = found
 
     def _chain(
         self, head: int, layout: np.dtype[np.void], whose: Owner, problems: list[str]
@@ -275,24 +358,11 @@ class Serialized:
             self.following.claim(whose, at, size)
         return entries
 
-    def _kept(self, entries: NDArray[Any], problems: list[str]) -> NDArray[Any]:
+    def _kept(self, entries: NDArray[Any]) -> NDArray[Any]:
+        """The first entries, as many as are still looked at."""
         kept = entries[: self._left]
-        if len(kept) < len(entries):
-            problems.append(f"{len(entries)} entries, only {len(kept)} are looked at")
         self._left -= len(kept)
         return kept
-
-    def _file(
-        self, session: str, handler: str, token: int, data: int, status: int | None
-    ) -> LuoFile:
-        found: Memfd | str | None = None
-        # A retrieved memfd is a file again: the kernel has given back the memory that described it.
-        if handler in MEMFDS and not status:
-            whose = Owner(OwnerKind.FILE, f"memfd {token:#x} of session {session}", session, token)
-            found = self.following.memfd(data, whose, handler)
-        if isinstance(found, str):
-            return LuoFile(handler, token, data, status, None, [found])
-        return LuoFile(handler, token, data, status, found)
 
     def flbs(self, phys: int) -> list[Flb]:
         """A ``struct luo_flb_header_ser`` and its entries."""
@@ -304,17 +374,16 @@ class Serialized:
         pages, count = int(header["pgcnt"]), int(header["count"])
         used = LUO_FLB_HEADER_SER.itemsize + count * LUO_FLB_SER.itemsize
         size = pages * following.abi.page_size
-        sound = used <= size and count <= budget.ENTRIES and following.in_ram(phys, size)
+        sound = used <= size and following.in_ram(phys, size)
         raw = following.bytes_at(phys, used) if sound else None
         if raw is None:
             self.problems.append(f"FLB header at {phys:#x}: {pages} pages, {count} entries")
             return []
         following.claim(FLB_LIST, phys, size)
         entries = np.frombuffer(raw, LUO_FLB_SER, count, LUO_FLB_HEADER_SER.itemsize)
-        return [
-            Flb(text(bytes(entry["name"])), int(entry["data"]), int(entry["count"]))
-            for entry in self._kept(entries, self.problems)
-        ]
+        kept = self._kept(entries)
+        self.left_out += len(entries) - len(kept)
+        return [Flb(text(name), data, count) for name, data, count in kept.tolist()]
 
 
 @dataclass
@@ -333,62 +402,36 @@ class _Lists(Serialized):
         try:
             read()
         except FaultError as error:
-            if self.luo.moves:
-                self.problems.append(f"{what} cannot be read ({error}): they moved, or are corrupt")
-            else:
-                # A vmcore may lack pages although nothing is wrong with them.
-                self.unread.append(what)
+            self._cannot(what, error)
+
+    def _cannot(self, what: str, error: FaultError) -> None:
+        if self.luo.moves:
+            self.problems.append(f"{what} cannot be read ({error}): they moved, or are corrupt")
+        else:
+            # A vmcore may lack pages although nothing is wrong with them.
+            self.unread.append(what)
 
     def listed(self, header: Object) -> list[LuoSession]:
         """The sessions of a ``struct luo_session_header``."""
-        sessions: list[LuoSession] = []
-        names = _Once("session name", self.problems)
+        head = header.list.address_of_().value_()
+        look = _Look(self.luo, self._left)
+        for _ in range(READS if self.luo.moves else 1):
+            look = _Look(self.luo, self._left)
+            look.at(head)
+            if look.is_sound:
+                break
+        self._left, self.left_out = look.left, self.left_out + look.left_out
+        self.problems += look.problems
+        if look.fault is not None:
+            self._cannot("LUO's sessions", look.fault)
 
-        def read() -> None:
-            for session in self._walk("struct luo_session", header.list, "list", self.problems):
-                if names.is_new(text(_string(session.name))):
-                    sessions.append(self._session(session))
+        def claimed() -> Iterator[_Session]:
+            what = "the memory for LUO's sessions"
+            for session in look.sessions:
+                self.try_to(what, partial(self._room_for_files, session))
+                yield session
 
-        self.try_to("LUO's sessions", read)
-        return sessions
-
-    def _session(self, session: Object) -> LuoSession:
-        name = text(_string(session.name))
-        problems: list[str] = []
-        file_set = session.file_set
-        self._room_for_files(file_set, _list_of_files(name), problems)
-        tokens = _Once("token", problems)
-        files: list[LuoFile] = []
-        listed = 0
-        for file in self._walk("struct luo_file", file_set.files_list, "list", problems):
-            listed += 1
-            if tokens.is_new(file.token.value_()):
-                files.append(self._listed_file(name, file))
-        # A long, which the kernel hands over as u64.
-        count = file_set.count.value_() % 2**64
-        if count != listed:
-            problems.append(f"counts {count} files, lists {listed}")
-        return LuoSession(name, bool(session.retrieved), count, files, problems)
-
-    def _listed_file(self, session: str, file: Object) -> LuoFile:
-        return self._file(
-            session,
-            text(_string(file.fh.compatible)),
-            file.token.value_(),
-            file.serialized_data.value_(),
-            file.retrieve_status.value_()
-            if self.luo.kept.retrieve_status
-            else int(file.retrieved.value_()),
-        )
-
-    def _walk(self, kind: str, head: Object, member: str, problems: list[str]) -> Iterator[Object]:
-        """The entries of a kernel list, which may move meanwhile."""
-        for entry in list_for_each_entry(kind, head.address_of_(), member):
-            if not self._left:
-                problems.append(f"more than {budget.ENTRIES} entries: not followed")
-                return
-            self._left -= 1
-            yield entry
+        return self._followed(claimed())
 
     def waiting(self, header: Object) -> int:
         """
@@ -407,7 +450,8 @@ class _Lists(Serialized):
         :param leads: where the next kernel will look for them; None: where they are written.
         """
         if leads is None:
-            self._blocks(header.block_set, LUO_SESSION_SER, LIST_OF_SESSIONS, self.problems)
+            head = header.block_set.head_pa.value_()
+            self._blocks(head, LUO_SESSION_SER, LIST_OF_SESSIONS, self.problems)
             return
         self._room(leads, LUO_SESSIONS, LIST_OF_SESSIONS, self.problems)
         written = self.waiting(header)
@@ -416,12 +460,14 @@ class _Lists(Serialized):
                 f"its FDT leads to sessions at {leads:#x}, the kernel writes them to {written:#x}"
             )
 
-    def _room_for_files(self, file_set: Object, whose: Owner, problems: list[str]) -> None:
-        """Claim where the files of a ``struct luo_file_set`` are written."""
+    def _room_for_files(self, session: _Session) -> None:
+        """Claim where the files of a session are written."""
+        whose, problems = _list_of_files(session.name), session.problems
         if not self.arrays:
-            self._blocks(file_set.block_set, LUO_FILE_SER, whose, problems)
-        elif file_set.files:
-            self._room(int(virt_to_phys(file_set.files)), LUO_FILES, whose, problems)
+            self._blocks(session.room, LUO_FILE_SER, whose, problems)
+        elif session.room:
+            pointer = Object(self.luo.prog, "void *", session.room)
+            self._room(int(virt_to_phys(pointer)), LUO_FILES, whose, problems)
 
     def _room(self, at: int, of: Array, whose: Owner, problems: list[str]) -> None:
         """Claim the memory of an array."""
@@ -430,10 +476,9 @@ class _Lists(Serialized):
             self.following.claim(whose, at, size)
 
     def _blocks(
-        self, block_set: Object, layout: np.dtype[np.void], whose: Owner, problems: list[str]
+        self, head: int, layout: np.dtype[np.void], whose: Owner, problems: list[str]
     ) -> None:
-        """Claim the blocks of a ``struct kho_block_set``."""
-        head = block_set.head_pa.value_()
+        """Claim the blocks of a ``struct kho_block_set``; ``phys_addr_t`` of the first."""
         blocks, _ = self.following.block_set(head, layout, problems, written=False)
         self.following.claim(whose, blocks, self.following.abi.page_size)
 
@@ -443,13 +488,178 @@ class _Lists(Serialized):
             return []
         head = self.luo.prog["luo_flb_global"].list
         found = []
-        for flb in self._walk("struct liveupdate_flb", head, "private.list", self.problems):
+        for flb in self._flbs(head):
             state = flb.private.outgoing
             counted = state.count.refs.counter if self.luo.kept.flb_refcount else state.count
             count = counted.value_()
             if count > 0:
                 found.append(Flb(text(_string(flb.compatible)), state.data.value_(), count))
         return found
+
+    def _flbs(self, head: Object) -> Iterator[Object]:
+        """Each ``struct liveupdate_flb`` of a list, as far as it can be followed."""
+        seen: set[int] = set()
+        kind = "struct liveupdate_flb"
+        for flb in list_for_each_entry(kind, head.address_of_(), "private.list"):
+            if flb.value_() in seen:
+                self.problems.append(f"the list of FLBs loops at {flb.value_():#x}")
+                return
+            if not self._left:
+                self.left_out += 1
+                return
+            seen.add(flb.value_())
+            self._left -= 1
+            yield flb
+
+
+@dataclass
+class _Look:
+    """
+    One look at a kernel's own list of sessions, which may move meanwhile.
+
+    :param left: how many entries are still looked at.
+    :param fault: what ended it.
+    """
+
+    luo: From
+    left: int
+    left_out: int = 0
+    sessions: list[_Session] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    fault: FaultError | None = None
+    _handlers: dict[int, str] = field(default_factory=dict)
+
+    @cached_property
+    def _session(self) -> np.dtype[np.void]:
+        file_set = "files" if self.luo.kept.arrays else "block_set.head_pa"
+        return _record(
+            self.luo.prog,
+            "struct luo_session",
+            next="list.next",
+            name="name",
+            retrieved="retrieved",
+            count="file_set.count",
+            room=f"file_set.{file_set}",
+            files="file_set.files_list.next",
+        )
+
+    @cached_property
+    def _file(self) -> np.dtype[np.void]:
+        return _record(
+            self.luo.prog,
+            "struct luo_file",
+            next="list.next",
+            handler="fh",
+            token="token",
+            data="serialized_data",
+            status="retrieve_status" if self.luo.kept.retrieve_status else "retrieved",
+        )
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing seems to have come between."""
+        return self.fault is None and not (
+            self.problems or any(session.problems for session in self.sessions)
+        )
+
+    def at(self, head: int) -> None:
+        """Look at a ``struct list_head`` of sessions."""
+        names = _Once("session name", self.problems)
+        where, found, self.fault = self._walk(head, self._session, self.problems)
+        self.left_out = len(where) - len(found) if self.fault is None else 0
+        offset = self._session.fields["files"][1]  # type: ignore[index]
+        for at, row in zip(where, found, strict=False):
+            name = text(bytes(row["name"]))
+            if not names.is_new(name):
+                continue
+            session = self._with_files(name, row, at + offset)
+            if session is None:
+                return
+            self.sessions.append(session)
+
+    def _with_files(self, name: str, row: np.void, head: int) -> _Session | None:
+        """None: the list of its files cannot be read."""
+        problems: list[str] = []
+        where, found, fault = self._walk(head, self._file, problems)
+        if fault is not None:
+            self.fault = fault
+            return None
+        try:
+            handlers = [self._handler(each) for each in found["handler"].tolist()]
+        except FaultError as error:
+            self.fault = error
+            return None
+        files = _Files(
+            handlers, found["token"].tolist(), found["data"].tolist(), found["status"].tolist()
+        )
+        # A long, which the kernel hands over as u64.
+        count = int(row["count"]) % 2**64
+        session = _Session(name, bool(row["retrieved"]), count, _once(files, problems), problems)
+        session.room = int(row["room"])
+        if len(where) > len(found):
+            session.left_out = max(count - len(found), 1)
+        elif count != len(found):
+            problems.append(f"counts {count} files, lists {len(found)}")
+        return session
+
+    def _handler(self, at: int) -> str:
+        """``compatible`` of a ``struct liveupdate_file_handler``."""
+        if at not in self._handlers:
+            handler = Object(self.luo.prog, "struct liveupdate_file_handler *", at)
+            self._handlers[at] = text(_string(handler.compatible))
+        return self._handlers[at]
+
+    def _walk(
+        self, head: int, layout: np.dtype[np.void], problems: list[str]
+    ) -> tuple[list[int], NDArray[np.void], FaultError | None]:
+        """
+        The entries of a ``struct list_head``, each read whole.
+
+        :return: where they are, with that of the first that is left out; as many of them as are
+            still looked at; and what ended it.
+        """
+        read, size, link = self.luo.prog.read, layout.itemsize, layout.fields["next"][1]  # type: ignore[index]
+        where: list[int] = []
+        raw: list[bytes] = []
+        fault, seen = None, set()
+        try:
+            at = int.from_bytes(read(head, 8), "little")
+            while at != head:
+                entry = (at - link) % 2**64
+                if at in seen:
+                    problems.append(f"the list loops: {entry:#x} was there before")
+                    break
+                where.append(entry)
+                if not self.left:
+                    break
+                seen.add(at)
+                raw.append(read(entry, size))
+                self.left -= 1
+                at = int.from_bytes(raw[-1][link : link + 8], "little")
+        except FaultError as error:
+            fault = error
+        return where, np.frombuffer(b"".join(raw), layout), fault
+
+
+def _record(prog: Program, structure: str, /, **members: str) -> np.dtype[np.void]:
+    """
+    The layout of some members of a structure.
+
+    :param members: path of each.
+    """
+    whole = Object(prog, structure, address=0)
+    formats, offsets = [], []
+    for path in members.values():
+        found = reduce(Object.member_, path.split("."), whole)
+        kind = found.type_
+        while kind.kind == TypeKind.TYPEDEF:
+            kind = kind.type
+        signed = kind.kind == TypeKind.INT and kind.is_signed
+        letter = "S" if kind.kind == TypeKind.ARRAY else "<i" if signed else "<u"
+        formats.append(f"{letter}{sizeof(kind)}")
+        offsets.append(found.address_)
+    size = max(at + np.dtype(kind).itemsize for at, kind in zip(offsets, formats, strict=True))
+    return np.dtype({"names": [*members], "formats": formats, "offsets": offsets, "itemsize": size})
 
 
 @dataclass
@@ -472,6 +682,30 @@ class _Once:
             shown = f"{name:#x}" if isinstance(name, int) else repr(name)
             self.problems.append(f"{self.what} {shown} is there twice")
         return False
+
+
+def _once(files: _Files, problems: list[str]) -> _Files:
+    """Files without those whose token another one has had before."""
+    if len({*files.token}) == len(files.token):
+        return files
+    tokens = _Once("token", problems)
+    rows = [row for row, token in enumerate(files.token) if tokens.is_new(token)]
+    return _Files(
+        [files.handler[row] for row in rows],
+        [files.token[row] for row in rows],
+        [files.data[row] for row in rows],
+        [files.status[row] for row in rows],
+    )
+
+
+def _memfd_of(session: str, token: int) -> Owner:
+    return Owner(OwnerKind.FILE, f"memfd {token:#x} of session {session}", session, token)
+
+
+@lru_cache(1 << 10)
+def _text(raw: bytes) -> str:
+    """The compatible of a handler: many files have the same one."""
+    return text(raw)
 
 
 def _list_of_files(session: str) -> Owner:

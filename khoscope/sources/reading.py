@@ -47,9 +47,9 @@ from .walk import READS, in_ranges
 
 #: ``IORESOURCE_SYSRAM`` (include/linux/ioport.h, a #define).
 IORESOURCE_SYSRAM: Final = 0x01000000
-#: More resources than any machine has: a corrupt list.
+#: More resources than any machine has.
 RESOURCE_LIMIT: Final = 1 << 16
-#: More file handlers than any kernel has: a corrupt list.
+#: More file handlers than any kernel has.
 HANDLER_LIMIT: Final = 1 << 8
 #: More than any command line has, bytes.
 COMMAND_LINE_LIMIT: Final = 1 << 16
@@ -215,8 +215,10 @@ class Reading:
             resource = waiting.pop()
             if not resource:
                 continue
-            if resource.value_() in seen or len(seen) == RESOURCE_LIMIT:
+            if resource.value_() in seen:
                 raise _Corrupt("its list is corrupt")
+            if len(seen) == RESOURCE_LIMIT:
+                raise _Corrupt(f"it has more than the {RESOURCE_LIMIT:,} that khoscope looks at")
             seen.add(resource.value_())
             start, end = resource.start.value_(), resource.end.value_()
             if resource.flags.value_() & IORESOURCE_SYSRAM and start <= end < 2**64 - 1:
@@ -478,7 +480,7 @@ class Reading:
         listed = list_for_each_entry("struct liveupdate_file_handler", head, "list")
         for handler in islice(listed, HANDLER_LIMIT + 1):
             if len(found) == HANDLER_LIMIT:
-                raise _Corrupt(f"the list does not end after {HANDLER_LIMIT}")
+                raise _Corrupt(f"there are more than the {HANDLER_LIMIT} that khoscope looks at")
             found.append(handler.compatible.string_().decode("ascii", "backslashreplace"))
 
     # -- FDTs -------------------------------------------------------------------------------------

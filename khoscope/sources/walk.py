@@ -10,7 +10,7 @@ Mirrors ``__kho_radix_walk_tree`` in kexec_handover.c.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final, TypeVar
@@ -29,6 +29,8 @@ ReadPhys = Callable[[int, int], bytes | None]
 PROBLEMS_KEPT: Final = 256
 #: Bytes read at once, at most.
 READ_SIZE: Final = 1 << 20
+#: Bytes between two pieces of memory that are read together with them: another read costs more.
+NEAR: Final = 1 << 14
 #: How often khoscope reads a moving tree again before it gives up.
 READS: Final = 3
 
@@ -215,6 +217,41 @@ def read_nodes(
             joined = pieces[0] if len(pieces) == 1 else b"".join(pieces)
             raw = np.frombuffer(joined, np.uint8).reshape(-1, size)
             yield np.array(rows, np.int64), raw
+
+
+def read_near(
+    read: ReadPhys, phys: Sequence[int], size: Sequence[int], near: int = NEAR
+) -> list[bytes | None]:
+    """
+    Pieces of memory in any order; one read gets those that lie near each other.
+
+    :param phys: ``phys_addr_t`` of each piece; it lies in RAM.
+    :param size: of each, bytes.
+    :param near: how many bytes may lie between two of them.
+    :return: their bytes; None: that piece cannot be read.
+    """
+    found: list[bytes | None] = [None] * len(phys)
+    by = sorted(range(len(phys)), key=phys.__getitem__)
+    at = 0
+    while at < len(by):
+        first = phys[by[at]]
+        end, begin = first + size[by[at]], at
+        at += 1
+        while at < len(by):
+            start = phys[by[at]]
+            behind = start + size[by[at]]
+            if start > end + near or behind > first + READ_SIZE:
+                break
+            end = max(end, behind)
+            at += 1
+        data = read(first, end - first)
+        for row in by[begin:at]:
+            if data is not None:
+                found[row] = data[phys[row] - first : phys[row] - first + size[row]]
+            elif at - begin > 1:
+                # One of them, or what lies between them, cannot be read.
+                found[row] = read(phys[row], size[row])
+    return found
 
 
 def settle(walk_once: Callable[[], Tree], use: Callable[[Tree], T]) -> tuple[T, Tree]:
