@@ -13,7 +13,7 @@ from drgn import FaultError, Object, Program
 from drgn.helpers.linux.mm import for_each_vmap_area
 
 from ..abi.keys import U64, Abi
-from ..abi.serialized import LUO
+from ..abi.serialized import LUO, unpack
 from ..facts.clients import Luo, Owner, OwnerKind
 from ..facts.owners import UNKNOWN, Owners
 from ..facts.snapshot import Side
@@ -21,7 +21,7 @@ from ..facts.tree import KeySet
 from .follow import ClientWalker
 from .luo import From, Handed, read_incoming, read_outgoing, unknown
 from .pages import PageLayout
-from .probe import Parts, module_at
+from .probe import Parts, module_at, record_layout
 from .walk import READS, ReadPhys
 
 
@@ -105,9 +105,19 @@ def with_vm_structs(at: Where, layout: PageLayout, side: Side) -> tuple[Side, li
     mine = owners.at(phys, phys + np.uint64(abi.page_size)) == UNKNOWN
     caller, phys = caller[mine], phys[mine]
     more = ClientWalker(abi, np.zeros((0, 2), np.uint64), lambda *_: None, list(side.owners))
-    for each in np.unique(caller).tolist():
-        owner = Owner(OwnerKind.VM_STRUCT, f"vm_struct of {_symbol(at.prog, each)}")
-        more.claim(owner, np.unique(phys[caller == each]), abi.page_size)
+    callers, number = np.unique(caller, return_inverse=True)
+
+    def owner(each: int) -> Owner:
+        name = f"vm_struct of {_symbol(at.prog, int(callers[each]))}"
+        return Owner(OwnerKind.VM_STRUCT, name)
+
+    # By caller, then by address, each page once.
+    by = np.lexsort((phys, number))
+    number, phys = number[by], phys[by]
+    again = np.zeros(len(phys), np.bool_)
+    again[1:] = (number[1:] == number[:-1]) & (phys[1:] == phys[:-1])
+    number, phys = number[~again], phys[~again]
+    more.claim_each(owner, number, phys, np.full(len(phys), abi.page_size, np.uint64))
     side = replace(side, owners=more.owners, claims=[*side.claims, *more.claims()])
     return side, found.unread
 
@@ -128,30 +138,40 @@ class _VmStructs:
 
 
 def _vm_structs(at: Where, layout: PageLayout) -> _VmStructs:
-    callers = [np.zeros(0, np.uint64)]
-    pages = [np.zeros(0, np.uint64)]
+    pages: list[bytes] = []
+    callers: list[int] = []
+    counts: list[int] = []
     most = int((at.ram[:, 1] - at.ram[:, 0]).sum()) >> at.abi.page_shift
     areas, whole = _vmap_areas(at)
+    layout_of = record_layout(
+        *(at.prog, "struct vm_struct"),
+        **{name: name for name in ("caller", "nr_pages", "size", "pages")},
+    )
     unread = 0
     for area in areas:
         try:
-            vm = area.vm.read_()
-            count = vm.nr_pages.value_() if vm else 0
-            # If an area says it has more pages than it maps, somebody wrote over it.
-            if not 0 < count <= min(vm.size.value_() >> at.abi.page_shift, most):
+            where = area.vm.value_()
+            if not where:
                 continue
-            raw = at.prog.read(vm.pages.value_(), 8 * count)
-            callers.append(np.full(count, vm.caller.value_(), np.uint64))
+            vm = unpack(layout_of, at.prog.read(where, layout_of.itemsize))
+            count = int(vm["nr_pages"])
+            # If an area says it has more pages than it maps, somebody wrote over it.
+            if not 0 < count <= min(int(vm["size"]) >> at.abi.page_shift, most):
+                continue
+            pages.append(at.prog.read(int(vm["pages"]), 8 * count))
         except FaultError:
             # The area went away meanwhile, or a vmcore lacks it.
             unread += 1
             continue
-        pages.append(np.frombuffer(raw, np.uint64))
-    pfn = (np.concatenate(pages) - np.uint64(layout.vmemmap)) // np.uint64(layout.size)
+        callers.append(int(vm["caller"]))
+        counts.append(count)
+    page = np.frombuffer(b"".join(pages), np.uint64)
+    pfn = (page - np.uint64(layout.vmemmap)) // np.uint64(layout.size)
+    caller = np.repeat(np.array(callers, np.uint64), counts)
     missing = [] if whole else ["the list of vmalloc areas (struct vmap_area), whole"]
     if unread:
         missing.append(f"{unread:,} vmalloc areas (struct vm_struct)")
-    return _VmStructs(np.concatenate(callers), pfn << np.uint64(at.abi.page_shift), missing)
+    return _VmStructs(caller, pfn << np.uint64(at.abi.page_shift), missing)
 
 
 def _vmap_areas(at: Where) -> tuple[list[Object], bool]:

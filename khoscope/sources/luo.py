@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial, reduce
+from functools import cached_property, lru_cache, partial
 from typing import Any, Final
 
 import numpy as np
-from drgn import FaultError, Object, Program, TypeKind, sizeof
+from drgn import FaultError, Object, Program
 from drgn.helpers.linux.list import list_empty, list_for_each_entry
 from drgn.helpers.linux.mm import virt_to_phys
 from numpy.typing import NDArray
@@ -41,7 +41,7 @@ from ..abi.serialized import (
 from ..facts import budget
 from ..facts.clients import FLB_LIST, Flb, Luo, LuoFile, LuoSession, Memfd, Owner, OwnerKind
 from .follow import ClientWalker
-from .probe import LuoLists
+from .probe import LuoLists, record_layout
 from .walk import READS
 
 #: How many memfds are followed together.
@@ -532,7 +532,7 @@ class _Look:
     @cached_property
     def _session(self) -> np.dtype[np.void]:
         file_set = "files" if self.luo.kept.arrays else "block_set.head_pa"
-        return _record(
+        return record_layout(
             self.luo.prog,
             "struct luo_session",
             next="list.next",
@@ -545,7 +545,7 @@ class _Look:
 
     @cached_property
     def _file(self) -> np.dtype[np.void]:
-        return _record(
+        return record_layout(
             self.luo.prog,
             "struct luo_file",
             next="list.next",
@@ -639,27 +639,6 @@ class _Look:
         except FaultError as error:
             fault = error
         return where, np.frombuffer(b"".join(raw), layout), fault
-
-
-def _record(prog: Program, structure: str, /, **members: str) -> np.dtype[np.void]:
-    """
-    The layout of some members of a structure.
-
-    :param members: path of each.
-    """
-    whole = Object(prog, structure, address=0)
-    formats, offsets = [], []
-    for path in members.values():
-        found = reduce(Object.member_, path.split("."), whole)
-        kind = found.type_
-        while kind.kind == TypeKind.TYPEDEF:
-            kind = kind.type
-        signed = kind.kind == TypeKind.INT and kind.is_signed
-        letter = "S" if kind.kind == TypeKind.ARRAY else "<i" if signed else "<u"
-        formats.append(f"{letter}{sizeof(kind)}")
-        offsets.append(found.address_)
-    size = max(at + np.dtype(kind).itemsize for at, kind in zip(offsets, formats, strict=True))
-    return np.dtype({"names": [*members], "formats": formats, "offsets": offsets, "itemsize": size})
 
 
 @dataclass

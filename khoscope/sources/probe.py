@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Final
 
+import numpy as np
 from drgn import (
     FaultError,
+    Object,
     ObjectAbsentError,
     PlatformFlags,
     Program,
@@ -846,6 +848,27 @@ def _stamp_is_too_large(prog: Program, page: Type) -> bool:
 def direct_map(prog: Program) -> int:
     """Virtual address at which physical address 0 is mapped."""
     return int(phys_to_virt(prog, 0).value_())
+
+
+def record_layout(prog: Program, structure: str, /, **members: str) -> np.dtype[np.void]:
+    """
+    The layout of some members of a structure.
+
+    :param members: path of each.
+    """
+    whole = Object(prog, structure, address=0)
+    formats, offsets = [], []
+    for path in members.values():
+        found = reduce(Object.member_, path.split("."), whole)
+        kind = found.type_
+        while kind.kind == TypeKind.TYPEDEF:
+            kind = kind.type
+        signed = kind.kind == TypeKind.INT and kind.is_signed
+        letter = "S" if kind.kind == TypeKind.ARRAY else "<i" if signed else "<u"
+        formats.append(f"{letter}{sizeof(kind)}")
+        offsets.append(found.address_)
+    size = max(at + np.dtype(kind).itemsize for at, kind in zip(offsets, formats, strict=True))
+    return np.dtype({"names": [*members], "formats": formats, "offsets": offsets, "itemsize": size})
 
 
 def module_at(prog: Program, address: int) -> str:

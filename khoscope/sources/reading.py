@@ -480,7 +480,7 @@ class Reading:
         listed = list_for_each_entry("struct liveupdate_file_handler", head, "list")
         for handler in islice(listed, HANDLER_LIMIT + 1):
             if len(found) == HANDLER_LIMIT:
-                raise _Corrupt(f"there are more than the {HANDLER_LIMIT} that khoscope looks at")
+                raise _Corrupt(f"the list does not end after {HANDLER_LIMIT}")
             found.append(handler.compatible.string_().decode("ascii", "backslashreplace"))
 
     # -- FDTs -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ Mirrors ``__kho_radix_walk_tree`` in kexec_handover.c.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final, TypeVar
@@ -269,28 +269,56 @@ def settle(walk_once: Callable[[], Tree], use: Callable[[Tree], T]) -> tuple[T, 
         used = use(tree)
         again = walk_once()
         reads += 1
-        moved, stable = _compare(tree, again)
+        moved = sum(_moved(*pair) for pair in _pairs(tree.leaves, again.leaves))
         same = moved == 0 and tree.state.problem_count == again.state.problem_count
         if same or reads > READS:
             worse = max(tree.state, again.state, key=lambda state: state.problem_count)
             state = replace(worse, reads=reads, moved=moved)
-            return used, replace(tree, leaves=stable if moved else tree.leaves, state=state)
+            stable = list(_stable(tree, again)) if moved else tree.leaves
+            return used, replace(tree, leaves=stable, state=state)
         tree = again
 
 
-def _compare(a: Tree, b: Tree) -> tuple[int, list[Leaves]]:
-    """How many blocks are in one tree only, and the leaves of those in both."""
-    left, right = Leaves.concatenate(a.leaves), Leaves.concatenate(b.leaves)
-    if not len(left) or not len(right):
-        return sum(int(part.counts().sum()) for part in (left, right) if len(part)), []
-    if len(left) == len(right) and (left.key == right.key).all():
-        moved = int(np.bitwise_count(left.bitmap ^ right.bitmap).sum())
-        return moved, groups(Leaves(left.key, left.bitmap & right.bitmap))
-    key, i, j = np.intersect1d(left.key, right.key, assume_unique=True, return_indices=True)
-    stable = Leaves(key, left.bitmap[i] & right.bitmap[j])
-    in_both = int(stable.counts().sum()) if len(stable) else 0
-    either = sum(int(group.counts().sum()) for tree in (a, b) for group in tree.leaves)
-    return either - 2 * in_both, groups(stable)
+def _pairs(
+    a: Iterable[Leaves], b: Iterable[Leaves]
+) -> Iterator[tuple[Leaves | None, Leaves | None]]:
+    """Cut two streams of leaves, each sorted by key, at the same keys."""
+    streams = (iter(a), iter(b))
+    left, right = (next(each, None) for each in streams)
+    while left is not None or right is not None:
+        cut = min(part.key[-1] for part in (left, right) if part is not None)
+        pair, rest = [], []
+        for part, stream in zip((left, right), streams, strict=True):
+            at = 0 if part is None else int(np.searchsorted(part.key, cut, "right"))
+            pair.append(part[:at] if part is not None and at else None)
+            rest.append(next(stream, None) if part is None or at == len(part) else part[at:])
+        left, right = rest
+        yield pair[0], pair[1]
+
+
+def _moved(a: Leaves | None, b: Leaves | None) -> int:
+    """How many blocks are in one of two groups of leaves only."""
+    if a is None or b is None:
+        return sum(int(part.counts().sum()) for part in (a, b) if part is not None)
+    if len(a) == len(b) and (a.key == b.key).all():
+        if np.array_equal(a.bitmap, b.bitmap):
+            return 0
+        return int(np.bitwise_count(a.bitmap ^ b.bitmap).sum())
+    both = _both(a, b)
+    return int(a.counts().sum() + b.counts().sum() - 2 * both.counts().sum())
+
+
+def _both(a: Leaves, b: Leaves) -> Leaves:
+    """The blocks that are in both."""
+    key, i, j = np.intersect1d(a.key, b.key, assume_unique=True, return_indices=True)
+    return Leaves(key, a.bitmap[i] & b.bitmap[j])
+
+
+def _stable(a: Tree, b: Tree) -> Iterator[Leaves]:
+    """The leaves of the blocks that are in both of two trees."""
+    for left, right in _pairs(a.leaves, b.leaves):
+        if left is not None and right is not None and len(both := _both(left, right)):
+            yield both
 
 
 def groups(leaves: Leaves) -> list[Leaves]:
