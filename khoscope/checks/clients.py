@@ -220,16 +220,20 @@ def _bare(facts: Snapshot, keys: KeySet, kinds: set[OwnerKind]) -> Iterator[tupl
         return
     every = Claims.concatenate(claims[wanted[claims.owner]] for claims in side.claims)
     every = every[every.size > 0]
+    every = every[np.argsort(every.phys, kind="stable")]
     shift = np.uint64(facts.abi.page_shift)
     start = every.phys >> shift
     last = every.phys + np.minimum(every.size - np.uint64(1), ~every.phys)
     end = (last >> shift) + np.uint64(1)
+    reach = np.maximum.accumulate(end)
     covered = np.zeros(len(every), np.uint64)
     first = start.copy()
     for run in keys.runs():
         if not len(run[0]):
             continue
-        near = np.flatnonzero((start < run[1][-1]) & (end > run[0][0]))
+        low = int(np.searchsorted(reach, run[0][0], "right"))
+        high = int(np.searchsorted(start, run[1][-1]))
+        near = low + np.flatnonzero(end[low:high] > run[0][0])
         covered[near] += _below(run, end[near]) - _below(run, start[near])
         first[near] = _behind(run, first[near])
     missing = end - start - covered

@@ -350,10 +350,17 @@ class ClaimsByOwner:
 
     def session_bytes(self, session: str) -> int:
         """How many bytes of whole pages a LUO session preserves, its own lists included."""
-        claims = self._of(self._by_session.get(session))
+        return int(self._bytes[self._by_session.get(session, [])].sum())
+
+    @cached_property
+    def _bytes(self) -> U64:
+        """u64, bytes of the whole pages that each owner claims."""
         low = np.uint64((1 << self._page_shift) - 1)
+        claims = self._claims
         end = (claims.phys + claims.size + low) & ~low
-        return int((end - (claims.phys & ~low)).sum())
+        found = np.zeros(len(self._owners), np.uint64)
+        np.add.at(found, claims.owner, end - (claims.phys & ~low))
+        return found
 
     def _of(self, owners: Sequence[int] | None) -> Claims:
         return Claims.concatenate(
