@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from khoscope import checks, demo
 from khoscope.abi.keys import Abi, BlockLimits, Tracker
-from khoscope.facts import budget, store
+from khoscope.facts import budget, listed, store
 from khoscope.facts.clients import (
     Claims,
     Flb,
@@ -617,3 +617,85 @@ def test_limits_and_the_crash_image_are_kept() -> None:
     image = KexecImage(True, True, 0x2000, 1 << 20)
     facts = load(bytes_of(replace(snapshot(abi, []), crash_image=image)))
     assert (facts.abi.limits, facts.crash_image) == (abi.limits, image)
+
+
+# Long lists
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> tuple[Snapshot, bytes]:
+    """A snapshot with lists of several pieces, and its file."""
+    monkeypatch.setattr(listed, "PIECE", 3)
+    files = [LuoFile("vfio-v9", token, 0) for token in range(8)]
+    sessions = [
+        LuoSession("a", False, 8, files),
+        LuoSession("b", False, 9, left_out=9),
+        *(LuoSession(f"c{n}", True, 1, files[n : n + 1], ["a problem"]) for n in range(4)),
+    ]
+    made = snapshot(PLAIN, [])
+    side = replace(
+        made.outgoing,
+        luo=Luo(0x6000, "luo-v5", 1, True, sessions),
+        vmallocs=[Vmalloc(f"area {n}", n, n, 1, 1, 0, 1, 1) for n in range(7)],
+        owners=[Owner(OwnerKind.FILE, f"owner {n}") for n in range(4)],
+    )
+    facts = replace(made, outgoing=side)
+    return facts, bytes_of(facts)
+
+
+def test_long_lists(pieces: tuple[Snapshot, bytes]) -> None:
+    facts, data = pieces
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        meta = json.loads(archive.read("meta.json"))
+        listed_in_meta = meta["outgoing"]["luo"]["sessions"]
+        names = {*archive.namelist()}
+    assert sum(1 + len(session["files"]) for session in listed_in_meta) == 3
+    assert meta["outgoing"]["lists"] == {"sessions": 7, "vmallocs": 2, "owners": 1}
+    assert {"out/sessions/000006.json", "out/vmallocs/000001.json"} <= names
+    for again in (load(data), store.spool(facts)):
+        for name in ("luo", "vmallocs", "owners"):
+            assert getattr(again.outgoing, name) == getattr(facts.outgoing, name)
+
+
+@pytest.mark.parametrize(
+    ("lists", "said"),
+    [
+        ({"sessions": 7, "vmallocs": 2}, "is not among what it says to have"),
+        ({"sessions": 7, "vmallocs": 3, "owners": 1}, "There is no item named"),
+        ({"sessions": 7, "vmallocs": 2, "owners": 1, "flbs": 1}, "pieces of no list"),
+        ({"sessions": 2**63, "vmallocs": 2, "owners": 1}, "There is no item named"),
+    ],
+)
+def test_pieces_that_are_not_there(
+    pieces: tuple[Snapshot, bytes], lists: dict[str, int], said: str
+) -> None:
+    with zipfile.ZipFile(io.BytesIO(pieces[1])) as archive:
+        meta = json.loads(archive.read("meta.json"))
+    meta["outgoing"]["lists"] = lists
+    assert said in refused(rewritten({"meta.json": json.dumps(meta).encode()}, pieces[1]))
+
+
+@pytest.mark.parametrize(
+    ("piece", "said"),
+    [
+        (b"[]", "a piece of 0 owners"),
+        (b'[{"kind":"file","name":"x","session":null,"token":null}]' * 2, "trailing"),
+        (b'[{"kind":"file","name":"x","session":null}]', "token is not there"),
+        (b'[{"kind":"LUO","name":"' + b"x" * (budget.TEXT + 1) + b'"}]', "letters"),
+        (
+            json.dumps([{"kind": "LUO", "name": "x", "session": None, "token": None}] * 4).encode(),
+            "a piece of 4 owners",
+        ),
+    ],
+)
+def test_pieces_that_hold_anything(pieces: tuple[Snapshot, bytes], piece: bytes, said: str) -> None:
+    assert said in refused(rewritten({"out/owners/000000.json": piece}, pieces[1]))
+
+
+def test_more_files_than_a_file_has_room_for(
+    pieces: tuple[Snapshot, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "entries", lambda size: 17)
+    assert "more sessions, files or subtrees" in refused(pieces[1])
+    monkeypatch.setattr(budget, "entries", lambda size: 18)
+    load(pieces[1])
