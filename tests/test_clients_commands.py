@@ -131,6 +131,17 @@ def test_what_the_kernel_has_made_of_a_session(
     assert words in ask(replace(facts, outgoing=replace(facts.outgoing, luo=luo)), "luo")
 
 
+def test_luo_that_is_not_all_looked_at(facts: Snapshot, ask: Callable[..., str]) -> None:
+    luo = facts.outgoing.luo
+    assert luo is not None
+    session = replace(luo.sessions[0], count=1235, left_out=1234)
+    luo = replace(luo, sessions=[session], left_out=5)
+    facts = replace(facts, outgoing=replace(facts.outgoing, luo=luo))
+    text = ask(facts, "luo")
+    assert "    at least 1,234 more files: not looked at\n" in text
+    assert "  at least 5 more sessions or FLBs: not looked at\n" in text
+
+
 def test_luo_that_an_fdt_leads_to(facts: Snapshot, ask: Callable[..., str]) -> None:
     luo = facts.outgoing.luo
     assert luo is not None

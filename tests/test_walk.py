@@ -18,7 +18,16 @@ from khoscope.abi.keys import KHO_PAGE_CONTIG, NO_TYPE, Abi
 from khoscope.facts.columns import CHUNK_BLOCKS, Blocks, Leaves
 from khoscope.facts.tree import KeySet, NodeProblem, Tree, TreeState
 from khoscope.sources import walk as walk_module
-from khoscope.sources.walk import PROBLEMS_KEPT, READS, in_ranges, settle, walk
+from khoscope.sources.walk import (
+    NEAR,
+    PROBLEMS_KEPT,
+    READ_SIZE,
+    READS,
+    in_ranges,
+    read_near,
+    settle,
+    walk,
+)
 from khoscope.views.block_filter import BlockFilter
 from tests.synthetic import FIXED, PLAIN, POSTED, Memory, blocks_of
 
@@ -578,3 +587,42 @@ def test_types_as_posted_do_not_come_back() -> None:
     memory.add_page(0x1000, 0, 1)
     memory.add_page(0x1000, 0, 0)
     assert blocks_of(POSTED, memory.walk()) == {(0x1000, 0, KHO_PAGE_CONTIG)}
+
+
+# Pieces of memory
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 3 * NEAR)), max_size=12),
+    st.sets(st.integers(0, 80), max_size=4),
+)
+def test_pieces_that_lie_near_each_other(pieces: list[tuple[int, int]], missing: set[int]) -> None:
+    """In any order; each is there, unless some of itself is missing."""
+    memory = np.arange(1 << 17, dtype=np.uint32).tobytes()
+    step = 1 << 13
+
+    def read(at: int, size: int) -> bytes | None:
+        assert size <= READ_SIZE
+        there = missing.isdisjoint(range(at // step, (at + size - 1) // step + 1))
+        return memory[at : at + size] if there else None
+
+    phys, size = [step * at for at, _ in pieces], [size for _, size in pieces]
+    assert read_near(read, phys, size) == [
+        read(at, count) for at, count in zip(phys, size, strict=True)
+    ]
+
+
+def test_pieces_are_read_together() -> None:
+    reads: list[tuple[int, int]] = []
+
+    def read(at: int, size: int) -> bytes:
+        reads.append((at, size))
+        return bytes(size)
+
+    far = 3 * NEAR
+    read_near(read, [far + 64, 0, far, 2 * READ_SIZE, NEAR], [64, 8, 64, 8, 8])
+    assert reads == [(0, NEAR + 8), (far, 128), (2 * READ_SIZE, 8)]
+    reads.clear()
+    # One read has a limit.
+    read_near(read, list(range(0, 3 * READ_SIZE, 4096)), [4096] * (3 * READ_SIZE // 4096))
+    assert reads == [(at, READ_SIZE) for at in range(0, 3 * READ_SIZE, READ_SIZE)]

@@ -219,15 +219,12 @@ def read_nodes(
             yield np.array(rows, np.int64), raw
 
 
-def read_near(
-    read: ReadPhys, phys: Sequence[int], size: Sequence[int], near: int = NEAR
-) -> list[bytes | None]:
+def read_near(read: ReadPhys, phys: Sequence[int], size: Sequence[int]) -> list[bytes | None]:
     """
     Pieces of memory in any order; one read gets those that lie near each other.
 
     :param phys: ``phys_addr_t`` of each piece; it lies in RAM.
     :param size: of each, bytes.
-    :param near: how many bytes may lie between two of them.
     :return: their bytes; None: that piece cannot be read.
     """
     found: list[bytes | None] = [None] * len(phys)
@@ -240,7 +237,7 @@ def read_near(
         while at < len(by):
             start = phys[by[at]]
             behind = start + size[by[at]]
-            if start > end + near or behind > first + READ_SIZE:
+            if start > end + NEAR or behind > first + READ_SIZE:
                 break
             end = max(end, behind)
             at += 1

@@ -46,6 +46,7 @@ class LuoText(VmallocText):
         for session in islice(luo.sessions, self._limit):
             self._session(memory, session, luo.live)
         self._more(len(luo.sessions), len(luo.sessions), "sessions")
+        self._left_out(luo.left_out, "sessions or FLBs", "  ")
         for flb in islice(luo.flbs, self._limit):
             self.line(f"  FLB {flb.name}: data {flb.data:#x}, {counted(flb.count, 'file')}")
         self._more(len(luo.flbs), len(luo.flbs), "FLBs")
@@ -62,6 +63,11 @@ class LuoText(VmallocText):
         for file in islice(session.files, self._limit):
             self._file(memory, session, file)
         self._more(len(session.files), len(session.files), "files")
+        self._left_out(session.left_out, "files", "    ")
+
+    def _left_out(self, number: int, what: str, indent: str) -> None:
+        if number:
+            self.line(f"{indent}at least {number:,} more {what}: not looked at")
 
     def _file(self, memory: ClaimsByOwner, session: LuoSession, file: LuoFile) -> None:
         self.line(
