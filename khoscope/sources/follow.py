@@ -75,6 +75,23 @@ class _Areas:
 
 
 @dataclass(frozen=True)
+class _Chunks:
+    """
+    The chunks of several chains, chain after chain.
+
+    :param pages: the bytes of each.
+    :param count: how many each chain has.
+    :param phys: u64, ``phys_addr_t`` of those that belong to it.
+    :param of: i64, which chain each of these is of.
+    """
+
+    pages: list[bytes]
+    count: list[int]
+    phys: U64
+    of: I64
+
+
+@dataclass(frozen=True)
 class _Folios:
     """
     The folios of memfds.
@@ -251,57 +268,63 @@ class ClientWalker:
 
     def _areas(self, descs: NDArray[np.void], phys: list[int], whose: list[Owner]) -> _Areas:
         """Follow each ``struct kho_vmalloc`` of an array, one after the other."""
-        abi, number = self.abi, len(descs)
-        first, total, order = (descs[name].tolist() for name in ("first", "total_pages", "order"))
-        flags = descs["flags"].tolist()
-        per_chunk = abi.page_size // 8 - 1
+        number = len(descs)
         problems: list[list[str]] = [[] for _ in range(number)]
-        chunks: list[int] = []
-        pages: list[bytes] = []
-        owned: list[tuple[int, int]] = []
-        count = [0] * number
-        if number > 1:
-            self._read_ahead(descs["first"])
-        for i in range(number):
-            if order[i] > abi.max_page_order:
-                problems[i].append(f"order {order[i]} is more than the page allocator has")
-                order[i] = 0
-            if unknown := flags[i] & ~_KNOWN_FLAGS:
-                problems[i].append(f"flags {unknown:#x} are unknown: they are not restored")
-            # That of another area, if somebody has copied its descriptor: then both lead to it.
-            followed = first[i] in self._followed
-            # The kernel adds a chunk as soon as the last one is full, so the last may be empty.
-            limit = min(total[i] >> order[i], self.ram_pages) // per_chunk + 1
-            begin = len(chunks)
-            for at, raw in self._chain(first[i], "chunk", limit, problems[i]):
-                chunks.append(at)
-                pages.append(raw)
-            count[i] = len(chunks) - begin
-            owned += [(first[i], i)] if followed else [(at, i) for at in chunks[begin:]]
-        size = np.uint64(abi.page_size) << np.array(order, np.uint64)
-        of, entries = _entries(pages, np.repeat(np.arange(number), count), per_chunk)
+        order = descs["order"].astype(np.int64)
+        for i in np.flatnonzero(order > self.abi.max_page_order).tolist():
+            problems[i].append(f"order {order[i]} is more than the page allocator has")
+            order[i] = 0
+        for i in np.flatnonzero(descs["flags"] & ~np.uint16(_KNOWN_FLAGS)).tolist():
+            unknown = int(descs["flags"][i]) & ~_KNOWN_FLAGS
+            problems[i].append(f"flags {unknown:#x} are unknown: they are not restored")
+        per_chunk = self.abi.page_size // 8 - 1
+        # The kernel adds a chunk as soon as the last one is full, so the last may be empty.
+        limit = np.minimum(descs["total_pages"] >> order, self.ram_pages) // per_chunk + 1
+        chunks = self._chunks(descs["first"], limit.tolist(), problems)
+        of, entries = _entries(chunks.pages, np.repeat(np.arange(number), chunks.count), per_chunk)
+        size = np.uint64(self.abi.page_size) << order.astype(np.uint64)
         good = self._good(of, entries, size[of], problems)
-        listed = np.bincount(of, minlength=number) << np.array(order, np.int64)
+        listed = np.bincount(of, minlength=number) << order
         for i in np.flatnonzero(listed != descs["total_pages"]).tolist():
-            problems[i].append(f"lists {listed[i]} pages, total_pages is {total[i]}")
-        chunk = np.array([at for at, _ in owned], np.uint64)
-        chunk_size = np.full(len(chunk), abi.page_size, np.uint64)
-        kind = np.concatenate([2 * np.array([i for _, i in owned], np.int64), 2 * of[good] + 1])
+            total = descs["total_pages"][i]
+            problems[i].append(f"lists {listed[i]} pages, total_pages is {total}")
+        chunk_size = np.full(len(chunks.phys), self.abi.page_size, np.uint64)
         claims = (
-            kind,
-            np.concatenate([chunk, entries[good]]),
+            np.concatenate([2 * chunks.of, 2 * of[good] + 1]),
+            np.concatenate([chunks.phys, entries[good]]),
             np.concatenate([chunk_size, size[of[good]]]),
         )
-        areas = [
-            Vmalloc(owner.name, *said)
-            for owner, *said in zip(
-                *(whose, phys, first, total, flags, order, count, listed.tolist(), problems),
-                strict=True,
-            )
-        ]
+        first, total, flags = (descs[name].tolist() for name in ("first", "total_pages", "flags"))
+        names = [owner.name for owner in whose]
+        said = (first, total, flags, order.tolist(), chunks.count, listed.tolist(), problems)
+        areas = list(map(Vmalloc, names, phys, *said))
         self.vmallocs += areas
         sound = _in_front(of, ~good, number)
         return _Areas(areas, entries[sound], of[sound], size, claims)
+
+    def _chunks(self, first: U64, limit: list[int], problems: list[list[str]]) -> _Chunks:
+        """
+        Follow chains of ``struct kho_vmalloc_chunk``, one after the other.
+
+        :param first: u64, ``phys_addr_t`` of the first chunk of each.
+        :param limit: how many chunks each may have.
+        """
+        if len(first) > 1:
+            self._read_ahead(first)
+        pages: list[bytes] = []
+        count: list[int] = []
+        phys: list[int] = []
+        of: list[int] = []
+        for i, begin in enumerate(first.tolist()):
+            # That of another area, if somebody has copied its descriptor: then both lead to it.
+            followed = begin in self._followed
+            chain = list(self._chain(begin, "chunk", limit[i], problems[i]))
+            pages += [raw for _, raw in chain]
+            count.append(len(chain))
+            mine = [begin] if followed else [at for at, _ in chain]
+            phys += mine
+            of += [i] * len(mine)
+        return _Chunks(pages, count, np.array(phys, np.uint64), np.array(of, np.int64))
 
     def _good(
         self, of: I64, entries: U64, size: U64, problems: list[list[str]]
@@ -449,70 +472,12 @@ class ClientWalker:
         """
         The folios of memfds.
 
-        An entry of a list does not say how large its folio is.  But the list has all of a file, so
-        each folio ends where the next one begins.
-
         :param areas: that hold the lists of folios.
         """
-        shift = np.uint64(self.abi.page_shift)
-        number, size = ser["nr_folios"], ser["size"]
-        file_end = (size >> shift) + (size % np.uint64(self.abi.page_size) != 0)
-        seen, odd, behind = np.zeros((3, len(ser)), np.int64)
-        read, pages, first = np.zeros((3, len(ser)), np.uint64)
-        claims: list[Claims] = []
-        held = np.zeros(0, MEMFD_LUO_FOLIO_SER), np.zeros(0, np.int64)
-        for entries, of, more in self._lists(areas, self._looked(number)):
-            read += np.bincount(of, minlength=len(ser)).astype(np.uint64)
-            entries, of = np.concatenate([held[0], entries]), np.concatenate([held[1], of])
-            index = entries["index"]
-            pfn = entries["pfn_and_flags"] & np.uint64((1 << MEMFD_PFN_BITS) - 1)
-            end, known = np.zeros(len(of), np.uint64), np.zeros(len(of), np.bool_)
-            end[:-1], known[:-1] = index[1:], of[1:] == of[:-1]
-            # Whoever comes next ends the last one.
-            last = np.flatnonzero(~known[: len(of) - more])
-            last = last[read[of[last]] == number[of[last]]]
-            rest = file_end[of[last]] - np.minimum(index[last], file_end[of[last]])
-            end[last] = index[last] + self._last_folios(pfn[last], rest)
-            known[last] = True
-            held = (entries[-1:], of[-1:]) if more else (entries[:0], of[:0])
-            pfn, index, end, of = pfn[known], index[known], end[known], of[known]
-            begins = seen[of] == 0
-            begins[1:] &= of[1:] != of[:-1]
-            first[of[begins]] = index[begins]
-            seen += np.bincount(of, minlength=len(ser))
-            # The kernel skips a pfn of 0.
-            used, inside = pfn != 0, index < file_end[of]
-            count = end - index
-            sound = (end > index) & (count & (count - np.uint64(1)) == 0)
-            sound &= pfn % np.maximum(count, np.uint64(1)) == 0
-            sound &= pfn <= np.uint64((1 << 64) - 1) >> shift
-            sound &= self.are_pages(pfn << shift, count << shift)
-            behind += np.bincount(of[used & ~inside], minlength=len(ser))
-            odd += np.bincount(of[used & inside & ~sound], minlength=len(ser))
-            good = used & sound
-            claims.append(join(Claims(pfn[good] << shift, count[good] << shift, of[good])))
-            np.add.at(pages, of[good], count[good])
-        every = Claims.concatenate(claims)
-        of = every.owner.astype(np.int64)
-        twice = np.bincount(of[~_apart(every.phys, every.size, of)], minlength=len(ser))
-        problems: dict[int, list[str]] = {}
-        for counts, said in (
-            (np.where(seen > 0, first, 0), "its first folio is that of page {first}"),
-            (
-                seen.astype(np.uint64) < number,
-                "of {number} folios only the first {seen} can be read",
-            ),
-            (odd, "{odd} folios are not in RAM, or do not end where the next one begins"),
-            (behind, "{behind} folios lie behind its end"),
-            (twice, "some of its folios are listed twice"),
-        ):
-            for i in np.flatnonzero(counts).tolist():
-                problems.setdefault(i, []).append(
-                    said.format(
-                        first=first[i], number=number[i], seen=seen[i], odd=odd[i], behind=behind[i]
-                    )
-                )
-        return _Folios(of, every.phys, every.size, pages.tolist(), problems)
+        tally = _FolioTally(self, ser)
+        for part in self._lists(areas, self._looked(ser["nr_folios"])):
+            tally.add(*part)
+        return tally.folios()
 
     def _looked(self, number: U64) -> I64:
         """
@@ -555,20 +520,6 @@ class ClientWalker:
             kept = [each for each, keep in zip(raw, here.tolist(), strict=True) if keep and each]
             whose = np.repeat(of[low:high][here], take[low:high][here] // item)
             yield np.frombuffer(b"".join(kept), MEMFD_LUO_FOLIO_SER), whose, high < len(of)
-
-    def _last_folios(self, pfn: U64, rest: U64) -> U64:
-        """
-        Pages of files' last folios.
-
-        :param rest: pages of the file that are left for it; the folio may reach beyond the file's
-            end.
-        """
-        # frexp() gives the bit length: there are fewer than 2^53 pages.
-        bits = np.frexp((np.maximum(rest, np.uint64(1)) - np.uint64(1)).astype(np.float64))[1]
-        size = np.uint64(1) << bits.astype(np.uint64)
-        if self.keys is not None:
-            size = np.maximum(size, self.keys.folios(pfn << np.uint64(self.abi.page_shift)))
-        return np.where(rest > 0, size, np.uint64(0))
 
     def _contents(self, phys: U64, size: int, length: int) -> Iterator[bytes]:
         """
@@ -624,6 +575,121 @@ class ClientWalker:
         if not _apart(phys[good], sizes[good]).all():
             problems.append("some of the folios in it are listed twice")
         self.claim(Owner(OwnerKind.KHO_TEST, "kho_test: folios"), phys[good], sizes[good])
+
+
+class _FolioTally:
+    """
+    The folios that the lists of memfds have, part by part.
+
+    An entry does not say how large its folio is.  But the list has all of a file, so each folio
+    ends where the next one begins.
+
+    :param ser: each file's ``struct memfd_luo_ser``.
+    """
+
+    def __init__(self, following: ClientWalker, ser: NDArray[np.void]) -> None:
+        self._following = following
+        self._shift = np.uint64(following.abi.page_shift)
+        self._number = ser["nr_folios"]
+        #: Index behind the last page of each file.
+        self._end = ser["size"] >> self._shift
+        self._end += ser["size"] % np.uint64(following.abi.page_size) != 0
+        #: Of each file: entries that were read; those whose folios end somewhere, and where the
+        #: first of these begins; folios that are odd, and behind the end; pages.
+        self._read, self._first, self._pages = np.zeros((3, len(ser)), np.uint64)
+        self._seen, self._odd, self._behind = np.zeros((3, len(ser)), np.int64)
+        self._claims: list[Claims] = []
+        #: The last entry, whose folio ends in the next part.
+        self._held = np.zeros(0, MEMFD_LUO_FOLIO_SER), np.zeros(0, np.int64)
+
+    def add(self, entries: NDArray[np.void], of: I64, more: bool) -> None:
+        """
+        Look at the next part.
+
+        :param of: which file each entry is of.
+        :param more: another part follows.
+        """
+        self._read += self._count(of).astype(np.uint64)
+        entries, of = (np.concatenate(pair) for pair in zip(self._held, (entries, of), strict=True))
+        index = entries["index"]
+        pfn = entries["pfn_and_flags"] & np.uint64((1 << MEMFD_PFN_BITS) - 1)
+        end, known = np.zeros(len(of), np.uint64), np.zeros(len(of), np.bool_)
+        end[:-1], known[:-1] = index[1:], of[1:] == of[:-1]
+        last = np.flatnonzero(~known[: len(of) - more])
+        last = last[self._read[of[last]] == self._number[of[last]]]
+        rest = self._end[of[last]] - np.minimum(index[last], self._end[of[last]])
+        end[last] = index[last] + self._last(pfn[last], rest)
+        known[last] = True
+        self._held = (entries[-1:], of[-1:]) if more else (entries[:0], of[:0])
+        self._judge(pfn[known], index[known], end[known], of[known])
+
+    def _judge(self, pfn: U64, index: U64, end: U64, of: I64) -> None:
+        """Look at folios of which it is known where in their files they begin and end."""
+        begins = self._seen[of] == 0
+        begins[1:] &= of[1:] != of[:-1]
+        self._first[of[begins]] = index[begins]
+        self._seen += self._count(of)
+        # The kernel skips a pfn of 0.
+        used, inside = pfn != 0, index < self._end[of]
+        count, one = end - index, np.uint64(1)
+        sound = (end > index) & (count & (count - one) == 0) & (pfn % np.maximum(count, one) == 0)
+        sound &= pfn <= np.uint64((1 << 64) - 1) >> self._shift
+        phys, size = pfn << self._shift, count << self._shift
+        sound &= self._following.are_pages(phys, size)
+        self._behind += self._count(of[used & ~inside])
+        self._odd += self._count(of[used & inside & ~sound])
+        good = used & sound
+        self._claims.append(join(Claims(phys[good], size[good], of[good].astype(np.uint32))))
+        np.add.at(self._pages, of[good], count[good])
+
+    def _count(self, of: I64) -> I64:
+        return np.bincount(of, minlength=len(self._number))
+
+    def _last(self, pfn: U64, rest: U64) -> U64:
+        """
+        Pages of files' last folios.
+
+        :param rest: pages of the file that are left for it; the folio may reach beyond the file's
+            end.
+        """
+        # frexp() gives the bit length: there are fewer than 2^53 pages.
+        bits = np.frexp((np.maximum(rest, np.uint64(1)) - np.uint64(1)).astype(np.float64))[1]
+        size = np.uint64(1) << bits.astype(np.uint64)
+        if self._following.keys is not None:
+            size = np.maximum(size, self._following.keys.folios(pfn << self._shift))
+        return np.where(rest > 0, size, np.uint64(0))
+
+    def folios(self) -> _Folios:
+        """What there was in all parts."""
+        every = Claims.concatenate(self._claims)
+        of = every.owner.astype(np.int64)
+        twice = self._count(of[~_apart(every.phys, every.size, of)])
+        problems = self._problems(twice)
+        return _Folios(of, every.phys, every.size, self._pages.tolist(), problems)
+
+    def _problems(self, twice: I64) -> dict[int, list[str]]:
+        found: dict[int, list[str]] = {}
+        first = np.where(self._seen > 0, self._first, 0)
+        for counts, said in (
+            (first, "its first folio is that of page {first}"),
+            (
+                self._number > self._seen.view(np.uint64),
+                "of {number} folios only the first {seen} can be read",
+            ),
+            (self._odd, "{odd} folios are not in RAM, or do not end where the next one begins"),
+            (self._behind, "{behind} folios lie behind its end"),
+            (twice, "some of its folios are listed twice"),
+        ):
+            for i in np.flatnonzero(counts).tolist():
+                numbers = {
+                    "first": first[i],
+                    "number": self._number[i],
+                    "seen": self._seen[i],
+                    "odd": self._odd[i],
+                    "behind": self._behind[i],
+                }
+                found.setdefault(i, []).append(said.format(**numbers))
+        return found
 
 
 def _memfds(
