@@ -1325,15 +1325,28 @@ def test_where_the_chain_is_said_to_be() -> None:
     assert "preserved-memory-map is 0x1000, the first chunk is 0x7000" in found.message
 
 
-def test_an_fdt_that_is_larger_than_khoscope_reads() -> None:
+@pytest.mark.parametrize(
+    ("says", "kept", "size", "is_wrong"),
+    [
+        (2 << 20, 40, 2 << 20, False),
+        (2 << 20, 40, 1 << 20, True),
+        # khoscope keeps 64 MiB of all blobs together.
+        (100, 60, 100, False),
+        (100, 4, 100, False),
+        (100, 60, 60, True),
+    ],
+)
+def test_an_fdt_of_which_khoscope_has_not_all(
+    says: int, kept: int, size: int, is_wrong: bool
+) -> None:
     """A limit of khoscope's is no fault of the kernel's, but no verdict passes either."""
-    header = bytes.fromhex("d00dfeed00200000") + bytes(32)
-    for size, wrong in ((2 << 20, 0), (1 << 20, 1)):
-        facts = out(fdt=subtrees(Subtree("memblock", AT, size)), blobs={"subtree memblock": header})
-        report = check(facts)
-        assert report.counts["bad-fdt"] == wrong
-        said = "outgoing subtree memblock: an FDT of 2,097,152 bytes: not looked at"
-        assert (said in report.incomplete) == (not wrong)
+    blob = (bytes.fromhex("d00dfeed") + says.to_bytes(4, "big")).ljust(60, b"\0")[:kept]
+    report = check(
+        out(fdt=subtrees(Subtree("memblock", AT, size)), blobs={"subtree memblock": blob})
+    )
+    assert report.counts["bad-fdt"] == is_wrong
+    said = f"outgoing subtree memblock: an FDT, of whose {size:,} bytes not all were looked at"
+    assert (said in report.incomplete) == (not is_wrong)
 
 
 @pytest.mark.parametrize("abi", [PLAIN, POSTED, FIXED])

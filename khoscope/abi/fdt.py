@@ -113,12 +113,15 @@ def read(blob: bytes) -> DeviceTree:
 
 def is_too_large(blob: bytes, size: int) -> bool:
     """
-    Whether :func:`read` refuses an FDT only because it reads none that large.
+    Whether :func:`read` refuses an FDT only because it reads none that large, or for want of bytes
+    that were not kept.
 
-    :param blob: its beginning.
+    :param blob: its bytes, as far as they were kept.
     :param size: bytes of the memory that it is in.
     """
-    return blob.startswith(MAGIC) and _SIZE_LIMIT < (total_size(blob) or 0) <= size
+    if len(blob) < 8 <= size:
+        return True
+    return min(_SIZE_LIMIT, len(blob)) < (total_size(blob) or 0) <= size
 
 
 @dataclass

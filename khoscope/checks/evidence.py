@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from ..abi import serialized
 from ..abi.compatibles import is_known
-from ..abi.fdt import is_too_large, total_size
+from ..abi.fdt import is_too_large
 from ..abi.keys import COMPATIBLES
 from ..abi.kho_fdt import compatible_of, parse_luo_fdt
 from ..facts import budget, invariants
@@ -71,9 +71,11 @@ def _unknown(side: Side, outgoing: bool) -> Iterator[str]:
         yield from _unknown_files(luo)
         yield from _left_out(luo)
     for name, known in serialized.SUBTREE_COMPATIBLES.items():
-        blob = side.blobs.get(f"subtree {name}", b"")
-        if is_too_large(blob, there.get(name) or 0):
-            yield f"subtree {name}: an FDT of {total_size(blob):,} bytes: not looked at"
+        blob, size = side.blobs.get(f"subtree {name}"), there.get(name) or 0
+        if blob is None:
+            continue
+        if is_too_large(blob, size):
+            yield f"subtree {name}: an FDT, of whose {size:,} bytes not all were looked at"
         # bad-fdt reports a blob that is not an FDT; an incoming blob may have been freed since.
         says = compatible_of(blob)
         if says is not None and says != known:
