@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * kho_trace - report each call of KHO, and each block that it touches
+ * kho_trace - report each call of KHO, and each block that it touches; or how many there were of
+ * each kind
  *
  * Compiled by bcc. It gathers facts and decides nothing. The only kernel header is
  * the one with struct pt_regs: what is known of this kernel is passed in.
  *
  * sizes, offsets and addresses, in bytes unless they say otherwise:
  *   VMEMMAP, PAGE_STRUCT_SIZE, REFCOUNT_OFFSET, PRIVATE_OFFSET, FLAGS_OFFSET  of struct page
+ *   COMPOUND_OFFSET, PAGE_TYPE_OFFSET    likewise
  *   HEAD_BIT                             PG_head in its flags
  *   PAGE_SHIFT_BITS, DIRECT_MAP          the page size, and where phys 0 is mapped
  *   TREE, ROOT_OFFSET                    &kho_out.radix_tree and .root in it; 0: there is none
@@ -19,11 +21,17 @@
  *   KEY_WIDTH                            bits of a key that the tree takes; 64: any
  *   TYPE_SHIFT                           key bit of the page type; 64: none
  *   STAMP_MAGIC, STAMP_MAGIC_SHIFT, STAMP_ORDER_MASK   union kho_page_info
+ *   STAMP_TYPE_SHIFT                     bit of the type in it; 64: none
+ *   PRESERVE_PAGES, RESTORE_PAGES        numbers of kho_preserve_pages() and kho_restore_pages()
  * and what the user asked for:
  *   RING_PAGES                           size of the ring buffer
  *   STACK_FRAMES                         kernel stack frames kept of each call
  *   ONLY                                 bit mask of the kinds of outermost calls
  *   WANTED_TGID, WANTED_COMM             other tasks are left alone
+ *   KINDS                                how many kinds of calls are counted, and how many kinds of
+ *                                        blocks; 0: each call and each block is told by itself
+ *   MIN_ORDER                            where they are counted: blocks of a lower order, and calls
+ *                                        that touch no others, are left alone
  *
  * The functions to trace follow behind the last line: FENTRY() and FEXIT(), or KPROBE()
  * and KRETPROBE(), of each, with
@@ -33,6 +41,8 @@
  *   adds            whether it adds blocks: then their refcounts are looked at
  *   a, b, c, d      where its arguments are
  *   ret             where its result is; 0 if it has none
+ *   is_pointer      whether its result is a pointer: NULL says that it failed
+ *   asked           how many pages it was asked for: PAGES_…
  */
 
 #include <uapi/linux/ptrace.h>
@@ -49,6 +59,15 @@ enum block_use {
 	BLOCKS_OF_PAGES,	/* kho_{,un}preserve_pages(page, nr_pages) */
 	BLOCKS_OF_PHYS,	/* kho_preserve_phys(phys, size) */
 	BLOCKS_BY_STAMP,	/* kho_restore_pages(phys, nr_pages) */
+};
+
+/* What is done to a block. */
+enum action {
+	NONE,
+	ADD,
+	DELETE,
+	RESTORE,
+	ACTIONS,
 };
 
 /* Whether a block's bit is set in the tree. */
@@ -95,6 +114,8 @@ struct call {
 	struct header h;
 	char comm[16];
 	char name[32];		/* of a subtree */
+	u64 blocks;		/* that were touched */
+	u64 pages;		/* that were asked for */
 	u64 stack[STACK_FRAMES];
 };
 
@@ -121,6 +142,73 @@ union record {
 	struct block block;
 };
 
+/* What is told: of one call or block, or of all of a kind. */
+struct sum {
+	u64 count;
+	u64 pages;		/* that all these calls were asked for */
+	union {
+		union record record;	/* of the first one */
+		struct call call;
+		struct block block;
+	};
+};
+
+/*
+ * Calls, and blocks, that differ in nothing but addresses, times and tasks count as one kind: the
+ * first of them says all that is to be known of the others. The rules in khoscope/checks look at
+ * nothing that is not in here.
+ */
+struct call_kind {
+	u64 client;		/* hash of the stack */
+	u64 ret;		/* of a pointer, whether it is one */
+	u8 function;
+	u8 latency;		/* bits of the whole microseconds */
+	u8 touched;		/* whether it touched a block */
+	u8 spare[5];
+};
+
+struct block_kind {
+	u64 client;
+	u64 ret;
+	u32 page_type;		/* of the first page; 0: it is a count of mappings */
+	u8 function;
+	u8 outer;		/* function from which that was called */
+	u8 as_folio;		/* its second argument */
+	u8 order;		/* as it is stored, or stamped */
+	u8 type;		/* likewise */
+	u8 asked;		/* order by the arithmetic of the caller */
+	u8 before, after;	/* enum bit */
+	u8 first, last;		/* places of the first and the last page, see struct places */
+	u8 head;		/* refcount of the first page: 0 or less, 1, or 2 and more */
+	u8 pattern;		/* PATTERN_… */
+	u8 compound;		/* COMPOUND_… */
+	u8 compound_order;
+	u8 spare[6];
+};
+
+#define PATTERN_ZEROS		1	/* all others have refcount 0 */
+#define PATTERN_NO_ZEROS	2	/* none of them */
+#define PATTERN_ONES		4	/* all others have refcount 1 */
+#define PATTERN_LOOKED		8	/* some refcount was read */
+#define PATTERN_UNREAD		16	/* some could not be read */
+#define PATTERN_SAMPLED		32	/* of some, nobody tried */
+
+#define COMPOUND_HEAD		1	/* the first page says that it begins a compound page */
+#define COMPOUND_TAIL		2	/* it says that it is in the middle of one */
+#define COMPOUND_MORE		4	/* the second page says so */
+#define COMPOUND_OWN		8	/* of that which begins with the first page */
+
+/*
+ * Addresses at which what there is to say of a block may change: where RAM, scratch areas and so on
+ * begin and end, in order, and 2^63 - 1 behind the last.
+ */
+#define PLACES_LOG2 8
+#define PLACES (1 << PLACES_LOG2)
+struct places {
+	u64 border[PLACES];
+	u8 ordinary[PLACES];	/* whether memory behind so many borders is RAM and nothing else */
+};
+
 struct frame {
 	u64 enter;
 	u64 args[4];
@@ -137,7 +225,6 @@ struct named_range {
 	u32 order;		/* as the call cuts it off */
 	u32 looks;		/* order of what is to be looked at of it */
 	u32 block;		/* its number */
-	u32 lost;		/* how many there was no room for */
 	u64 stamps[64];		/* page->private at entry, of each block */
 	u8 before[64];		/* enum bit, at entry */
 };
@@ -145,9 +232,19 @@ struct named_range {
 struct task {
 	u32 depth;
 	u32 muted;		/* nobody asked for what this task is doing */
+	u32 made, lost;		/* events that are not counted yet */
 	struct frame frames[8];	/* MAX_DEPTH, and what an index of 3 bits reaches */
-	union record outer;	/* its .call */
-	union record inner;	/* its .block, one at a time */
+	struct sum outer;	/* its .call */
+	struct sum inner;	/* its .block, one at a time */
+#if KINDS
+	u64 client;
+	u64 touched[ACTIONS];	/* pages, by what was done to them */
+	u32 whole;		/* something was odd: the rest of it is told by itself */
+	u32 apart;		/* and the kinds of it do not say all of it */
+	u32 high;		/* it touched a block of MIN_ORDER or above */
+	struct call_kind call_kind;
+	struct block_kind block_kind;
+#endif
 	struct named_range range;
 	u64 number;
 	u64 step;		/* pages from one window to the next */
@@ -170,6 +267,16 @@ BPF_HASH(tasks, u32, struct task, MAX_TASKS);
 
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 
+#if KINDS
+/*
+ * An entry stays until the trace ends: whoever took one out could not know who is just about to
+ * count in it. So what is read there only grows, and nothing of it is lost.
+ */
+BPF_TABLE("hash", struct call_kind, struct sum, call_kinds, KINDS);
+BPF_TABLE("hash", struct block_kind, struct sum, block_kinds, KINDS);
+BPF_ARRAY(places, struct places, 1);
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE void count(int what, u64 times)
@@ -180,11 +287,10 @@ INLINE void count(int what, u64 times)
 		*counter += times;
 }
 
-INLINE void output(union record *event)
+/* 0: there was room for it. */
+INLINE u64 output(struct sum *told)
 {
-	count(MADE, 1);
-	if (events.ringbuf_output(event, sizeof(*event), 0))
-		count(LOST, 1);
+	return events.ringbuf_output(&told->record, sizeof(told->record), 0);
 }
 
 /*
@@ -563,9 +669,8 @@ INLINE void set_range(struct task *t, int use)
  * The order of the next block of a range, as KHO cuts it off:
  * min(count_trailing_zeros(pfn), ilog2(end - pfn)).
  */
-INLINE u32 next_order(struct named_range *r)
+INLINE u32 order_at(u64 pfn, u64 left)
 {
-	const u64 pfn = r->pfn, left = r->end - pfn;
 	u64 size = pfn & -pfn;
 
 	/* Nothing is too large to begin at pfn 0. */
@@ -573,6 +678,11 @@ INLINE u32 next_order(struct named_range *r)
 	size += (left - size) & -LESS(left, size);
 
 	return highest_bit(size);
+}
+
+INLINE u32 next_order(struct named_range *r)
+{
+	return order_at(r->pfn, r->end - r->pfn);
 }
 
 /* Which blocks of a range are preserved. */
@@ -721,6 +831,22 @@ INLINE int is_wanted(struct task *t, int kind)
 	return 1;
 }
 
+#if KINDS
+/* Hash of the stack. */
+INLINE u64 client_of(struct call *call)
+{
+	u64 hash = 0;
+
+#pragma unroll
+	for (int i = 0; i < STACK_FRAMES; i++) {
+		hash = (hash ^ call->stack[i]) * 0x9e3779b97f4a7c15ULL;
+		hash ^= hash >> 32;
+	}
+
+	return hash;
+}
+#endif
+
 /* A call begins; returns its task if somebody asked for it. */
 INLINE struct task *
 enter(void *ctx, int function, int kind, u64 a, u64 b, u64 c, u64 d)
@@ -769,6 +895,9 @@ enter(void *ctx, int function, int kind, u64 a, u64 b, u64 c, u64 d)
 		t->muted = !is_wanted(t, kind);
 		if (!t->muted)
 			bpf_get_stack(ctx, t->outer.call.stack, sizeof(t->outer.call.stack), 0);
+#if KINDS
+		t->client = client_of(&t->outer.call);
+#endif
 	}
 	if (depth >= MAX_DEPTH) {
 		count(MISSED, 1);
@@ -834,11 +963,274 @@ INLINE struct task *leave(int function)
 	return t;
 }
 
-INLINE void block_at_return(struct task *t, int use, u64 now, u64 ret)
+/* What is done to a block by a function that uses it so. */
+#define ACTION(use, adds)                                                         \
+	((adds) ? ADD : (use) == BLOCK_BY_STAMP || (use) == BLOCKS_BY_STAMP ? RESTORE : DELETE)
+
+#if KINDS
+/* The order of the block by the arithmetic of the function that has called for it. */
+INLINE u32 order_asked(struct task *t, const int use, const int adds)
+{
+	struct block *b = &t->inner.block;
+	u64 first, left, known;
+
+	if (use == BLOCKS_OF_PAGES || use == BLOCKS_BY_STAMP)
+		return t->range.order;
+	if (use == BLOCK_BY_STAMP) {
+		first = b->outer_args[0] >> PAGE_SHIFT_BITS;
+		known = 1 - is_any(b->outer ^ RESTORE_PAGES);
+	} else if (adds && use != BLOCK_OF_FOLIO && use != BLOCKS_OF_PHYS) {
+		first = pfn_of(b->outer_args[0]);
+		known = 1 - is_any(b->outer ^ PRESERVE_PAGES);
+	} else {
+		return NO_ORDER;
+	}
+	left = first + b->outer_args[1] - b->pfn;
+	known &= is_any(left) & (1 - is_any(left >> 52));
+	left = 1 ^ ((1 ^ left) & -known);
+
+	return NO_ORDER ^ ((NO_ORDER ^ order_at(b->pfn, left)) & -known);
+}
+
+/* How many borders lie at or below an address. */
+INLINE u32 place_of(struct places *p, u64 phys)
+{
+	u32 place = 0;
+
+	phys &= ~0ULL >> 1;
+#pragma unroll
+	for (int step = PLACES / 2; step; step /= 2)
+		place += step * (1 - LESS(phys, p->border[(place + step - 1) & (PLACES - 1)]));
+
+	return place & (PLACES - 1);
+}
+
+/*
+ * The refcounts of a block, as its kind has them, and what else its first page says; 1 if there
+ * is something about them that no healthy block has.
+ */
+INLINE u64 describe_pages(struct task *t, u32 order)
+{
+	struct block *b = &t->inner.block;
+	struct block_kind *k = &t->block_kind;
+	u8 *second_page = b->pages + PAGE_STRUCT_SIZE;
+	const u64 looked = b->looked, some = is_any(looked);
+	const u64 seen = is_any(looked | b->unread), tails = looked - some;
+	const u64 refs = REFS(b->pages, 0), negative = refs >> 31;
+	const u64 compound = *(u64 *)(b->pages + COMPOUND_OFFSET);
+	const u64 leads = *(u64 *)(second_page + COMPOUND_OFFSET);
+	const u64 head = *(u64 *)(b->pages + FLAGS_OFFSET) >> HEAD_BIT & 1;
+	const u64 behind = *(u64 *)(second_page + FLAGS_OFFSET) & 0xff;
+	const u64 word = *(u32 *)(b->pages + PAGE_TYPE_OFFSET);
+	u64 zeros = b->zeros, ones = b->ones, all_zeros, no_zeros, all_ones, sampled, odd;
+
+	/* Without the first page, which may have changed in between. */
+	zeros -= some & IS_ZERO(refs) & is_any(zeros);
+	zeros -= LESS(tails, zeros);
+	ones -= some & IS_ZERO(refs ^ 1) & is_any(ones);
+	ones -= LESS(tails - zeros, ones);
+	all_zeros = 1 - is_any(zeros ^ tails);
+	no_zeros = 1 - is_any(zeros);
+	all_ones = 1 - is_any(ones ^ tails);
+	sampled = LESS(looked + b->unread, 1ULL << (order & 63) & -LESS(order, 64));
+	k->pattern = (all_zeros * PATTERN_ZEROS | no_zeros * PATTERN_NO_ZEROS |
+		      all_ones * PATTERN_ONES | some * PATTERN_LOOKED |
+		      is_any(b->unread) * PATTERN_UNREAD | sampled * PATTERN_SAMPLED) & -seen;
+	k->head = (is_any(refs) + is_any(refs >> 1)) & -(1 - negative) & -seen;
+	k->page_type = word & -(word >> 31) & -seen;
+	k->compound = (head * COMPOUND_HEAD | (compound & 1) * COMPOUND_TAIL |
+		       (leads & 1) * COMPOUND_MORE |
+		       (1 - is_any(leads ^ 1 ^ page_at(b->pfn))) * COMPOUND_OWN) & -seen;
+	k->compound_order = behind & -(head & (1 ^ (compound & 1)) & seen);
+
+	odd = 1 - (all_zeros | (no_zeros & all_ones));
+	odd |= is_any(b->unread) | (compound & 1) | (1 - is_any(refs)) | negative;
+	odd |= head & is_any(behind ^ order);
+	odd |= word >> 31 & is_any(word >> 24 ^ 0xff);
+
+	return odd & seen;
+}
+
+/* The kind of a block; 1 if no healthy call does that. */
+INLINE u64 describe_block(struct task *t, struct places *p, const int use, const int adds)
+{
+	const int action = ACTION(use, adds);
+	struct block *b = &t->inner.block;
+	struct block_kind *k = &t->block_kind;
+	u64 plain = b->key & ~0ULL >> (64 - STORED_BITS), type = 0, phys, ret, failed, odd;
+	u32 order, first, last, asked;
+
+#if TYPE_SHIFT < 64
+	plain &= ~(1ULL << TYPE_SHIFT);
+#endif
+	if (action == RESTORE) {
+		order = NO_ORDER ^ ((NO_ORDER ^ b->order) & -LESS(b->order, 64));
+		phys = b->pfn << PAGE_SHIFT_BITS;
+#if STAMP_TYPE_SHIFT < 64
+		type = b->stamp >> STAMP_TYPE_SHIFT & 1;
+#endif
+		ret = is_any(b->h.ret);
+		failed = 1 - ret;
+		odd = 1 - LESS(order, 64);
+	} else {
+		order = (ORDER_0_LOG2 - highest_bit(plain)) & 0xff;
+		order |= NO_ORDER & (is_any(plain) - 1);
+		phys = plain << ((order + PAGE_SHIFT_BITS) & 63);
+#if TYPE_SHIFT < 64
+		type = b->key >> TYPE_SHIFT & 1;
+#endif
+		ret = (s64)(s32)b->h.ret;
+		failed = ret >> 63;
+		odd = 1 - is_any(b->before ^ (adds ? BIT_SET : BIT_CLEAR));
+	}
+	asked = order_asked(t, use, adds);
+	first = place_of(p, phys);
+	last = place_of(p, phys + (1ULL << ((order + PAGE_SHIFT_BITS) & 63)) - 1);
+	k->client = t->client;
+	k->ret = ret;
+	k->function = b->h.function;
+	k->outer = b->outer;
+	k->as_folio = is_any(b->h.args[1] & 0xff) & (use == BLOCK_BY_STAMP);
+	k->order = order;
+	k->type = type;
+	k->asked = asked;
+	k->before = b->before;
+	k->after = b->after;
+	k->first = first;
+	k->last = last;
+	odd |= describe_pages(t, order);
+	odd |= failed | is_any(first ^ last) | (1 - (p->ordinary[first] & 1));
+	t->touched[action] += 1ULL << (order & 63) & -LESS(order, 64);
+	t->outer.call.blocks++;
+	/* What lies next to it, or its number of pages, is in no kind. */
+	failed = is_any(asked ^ NO_ORDER) & is_any(asked ^ order);
+	t->apart |= failed;
+	t->whole |= failed | odd;
+
+	return t->whole;
+}
+
+INLINE void count_block(struct task *t)
+{
+	struct sum *sum = block_kinds.lookup(&t->block_kind);
+
+	if (!sum) {
+		block_kinds.insert(&t->block_kind, &t->inner);
+		sum = block_kinds.lookup(&t->block_kind);
+	}
+	if (sum)
+		__sync_fetch_and_add(&sum->count, 1);
+	else
+		t->lost++;
+}
+
+INLINE void count_call(struct task *t)
+{
+	struct sum *sum = call_kinds.lookup(&t->call_kind);
+
+	if (!sum) {
+		call_kinds.insert(&t->call_kind, &t->outer);
+		sum = call_kinds.lookup(&t->call_kind);
+	}
+	if (sum) {
+		__sync_fetch_and_add(&sum->count, 1);
+		__sync_fetch_and_add(&sum->pages, t->outer.call.pages);
+	} else {
+		t->lost++;
+	}
+}
+
+/* What no healthy call does is told by itself, as long as there is room. */
+INLINE void tell_block(struct task *t, struct places *p, const int use, const int adds)
+{
+	/* Other trees have keys that do not stand for blocks. */
+	if (ACTION(use, adds) != RESTORE && t->inner.block.order == NO_ORDER)
+		return;
+	describe_block(t, p, use, adds);
+#if MIN_ORDER
+	if (t->block_kind.order < MIN_ORDER)
+		return;
+	t->high = 1;
+#endif
+	t->made++;
+	if (t->whole) {
+		if (!output(&t->inner))
+			return;
+		if (t->apart) {
+			t->lost++;
+			return;
+		}
+	}
+	count_block(t);
+}
+
+INLINE void tell_call(struct task *t, u64 ret, const int is_pointer, u64 pages)
+{
+	struct call_kind *k = &t->call_kind;
+	struct call *c = &t->outer.call;
+	const u64 us = (c->h.leave - c->h.enter) / 1000;
+	const u64 failed = is_pointer ? 1 - is_any(ret) : (u64)(s64)(s32)ret >> 63;
+
+#if MIN_ORDER
+	if (!failed && !t->high)
+		return;
+#endif
+	c->pages = pages;
+	k->client = t->client;
+	k->ret = is_pointer ? is_any(ret) : (s64)(s32)ret;
+	k->function = c->h.function;
+	k->latency = is_any(us) + highest_bit(us);
+	k->touched = is_any(c->blocks);
+	t->made++;
+	if (failed | t->whole) {
+		if (!output(&t->outer))
+			return;
+		if (t->apart) {
+			t->lost++;
+			return;
+		}
+	}
+	count_call(t);
+}
+#else
+INLINE void tell_block(struct task *t, struct places *p, const int use, const int adds)
+{
+	t->made++;
+	t->lost += is_any(output(&t->inner));
+}
+
+INLINE void tell_call(struct task *t, u64 ret, const int is_pointer, u64 pages)
+{
+	t->made++;
+	t->lost += is_any(output(&t->outer));
+}
+#endif
+
+INLINE void count_told(struct task *t)
+{
+	count(MADE, t->made);
+	count(LOST, t->lost);
+	t->made = 0;
+	t->lost = 0;
+}
+
+INLINE struct places *known_places(void)
+{
+#if KINDS
+	int zero = 0;
+
+	return places.lookup(&zero);
+#else
+	return 0;
+#endif
+}
+
+INLINE void block_at_return(struct task *t, int use, int adds, u64 now, u64 ret)
 {
 	struct block *block = &t->inner.block;
+	struct places *p = known_places();
 
-	if (t->muted)
+	if (t->muted || (KINDS && !p))
 		return;
 	fill(&block->h, t, now, ret);
 	if (use == BLOCK_BY_STAMP) {
@@ -852,14 +1244,16 @@ INLINE void block_at_return(struct task *t, int use, u64 now, u64 ret)
 	} else if (block->key) {
 		block->after = bit_in_tree(block->key);
 	}
-	output(&t->inner);
+	tell_block(t, p, use, adds);
+	count_told(t);
 }
 
 /*
  * Tell of the next blocks of a range; one window is looked at in each step, of all blocks one
  * after the other: a loop in a loop would be too much for the verifier.
  */
-INLINE void tell(struct task *t, int use, u64 ret, const int looks, const u32 steps)
+INLINE void
+tell(struct task *t, struct places *p, int use, int adds, u64 ret, const int looks, const u32 steps)
 {
 	struct named_range *r = &t->range;
 
@@ -872,7 +1266,7 @@ INLINE void tell(struct task *t, int use, u64 ret, const int looks, const u32 st
 			if (!(r->page >> (r->looks & 63)))
 				continue;
 		}
-		r->lost += is_any(events.ringbuf_output(&t->inner, sizeof(t->inner), 0));
+		tell_block(t, p, use, adds);
 		r->block++;
 		r->pfn += 1ULL << r->order;
 		/* Where a block cannot be restored, the kernel gives up. */
@@ -892,8 +1286,9 @@ INLINE void
 range_at_return(struct task *t, int use, int adds, u64 now, u64 ret)
 {
 	struct named_range *r = &t->range;
+	struct places *p = known_places();
 
-	if (t->muted)
+	if (t->muted || (KINDS && !p))
 		return;
 	/* Of restoring, it is a pointer. */
 	ret = as_number(t, ret);
@@ -903,33 +1298,51 @@ range_at_return(struct task *t, int use, int adds, u64 now, u64 ret)
 	if (use != BLOCKS_BY_STAMP && (s32)ret < 0)
 		return;
 	set_range(t, use);
-	r->lost = 0;
 	begin_block(t, use, ret);
 	if (adds || use == BLOCKS_BY_STAMP) {
-		tell(t, use, ret, 1, WINDOWS_AT_ONCE);
-		tell(t, use, ret, 1, WINDOWS_AT_ONCE);
+		tell(t, p, use, adds, ret, 1, WINDOWS_AT_ONCE);
+		tell(t, p, use, adds, ret, 1, WINDOWS_AT_ONCE);
 	}
 	/* For more there is no time. */
-	tell(t, use, ret, 0, BLOCKS);
-	count(MADE, r->block);
-	count(LOST, r->lost);
+	tell(t, p, use, adds, ret, 0, BLOCKS);
+	count_told(t);
 	if (r->pfn != r->end)
 		count(MISSED, 1);
 }
 
 /* The end of an outermost call. Inner ones are told by what they did to blocks. */
-INLINE void end(struct task *t, u64 now, u64 ret)
+INLINE void end(struct task *t, u64 now, u64 ret, const int is_pointer, u64 asked)
 {
 	u32 tid = t->outer.call.h.tid;
 
 	if (t->depth)
 		return;
 	if (!t->muted) {
+		/* Of restoring, it is a pointer. */
+		ret = as_number(t, ret);
 		fill(&t->outer.call.h, t, now, ret);
-		output(&t->outer);
+		tell_call(t, ret, is_pointer, asked);
+		count_told(t);
 	}
 	tasks.delete(&tid);
 }
+
+/* How many pages the outermost call was asked for, by one of its arguments, or what it has done. */
+#if KINDS
+#define PAGES_COUNTED(i) (t->frames[0].args[i])
+#define PAGES_OF_ORDER(i)                                                         \
+	(1ULL << ((t->frames[0].args[i] | -is_any(t->frames[0].args[i] & 0xc0)) & 63))
+#define PAGES_OF_SIZE(i)                                                          \
+	(((t->frames[0].args[i] & -is_any(~t->frames[0].args[i])) +               \
+	  (1ULL << PAGE_SHIFT_BITS) - 1) >> PAGE_SHIFT_BITS)
+#define PAGES_TOUCHED(action) (t->touched[action])
+#else
+/* Who is told each call and each block needs nobody to count. */
+#define PAGES_COUNTED(i) 0
+#define PAGES_OF_ORDER(i) 0
+#define PAGES_OF_SIZE(i) 0
+#define PAGES_TOUCHED(action) 0
+#endif
 
 /*
  * By name of the use, so that functions that touch no block get none of that code.
@@ -951,10 +1364,14 @@ INLINE void end(struct task *t, u64 now, u64 ret)
 
 #define LEAVE_NO_BLOCK(t, adds, now, ret)
 #define LEAVE_NAMED(t, adds, now, ret)
-#define LEAVE_BLOCK_BY_PFN(t, adds, now, ret) block_at_return(t, BLOCK_BY_PFN, now, ret)
-#define LEAVE_BLOCK_BY_KEY(t, adds, now, ret) block_at_return(t, BLOCK_BY_KEY, now, ret)
-#define LEAVE_BLOCK_BY_STAMP(t, adds, now, ret) block_at_return(t, BLOCK_BY_STAMP, now, ret)
-#define LEAVE_BLOCK_OF_FOLIO(t, adds, now, ret) block_at_return(t, BLOCK_OF_FOLIO, now, ret)
+#define LEAVE_BLOCK_BY_PFN(t, adds, now, ret)                                     \
+	block_at_return(t, BLOCK_BY_PFN, adds, now, ret)
+#define LEAVE_BLOCK_BY_KEY(t, adds, now, ret)                                     \
+	block_at_return(t, BLOCK_BY_KEY, adds, now, ret)
+#define LEAVE_BLOCK_BY_STAMP(t, adds, now, ret)                                   \
+	block_at_return(t, BLOCK_BY_STAMP, adds, now, ret)
+#define LEAVE_BLOCK_OF_FOLIO(t, adds, now, ret)                                   \
+	block_at_return(t, BLOCK_OF_FOLIO, adds, now, ret)
 #define LEAVE_BLOCKS_OF_PAGES(t, adds, now, ret)                                  \
 	range_at_return(t, BLOCKS_OF_PAGES, adds, now, ret)
 #define LEAVE_BLOCKS_OF_PHYS(t, adds, now, ret)                                   \
@@ -971,14 +1388,14 @@ INLINE void end(struct task *t, u64 now, u64 ret)
 		}                                                                 \
 	} while (0)
 
-#define AT_RETURN(number, use, adds, ret)                                         \
+#define AT_RETURN(number, use, adds, ret, is_pointer, asked)                      \
 	do {                                                                      \
 		const u64 now = bpf_ktime_get_ns();                               \
 		struct task *t = leave(number);                                   \
 										  \
 		if (t) {                                                          \
 			LEAVE_##use(t, adds, now, ret);                           \
-			end(t, now, ret);                                         \
+			end(t, now, ret, is_pointer, asked);                      \
 		}                                                                 \
 	} while (0)
 
@@ -989,10 +1406,10 @@ INLINE void end(struct task *t, u64 now, u64 ret)
 		return 0;                                                         \
 	}
 
-#define FEXIT(name, number, use, adds, ret)                                       \
+#define FEXIT(name, number, use, adds, ret, is_pointer, asked)                    \
 	KRETFUNC_PROBE(name)                                                      \
 	{                                                                         \
-		AT_RETURN(number, use, adds, ret);                                \
+		AT_RETURN(number, use, adds, ret, is_pointer, asked);             \
 		return 0;                                                         \
 	}
 
@@ -1003,9 +1420,9 @@ INLINE void end(struct task *t, u64 now, u64 ret)
 		return 0;                                                         \
 	}
 
-#define KRETPROBE(name, number, use, adds, ret)                                   \
+#define KRETPROBE(name, number, use, adds, ret, is_pointer, asked)                \
 	int leave_##name(struct pt_regs *ctx)                                     \
 	{                                                                         \
-		AT_RETURN(number, use, adds, ret);                                \
+		AT_RETURN(number, use, adds, ret, is_pointer, asked);             \
 		return 0;                                                         \
 	}

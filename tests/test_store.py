@@ -158,7 +158,7 @@ def same_columns(a: Columns | None, b: Columns | None) -> None:
     assert type(a) is type(b)
     for f in fields(a):  # type: ignore[arg-type]
         left, right = getattr(a, f.name), getattr(b, f.name)
-        if isinstance(left, Columns):
+        if left is None or isinstance(left, Columns):
             same_columns(left, right)
         else:
             assert left.dtype == right.dtype

@@ -25,6 +25,7 @@ from khoscope.abi.keys import Abi, Stamp
 from khoscope.facts.calls import (
     FUNCTIONS,
     NUMBERS,
+    Action,
     Batch,
     CallKind,
     Calls,
@@ -331,13 +332,13 @@ def test_fentry(bcc: FakeBcc) -> None:
     assert len(lines) == 2 * len(ALL)
     assert lines[:2] == [
         "FENTRY(kho_preserve_folio, 0, 1, NO_BLOCK, 0, ctx[0], 0, 0, 0)",
-        "FEXIT(kho_preserve_folio, 0, NO_BLOCK, 0, ctx[1])",
+        "FEXIT(kho_preserve_folio, 0, NO_BLOCK, 0, ctx[1], 0, PAGES_TOUCHED(ADD))",
     ]
     of_tree = "ctx[0], ctx[1], (u32)ctx[2], (u32)ctx[3]"
     assert f"FENTRY(kho_radix_add_page, 13, 32, BLOCK_BY_PFN, 1, {of_tree})" in lines
-    assert "FEXIT(kho_radix_add_page, 13, BLOCK_BY_PFN, 1, ctx[4])" in lines
+    assert "FEXIT(kho_radix_add_page, 13, BLOCK_BY_PFN, 1, ctx[4], 0, PAGES_TOUCHED(ADD))" in lines
     assert f"FENTRY(kho_radix_del_page, 14, 32, BLOCK_BY_PFN, 0, {of_tree})" in lines
-    assert "FEXIT(kho_radix_del_page, 14, BLOCK_BY_PFN, 0, 0)" in lines
+    assert "FEXIT(kho_radix_del_page, 14, BLOCK_BY_PFN, 0, 0, 0, PAGES_TOUCHED(DELETE))" in lines
     assert "FENTRY(kho_restore_page, 10, 8, BLOCK_BY_STAMP, 0, ctx[0], ctx[1], 0, 0)" in lines
     assert "FENTRY(kho_restore_pages, 8, 8, NO_BLOCK, 0, ctx[0], ctx[1], 0, 0)" in lines
     assert "FENTRY(kho_add_subtree, 11, 16, NAMED, 0, ctx[0], ctx[1], ctx[2], 0)" in lines
@@ -350,12 +351,14 @@ def test_kprobe(bcc: FakeBcc) -> None:
     lines = lines_of(bpf)
     assert lines[:2] == [
         "KPROBE(kho_preserve_folio, 0, 1, NO_BLOCK, 0, PT_REGS_PARM1(ctx), 0, 0, 0)",
-        "KRETPROBE(kho_preserve_folio, 0, NO_BLOCK, 0, PT_REGS_RC(ctx))",
+        "KRETPROBE(kho_preserve_folio, 0, NO_BLOCK, 0, PT_REGS_RC(ctx), 0, PAGES_TOUCHED(ADD))",
     ]
     registers = "PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), (u32)PT_REGS_PARM3(ctx)"
     registers += ", (u32)PT_REGS_PARM4(ctx)"
     assert f"KPROBE(kho_radix_add_page, 13, 32, BLOCK_BY_PFN, 1, {registers})" in lines
-    assert "KRETPROBE(kho_radix_del_page, 14, BLOCK_BY_PFN, 0, 0)" in lines
+    assert (
+        "KRETPROBE(kho_radix_del_page, 14, BLOCK_BY_PFN, 0, 0, 0, PAGES_TOUCHED(DELETE))" in lines
+    )
     assert len(lines) == 2 * len(ALL)
     # Each return before its entry.
     steps = [step for step in bcc.done if step[0] in ("kprobe", "kretprobe")]
@@ -377,7 +380,8 @@ def test_lines_fit_the_macros_of_the_c_source(bcc: FakeBcc) -> None:
             macro, arguments = re.fullmatch(r"(\w+)\((.*)\)", line).groups()  # type: ignore[union-attr]
             assert len(arguments.split(",")) == arities[macro]
             words = re.sub(r"PT_REGS_\w+\(ctx\)", "", arguments)
-            assert set(re.findall(r"\b[A-Z]\w+", words)) <= {use.name for use in Use}
+            known = {use.name for use in Use} | {action.name for action in Action}
+            assert set(re.findall(r"\b[A-Z]\w+", words)) <= known | arities.keys()
 
 
 def test_functions_with_fewer_arguments(bcc: FakeBcc) -> None:
@@ -392,12 +396,12 @@ def test_functions_with_fewer_arguments(bcc: FakeBcc) -> None:
         lines = lines_of(bcc.made[0])
     none = "0xffffffffffffffffULL"
     assert f"FENTRY(kho_add_subtree, 11, 16, NAMED, 0, ctx[0], ctx[1], {none}, 0)" in lines
-    assert "FEXIT(kho_add_subtree, 11, NAMED, 0, ctx[2])" in lines
+    assert "FEXIT(kho_add_subtree, 11, NAMED, 0, ctx[2], 0, PAGES_OF_SIZE(2))" in lines
     without_type = f"ctx[0], ctx[1], (u32)ctx[2], {none}"
     assert f"FENTRY(kho_radix_add_page, 13, 32, BLOCK_BY_PFN, 1, {without_type})" in lines
-    assert "FEXIT(kho_radix_add_page, 13, BLOCK_BY_PFN, 1, ctx[3])" in lines
+    assert "FEXIT(kho_radix_add_page, 13, BLOCK_BY_PFN, 1, ctx[3], 0, PAGES_TOUCHED(ADD))" in lines
     assert "FENTRY(kho_preserve_folio, 0, 1, NO_BLOCK, 0, ctx[0], 0, 0, 0)" in lines
-    assert "FEXIT(kho_preserve_folio, 0, NO_BLOCK, 0, ctx[5])" in lines
+    assert "FEXIT(kho_preserve_folio, 0, NO_BLOCK, 0, ctx[5], 0, PAGES_TOUCHED(ADD))" in lines
 
 
 def test_what_is_void_here_and_an_int_there(bcc: FakeBcc) -> None:
@@ -407,8 +411,12 @@ def test_what_is_void_here_and_an_int_there(bcc: FakeBcc) -> None:
         with fake_probes(Source(functions=functions), how=how):
             lines = lines_of(bcc.made[-1])
         leave = {"fentry": "FEXIT", "kprobe": "KRETPROBE"}[how]
-        assert f"{leave}(kho_unpreserve_pages, 4, NO_BLOCK, 0, {result})" in lines
-        assert f"{leave}(kho_unpreserve_folio, 3, NO_BLOCK, 0, 0)" in lines
+        assert (
+            f"{leave}(kho_unpreserve_pages, 4, NO_BLOCK, 0, {result}, 0, PAGES_COUNTED(1))" in lines
+        )
+        assert (
+            f"{leave}(kho_unpreserve_folio, 3, NO_BLOCK, 0, 0, 0, PAGES_TOUCHED(DELETE))" in lines
+        )
 
 
 @pytest.mark.parametrize(
@@ -431,9 +439,9 @@ def test_kho_restore_page_is_inlined_or_another(bcc: FakeBcc, signature: Signatu
         assert "kho_restore_page" not in probes.attached
         lines = lines_of(bcc.made[0])
     assert "FENTRY(kho_restore_folio, 7, 8, BLOCK_BY_STAMP, 0, ctx[0], 0, 0, 0)" in lines
-    assert "FEXIT(kho_restore_pages, 8, BLOCKS_BY_STAMP, 0, ctx[2])" in lines
+    assert "FEXIT(kho_restore_pages, 8, BLOCKS_BY_STAMP, 0, ctx[2], 1, PAGES_COUNTED(1))" in lines
     # Blocks that are added have a function of their own.
-    assert "FEXIT(kho_preserve_pages, 1, NO_BLOCK, 0, ctx[2])" in lines
+    assert "FEXIT(kho_preserve_pages, 1, NO_BLOCK, 0, ctx[2], 0, PAGES_COUNTED(1))" in lines
 
 
 def test_nothing_adds_blocks(bcc: FakeBcc) -> None:
@@ -458,11 +466,11 @@ def test_kernels_before_the_radix_tree(bcc: FakeBcc) -> None:
     assert "FENTRY(kho_preserve_folio, 0, 1, BLOCK_OF_FOLIO, 1, ctx[0], 0, 0, 0)" in lines
     pages = "ctx[0], (u32)ctx[1], 0, 0"
     assert f"FENTRY(kho_preserve_pages, 1, 1, BLOCKS_OF_PAGES, 1, {pages})" in lines
-    assert "FEXIT(kho_preserve_pages, 1, BLOCKS_OF_PAGES, 1, ctx[2])" in lines
+    assert "FEXIT(kho_preserve_pages, 1, BLOCKS_OF_PAGES, 1, ctx[2], 0, PAGES_COUNTED(1))" in lines
     assert "FENTRY(kho_preserve_vmalloc, 2, 1, NO_BLOCK, 0, ctx[0], ctx[1], 0, 0)" in lines
     assert f"FENTRY(kho_restore_pages, 8, 8, BLOCKS_BY_STAMP, 0, {pages})" in lines
     assert f"FENTRY(kho_add_subtree, 11, 16, NAMED, 0, ctx[1], ctx[2], {none}, 0)" in lines
-    assert "FEXIT(kho_add_subtree, 11, NAMED, 0, ctx[3])" in lines
+    assert "FEXIT(kho_add_subtree, 11, NAMED, 0, ctx[3], 0, PAGES_OF_SIZE(2))" in lines
 
 
 def test_kernels_that_preserve_by_address(bcc: FakeBcc) -> None:
@@ -498,11 +506,13 @@ def test_what_is_unpreserved_before_the_radix_tree(bcc: FakeBcc) -> None:
         untold = {name for name in probes.missing if name in probes.attached}
         assert untold == {"kho_unpreserve_vmalloc"}
         lines = lines_of(bcc.made[0])
-    assert "FEXIT(kho_unpreserve_folio, 3, BLOCK_OF_FOLIO, 0, 0)" in lines
-    assert "FEXIT(kho_unpreserve_pages, 4, BLOCKS_OF_PAGES, 0, 0)" in lines
-    assert "FEXIT(kho_unpreserve_vmalloc, 5, NO_BLOCK, 0, 0)" in lines
-    assert "FEXIT(kho_restore_page, 10, BLOCK_BY_STAMP, 0, ctx[2])" in lines
-    assert "FEXIT(kho_restore_pages, 8, NO_BLOCK, 0, ctx[2])" in lines
+    assert "FEXIT(kho_unpreserve_folio, 3, BLOCK_OF_FOLIO, 0, 0, 0, PAGES_TOUCHED(DELETE))" in lines
+    assert "FEXIT(kho_unpreserve_pages, 4, BLOCKS_OF_PAGES, 0, 0, 0, PAGES_COUNTED(1))" in lines
+    assert "FEXIT(kho_unpreserve_vmalloc, 5, NO_BLOCK, 0, 0, 0, PAGES_TOUCHED(DELETE))" in lines
+    assert (
+        "FEXIT(kho_restore_page, 10, BLOCK_BY_STAMP, 0, ctx[2], 1, PAGES_TOUCHED(RESTORE))" in lines
+    )
+    assert "FEXIT(kho_restore_pages, 8, NO_BLOCK, 0, ctx[2], 1, PAGES_COUNTED(1))" in lines
 
 
 def test_other_names_of_the_newest_kernel(bcc: FakeBcc) -> None:
@@ -514,7 +524,8 @@ def test_other_names_of_the_newest_kernel(bcc: FakeBcc) -> None:
         lines = lines_of(bcc.made[0])
     key = "PT_REGS_PARM1(ctx), PT_REGS_PARM2(ctx), 0, 0"
     assert f"KPROBE(kho_radix_add_key, 15, 32, BLOCK_BY_KEY, 1, {key})" in lines
-    assert "KRETPROBE(kho_radix_del_key, 16, BLOCK_BY_KEY, 0, PT_REGS_RC(ctx))" in lines
+    result = "PT_REGS_RC(ctx), 0, PAGES_TOUCHED(DELETE)"
+    assert f"KRETPROBE(kho_radix_del_key, 16, BLOCK_BY_KEY, 0, {result})" in lines
 
 
 def hows(probes: Probes) -> set[str]:

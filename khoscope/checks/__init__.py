@@ -9,6 +9,7 @@ explanation stand next to the function, so a new check is one function.
 
 from __future__ import annotations
 
+from .calls import places
 from .changes import Changes, changes
 from .rule import (
     ACROSS,
@@ -59,5 +60,6 @@ __all__ = [
     "end_trace",
     "in_order",
     "of_scopes",
+    "places",
     "start_trace",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi.keys import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE, TYPE_NAMES
+from ..abi.keys import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE, TYPE_NAMES, U64
 from ..facts.calls import (
     BIT_CLEAR,
     BIT_SET,
@@ -18,12 +18,14 @@ from ..facts.calls import (
     Action,
     Calls,
     Losses,
+    Places,
     Touches,
 )
 from ..facts.columns import Pages
 from ..facts.nodes import Step, borders_of, steps_across
 from ..facts.snapshot import Snapshot
 from . import handover as _handover_rules  # noqa: F401 - registers what is looked for here, too
+from .inplace import InPlace
 from .nodes import STEPS_OVER
 from .pattern import describe, differs, fits, named, readable, restores_split, type_name
 from .rule import Marked, Message, Severity, also, rule
@@ -247,8 +249,8 @@ def failed(facts: Snapshot, calls: Calls) -> Marked:
     """
     khoscope did not check what it did not see: the verdict is incomplete, and calls may be shown
     without some of their blocks. Either calls came faster than khoscope read them and the buffer
-    overran, or tasks nested deeper, or were more, than khoscope follows. Trace fewer calls (--only,
-    -p, -c), or take a larger buffer.
+    overran, or there were more kinds of them than khoscope counts, or tasks nested deeper, or were
+    more, than khoscope follows. Trace fewer calls (--only, -p, -c), or take a larger buffer.
     """,
     kernel="bpf_ringbuf_output",
 )
@@ -261,6 +263,27 @@ def events_lost(losses: Losses) -> Iterator[Message]:
         parts.append(f"calls not followed to their end: {losses.missed:,}")
     if parts:
         yield Message(f"{', '.join(parts)}; the verdict is incomplete")
+
+
+def places(facts: Snapshot) -> Places:
+    """Where the rules may say other things of blocks: borders of what they ask for by address."""
+    scratch = facts.scratch[facts.scratch[:, 1] > 0]
+    offline = np.zeros((0, 2), np.uint64) if facts.offline is None else facts.offline
+    scratch = np.stack([scratch[:, 0], scratch.sum(axis=1, dtype=np.uint64)], axis=1)
+    borders = np.unique(
+        np.concatenate([facts.ram, scratch, offline, InPlace(facts).claims]).reshape(-1)
+    ).astype(np.uint64)
+    # The rest of what is between two borders is like its first byte.
+    ordinary = inside(facts.ram, borders) & ~inside(scratch, borders) & ~inside(offline, borders)
+    return Places(borders, np.concatenate([np.zeros(1, np.bool_), ordinary]))
+
+
+def inside(ranges: U64, phys: U64) -> NDArray[np.bool_]:
+    """Which addresses lie in one of some ranges; u64, shape (n, 2): first, and first behind."""
+    found = np.zeros(len(phys), np.bool_)
+    for start, end in ranges.tolist():
+        found |= (phys >= np.uint64(start)) & (phys < np.uint64(end))
+    return found
 
 
 def _restores(touches: Touches) -> NDArray[np.bool_]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ..abi.keys import U64
 from ..abi.serialized import KEXEC_METADATA, LUO, LUO_FDT_COMPATIBLE, MEMBLOCK
 from ..facts.clients import FLB_LIST, Claims, OwnerKind
 from ..facts.columns import Blocks
@@ -38,6 +39,11 @@ class InPlace:
         if any(theirs):
             areas = Claims.concatenate(c[np.array(theirs)[c.owner]] for c in side.claims)
         self._start, self._size = areas.phys, areas.size
+
+    @property
+    def claims(self) -> U64:
+        """u64, shape (n, 2): what :meth:`claimed` goes by; first address, and first behind."""
+        return np.stack([self._start, self._start + self._size], axis=1)
 
     def of(self, blocks: Blocks) -> NDArray[np.bool_]:
         """Which blocks the next kernel uses in place."""

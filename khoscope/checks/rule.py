@@ -27,6 +27,7 @@ class Finding:
     :param order: the block's order, likewise.
     :param follows: the rule whose finding is the cause of this one; empty: it stands for itself.
     :param key: radix key of the block; 0: the finding is about none.
+    :param times: how often it was so; the block, or the call, is the first of these.
     """
 
     rule: str
@@ -37,6 +38,7 @@ class Finding:
     order: int | None = None
     follows: str = ""
     key: int = field(default=0, compare=False)
+    times: int = field(default=1, compare=False)
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,10 @@ class Rule:
         explain: str = "",
         follows: str = "",
         key: int = 0,
+        times: int = 1,
     ) -> Finding:
         why = " ".join(explain.split()) or self.explain
-        return Finding(self.name, self.severity, message, why, phys, order, follows, key)
+        return Finding(self.name, self.severity, message, why, phys, order, follows, key, times)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..abi.keys import BAD_ORDER, Abi
+from ..abi.keys import BAD_ORDER, U64, Abi
 from ..facts import invariants
 from ..facts.calls import NO_PHYS, Action, Batch, Calls, Losses
 from ..facts.columns import Blocks, aligned
@@ -174,25 +174,30 @@ class Report:
                 self._keep(rule, [found])
 
     def add_marked(
-        self, rule: Rule, chunk: Blocks | Calls, marked: Marked, shown: int = 0
+        self,
+        rule: Rule,
+        chunk: Blocks | Calls,
+        marked: Marked,
+        shown: int = 0,
+        times: U64 | None = None,
     ) -> dict[int, Finding]:
         """
         Count the marked rows of a chunk, and keep what there is room for.
 
         :param shown: make findings of this many, even if they are not kept.
+        :param times: how many blocks or calls each row stands for; None: for itself.
         :return: the findings that were made, by row.
         """
-        rows = np.flatnonzero(marked.rows)
+        rows = np.flatnonzero(marked.rows if times is None else marked.rows & (times > 0))
         if not len(rows):
             return {}
+        each = np.ones(len(rows), np.uint64) if times is None else times[rows]
         cause = marked.cause if self.counts[marked.cause] and marked.follows is not None else ""
         follows = np.zeros(len(rows), np.bool_)
         if cause and marked.follows is not None:
             follows = marked.follows[rows]
             if follows.any():
-                self.follows.setdefault(cause, Counter())[rule.name] += int(
-                    np.count_nonzero(follows)
-                )
+                self.follows.setdefault(cause, Counter())[rule.name] += int(each[follows].sum())
         # Keep the first of the findings that follow, and the first of the others.
         number = np.where(follows, np.cumsum(follows), np.cumsum(~follows))
         keep = number <= np.where(follows, self._room(rule, cause), self._room(rule))
@@ -204,12 +209,27 @@ class Report:
                 explain=marked.explanation(row),
                 follows=cause if so else "",
                 key=int(chunk.key[row]) if isinstance(chunk, Blocks) else 0,
+                times=count,
             )
-            for row, so in zip(rows[made].tolist(), follows[made].tolist(), strict=True)
+            for row, so, count in zip(
+                rows[made].tolist(), follows[made].tolist(), each[made].tolist(), strict=True
+            )
         }
-        self.counts[rule.name] += len(rows)
-        self._keep(rule, [found[row] for row in rows[keep].tolist()])
+        self.counts[rule.name] += int(each.sum())
+        kept = [found[row] for row in rows[keep].tolist()]
+        self._keep(rule, kept if times is None else self._not_known(rule, kept))
         return found
+
+    def _not_known(self, rule: Rule, findings: list[Finding]) -> list[Finding]:
+        """The findings that are not kept yet; those that are were so more often."""
+        kept = self.kept.setdefault(rule.name, [])
+        at = {finding: number for number, finding in enumerate(kept)}
+        for finding in findings:
+            if finding in at:
+                known = kept[at[finding]]
+                again = dataclasses.replace(known, times=known.times + finding.times)
+                kept[at[finding]] = again
+        return [finding for finding in findings if finding not in at]
 
     def sort(self, rule: Rule) -> None:
         """Have a rule's findings about blocks in order of key, whatever order they came in."""
@@ -555,18 +575,21 @@ def check_batch(facts: Snapshot, batch: Batch, report: Report) -> BatchFindings:
     """
     found = BatchFindings()
     calls, touches = batch.calls, batch.touches
-    report.blocks += len(touches)
+    times = touches.count
+    report.blocks += len(touches) if times is None else int(times.sum())
     for rule, find in report.finders("calls"):
-        for row, each in report.add_marked(rule, calls, find(facts, calls), KEPT).items():
+        marked = find(facts, calls)
+        for row, each in report.add_marked(rule, calls, marked, KEPT, calls.count).items():
             found.calls.setdefault(row, []).append(each)
     for rule, find in report.finders("touches"):
         marked = find(facts, touches)
-        for row, each in report.add_marked(rule, touches.blocks, marked, KEPT).items():
+        for row, each in report.add_marked(rule, touches.blocks, marked, KEPT, times).items():
             found.touches.setdefault(row, []).append(each)
     rows = np.flatnonzero((touches.action == Action.ADD) & touches.succeeded)
-    added = touches.blocks[rows]
+    added, of_added = touches.blocks[rows], None if times is None else times[rows]
     for rule, find in _block_rules(report, None):
-        for at, each in report.add_marked(rule, added, find(facts, added), KEPT).items():
+        marked = find(facts, added)
+        for at, each in report.add_marked(rule, added, marked, KEPT, of_added).items():
             found.touches.setdefault(int(rows[at]), []).append(each)
     return found
 

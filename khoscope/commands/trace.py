@@ -164,24 +164,40 @@ def _run(args: argparse.Namespace) -> int:
         return _judged(args, session.replay(recording))
 
     from ..trace.assemble import Assembler
-    from ..trace.probes import BUFFER, CLIENT_FRAMES, STACK_FRAMES, Probes
+    from ..trace.kinds import Kinds
+    from ..trace.probes import BUFFER, CLIENT_FRAMES, MOST_BORDERS, STACK_FRAMES, Probes
 
     with Progress(sys.stderr) as progress:
         source = common.kernel(args, progress)
         facts = source.tree()
     frames = STACK_FRAMES if args.stacks else CLIENT_FRAMES
-    probes = Probes(source, wanted, args.probe, frames, args.buffer or BUFFER, args.verbose)
-    assembler = Assembler(source.abi, source.layout, frames)
-    interval = args.interval or (None if args.summary else 1.0)
+    places = checks.places(facts) if _by_kind(args) else None
+    if places and len(places.borders) > MOST_BORDERS:
+        places = None
+    buffer = args.buffer or BUFFER
+    probes = Probes(source, wanted, args.probe, frames, buffer, args.verbose, places)
+    assembler = Assembler(source.abi, source.layout, frames, counted=places is not None)
+    kinds = Kinds(assembler) if places else None
+    interval = args.interval or (None if args.summary or _by_kind(args) else 1.0)
     with contextlib.ExitStack() as stack:
         # If the file cannot be written, khoscope fails before it attaches anything.
         recorder = stack.enter_context(Recorder(args.record, facts)) if args.record else None
         stack.enter_context(probes)
         started = time.clock_gettime_ns(CLOCK)
         tracing = Tracing(facts, probes.attached, probes.missing, probes.buffer, started)
+        # Of what is counted, the kernel leaves out what is not asked for.
+        wanted = CallFilter() if kinds else wanted
         session = TraceSession(tracing, wanted, _trace_view(args, probes.symbol), before)
-        report = session.live(probes, assembler, recorder, args.duration, interval)
+        report = session.live(probes, assembler, recorder, args.duration, interval, kinds)
     return _judged(args, report)
+
+
+def _by_kind(args: argparse.Namespace) -> bool:
+    """
+    Whether calls are counted by kind: nobody asked to see each of them, or for what is in no kind.
+    """
+    each = args.json or args.jsonl or args.stacks or args.record or args.replay or args.before
+    return bool((args.check or args.summary) and not each)
 
 
 def _trace_view(args: argparse.Namespace, symbols: Symbols) -> View:
@@ -193,7 +209,7 @@ def _trace_view(args: argparse.Namespace, symbols: Symbols) -> View:
         return JsonView(sys.stdout, symbols, args.stacks)
     if args.jsonl:
         return JsonLines(sys.stdout, symbols, args.stacks)
-    if args.summary:
+    if args.summary or _by_kind(args):
         return SummaryView(sys.stdout, symbols, args.limit)
     return Lines(sys.stdout, symbols, args.stacks, args.limit)
 

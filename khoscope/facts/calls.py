@@ -191,7 +191,7 @@ BIT_CLEAR, BIT_SET, BIT_UNKNOWN = 0, 1, 2
 @dataclass(frozen=True, eq=False)
 class Calls(Columns):
     """
-    Outermost calls, in the order in which they returned.
+    Outermost calls, in the order in which they returned; or kinds of them.
 
     :param call: u64, names the call, unique in one trace.
     :param function: u8, index into FUNCTIONS.
@@ -209,6 +209,9 @@ class Calls(Columns):
     :param blocks: u64, blocks that were touched.
     :param name: of a subtree, 32 bytes.
     :param stack: u64, shape (n, frames), return addresses, innermost first; 0: none.
+    :param count: u64, how many calls each row stands for: itself, and others that differ from it
+        only in addresses, times and tasks; None: each stands for itself.
+    :param all_pages: u64, how many pages all of these were asked for; None: likewise.
     """
 
     call: U64
@@ -225,12 +228,24 @@ class Calls(Columns):
     blocks: U64
     name: Annotated[NDArray[np.bytes_], "|S32"]
     stack: U64
+    count: Annotated[U64 | None, NOT_KEPT] = None
+    all_pages: Annotated[U64 | None, NOT_KEPT] = None
 
     @classmethod
     def empty(cls) -> Calls:
         columns = {name: np.zeros(0, dtype) for name, dtype in cls.DTYPES.items()}
         columns["args"], columns["stack"] = np.zeros((0, 4), "<u8"), np.zeros((0, 1), "<u8")
         return cls(**columns)
+
+    @property
+    def times(self) -> U64:
+        """u64, how many calls each row stands for."""
+        return np.ones(len(self), np.uint64) if self.count is None else self.count
+
+    @property
+    def total(self) -> U64:
+        """u64, how many pages the calls that each row stands for were asked for."""
+        return self.pages if self.all_pages is None else self.all_pages
 
     @property
     def failed(self) -> NDArray[np.bool_]:
@@ -242,7 +257,7 @@ class Calls(Columns):
 @dataclass(frozen=True, eq=False)
 class Touches(Columns):
     """
-    What calls did to blocks.
+    What calls did to blocks; or kinds of that.
 
     :param call: u64, the call that it belongs to.
     :param function: u8, index into FUNCTIONS: the function that did it, or, where none is seen that
@@ -263,6 +278,7 @@ class Touches(Columns):
         or at return of a restore, with the stamp in ``private``.
     :param known: bool, the block is in the snapshot of the kernel that handed over.
     :param was: what its struct pages were in that kernel; zeros where not known.
+    :param count: u64, how many blocks each row stands for, as in :class:`Calls`.
     """
 
     call: U64
@@ -277,6 +293,12 @@ class Touches(Columns):
     blocks: Blocks
     known: Annotated[NDArray[np.bool_], NOT_KEPT]
     was: Pages
+    count: Annotated[U64 | None, NOT_KEPT] = None
+
+    @property
+    def times(self) -> U64:
+        """u64, how many blocks each row stands for."""
+        return np.ones(len(self), np.uint64) if self.count is None else self.count
 
     @classmethod
     def empty(cls) -> Touches:
@@ -295,6 +317,20 @@ class Touches(Columns):
         """Blocks of which the kernel did not try to read every refcount."""
         tried = self.looked.astype(np.uint64) + self.blocks.facts.unread
         return tried < self.blocks.page_count
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """
+    Addresses that tell blocks apart.
+
+    :param borders: u64, ``phys_addr_t``, in order: what is to be said of blocks differs only by
+        which of these are at or below their first and their last byte.
+    :param ordinary: bool, one more: whether memory behind so many borders is RAM and nothing else.
+    """
+
+    borders: U64
+    ordinary: NDArray[np.bool_]
 
 
 def rows_of(calls: U64, wanted: U64) -> NDArray[np.int64]:

@@ -68,12 +68,21 @@ _TELLS = np.array([f.otherwise > Use.NAMED for f in FUNCTIONS])
 _PRESERVES = np.array([f.kind == CallKind.PRESERVE for f in FUNCTIONS])
 _TREE = np.array([f.kind == CallKind.TREE for f in FUNCTIONS])
 #: By function: the action of the touches that make up what a call was asked for.
-_MEANT = [_OF_KIND.get(f.kind, f.action) for f in FUNCTIONS]
+MEANT = [_OF_KIND.get(f.kind, f.action) for f in FUNCTIONS]
 
 
 def call_dtype(frames: int) -> np.dtype[np.void]:
     """``struct call``."""
-    return np.dtype([*_HEADER, ("comm", "S16"), ("name", "S32"), ("stack", "<u8", (frames,))])
+    return np.dtype(
+        [
+            *_HEADER,
+            ("comm", "S16"),
+            ("name", "S32"),
+            ("blocks", "<u8"),
+            ("pages", "<u8"),
+            ("stack", "<u8", (frames,)),
+        ]
+    )
 
 
 def block_dtype(page_size: int) -> np.dtype[np.void]:
@@ -110,9 +119,12 @@ class Assembler:
     Turns records into batches.
 
     :param frames: stack frames in each ``struct call``.
+    :param counted: records are of what is odd alone, and all else is counted by kind: how many
+        blocks and pages a call has touched is in its own record.
     """
 
-    def __init__(self, abi: Abi, layout: Layout, frames: int) -> None:
+    def __init__(self, abi: Abi, layout: Layout, frames: int, counted: bool = False) -> None:
+        self._counted = counted
         self._abi = abi
         self._layout = layout
         self._call = call_dtype(frames)
@@ -140,7 +152,24 @@ class Assembler:
         done = np.flatnonzero(row >= 0)
         done = done[np.argsort(row[done], kind="stable")]
         mine = _undone(touches[done], call, row[done])
-        return Batch(self._calls(call, mine, row[done]), Touches.concatenate([mine, loose]))
+        calls = self._calls(call, mine, row[done])
+        if self._counted:
+            calls = dataclasses.replace(calls, pages=call["pages"], blocks=call["blocks"])
+        return Batch(calls, Touches.concatenate([mine, loose]))
+
+    def of_kinds(self, calls: NDArray[np.uint8], blocks: NDArray[np.uint8]) -> Batch:
+        """
+        What the examples of some kinds say, each for itself: whose call did that to a block is not
+        known of examples.
+        """
+        raw = _viewed(calls, self._call)
+        none = np.zeros(0, np.int64)
+        return Batch(
+            dataclasses.replace(
+                self._calls(raw, Touches.empty(), none), pages=raw["pages"], blocks=raw["blocks"]
+            ),
+            self._touches(_viewed(blocks, self._block)),
+        )
 
     def end(self) -> Batch:
         """The touches that are still waiting for their calls."""
@@ -274,7 +303,7 @@ class Assembler:
         for number in np.unique(function).tolist():
             rows = function == number
             phys[rows], asked = self._named(FUNCTIONS[number].arguments, raw["args"][rows])
-            pages[rows] = tally[rows, _MEANT[number], 1] if asked is None else asked
+            pages[rows] = tally[rows, MEANT[number], 1] if asked is None else asked
         of_tree = _TREE[function[of]]
         phys[of[of_tree]] = touches.blocks.phys[of_tree]
         return Calls(

@@ -31,14 +31,16 @@ from ..facts.calls import (
     Batch,
     CallKind,
     Function,
+    Places,
     Use,
 )
 from ..sources import host_files
 from ..sources.bcc import import_bcc
 from ..sources.kernel import KernelSource, Layout, Signature
 from ..words.errors import KhoscopeError, say
-from .assemble import record_size
+from .assemble import MEANT, record_size
 from .call_filter import CallFilter
+from .kinds import Counted
 from .ring import Ring
 
 #: Stack frames kept of each call: enough to find the client, or the whole stack.  The innermost
@@ -46,6 +48,10 @@ from .ring import Ring
 CLIENT_FRAMES, STACK_FRAMES = 8, 40
 #: Bytes of the ring buffer.
 BUFFER: Final = 16 << 20
+#: How many kinds of calls, and of blocks, are counted.
+KINDS: Final = 1 << 13
+#: Addresses at which kinds differ (``PLACES`` in bpf/kho_trace.c), but for the end of all.
+MOST_BORDERS: Final = 255
 #: How many records are taken out at once, before they are shown.
 ENOUGH: Final = 1 << 15
 
@@ -74,6 +80,13 @@ class Counters:
     open: int
 
 
+#: What is before the record in ``struct sum``, and ``struct places``.
+_SUM = np.dtype([("count", "<u8"), ("pages", "<u8")])
+_PLACES = np.dtype(
+    [("border", "<u8", (MOST_BORDERS + 1,)), ("ordinary", "u1", (MOST_BORDERS + 1,))]
+)
+
+
 @dataclass(frozen=True)
 class _Probe:
     """A function to attach to, how to attach, and what the function does to blocks."""
@@ -97,7 +110,8 @@ class _Probe:
         adds = int(self.adds)
         arguments = ", ".join(self._arguments())
         entry = f"({f.name}, {number}, {kind}, {self.use.name}, {adds}, {arguments})\n"
-        leave = f"({f.name}, {number}, {self.use.name}, {adds}, {self._result()})\n"
+        result = f"{self._result()}, {int(f.returns == 'pointer')}, {self._asked()}"
+        leave = f"({f.name}, {number}, {self.use.name}, {adds}, {result})\n"
         if self.how == "kprobe":
             return f"KPROBE{entry}KRETPROBE{leave}"
         return f"FENTRY{entry}FEXIT{leave}"
@@ -120,6 +134,17 @@ class _Probe:
                 # An argument of 32 bits may leave anything in the rest of its register.
                 yield f"(u32){place}" if parameters[i].size == 4 else place
 
+    def _asked(self) -> str:
+        """How many pages a call is about, as :class:`~.assemble.Assembler` has it."""
+        arguments = self.function.arguments
+        if "nr_pages" in arguments:
+            return f"PAGES_COUNTED({arguments.index('nr_pages')})"
+        if {"order", "page"} <= {*arguments}:
+            return f"PAGES_OF_ORDER({arguments.index('order')})"
+        if "size" in arguments:
+            return f"PAGES_OF_SIZE({arguments.index('size')})"
+        return f"PAGES_TOUCHED({MEANT[NUMBERS[self.function.name]].name})"
+
     def _result(self) -> str:
         if self.signature.is_void:
             return "0"
@@ -138,6 +163,7 @@ class Probes:
     :param frames: stack frames kept of each call.
     :param buffer: bytes.
     :param verbose: show what the compiler and the verifier say.
+    :param places: count calls and blocks by kind, which differ by these; None: each is told.
     :raises KhoscopeError: if bcc, kernel headers or the permission are missing, or if the kernel
         refuses the programs.
     """
@@ -150,6 +176,7 @@ class Probes:
         frames: int = CLIENT_FRAMES,
         buffer: int = BUFFER,
         verbose: bool = False,
+        places: Places | None = None,
     ) -> None:
         self._bcc = import_bcc()
         self._source = source
@@ -159,10 +186,11 @@ class Probes:
         # The kernel wants a power of two.
         self._pages = 1 << max((buffer // _PAGE).bit_length() - 1, 0)
         self._verbose = verbose
+        self._places = places
         self._size = record_size(frames, source.layout.pages.size)
         self._ring: Ring | None = None
         self._bpf: Any = None
-        self._taken = 0
+        self._taken = self._grouped = 0
         self._symbols: dict[int, str] = {}
         self._symbol_cache: Any = None
         self._modules = ""
@@ -177,7 +205,10 @@ class Probes:
         """In words."""
         size = self._pages * _PAGE
         amount = f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
-        return f"ring buffer of {amount}"
+        ring = f"ring buffer of {amount}"
+        if self._places is None:
+            return ring
+        return f"counted by kind, up to {KINDS:,} of calls and of blocks; {ring} for what is odd"
 
     def __enter__(self) -> Self:
         probes = self._choose()
@@ -185,6 +216,7 @@ class Probes:
             try:
                 self._attach(probes, said)
                 self._open_buffer()
+                self._set_places()
                 self.arm(True)
             except BaseException:
                 self._detach()
@@ -311,6 +343,8 @@ class Probes:
             "REFCOUNT_OFFSET": layout.pages.refcount,
             "PRIVATE_OFFSET": layout.pages.private,
             "FLAGS_OFFSET": layout.pages.flags,
+            "COMPOUND_OFFSET": layout.pages.compound,
+            "PAGE_TYPE_OFFSET": layout.pages.page_type,
             "HEAD_BIT": layout.pages.head_bit,
             "PAGE_SHIFT_BITS": abi.page_shift,
             "DIRECT_MAP": f"{layout.direct_map:#x}ULL",
@@ -328,7 +362,12 @@ class Probes:
             "STAMP_MAGIC": 0 if abi.stamp.magic_shift is None else f"{KHO_PAGE_MAGIC:#x}",
             "STAMP_MAGIC_SHIFT": abi.stamp.magic_shift or 32,
             "STAMP_ORDER_MASK": f"{(1 << abi.stamp.order_bits) - 1:#x}",
+            "STAMP_TYPE_SHIFT": 64 if abi.stamp.type_shift is None else abi.stamp.type_shift,
+            "PRESERVE_PAGES": NUMBERS["kho_preserve_pages"],
+            "RESTORE_PAGES": NUMBERS["kho_restore_pages"],
             "STACK_FRAMES": self._frames,
+            "KINDS": KINDS if self._places is not None else 0,
+            "MIN_ORDER": self._wanted.min_order,
             "ONLY": sum(1 << _KINDS.index(kind) for kind in self._wanted.kinds),
             "RING_PAGES": self._pages,
         }
@@ -407,6 +446,29 @@ class Probes:
                 "see RLIMIT_AS, or take a smaller --buffer",
             ) from error
 
+    def _set_places(self) -> None:
+        if self._places is not None:
+            table = self._bpf["places"]
+            value = np.zeros(1, _PLACES)
+            value["border"] = 2**63 - 1
+            value["border"][0, : len(self._places.borders)] = self._places.borders
+            value["ordinary"][0, : len(self._places.ordinary)] = self._places.ordinary
+            table[ctypes.c_int(0)] = table.Leaf.from_buffer_copy(value.tobytes())
+
+    def kinds(self) -> tuple[Counted, Counted]:
+        """The kinds of calls, and of blocks, that have been counted since the beginning."""
+        calls, blocks = (self._counted(name) for name in ("call_kinds", "block_kinds"))
+        self._grouped = int(calls.count.sum() + blocks.count.sum())
+        return calls, blocks
+
+    def _counted(self, name: str) -> Counted:
+        items = [(bytes(key), bytes(told)) for key, told in self._bpf[name].items_lookup_batch()]
+        told = np.frombuffer(b"".join(each for _, each in items), np.uint8)
+        told = told.reshape(len(items), _SUM.itemsize + self._size)
+        sums = np.ascontiguousarray(told[:, : _SUM.itemsize]).view(_SUM)[:, 0]
+        keys = [key for key, _ in items]
+        return Counted(keys, sums["count"], sums["pages"], told[:, _SUM.itemsize :])
+
     def arm(self, on: bool) -> None:
         """
         Begin to follow calls; or, if not ``on``, follow only calls that have begun to their end.
@@ -446,7 +508,7 @@ class Probes:
         """The counters at the end, when all records have been taken."""
         counters = self.counters()
         # A record that was made but not taken is lost, even if the kernel did not count it as lost.
-        lost = max(counters.lost, counters.made - self._taken)
+        lost = max(counters.lost, counters.made - self._taken - self._grouped)
         return Counters(counters.made, lost, counters.missed, counters.open)
 
     # -- symbols ----------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from ..words.errors import KhoscopeError
 from .assemble import Assembler
 from .before import Before
 from .call_filter import CallFilter
+from .kinds import Kinds
 from .probes import Counters, Probes
 from .record import Recorder, Recording
 
@@ -27,6 +28,9 @@ from .record import Recorder, Recording
 _OF_VMALLOC = np.array([function.name.endswith("_vmalloc") for function in FUNCTIONS])
 #: How long a poll waits for the first record, ms.
 POLL = 200
+#: How often is looked at what the kernel has counted, seconds: while the modules of its callers are
+#: loaded.
+LOOK = 1.0
 
 
 class View(Protocol):
@@ -68,6 +72,7 @@ class TraceSession:
         self._before = before
         self._report = checks.start_trace(tracing.facts, before.snapshot if before else None)
         self._losses = Losses()
+        self._by_kind = False
 
     def live(
         self,
@@ -76,17 +81,22 @@ class TraceSession:
         recorder: Recorder | None,
         duration: float | None,
         interval: float | None,
+        kinds: Kinds | None = None,
     ) -> checks.Report:
         """
         Follow the running kernel until Ctrl-C.
 
         :param duration: seconds until it ends by itself.
         :param interval: seconds between two calls of the view's ``interval``.
+        :param kinds: what the kernel counts; None: it tells each call.
         """
+        self._by_kind = kinds is not None
         self._view.start(self._tracing)
         began = time.monotonic()
         step = interval or math.inf
         end, due = began + (duration or math.inf), began + step
+        look = min(step, LOOK) if kinds else math.inf
+        sight = began + look
 
         def take(batch: Batch) -> None:
             probes.learn(batch)
@@ -94,12 +104,19 @@ class TraceSession:
                 recorder.add(batch)
             self._show(batch)
 
+        def count() -> None:
+            if kinds:
+                take(kinds.feed(*probes.kinds()))
+
         with _until_stopped() as stopped:
             while not stopped() and (now := time.monotonic()) < end:
-                left = min((min(due, end) - now) * 1000, POLL)
+                left = min((min(due, end, sight) - now) * 1000, POLL)
                 if len(records := probes.poll(max(int(left), 1))):
                     take(assembler.feed(records))
-                if (now := time.monotonic()) >= due:
+                if (now := time.monotonic()) >= min(due, sight):
+                    sight = now + look
+                    count()
+                if now >= due:
                     due = now + step
                     self._count(probes.counters())
                     self._view.interval(self._losses)
@@ -108,6 +125,7 @@ class TraceSession:
             while len(records := probes.poll(POLL)):
                 take(assembler.feed(records))
             take(assembler.end())
+            count()
             self._count(probes.drained())
             if recorder:
                 recorder.finish(self._tracing, probes.symbols, self._losses)
@@ -143,8 +161,9 @@ class TraceSession:
         touches, calls = batch.touches, batch.calls
         judged = touches.succeeded & (touches.action != Action.DELETE)
         pages = touches.blocks.page_count
-        sampled = int((judged & touches.sampled).sum())
-        if "kho_restore_page" in self._tracing.missing:
+        times = touches.times
+        sampled = int(times[judged & touches.sampled].sum())
+        if "kho_restore_page" in self._tracing.missing and not self._by_kind:
             # Before khotrace/3, the trace saw only the first block of kho_restore_pages() then.
             starts = batch.starts()
             total = np.concatenate([np.zeros(1, np.uint64), np.cumsum(pages, dtype=np.uint64)])
@@ -156,8 +175,9 @@ class TraceSession:
         self._losses = dataclasses.replace(
             self._losses,
             sampled=self._losses.sampled + sampled,
-            unread=self._losses.unread + int((judged & (touches.blocks.facts.unread > 0)).sum()),
-            unseen=self._losses.unseen + int(unseen.sum()),
+            unread=self._losses.unread
+            + int(times[judged & (touches.blocks.facts.unread > 0)].sum()),
+            unseen=self._losses.unseen + int(calls.times[unseen].sum()),
         )
 
     def _count(self, counters: Counters) -> None:

@@ -54,7 +54,10 @@ def distinct(columns: Sequence[NDArray[Any]]) -> tuple[NDArray[np.int64], NDArra
 def _sums(
     columns: Sequence[NDArray[Any]], weights: U64 | None = None
 ) -> Iterator[tuple[tuple[Any, ...], int]]:
-    """For each combination of values, how many rows have it, or the sum of their weights."""
+    """
+    For each combination of values, how many rows have it, or the sum of their weights if that is
+    not 0.
+    """
     first, kind = distinct(columns)
     if weights is None:
         sums = np.bincount(kind, minlength=len(first)).tolist()
@@ -62,7 +65,8 @@ def _sums(
         total = np.zeros(len(first), np.uint64)
         np.add.at(total, kind, weights)
         sums = total.tolist()
-    yield from zip(zip(*(c[first].tolist() for c in columns), strict=True), sums, strict=True)
+    values = zip(*(c[first].tolist() for c in columns), strict=True)
+    yield from ((each, total) for each, total in zip(values, sums, strict=True) if total)
 
 
 @dataclass(frozen=True)
@@ -295,21 +299,24 @@ class Summary:
         for row, findings in enumerate(findings_by_call(batch, found)):
             if findings:
                 name = names[which[row]] if row < len(which) else NOT_RETURNED
-                self._sums(name).rules.update(finding.rule for finding in findings)
+                for finding in findings:
+                    self._sums(name).rules[finding.rule] += finding.times
 
     def _sums(self, name: str) -> Sums:
         return self.clients.setdefault(name, Sums())
 
     def _calls(self, calls: Calls, which: NDArray[np.int64], sums: Callable[[int], Sums]) -> None:
-        for (who, function), count in _sums([which, calls.function]):
+        for (who, function), count in _sums([which, calls.function], calls.count):
             sums(who).calls[function] += count
-        for (who, function), count in _sums([which, calls.function], calls.pages):
+        for (who, function), count in _sums([which, calls.function], calls.total):
             sums(who).pages[function] += count
-        for (who, number), count in _sums([which, bucket(calls.leave - calls.enter)]):
+        latency = bucket(calls.leave - calls.enter)
+        for (who, number), count in _sums([which, latency], calls.count):
             sums(who).latency[number] += count
         failed = calls.failed
         for (who, function, ret), count in _sums(
-            [which[failed], calls.function[failed], calls.ret[failed]]
+            [which[failed], calls.function[failed], calls.ret[failed]],
+            None if calls.count is None else calls.count[failed],
         ):
             sums(who).failed[function, ret] += count
 
@@ -319,7 +326,9 @@ class Summary:
         who[: starts[-1]] = np.repeat(which, np.diff(starts))
         blocks, good = touches.blocks, touches.succeeded
         facts: Sequence[NDArray[Any]] = (who, touches.action, blocks.order, blocks.type)
-        for (number, action, order, kind), count in _sums([f[good] for f in facts]):
+        times = touches.count
+        of_good = None if times is None else times[good]
+        for (number, action, order, kind), count in _sums([f[good] for f in facts], of_good):
             sums(number).blocks[action, order, kind] += count
         tree = good & (touches.action != Action.RESTORE)
         bits: Sequence[NDArray[Any]] = (
@@ -329,7 +338,8 @@ class Summary:
             touches.before,
             touches.after,
         )
-        for (order, kind, action, before, after), count in _sums([b[tree] for b in bits]):
+        of_tree = None if times is None else times[tree]
+        for (order, kind, action, before, after), count in _sums([b[tree] for b in bits], of_tree):
             balance = self.balance.setdefault((order, kind), Balance())
             if action == Action.ADD:
                 balance.added += count

@@ -345,9 +345,12 @@ class Text:
 
         :param count: how many findings there are, including those that were not kept.
         """
-        for each in islice(found, self._limit):
-            self.wrapped(each.message, "      ", f"  {where(each)}")
-        self._more(len(found), count, "")
+        shown = found[: self._limit]
+        for each in shown:
+            like = f"; {each.times:,} like this" if each.times > 1 else ""
+            self.wrapped(each.message + like, "      ", f"  {where(each)}")
+        kept, said = (sum(each.times for each in some) for some in (found, shown))
+        self._more(kept, count, "", said)
 
     def verdict(self, report: Report) -> None:
         """Print the last line, unwrapped however long it is: the verdict, and the reason."""
@@ -388,14 +391,16 @@ class Text:
             self.wrapped(row, "      ", "  ")
         self._more(counts.total(), counts.total(), "blocks")
 
-    def _more(self, kept: int, total: int, what: str) -> None:
+    def _more(self, kept: int, total: int, what: str, shown: int | None = None) -> None:
         """
         Print the last line of a list if the list is longer than what is shown.
 
         :param kept: how many rows khoscope has.
         :param total: how many rows there really are.
+        :param shown: how many of them the lines stand for, if not each for one.
         """
-        shown = kept if self._limit is None else min(kept, self._limit)
+        if shown is None:
+            shown = kept if self._limit is None else min(kept, self._limit)
         if total > shown:
             hint = "--limit 0 shows all" if kept == total else f"only {kept:,} are kept"
             hidden = f"{total - shown:,} more {what}".rstrip()
