@@ -30,6 +30,7 @@ from khoscope.facts.calls import (
     CallKind,
     Calls,
     Function,
+    Places,
     Touches,
     Use,
 )
@@ -114,6 +115,17 @@ class Table(dict[int, Any]):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         super().__setitem__(key.value, value.value)
+
+    class Leaf:
+        """The type of its values."""
+
+        def __init__(self, value: bytes) -> None:
+            self.value = value
+
+        from_buffer_copy = classmethod(lambda cls, raw: cls(raw))
+
+    def items_lookup_batch(self) -> Iterator[tuple[Any, Any]]:
+        yield from self.items()
 
 
 @dataclass
@@ -867,6 +879,41 @@ def test_records(bcc: FakeBcc, monkeypatch: pytest.MonkeyPatch) -> None:
         together = np.concatenate([first, second])
         assert together.tolist() == [[i] * size for i in range(5)]
     assert bcc.steps("poll") == ["100", "7", "8"]
+
+
+def test_what_is_counted(bcc: FakeBcc) -> None:
+    """What was counted by kind is not lost, although no record of it came."""
+    places = Places(np.array([0x1000, 0x2000], np.uint64), np.array([False, True, False]))
+    with fake_probes(wanted=CallFilter(min_order=3), places=places) as probes:
+        bpf = bcc.made[0]
+        assert {"-DKINDS=8192", "-DMIN_ORDER=3"} <= {*bpf.cflags}
+        assert probes.buffer.startswith("counted by kind, up to 8,192 of calls and of blocks; ring")
+        raw = bpf["places"][0]
+        borders = np.frombuffer(raw[: 8 * 256], np.uint64)
+        assert borders.tolist() == [0x1000, 0x2000] + [2**63 - 1] * 254
+        assert [*raw[8 * 256 :]] == [0, 1, 0] + [0] * 253
+        size = record_size(CLIENT_FRAMES, LAYOUT.size)
+
+        def told(count: int, pages: int, mark: int) -> bytes:
+            return np.array([count, pages], np.uint64).tobytes() + bytes([mark]) * size
+
+        dict.update(bpf["call_kinds"], {b"a": told(3, 30, 1), b"b": told(4, 0, 2)})
+        dict.update(bpf["counters"], {0: [12, 0], 1: [0, 0], 2: [0, 0], 3: [0, 0]})
+        calls, blocks = probes.kinds()
+        assert (calls.keys, calls.count.tolist()) == ([b"a", b"b"], [3, 4])
+        assert calls.pages.tolist() == [30, 0]
+        assert calls.examples.tolist() == [[1] * size, [2] * size]
+        assert (blocks.keys, blocks.examples.shape) == ([], (0, size))
+        bcc.events = [bytes(size)] * 4
+        probes.poll(1)
+        assert probes.drained() == Counters(12, 1, 0, 0)
+
+
+def test_each_is_told_unless_they_are_counted(bcc: FakeBcc) -> None:
+    with fake_probes():
+        [bpf] = bcc.made
+        assert "-DKINDS=0" in bpf.cflags
+        assert "places" not in bpf.tables
 
 
 def test_counters(bcc: FakeBcc, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from khoscope.trace import before as before_module
 from khoscope.trace import session as session_module
 from khoscope.trace.before import Before
 from khoscope.trace.call_filter import CallFilter
+from khoscope.trace.kinds import Counted, Kinds
 from khoscope.trace.probes import Counters, Probes
 from khoscope.trace.record import Recorder, load
 from khoscope.trace.session import POLL, TraceSession
@@ -354,6 +355,35 @@ def live(
 GOOD = [added(0x1000), call(args=(page_at(0x1000), 1), stack=(*CALLERS, 0, 0))]
 #: The type says contig, the refcounts split.
 WRONG = [added(0x100, 2, [1, 1, 1, 1], call=2), call("kho_preserve_folio", call=2)]
+
+
+class Counting(FakeProbes):
+    """Probes that count; :param sights: how many calls there are whenever they are looked at."""
+
+    def __init__(self, sights: Sequence[int], clock: Clock) -> None:
+        super().__init__([], Counters(2 * sights[-1], 0, 0, 0), clock)
+        self.sights = [*sights]
+
+    def kinds(self) -> tuple[Counted, Counted]:
+        so_far = self.sights.pop(0) if len(self.sights) > 1 else self.sights[0]
+        count = np.array([so_far], np.uint64)
+        calls = Counted([b"client 1"], count, count, as_read([GOOD[1]]))
+        return calls, Counted([b"client 1"], count, count, as_read([WRONG[0]]))
+
+
+def test_what_is_counted_is_looked_at_while_it_goes_on(clock: Clock) -> None:
+    """Once a second, as modules may go away, and at the end: each call is told once."""
+    view, probes = Seen(), Counting([2, 2, 7, 9], clock)
+    session = TraceSession(tracing(), CallFilter(), view, None)
+    taker = assembler()
+    report = session.live(probes, taker, None, 3.5, None, Kinds(taker))
+    assert probes.sights == [9]
+    assert "interval" not in view.order
+    assert report.blocks == 9
+    assert report.counts["type-mismatch"] == 9
+    (finding,) = report.kept["type-mismatch"]
+    assert finding.times == 9
+    assert report.verdict == checks.Verdict.FAIL
 
 
 def test_a_trace_ends_by_itself(clock: Clock) -> None:
