@@ -30,10 +30,19 @@ from khoscope.facts.calls import Losses, Tracing
 from khoscope.facts.columns import Leaves
 from khoscope.facts.snapshot import Handover, Scan, Snapshot
 from khoscope.facts.tree import Tree
+from khoscope.trace.kinds import Counted
 from khoscope.trace.record import Recorder
 from tests.command import Result, Run
 from tests.synthetic import FIXED, PLAIN, Block, missing, rich, rich_before, snapshot
-from tests.test_trace_assemble import FRAMES, added, assembler, call, page_at, restored
+from tests.test_trace_assemble import (
+    FRAMES,
+    added,
+    as_read,
+    assembler,
+    call,
+    page_at,
+    restored,
+)
 from tests.test_trace_session import CALLERS, FakeProbes
 
 REPOSITORY = Path(__file__).parent.parent
@@ -652,6 +661,11 @@ class Live(FakeProbes):
         self.attached, self.missing = tracing().attached, tracing().missing
         type(self).options = options
 
+    def kinds(self) -> tuple[Counted, Counted]:
+        nothing = np.zeros(0, np.uint64)
+        none = Counted([], nothing, nothing, as_read([]))
+        return none, none
+
     steps_of_all: list[list[bytes]]
     options: tuple[object, ...]
     came = went = 0
@@ -696,17 +710,52 @@ def test_trace(run: Run, kernel: type[Live], tmp_path: Path) -> None:
     again = run("trace", "--check", "--json", "--replay", tmp_path / "a.khotrace")
     assert (again.status, again.out) == (1, result.out)
     kernel.steps_of_all = [GOOD]
-    assert run("trace", "--check").status == 0
+    assert run("trace", "--check", "--stacks").status == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "counts"),
+    [
+        (["--check"], True),
+        (["--summary"], True),
+        (["--summary", "--check", "-i", "1", "--min-order", "2", "--only", "preserve"], True),
+        ([], False),
+        (["--check", "--stacks"], False),
+        (["--check", "--json"], False),
+        (["--check", "--jsonl"], False),
+        (["--summary", "--record", "a.khotrace"], False),
+    ],
+)
+def test_what_is_counted_in_the_kernel(
+    run: Run, kernel: type[Live], tmp_path: Path, options: list[str], counts: bool
+) -> None:
+    kernel.steps_of_all = []
+    words = [tmp_path / word if word.endswith("khotrace") else word for word in options]
+    result = run("trace", *words)
+    assert (result.status, result.err) == (0, "")
+    assert (kernel.options[-1] is not None) == counts
+    if counts:
+        assert "calls (0 failed)" in result.out
+
+
+def test_too_many_borders_to_count(
+    run: Run, kernel: type[Live], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel.steps_of_all = [GOOD]
+    monkeypatch.setattr("khoscope.trace.probes.MOST_BORDERS", 1)
+    result = run("trace", "--check")
+    assert (result.status, kernel.options[-1]) == (0, None)
+    assert "balance" in result.out
 
 
 def test_options_of_trace(run: Run, kernel: type[Live]) -> None:
     kernel.steps_of_all = []
     run("trace", "--probe", "kprobe", "--buffer", "64", "-v", "-p", "5", "-c", "x")
-    wanted, how, _, buffer, verbose = kernel.options
+    wanted, how, _, buffer, verbose, _ = kernel.options
     assert (how, buffer, verbose) == ("kprobe", 64 << 10, True)
     assert (getattr(wanted, "tgid", 0), getattr(wanted, "comm", "")) == (5, "x")
     run("trace")
-    assert kernel.options[1:] == (None, FRAMES, 16 << 20, False)
+    assert kernel.options[1:] == (None, FRAMES, 16 << 20, False, None)
 
 
 def test_nowhere_to_record(run: Run, kernel: type[Live], tmp_path: Path) -> None:

@@ -43,12 +43,15 @@ verdict: --check found nothing wrong, but something was missed"""
     trace.set_defaults(run=_run, refuse=_refuse)
     kind = common.output(trace, "call")
     kind.add_argument(
-        "--summary", action="store_true", help="print totals by client instead of each call"
+        "--summary",
+        action="store_true",
+        help="print totals by client instead of each call; they are counted in the kernel",
     )
     trace.add_argument(
         "--check",
         action="store_true",
-        help="exit with status 1 if there was an error, or 3 if something was missed",
+        help="exit with status 1 if there was an error, or 3 if something was missed; print totals "
+        "as --summary does, unless other options are about each call",
     )
     trace.add_argument("--stacks", action="store_true", help="print the kernel stack of each call")
     trace.add_argument(
