@@ -1051,13 +1051,14 @@ INLINE u64 describe_pages(struct task *t, u32 order)
 	return odd & seen;
 }
 
-/* The kind of a block; 1 if no healthy call does that. */
-INLINE u64 describe_block(struct task *t, struct places *p, const int use, const int adds)
+/* The kind of a block, and whether no healthy call does that. */
+INLINE void describe_block(struct task *t, struct places *p, const int use, const int adds)
 {
 	const int action = ACTION(use, adds);
 	struct block *b = &t->inner.block;
 	struct block_kind *k = &t->block_kind;
-	u64 plain = b->key & ~0ULL >> (64 - STORED_BITS), type = 0, phys, ret, failed, odd;
+	u64 plain = b->key & ~0ULL >> (64 - STORED_BITS), type = 0;
+	u64 phys, ret, failed, odd, apart;
 	u32 order, first, last, asked;
 
 #if TYPE_SHIFT < 64
@@ -1102,12 +1103,10 @@ INLINE u64 describe_block(struct task *t, struct places *p, const int use, const
 	odd |= failed | is_any(first ^ last) | (1 - (p->ordinary[first] & 1));
 	t->touched[action] += 1ULL << (order & 63) & -LESS(order, 64);
 	t->outer.call.blocks++;
-	/* What lies next to it, or its number of pages, is in no kind. */
-	failed = is_any(asked ^ NO_ORDER) & is_any(asked ^ order);
-	t->apart |= failed;
-	t->whole |= failed | odd;
-
-	return t->whole;
+	/* The kernel has cut it off elsewhere: where, and what lies behind it, is in no kind. */
+	apart = is_any(asked ^ NO_ORDER) & is_any(asked ^ order) & is_any(order ^ NO_ORDER);
+	t->apart |= apart;
+	t->whole |= apart | odd;
 }
 
 INLINE void count_block(struct task *t)
