@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from io import StringIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,8 +122,35 @@ def touches(draw: st.DrawFn) -> Touch:
     )
 
 
+@st.composite
+def nearly_alike(draw: st.DrawFn) -> list[Touch]:
+    """Touches that differ from the first in one thing each, or in none: so kinds have several."""
+    base = draw(touches())
+    order, tails = base.block.order, (1 << base.block.order) - 1
+    found = [base]
+    for other in draw(st.lists(touches(), min_size=1, max_size=30)):
+        name = draw(st.sampled_from(["", "before", "as_folio", "ret", "block", "refcounts"]))
+        changed: dict[str, Any] = {}
+        if name == "refcounts":
+            ones = draw(st.sampled_from([0, tails, tails // 2]))
+            changed = {"ones": ones, "others": draw(st.sampled_from([0, tails - ones]))}
+        elif name == "block":
+            what = draw(st.sampled_from(["phys", "head", "type", "compound", "free"]))
+            changed = {what: getattr(other.block, what)}
+            if what == "phys":
+                changed = {"phys": other.block.phys >> 12 + order << 12 + order}
+        elif name and other.action == base.action:
+            found.append(replace(base, **{name: getattr(other, name)}))
+            continue
+        found.append(replace(base, block=replace(base.block, **changed)))
+    return found
+
+
+MANY = st.lists(touches(), min_size=1, max_size=30) | nearly_alike()
+
+
 @pytest.mark.parametrize("abi", [PLAIN, POSTED, FIXED])
-@given(many=st.lists(touches(), min_size=1, max_size=60), data=st.data())
+@given(many=MANY, data=st.data())
 def test_kinds_are_judged_as_each_is(abi: Abi, many: list[Touch], data: st.DataObject) -> None:
     facts = facts_of(abi)
     each = touches_of(abi, *(sorted(many, key=lambda touch: touch.call)))
