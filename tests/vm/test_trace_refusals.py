@@ -99,7 +99,7 @@ def test_verifier_refuses(guest: Machine) -> None:
     # As is, but for a write to an address that no program may write to.
     guest.run(
         "mkdir -p /root/broken && cp -rL /khoscope/khoscope /root/broken/ &&"
-        " sed -i 's/^\\tcount(MADE, 1);$/\\tcount(MADE, 1); *(volatile u64 *)8 = 0;/'"
+        " sed -i 's/^\\tcount(MADE, t->made);$/& *(volatile u64 *)8 = 0;/'"
         " /root/broken/khoscope/bpf/kho_trace.c &&"
         " ! cmp -s /root/broken/khoscope/bpf/kho_trace.c /khoscope/bpf/kho_trace.c",
         check=True,
