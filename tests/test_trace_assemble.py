@@ -744,6 +744,20 @@ def test_calls_with_too_many_blocks_to_wait(monkeypatch: pytest.MonkeyPatch) -> 
     assert (again.blocks.tolist(), again.pages.tolist()) == ([1], [1])
 
 
+def test_what_waits_is_left_as_it_is() -> None:
+    """A poll goes through what it carries, and not through what waits for other calls."""
+    made = assembler()
+    made.feed_all([added(i, call=1) for i in range(50)])
+    before = list(made._waiting._parts[1])
+    made.feed_all([added(1, call=2)])
+    batch = made.feed_all([added(3, call=2), call(call=2), added(60, call=1)])
+    assert batch.touches.blocks.phys.tolist() == [0x1000, 0x3000]
+    assert made._waiting._parts[1][:-1] == before
+    assert len(made._waiting) == 51
+    assert len(made.feed_all([call("kho_preserve_vmalloc", call=1)]).touches) == 51
+    assert (len(made._waiting), made._waiting._parts) == (0, {})
+
+
 def tasks() -> st.SearchStrategy[list[list[bytes]]]:
     """The calls of some tasks, one after the other: blocks, and mostly the call at the end."""
     functions = st.sampled_from(["kho_preserve_vmalloc", "kho_unpreserve_vmalloc"])

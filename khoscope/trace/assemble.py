@@ -114,6 +114,51 @@ def record_size(frames: int, page_size: int) -> int:
     return max(call_dtype(frames).itemsize, block_dtype(page_size).itemsize)
 
 
+class _Waiting:
+    """
+    Touches whose calls have not returned, by call.
+
+    So a poll goes through what it carries and what its calls have waited for, whatever else waits.
+    """
+
+    def __init__(self) -> None:
+        #: Of each call: parts, each with the numbers of its touches as they came.
+        self._parts: dict[int, list[tuple[NDArray[np.int64], Touches]]] = {}
+        self._count = 0
+        self._came = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, touches: Touches) -> None:
+        """Have touches wait."""
+        number = np.arange(self._came, self._came + len(touches))
+        by = np.argsort(touches.call, kind="stable")
+        begins = np.flatnonzero(np.diff(touches.call[by])) + 1
+        for rows in np.split(by, begins) if len(by) else ():
+            part = touches[rows]
+            self._parts.setdefault(int(part.call[0]), []).append((number[rows], part))
+        self._count += len(touches)
+        self._came += len(touches)
+
+    def of(self, calls: U64) -> list[Touches]:
+        """What has waited for some calls, in order within each of them."""
+        waiting = np.fromiter(self._parts, np.uint64, len(self._parts))
+        returned = waiting[rows_of(calls, waiting) >= 0].tolist()
+        found = [part for call in returned for _, part in self._parts.pop(call)]
+        self._count -= sum(map(len, found))
+        return found
+
+    def all(self) -> Touches:
+        """All that have waited, in the order in which they came."""
+        parts = [part for parts in self._parts.values() for part in parts]
+        self._parts, self._count = {}, 0
+        if not parts:
+            return Touches.empty()
+        number = np.concatenate([number for number, _ in parts])
+        return Touches.concatenate(part for _, part in parts)[np.argsort(number)]
+
+
 class Assembler:
     """
     Turns records into batches.
@@ -129,7 +174,7 @@ class Assembler:
         self._layout = layout
         self._call = call_dtype(frames)
         self._block = block_dtype(layout.pages.size)
-        self._waiting = Touches.empty()
+        self._waiting = _Waiting()
         #: By call: the tally of touches that could not wait for it.  The call that was active last
         #: comes last.
         self._gone: dict[int, U64] = {}
@@ -143,14 +188,16 @@ class Assembler:
         outer = records[:, _IS_CALL] != 0
         call = _viewed(records[outer], self._call)
         block = _viewed(records[~outer], self._block)
-        touches = Touches.concatenate([self._waiting, self._touches(block)])
+        new = self._touches(block)
+        open_ = rows_of(call["call"], new.call) < 0
+        touches = Touches.concatenate([*self._waiting.of(call["call"]), new[~open_]])
+        self._waiting.add(new[open_])
+        loose = Touches.empty()
+        if len(self._waiting) > WAITING:
+            loose = self._waiting.all()
+            self._remember(loose)
         row = rows_of(call["call"], touches.call)
-        rest = touches[row < 0]
-        self._waiting = rest[:0] if len(rest) > WAITING else rest
-        loose = rest[len(self._waiting) :]
-        self._remember(loose)
-        done = np.flatnonzero(row >= 0)
-        done = done[np.argsort(row[done], kind="stable")]
+        done = np.argsort(row, kind="stable")
         mine = _undone(touches[done], call, row[done])
         calls = self._calls(call, mine, row[done])
         if self._counted:
@@ -173,8 +220,7 @@ class Assembler:
 
     def end(self) -> Batch:
         """The touches that are still waiting for their calls."""
-        rest, self._waiting = self._waiting, Touches.empty()
-        return Batch(Calls.empty(), rest)
+        return Batch(Calls.empty(), self._waiting.all())
 
     def _remember(self, loose: Touches) -> None:
         """
