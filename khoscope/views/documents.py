@@ -9,10 +9,13 @@ are read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..abi.keys import BAD_ORDER, TYPE_NAMES, Abi
 from ..checks import Finding, Report, in_order
@@ -43,6 +46,45 @@ def block_rows(blocks: Blocks) -> Iterator[dict[str, Any]]:
             "type": TYPE_NAMES[kind],
             "key": f"{key:#x}",
         }
+
+
+def block_lines(
+    blocks: Blocks,
+    other: NDArray[np.int64] | None = None,
+    members: Callable[[int], dict[str, Any]] | None = None,
+) -> Iterator[str]:
+    """
+    :func:`block_rows`, encoded.  Blocks that differ only in key and address share a template: a
+    tree may have 10^8 of them.
+
+    :param other: what else tells blocks apart, and of what ``members`` makes more members.
+    """
+    kind = blocks.order.astype(np.int64) << 8 | blocks.type.view(np.uint8)
+    if other is not None:
+        kind |= other << 16
+    kinds, at = np.unique(kind, return_inverse=True)
+    templates = []
+    for each in kinds.tolist():
+        block_type = each & 0xFF if each & 0xFF < 0x80 else (each & 0xFF) - 0x100
+        more = members(each >> 16) if members is not None else {}
+        templates.append(_template(each >> 8 & 0xFF, block_type, more))
+    rows = zip(at.tolist(), blocks.phys.tolist(), blocks.key.tolist(), strict=True)
+    return (templates[which] % (phys, key) for which, phys, key in rows)
+
+
+def _template(order: int, kind: int, more: dict[str, Any]) -> str:
+    """The line of a block, but for its address and its key, in this order."""
+    good = order != BAD_ORDER
+    pages = None if not good else 1 << order if order < 64 else 0
+    of_kind = {"order": order if good else None, "pages": pages, "type": TYPE_NAMES[kind]}
+    # Nothing of an address is written where there is none.
+    phys = '"%#x"' if good else "null%.0s"
+    members = (json.dumps(of_kind)[1:-1], '"key": "%#x"', _escaped(more))
+    return f'{{"phys": {phys}, {", ".join(filter(None, members))}}}'
+
+
+def _escaped(members: dict[str, Any]) -> str:
+    return json.dumps(members)[1:-1].replace("%", "%%")
 
 
 def about(facts: Snapshot) -> dict[str, Any]:
@@ -103,10 +145,9 @@ def counts(totals: Mapping[tuple[int, int], int], abi: Abi) -> list[dict[str, An
     ]
 
 
-def key_rows(blocks: Blocks) -> Iterator[dict[str, Any]]:
-    """One dict per key, undecoded."""
-    for key in blocks.key.tolist():
-        yield {"key": f"{key:#x}"}
+def key_lines(blocks: Blocks) -> Iterator[str]:
+    """One line per key, undecoded."""
+    return map('{{"key": "{:#x}"}}'.format, blocks.key.tolist())
 
 
 def write_tree(
@@ -140,11 +181,12 @@ def write_tree(
         ],
         **({} if raw_keys else {"totals": totals(tree, facts.abi)}),
     }
-    lists: dict[str, Iterable[dict[str, Any]]] = {
-        "keys" if raw_keys else "blocks": _tree_rows(facts, tree, wanted, raw_keys)
+    chunks = _tree_lines(facts, tree, wanted, raw_keys)
+    lists: dict[str, Iterable[str]] = {
+        "keys" if raw_keys else "blocks": chain.from_iterable(chunks)
     }
     if nodes:
-        lists["nodes"] = (row for chunk in tree.nodes for row in node_rows(chunk))
+        lists["nodes"] = encoded(row for chunk in tree.nodes for row in node_rows(chunk))
     write_document(head, lists, out)
 
 
@@ -160,21 +202,37 @@ def node_rows(nodes: Nodes) -> Iterator[dict[str, Any]]:
         yield {"level": level, "phys": f"{phys:#x}", "key": f"{key:#x}", "used": used}
 
 
-def _tree_rows(
+def _tree_lines(
     facts: Snapshot, tree: Tree, wanted: BlockFilter, raw_keys: bool
-) -> Iterator[dict[str, Any]]:
-    """A tree's blocks, or its keys."""
-    rows = key_rows if raw_keys else block_rows
-    for chunk in wanted.apply(tree.blocks(facts.abi), facts.abi.page_shift):
-        yield from rows(chunk)
+) -> Iterator[Iterator[str]]:
+    """A tree's blocks, or its keys, chunk by chunk."""
+    lines = key_lines if raw_keys else block_lines
+    return map(lines, wanted.apply(tree.blocks(facts.abi), facts.abi.page_shift))
 
 
 def write_block_lines(
     facts: Snapshot, tree: Tree, wanted: BlockFilter, raw_keys: bool, out: IO[str]
 ) -> None:
     """``tree --jsonl``: one block or key per line."""
-    for row in _tree_rows(facts, tree, wanted, raw_keys):
-        out.write(json.dumps(row) + "\n")
+    for lines in _tree_lines(facts, tree, wanted, raw_keys):
+        write_lines(lines, out)
+
+
+def encoded(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Rows as they stand in a document or on a line of their own."""
+    return map(json.dumps, rows)
+
+
+def write_lines(lines: Iterable[str], out: IO[str]) -> None:
+    """Write rows, a thousand at a time."""
+    for batch in _batches(lines):
+        out.write("\n".join(batch) + "\n")
+
+
+def _batches(lines: Iterable[str]) -> Iterator[list[str]]:
+    lines = iter(lines)
+    while batch := list(islice(lines, 1000)):
+        yield batch
 
 
 def finding(f: Finding) -> dict[str, Any]:
@@ -246,14 +304,13 @@ def write_diff(a: Snapshot, b: Snapshot, out: IO[str]) -> None:
         "counts": dict(diff.count(diff.blocks(a, b))),
     }
     rows = (row for change in diff.blocks(a, b) for row in _change_rows(change))
-    write_document(head, {"blocks": rows}, out)
+    write_document(head, {"blocks": encoded(rows)}, out)
 
 
 def write_diff_lines(a: Snapshot, b: Snapshot, out: IO[str]) -> None:
     """``diff --jsonl``: one changed block per line."""
     for change in diff.blocks(a, b):
-        for row in _change_rows(change):
-            out.write(json.dumps(row) + "\n")
+        write_lines(encoded(_change_rows(change)), out)
 
 
 def write(document: dict[str, Any], out: IO[str]) -> None:
@@ -261,17 +318,14 @@ def write(document: dict[str, Any], out: IO[str]) -> None:
     out.write("\n")
 
 
-def write_document(
-    head: dict[str, Any], lists: dict[str, Iterable[dict[str, Any]]], out: IO[str]
-) -> None:
-    """Write a document; its lists are written as they come, a thousand rows at a time."""
+def write_document(head: dict[str, Any], lists: dict[str, Iterable[str]], out: IO[str]) -> None:
+    """Write a document; its lists are encoded rows, written as they come."""
     out.write(json.dumps(head, indent=1)[:-2])
-    for name, rows in lists.items():
+    for name, lines in lists.items():
         out.write(f',\n "{name}": [')
-        rows = iter(rows)
         separator = "\n  "
-        while batch := list(islice(rows, 1000)):
-            out.write(separator + ",\n  ".join(map(json.dumps, batch)))
+        for batch in _batches(lines):
+            out.write(separator + ",\n  ".join(batch))
             separator = ",\n  "
         out.write("]")
     out.write("\n}\n")

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from itertools import chain
 from typing import IO, Any
 
 from ..abi.keys import BAD_ORDER
@@ -77,10 +77,9 @@ def _row(owner: Owner | None) -> dict[str, Any]:
     return row
 
 
-def _block_rows(holders: BlockOwners) -> Iterator[dict[str, Any]]:
+def _block_lines(holders: BlockOwners) -> Iterator[Iterator[str]]:
     for blocks, owner in holders.blocks():
-        for row, whose in zip(documents.block_rows(blocks), owner.tolist(), strict=True):
-            yield {**row, **_row(_owner(holders, whose))}
+        yield documents.block_lines(blocks, owner, lambda whose: _row(_owner(holders, whose)))
 
 
 def write_json(facts: Snapshot, holders: BlockOwners, out: IO[str]) -> None:
@@ -99,10 +98,11 @@ def write_json(facts: Snapshot, holders: BlockOwners, out: IO[str]) -> None:
             for held in holders.totals()
         ],
     }
-    documents.write_document(head, {"blocks": _block_rows(holders)}, out)
+    lines = chain.from_iterable(_block_lines(holders))
+    documents.write_document(head, {"blocks": lines}, out)
 
 
 def write_lines(holders: BlockOwners, out: IO[str]) -> None:
     """``owners --jsonl``: one block per line."""
-    for row in _block_rows(holders):
-        out.write(json.dumps(row) + "\n")
+    for lines in _block_lines(holders):
+        documents.write_lines(lines, out)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
@@ -92,16 +91,14 @@ def write_json(
         **documents.about(facts),
         "range": [f"{bound:#x}" for bound in span],
     }
-    documents.write_document(
-        head, {"runs": (row for part in runs for row in run_rows(facts, part))}, out
-    )
+    rows = (row for part in runs for row in run_rows(facts, part))
+    documents.write_document(head, {"runs": documents.encoded(rows)}, out)
 
 
 def write_lines(facts: Snapshot, runs: Iterable[PageRuns], out: IO[str]) -> None:
     """``pages --jsonl``: one run per line."""
     for part in runs:
-        for row in run_rows(facts, part):
-            out.write(json.dumps(row) + "\n")
+        documents.write_lines(documents.encoded(run_rows(facts, part)), out)
 
 
 class PagesText(Text):
