@@ -67,24 +67,38 @@ def block_lines(
     for each in kinds.tolist():
         block_type = each & 0xFF if each & 0xFF < 0x80 else (each & 0xFF) - 0x100
         more = members(each >> 16) if members is not None else {}
-        templates.append(_template(each >> 8 & 0xFF, block_type, more))
+        templates.append(block_template(each >> 8 & 0xFF, block_type, more))
     rows = zip(at.tolist(), blocks.phys.tolist(), blocks.key.tolist(), strict=True)
     return (templates[which] % (phys, key) for which, phys, key in rows)
 
 
-def _template(order: int, kind: int, more: dict[str, Any]) -> str:
-    """The line of a block, but for its address and its key, in this order."""
+def block_template(order: int, kind: int, more: dict[str, Any], keyed: bool = True) -> str:
+    """
+    A block's row, encoded, but for its address and its key, in this order.
+
+    :param more: members of the row that stand behind the key.
+    :param keyed: it has a key.
+    """
     good = order != BAD_ORDER
     pages = None if not good else 1 << order if order < 64 else 0
     of_kind = {"order": order if good else None, "pages": pages, "type": TYPE_NAMES[kind]}
-    # Nothing of an address is written where there is none.
-    phys = '"%#x"' if good else "null%.0s"
-    members = (json.dumps(of_kind)[1:-1], '"key": "%#x"', _escaped(more))
-    return f'{{"phys": {phys}, {", ".join(filter(None, members))}}}'
+    members = (
+        f'"phys": {address(good)}',
+        members_of(of_kind),
+        f'"key": {address(keyed)}',
+        members_of(more),
+    )
+    return f"{{{', '.join(filter(None, members))}}}"
 
 
-def _escaped(members: dict[str, Any]) -> str:
-    return json.dumps(members)[1:-1].replace("%", "%%")
+def address(there: bool) -> str:
+    """The template of an address; null, whatever is filled in, if it is not there."""
+    return '"%#x"' if there else "null%.0s"
+
+
+def members_of(row: dict[str, Any]) -> str:
+    """Members of an object, encoded, as part of a template."""
+    return json.dumps(row)[1:-1].replace("%", "%%")
 
 
 def about(facts: Snapshot) -> dict[str, Any]:

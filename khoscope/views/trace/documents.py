@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from itertools import islice
-from typing import IO, Any
+from typing import IO, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ...abi.keys import BAD_ORDER, TYPE_NAMES
 from ...checks import BatchFindings, Finding, Report
@@ -16,6 +20,7 @@ from ...facts.calls import (
     FUNCTIONS,
     NO_ARGUMENT,
     NO_PHYS,
+    NUMBERS,
     Action,
     Batch,
     Function,
@@ -29,6 +34,7 @@ from ...trace.summary import (
     Summary,
     Sums,
     bucket_range,
+    distinct,
     pages,
 )
 from .. import documents
@@ -61,12 +67,12 @@ class JsonLines:
         """Write calls that have returned."""
         self._sums.add(batch, found)
         calls = CallRows(batch, found, self._callers)
-        touched = _touch_rows(batch.touches)
-        for i in range(len(calls)):
+        touched = _touch_lines(batch.touches)
+        for i, head in enumerate(self._heads(calls)):
             mine = islice(touched, calls.starts[i + 1] - calls.starts[i])
-            self._object(self._head(calls, i), mine, calls.findings[i])
+            self._object(head, mine, calls.findings[i])
         if len(batch.touches) > calls.starts[-1]:
-            self._object({"call": None}, touched, calls.findings[-1])
+            self._object('{"call": null', touched, calls.findings[-1])
         self._out.flush()
 
     def interval(self, losses: Losses) -> None:
@@ -77,47 +83,47 @@ class JsonLines:
         self._out.write(json.dumps({"call": None, **self._tail(report, losses)}) + "\n")
         self._out.flush()
 
-    def _object(
-        self, head: dict[str, Any], blocks: Iterator[dict[str, Any]], findings: list[Finding]
-    ) -> None:
+    def _object(self, head: str, blocks: Iterator[str], findings: list[Finding]) -> None:
         """Write one object on a line, block by block, because there may be many blocks."""
-        self._out.write(self._before_object() + json.dumps(head)[:-1] + ', "blocks": [')
+        text = f'{self._before_object()}{head}, "blocks": ['
         separator = ""
         while some := list(islice(blocks, 1000)):
-            self._out.write(separator + json.dumps(some)[1:-1])
-            separator = ", "
+            self._out.write(text + separator + ", ".join(some))
+            text, separator = "", ", "
         found = (
             json.dumps([documents.finding(finding) for finding in findings]) if findings else "[]"
         )
-        self._out.write(f'], "findings": {found}}}{self._after_object}')
+        self._out.write(f'{text}], "findings": {found}}}{self._after_object}')
 
     _after_object = "\n"
 
     def _before_object(self) -> str:
         return ""
 
-    def _head(self, calls: CallRows, i: int) -> dict[str, Any]:
-        """A call without its blocks."""
-        function, ret, caller = calls.function[i], calls.ret[i], calls.caller[i]
-        phys = calls.phys[i]
-        head: dict[str, Any] = {
-            "call": function.name,
-            "time": (calls.enter[i] - self._began) / 1e9,
-            "ns": calls.leave[i] - calls.enter[i],
-            "pid": calls.tgid[i],
-            "tid": calls.tid[i],
-            "comm": calls.comm[i],
-            "client": caller.client,
-            "args": _arguments(function, calls.args[i], calls.name[i]),
-            "phys": f"{phys:#x}" if phys != NO_PHYS else None,
-            "pages": calls.pages[i],
-            "ret": _value(function.returns, ret),
-            "errno": _errno(function.returns, ret),
-            "failed": calls.failed[i],
-        }
-        if self._stacks:
-            head["stack"] = list(caller.stack)
-        return head
+    def _heads(self, calls: CallRows) -> Iterator[str]:
+        """Calls without their blocks, encoded and not closed."""
+        for i, function in enumerate(calls.function):
+            caller, ret, phys = calls.caller[i], calls.ret[i], calls.phys[i]
+            is_pointer = function.returns == "pointer" and ret != 0
+            template = _head_template(
+                function.name,
+                calls.tgid[i],
+                calls.tid[i],
+                calls.comm[i],
+                caller.client,
+                caller.stack if self._stacks else None,
+                phys != NO_PHYS,
+                None if is_pointer else ret,
+                calls.failed[i],
+            )
+            yield template % (
+                (calls.enter[i] - self._began) / 1e9,
+                calls.leave[i] - calls.enter[i],
+                _arguments(function, calls.args[i], calls.name[i]),
+                phys,
+                calls.pages[i],
+                ret & _U64,
+            )
 
     def _tail(self, report: Report, losses: Losses) -> dict[str, Any]:
         return {
@@ -163,9 +169,58 @@ _NUMBERS = {"nr_pages": _U64, "size": _U64, "order": 2**32 - 1, "type": 2**32 - 
 #: Arguments that the functions of some kernels do not have.
 _NOT_EVERYWHERE = {"is_folio", "size", "type"}
 
+#: What takes more than a template.
+_SPECIAL: Final = {"name", "order", *_NOT_EVERYWHERE}
 
-def _arguments(function: Function, values: list[int], name: str) -> dict[str, Any]:
-    """The arguments that were passed, converted by their C types."""
+
+@functools.lru_cache(maxsize=4096)
+def _head_template(
+    name: str,
+    tgid: int,
+    tid: int,
+    comm: str,
+    client: str,
+    stack: tuple[str, ...] | None,
+    has_phys: bool,
+    ret: int | None,
+    failed: bool,
+) -> str:
+    """
+    A call, encoded and not closed, but for time, ns, arguments, address, pages and returned
+    pointer.
+
+    :param ret: None: a pointer.
+    """
+    returns = FUNCTIONS[NUMBERS[name]].returns
+    value, errno = documents.address(True), None
+    if ret is not None:
+        # The pointer that there is not is not filled in.
+        value, errno = f"{json.dumps(_value(returns, ret))}%.0s", _errno(returns, ret)
+    stacks = {} if stack is None else {"stack": list(stack)}
+    of = documents.members_of
+    return (
+        f'{{{of({"call": name})}, "time": %r, "ns": %d, '
+        f'{of({"pid": tgid, "tid": tid, "comm": comm, "client": client})}, "args": {{%s}}, '
+        f'"phys": {documents.address(has_phys)}, "pages": %d, "ret": {value}, '
+        f"{of({'errno': errno, 'failed': failed, **stacks})}"
+    )
+
+
+@functools.cache
+def _plain_arguments(function: str) -> str:
+    """The template of its arguments; empty: they are not all addresses and counts of pages."""
+    arguments = FUNCTIONS[NUMBERS[function]].arguments
+    if not _SPECIAL.isdisjoint(arguments):
+        return ""
+    how = {"nr_pages": "%d"}
+    return ", ".join(f'"{name}": {how.get(name, documents.address(True))}' for name in arguments)
+
+
+def _arguments(function: Function, values: list[int], name: str) -> str:
+    """The arguments that were passed, converted by their C types, encoded without braces."""
+    plain = _plain_arguments(function.name)
+    if plain:
+        return plain % (*values[: len(function.arguments)],)
     arguments: dict[str, Any] = {}
     for argument, value in zip(function.arguments, values, strict=False):
         if argument == "name":
@@ -178,7 +233,7 @@ def _arguments(function: Function, values: list[int], name: str) -> dict[str, An
             arguments[argument] = value & _NUMBERS[argument]
         else:
             arguments[argument] = f"{value:#x}"
-    return arguments
+    return json.dumps(arguments)[1:-1]
 
 
 def _value(returns: str, ret: int) -> int | str | None:
@@ -191,40 +246,63 @@ def _errno(returns: str, ret: int) -> str | None:
     return returned(returns, ret) if returns != "pointer" and ret < 0 else None
 
 
-def _touch_rows(touches: Touches) -> Iterator[dict[str, Any]]:
-    """One dict per touched block, with what became of the block."""
-    facts = touches.blocks.facts
-    columns = (
-        touches.action.tolist(),
-        touches.function.tolist(),
-        touches.ret.tolist(),
-        touches.before.tolist(),
-        touches.after.tolist(),
-        touches.looked.tolist(),
-        facts.private.tolist(),
-        facts.head.tolist(),
-        facts.zeros.tolist(),
-        facts.ones.tolist(),
-        facts.others.tolist(),
-        facts.odd.tolist(),
-    )
-    for block, (action, number, ret, before, after, looked, private, *refcounts) in zip(
-        documents.block_rows(touches.blocks), zip(*columns, strict=True), strict=True
-    ):
-        restored, deleted = action == Action.RESTORE, action == Action.DELETE
-        if restored:
-            block["key"] = None
-        names = ("head", "zeros", "ones", "others", "odd")
-        counts = dict(zip(names, refcounts, strict=True))
-        block |= {
-            "action": ACTION_NAMES[action],
-            "ret": _value(FUNCTIONS[number].returns, ret),
-            "was_set": _BITS.get(before),
-            "is_set": _BITS.get(after),
-            "refcounts": None if deleted else {**counts, "looked": looked},
-            "stamp": f"{private:#x}" if restored else None,
-        }
-        yield block
+def _touch_lines(touches: Touches) -> Iterator[str]:
+    """Each touched block, encoded, with what became of it; many differ in nothing but address."""
+    blocks, facts = touches.blocks, touches.blocks.facts
+    restored = touches.action == Action.RESTORE
+    columns: list[NDArray[Any]] = [
+        touches.action,
+        touches.function,
+        touches.ret,
+        touches.before,
+        touches.after,
+        touches.looked,
+        np.where(restored, facts.private, 0),
+        facts.head,
+        facts.zeros,
+        facts.ones,
+        facts.others,
+        facts.odd,
+        blocks.order,
+        blocks.type,
+    ]
+    first, kind = distinct(columns)
+    templates = [
+        _touch_template(*row) for row in zip(*(c[first].tolist() for c in columns), strict=True)
+    ]
+    rows = zip(kind.tolist(), blocks.phys.tolist(), blocks.key.tolist(), strict=True)
+    return (templates[which] % (phys, key) for which, phys, key in rows)
+
+
+@functools.lru_cache(maxsize=4096)
+def _touch_template(
+    action: int,
+    number: int,
+    ret: int,
+    before: int,
+    after: int,
+    looked: int,
+    stamp: int,
+    head: int,
+    zeros: int,
+    ones: int,
+    others: int,
+    odd: int,
+    order: int,
+    kind: int,
+) -> str:
+    """A touched block, encoded, but for its address and its key."""
+    restored = action == Action.RESTORE
+    counts = {"head": head, "zeros": zeros, "ones": ones, "others": others, "odd": odd}
+    more = {
+        "action": ACTION_NAMES[action],
+        "ret": _value(FUNCTIONS[number].returns, ret),
+        "was_set": _BITS.get(before),
+        "is_set": _BITS.get(after),
+        "refcounts": None if action == Action.DELETE else {**counts, "looked": looked},
+        "stamp": f"{stamp:#x}" if restored else None,
+    }
+    return documents.block_template(order, kind, more, keyed=not restored)
 
 
 def _summary(summary: Summary, page_shift: int) -> dict[str, Any]:
