@@ -36,6 +36,8 @@ from .common import CallRows, TraceText, returned
 #: Positions of a line's columns: the first character of a left-aligned column, the last but one of
 #: a right-aligned column.
 _TIME, _CALL, _ADDRESS, _PAGES, _US, _RET, _BLOCKS = 8, 9, 28, 49, 56, 57, 64
+#: Of a function.
+_NAME = _ADDRESS - _CALL - 1
 _HEADINGS = ("TIME", "CALL", "ADDRESS", "PAGES", "US", "RET")
 
 
@@ -67,11 +69,20 @@ class Lines(TraceText):
         folded = alike(batch)
         examples = batch.touches[np.array(folded.examples, np.int64)]
         words = [_block_words(examples, row) for row in range(len(examples))]
+        # Most calls touch the same blocks as others.
+        known: dict[tuple[str, int, int], str] = {}
         for i, function in enumerate(calls.function):
             self._caller(calls, i)
-            groups = [_group(function, *words[kind], count) for kind, count in folded.groups[i]]
+            groups = []
+            for kind, count in folded.groups[i]:
+                key = function.name, kind, count
+                group = known.get(key)
+                if group is None:
+                    group = known[key] = _group(function, *words[kind], count)
+                groups.append(group)
             self._call(calls, i, groups)
-            self._found(calls.findings[i])
+            if calls.findings[i]:
+                self._found(calls.findings[i])
         self._found(calls.findings[-1])
         for name in sorted(cut_short(found)):
             self.line(self.paint("dim", f"    … maybe more {name}, all are counted at the end"))
@@ -149,6 +160,11 @@ def _columns(time: str, call: str, address: str, pages: str, us: str, ret: str) 
 
     If a text is too long for its column, it takes blanks from the columns behind it.
     """
+    room = _PAGES - _ADDRESS - len(address)
+    if len(time) <= _TIME and len(call) <= _NAME and len(pages) < room and len(us) < _US - _PAGES:
+        # Nearly always: no text is too long.
+        start = f"{time:>{_TIME}} {call:<{_NAME}} {address}{pages:>{room}}"
+        return f"{start}{us:>{_US - _PAGES}} {ret:<{_BLOCKS - _RET - 1}} "
     text = f"{time:>{_TIME}} {call}"
     text = f"{text:<{_ADDRESS - 1}} {address}"
     for column, end in ((pages, _PAGES), (us, _US)):
@@ -160,6 +176,9 @@ def _columns(time: str, call: str, address: str, pages: str, us: str, ret: str) 
 def _wrapped_groups(start: str, groups: list[str]) -> Iterator[str]:
     """A line with its blocks, and as many more lines as the blocks need."""
     line = start
+    if len(groups) == 1 and len(start) + len(groups[0]) <= WIDTH:
+        yield start + groups[0]
+        return
     for i, group in enumerate(groups):
         word = group + ("," if i < len(groups) - 1 else "")
         longer = f"{line} {word}" if i else line + word
