@@ -22,8 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from khoscope import checks, demo
-from khoscope.abi.keys import Abi, BlockLimits, Tracker
-from khoscope.facts import budget, listed, store
+from khoscope.abi.keys import NO_TYPE, Abi, BlockLimits, Tracker
+from khoscope.facts import archive, budget, listed, store
 from khoscope.facts.clients import (
     Claims,
     Flb,
@@ -122,14 +122,14 @@ def rewritten(changes: dict[str, bytes | None], data: bytes = WHOLE) -> bytes:
     return file.getvalue()
 
 
-def member(name: str) -> bytes:
-    with zipfile.ZipFile(io.BytesIO(WHOLE)) as archive:
-        return archive.read(name)
+def member(name: str, data: bytes = WHOLE) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
+        return file.read(name)
 
 
 def members() -> list[str]:
-    with zipfile.ZipFile(io.BytesIO(WHOLE)) as archive:
-        return archive.namelist()
+    with zipfile.ZipFile(io.BytesIO(WHOLE)) as file:
+        return file.namelist()
 
 
 def npy(values: Any, **more: Any) -> bytes:
@@ -344,6 +344,84 @@ def test_absurd_shape(shape: str) -> None:
     header = f"{{'descr': '<u8', 'fortran_order': False, 'shape': {shape}, }}"
     raw = b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + header.ljust(117).encode() + b"\n"
     refused(rewritten({name: raw + bytes(56)}))
+
+
+def large(rows: int = archive.EVEN_ROWS) -> Blocks:
+    """Blocks in one chunk with columns of each kind: even, rising, negative, and neither."""
+    pages = Pages.blank(rows)
+    pages.compound[:] = Pages.NOT_COMPOUND
+    pages.head[:] = np.arange(rows) - 5
+    pages.private[:] = 2**64 - 1
+    pages.flags[:] = np.arange(rows) % 7
+    # Even but for the last, the first and one in the middle.
+    pages.zeros[-1], pages.ones[0], pages.others[rows // 2] = 1, 1, 1
+    pages.odd[:] = np.arange(rows)[::-1]
+    key = np.arange(rows, dtype=np.uint64) + np.uint64(1 << 52)
+    types = np.full(rows, NO_TYPE, np.int8)
+    phys = np.arange(rows, dtype=np.uint64) << np.uint64(12)
+    return Blocks(key, phys, np.zeros(rows, np.uint8), types, pages)
+
+
+def stored(blocks: Blocks) -> bytes:
+    facts = snapshot(PLAIN, [])
+    file = io.BytesIO()
+    store.save(replace(facts, outgoing=replace(facts.outgoing, blocks=[blocks])), file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("rows", [archive.EVEN_ROWS - 1, archive.EVEN_ROWS, 5000])
+def test_columns_that_rise_evenly(rows: int) -> None:
+    """They come back as they were, and have no member of their own in a large chunk."""
+    blocks = large(rows)
+    data = stored(blocks)
+    (found,) = load(data).outgoing.blocks
+    for name in Blocks.DTYPES:
+        values = getattr(found, name)
+        assert values.dtype == getattr(blocks, name).dtype
+        assert np.array_equal(values, getattr(blocks, name))
+    for name in Pages.DTYPES:
+        assert np.array_equal(getattr(found.facts, name), getattr(blocks.facts, name))
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
+        names = {n for n in file.namelist() if n.startswith("out/blocks/000000.")}
+    others = ("flags", "zeros", "ones", "others", "odd")
+    uneven = {f"out/blocks/000000.pages.{name}.npy" for name in others}
+    if rows < archive.EVEN_ROWS:
+        assert len(names) == len(Blocks.DTYPES) + len(Pages.DTYPES)
+    else:
+        assert names == {"out/blocks/000000.even.json", *uneven}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": 1 << 40},
+        {"rows": archive.EVEN_ROWS + 1},
+        {"rows": archive.EVEN_ROWS - 1},
+        {"rows": -1},
+        {"rows": "many"},
+        {"key": [1 << 52, 0]},
+        {"key": [1 << 52, -1]},
+        {"key": [1 << 64, 1]},
+        {"key": [0, 1 << 63]},
+        {"key": [0.5, 1]},
+        {"key": [1]},
+        {"order": [256, 0]},
+        {"type": [-3, 0]},
+        {"pages.head": [2**31 - 1, 1]},
+        {"pages.unknown": [0, 0]},
+        {"pages.head": None},
+    ],
+)
+def test_columns_that_cannot_rise_so(change: dict[str, Any]) -> None:
+    name = "out/blocks/000000.even.json"
+    whole = stored(large())
+    even = json.loads(member(name, whole))
+    for what, value in change.items():
+        place = even if what == "rows" else even["columns"]
+        place[what] = value
+        if value is None:
+            del place[what]
+    refused(rewritten({name: json.dumps(even).encode()}, whole))
 
 
 def test_pickle_in_an_array_is_not_run() -> None:

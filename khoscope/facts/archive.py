@@ -197,6 +197,32 @@ def _hints(kind: Any) -> list[tuple[str, Any, str]]:
     return [(f.name, hints[f.name], f"{kind.__name__}.{f.name}") for f in dataclasses.fields(kind)]
 
 
+#: A chunk of fewer blocks is kept as it is: it has room.
+EVEN_ROWS: Final = 1024
+
+
+@dataclass(frozen=True)
+class _Even:
+    """
+    Columns of a chunk each of whose values is as much above the one before it.
+
+    :param columns: the first value and the step, by name.
+    """
+
+    rows: int
+    columns: dict[str, tuple[int, int]]
+
+
+def _step(column: NDArray[Any]) -> int | None:
+    """By how much each value is above the one before it, if that is the same for all."""
+    first, step = int(column[0]), int(column[1]) - int(column[0])
+    if step < 0 or int(column[-1]) != first + step * (len(column) - 1):
+        return None
+    if not step:
+        return 0 if (column == column[0]).all() else None
+    return step if (np.diff(column) == column.dtype.type(step)).all() else None
+
+
 class Writer:
     """
     Puts members into a zip.
@@ -237,11 +263,34 @@ class Writer:
             else:
                 self.array(f"{prefix}{f.name}", value)
 
+    def blocks(self, prefix: str, chunk: Blocks) -> None:
+        """
+        Blocks with the facts of their struct pages.  Of a large chunk, columns that rise evenly are
+        kept as :class:`_Even`: most of a full leaf's do, and most others do not rise at all.
+        """
+        every = {name: getattr(chunk, name) for name in Blocks.DTYPES}
+        every |= {f"pages.{name}": getattr(chunk.facts, name) for name in Pages.DTYPES}
+        if len(chunk) < EVEN_ROWS:
+            self.columns(prefix, chunk)
+            return
+        even: dict[str, tuple[int, int]] = {}
+        for name, column in every.items():
+            step = _step(column)
+            if step is None:
+                self.array(f"{prefix}{name}", column)
+            else:
+                even[name] = int(column[0]), step
+        self.json(f"{prefix}even.json", _Even(len(chunk), even))
+
     def stream(self, name: str, stream: Iterable[Columns]) -> int:
         """:return: how many chunks it has."""
         count = 0
         for chunk in stream:
-            self.columns(f"{name}/{count:06d}.", chunk)
+            prefix = f"{name}/{count:06d}."
+            if isinstance(chunk, Blocks) and chunk.pages is not None:
+                self.blocks(prefix, chunk)
+            else:
+                self.columns(prefix, chunk)
             count += 1
         return count
 
@@ -276,7 +325,8 @@ class Archive:
         with self.damage():
             self._zip = zipfile.ZipFile(file)
             names = self._zip.namelist()
-            if len({*names}) < len(names):
+            self._names = {*names}
+            if len(self._names) < len(names):
                 raise ValueError("members of one name")
             if not ours:
                 self._check_sizes(self.size)
@@ -456,17 +506,57 @@ class Archive:
             length = len(columns[column])
         return columns
 
-    def blocks(self, prefix: str, highest: int, length: int | None = None) -> Blocks:
+    def blocks(self, prefix: str, highest: int, length: int | None = None, most: int = 0) -> Blocks:
         """
         Blocks with the facts of their struct pages.
 
         :param highest: the highest order that a block may have.
+        :param most: how many blocks a chunk of a stream has at most; 0: it is not part of a stream.
         """
-        columns = self.columns(prefix, Blocks, length)
+        if most and f"{self._prefix}{prefix}even.json" in self._names:
+            columns, pages = self._even(prefix, most)
+        else:
+            columns = self.columns(prefix, Blocks, length)
+            pages = self.columns(f"{prefix}pages.", Pages, len(columns["order"]))
         order, types = columns["order"], columns["type"]
-        pages = Pages(**self.columns(f"{prefix}pages.", Pages, len(order)))
         with self.damage():
+            if most and len(order) > most:
+                raise ValueError(f"{prefix}: {len(order):,} blocks in one chunk")
             known = (order <= highest) | (order == BAD_ORDER)
             if not (known & (NO_TYPE <= types) & (types <= KHO_PAGE_SPLIT)).all():
                 raise ValueError(f"{prefix}: no block has such an order or type")
-        return Blocks(**columns, pages=pages)
+        return Blocks(**columns, pages=Pages(**pages))
+
+    def _even(
+        self, prefix: str, most: int
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+        """What :meth:`Writer.blocks` has made of a large chunk: columns of blocks, and of pages."""
+        even = self.json(f"{prefix}even.json", _Even)
+        with self.damage():
+            if not EVEN_ROWS <= even.rows <= most:
+                raise ValueError(f"{prefix}: {even.rows:,} blocks in one chunk")
+        known = {*Blocks.DTYPES, *(f"pages.{name}" for name in Pages.DTYPES)}
+        with self.damage():
+            if not known >= even.columns.keys():
+                raise ValueError(f"{prefix}: columns that no block has")
+        found = []
+        for kind, inner in ((Blocks, ""), (Pages, "pages.")):
+            columns = {}
+            for name, dtype in kind.DTYPES.items():
+                if (rises := even.columns.get(f"{inner}{name}")) is None:
+                    columns[name] = self.array(f"{prefix}{inner}{name}", dtype, (even.rows,))
+                    continue
+                with self.damage():
+                    columns[name] = _risen(*rises, even.rows, dtype)
+            found.append(columns)
+        return found[0], found[1]
+
+
+def _risen(first: int, step: int, rows: int, dtype: str) -> NDArray[Any]:
+    """:raises ValueError: if the values are beyond the dtype."""
+    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    if not (low <= first and 0 <= step and first + step * (rows - 1) <= high):
+        raise ValueError(f"no such column: {first:#x}, each {step:#x} above the one before")
+    if not step:
+        return np.full(rows, first, dtype)
+    return np.arange(rows, dtype=dtype) * np.array(step, dtype) + np.array(first, dtype)

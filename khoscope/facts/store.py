@@ -494,11 +494,7 @@ class _Streams:
         most = CHUNK_BLOCKS + self.abi.leaf_bits
 
         def read(at: str) -> Blocks:
-            blocks = self.archive.blocks(at, highest)
-            with self.archive.damage():
-                if len(blocks) > most:
-                    raise ValueError(f"{name}: {len(blocks):,} blocks in one chunk")
-            return blocks
+            return self.archive.blocks(at, highest, most=most)
 
         return self._stream(name, read, sorted_by)
 
