@@ -26,8 +26,10 @@ from tabulate import tabulate
 
 from benchmarks.bench_tree import machine
 from khoscope.abi.keys import U64, Abi
-from khoscope.checks.run import check
+from khoscope.checks.run import check, compare
+from khoscope.facts import store
 from khoscope.facts.columns import Blocks, Leaves
+from khoscope.facts.snapshot import Handover
 from khoscope.facts.tree import Tree, TreeState
 from khoscope.sources.pages import WINDOW, PageReader
 from tests.synthetic import FIXED, snapshot
@@ -189,12 +191,38 @@ def measure(shape: Shape, millions: int, directory: Path) -> list[object]:
         if report.blocks != blocks or report.errors:
             raise SystemExit(f"{report.blocks} of {blocks} blocks, {report.counts}")
 
+    # As `khoscope snapshot` reads them: in order of key.
+    by_key = Stream(lambda: map(reader.with_pages, tree.blocks(abi)))
+    kept = replace(facts, outgoing=replace(facts.outgoing, blocks=by_key))
+    saved = directory / "before"
+
+    def save() -> None:
+        with saved.open("wb") as file:
+            store.save(kept, file)
+
+    def compare_both() -> None:
+        """What `verify --before` does: a file is written of this kernel, too."""
+        before = store.load_file(saved)
+        recorded = before.outgoing.tree
+        came, ram = Handover(True, before.kernel.release, 1), ((0, pages << abi.page_shift),)
+        now = snapshot(abi, [], handover=came, incoming=[], ram=ram, watched=(before, []))
+        now = replace(
+            now,
+            watched=Stream(lambda: map(reader.with_pages, recorded.blocks(abi))),
+            evidence=recorded.leaves,
+            stamps=Stream(lambda: reader.stamps(facts.ram, lambda _: None)),
+        )
+        report = compare(before, store.spool(now))
+        if report.fates != {"restored": blocks}:
+            raise SystemExit(f"{report.fates} of {blocks} blocks")
+
     took = cpu(bare)
     looked = 0
     all_facts()
     times = looked / (pages * LAYOUT.size)
     more = memory(verify)
-    ratios = [cpu(work) / took for work in (all_facts, verify)]
+    ratios = [cpu(work) / took for work in (all_facts, verify, save, compare_both)]
+    size = saved.stat().st_size
     per_page = [took * 1e9 / pages, *(ratio * took * 1e9 / pages for ratio in ratios)]
     return [
         shape.name,
@@ -204,6 +232,7 @@ def measure(shape: Shape, millions: int, directory: Path) -> list[object]:
         *(f"{r:.1f} × ({ns:.0f})" for r, ns in zip(ratios, per_page[1:], strict=True)),
         f"{times:.2f}",
         f"{more:.0f}",
+        f"{size / blocks:.2f}",
     ]
 
 
@@ -214,10 +243,10 @@ def main(sizes: list[int]) -> None:
             for millions in sizes:
                 rows.append(measure(shape, millions, Path(directory)))
     headers = [
-        *("memory", "pages", "blocks", "bare read, ns", "facts", "verify", "pages read"),
-        "memory of verify, MiB",
+        *("memory", "pages", "blocks", "bare read, ns", "facts", "verify", "snapshot", "--before"),
+        *("pages read", "memory of verify, MiB", "file, bytes a block"),
     ]
-    print(tabulate(rows, headers, colalign=["left", *["right"] * 7], disable_numparse=True))
+    print(tabulate(rows, headers, colalign=["left", *["right"] * 10], disable_numparse=True))
     print(f"× the bare read (ns a page); {machine()}")
 
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, U64, Abi
 from ..abi.serialized import LUO
 from ..facts.clients import LuoSession
-from ..facts.columns import Blocks, Pages
+from ..facts.columns import Blocks, Pages, spread, stretches
 from ..facts.nodes import Border
 from ..facts.snapshot import Snapshot
 from ..facts.tree import KeySet
@@ -78,6 +79,26 @@ class Pairs:
     abi: Abi
     offline: U64 | None
     borders: Sequence[Border] = ()
+    #: The first pair of each stretch that look alike, and how many each has; None: too many.
+    looks: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+
+    def __getitem__(self, rows: NDArray[np.int64]) -> Pairs:
+        """Some of the pairs."""
+        return replace(
+            self,
+            before=self.before[rows],
+            after=self.after[rows],
+            fate=self.fate[rows],
+            looks=None,
+        )
+
+    @functools.cached_property
+    def _firsts(self) -> Pairs:
+        return self if self.looks is None else self[self.looks[0]]
+
+    def by_look(self, find: Callable[[Pairs], NDArray[np.bool_]]) -> NDArray[np.bool_]:
+        """:meth:`.Blocks.by_look` of both sides and their fate."""
+        return find(self) if self.looks is None else spread(find(self._firsts), self.looks[1])
 
     @property
     def stamped(self) -> NDArray[np.bool_]:
@@ -133,15 +154,40 @@ def pair(
     borders: Sequence[Border] = (),
 ) -> Pairs:
     """Decide the fate of each block of a chunk."""
+    # What depends on the place; all else is worked out by look.
+    absent = evidence.says_absent(before.key)
+    in_use = in_place.of(before)
+    columns = [before.order, before.type, *before.facts.columns, *after.facts.columns]
+    looks = stretches([*columns, absent, in_use])
+    if looks is None:
+        fate = _fates(before, after, now, absent, in_use)
+    else:
+        first, count = looks
+        fate = spread(_fates(before[first], after[first], now, absent[first], in_use[first]), count)
+    return Pairs(before, after.facts, fate, now.abi, now.offline, borders, looks)
+
+
+def _fates(
+    before: Blocks,
+    after: Blocks,
+    now: Snapshot,
+    absent: NDArray[np.bool_],
+    in_use: NDArray[np.bool_],
+) -> NDArray[np.int8]:
+    """
+    The fate of each block.
+
+    :param absent: according to the evidence, it was not handed over.
+    :param in_use: the next kernel uses it in place.
+    """
     pages = after.facts
     stamped = now.abi.stamp.is_stamp(pages.private)
-    gone = ~stamped & (evidence.says_absent(before.key) | ~np.bool_(now.handover.is_kho_boot))
     fate = np.select(
         [
             ~readable(pages) | (before.order == BAD_ORDER),
-            stamped & in_place.of(before),
+            stamped & in_use,
             stamped,
-            gone,
+            ~stamped & (absent | ~np.bool_(now.handover.is_kho_boot)),
             _may_be_waiting(before, now, pages),
             _reused(before, after, now),
         ],
@@ -155,7 +201,7 @@ def pair(
         ],
         Fate.RESTORED,
     )
-    return Pairs(before, pages, fate.astype(np.int8), now.abi, now.offline, borders)
+    return fate.astype(np.int8)
 
 
 def _may_be_waiting(before: Blocks, now: Snapshot, pages: Pages) -> NDArray[np.bool_]:
@@ -175,10 +221,14 @@ def undecided(pairs: Pairs) -> NDArray[np.bool_]:
     Blocks that were folios, and of which an older file does not say whether they were freed or
     restored as pages.
     """
-    was = pairs.before.facts
-    alike = is_contig(pairs.after) | is_split(pairs.after)
-    unknown = (pairs.after.pristine == Pages.UNRECORDED) & (pairs.after.compound <= 0)
-    return unknown & (was.compound > 0) & alike & (pairs.fate == Fate.RELEASED)
+
+    def are(pairs: Pairs) -> NDArray[np.bool_]:
+        was, now = pairs.before.facts, pairs.after
+        alike = is_contig(now) | is_split(now)
+        unknown = (now.pristine == Pages.UNRECORDED) & (now.compound <= 0)
+        return unknown & (was.compound > 0) & alike & (pairs.fate == Fate.RELEASED)
+
+    return pairs.by_look(are)
 
 
 def _reused(before: Blocks, after: Blocks, now: Snapshot) -> NDArray[np.bool_]:
@@ -309,11 +359,17 @@ def lost(pairs: Pairs) -> Marked:
 )
 def order_changed(pairs: Pairs) -> Marked:
     """The stamp's order differs from the recorded order."""
-    order = pairs.abi.stamp.order(pairs.after.private)
-    return Marked(
-        pairs.stamped & (order != pairs.before.order),
-        lambda row: f"recorded order {pairs.before.order[row]}, stamped order {order[row]}",
-    )
+
+    stamp, was = pairs.abi.stamp, pairs.before.order
+
+    def changed(pairs: Pairs) -> NDArray[np.bool_]:
+        return pairs.stamped & (stamp.order(pairs.after.private) != pairs.before.order)
+
+    def say(row: int) -> str:
+        came = stamp.order(pairs.after.private[row : row + 1])[0]
+        return f"recorded order {was[row]}, stamped order {came}"
+
+    return Marked(pairs.by_look(changed), say)
 
 
 @rule(
@@ -330,21 +386,24 @@ def order_changed(pairs: Pairs) -> Marked:
 )
 def type_changed(pairs: Pairs) -> Marked:
     """The stamp's type differs from the recorded type, or from the pattern the pages had."""
-    stamp = pairs.abi.stamp.type(pairs.after.private)
-    recorded = pairs.before.type
-    was = pairs.before.facts
-    many = was.tails > 0
-    other = typed(pairs.before) & (stamp != recorded)
-    other |= many & (stamp == KHO_PAGE_CONTIG) & is_split(was)
-    other |= many & (stamp == KHO_PAGE_SPLIT) & is_contig(was)
-    has_types = pairs.abi.stamp.type_shift is not None
-    return Marked(
-        pairs.stamped & other & np.bool_(has_types),
-        lambda row: (
-            f"stamped {type_name(int(stamp[row]))}, was recorded "
-            f"{type_name(int(recorded[row]))} with pages {describe(was, row)}"
-        ),
-    )
+    stamp = pairs.abi.stamp
+
+    def changed(pairs: Pairs) -> NDArray[np.bool_]:
+        came, was = stamp.type(pairs.after.private), pairs.before.facts
+        other = typed(pairs.before) & (came != pairs.before.type)
+        many = was.tails > 0
+        other |= many & (came == KHO_PAGE_CONTIG) & is_split(was)
+        other |= many & (came == KHO_PAGE_SPLIT) & is_contig(was)
+        return pairs.stamped & other & np.bool_(stamp.type_shift is not None)
+
+    def say(row: int) -> str:
+        came = int(stamp.type(pairs.after.private[row : row + 1])[0])
+        return (
+            f"stamped {type_name(came)}, was recorded {type_name(int(pairs.before.type[row]))} "
+            f"with pages {describe(pairs.before.facts, row)}"
+        )
+
+    return Marked(pairs.by_look(changed), say)
 
 
 #: What :func:`wrong_refcounts` says about a kernel that splits what it has made compound.
@@ -372,12 +431,19 @@ _STAYED_COMPOUND = """
 def wrong_refcounts(pairs: Pairs) -> Marked:
     """Restored, and the refcounts are not what they were before, or are of what is now a compound
     page."""
+
+    def wrong(pairs: Pairs) -> NDArray[np.bool_]:
+        return (pairs.fate == Fate.RESTORED) & differs(pairs.before.facts, pairs.after)
+
+    def explain(row: int) -> str:
+        one = pairs[np.array([row])]
+        return _STAYED_COMPOUND if _half_a_folio(one.before, one.after, one.abi)[0] else ""
+
     was, now = pairs.before.facts, pairs.after
-    half = _half_a_folio(pairs.before, now, pairs.abi)
     return Marked(
-        (pairs.fate == Fate.RESTORED) & differs(was, now),
+        pairs.by_look(wrong),
         lambda row: f"restored as {describe(now, row)}, was {describe(was, row)}",
-        explain=lambda row: _STAYED_COMPOUND if half[row] else "",
+        explain=explain,
     )
 
 

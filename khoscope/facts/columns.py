@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Final, Self, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -133,6 +133,11 @@ class Pages(Columns):
         """i64, how many pages that were read follow the first."""
         return self.zeros.astype(np.int64) + self.ones + self.others
 
+    @property
+    def columns(self) -> list[NDArray[Any]]:
+        """All columns."""
+        return [getattr(self, name) for name in self.DTYPES]
+
     NOT_COMPOUND: ClassVar[int] = -1
     COMPOUND_TAIL: ClassVar[int] = -2
     UNRECORDED: ClassVar[int] = 2**32 - 1
@@ -141,6 +146,30 @@ class Pages(Columns):
     def blank(cls, rows: int) -> Pages:
         """Writable columns of zeros."""
         return cls(**{name: np.zeros(rows, dtype) for name, dtype in cls.DTYPES.items()})
+
+
+def stretches(
+    columns: Sequence[NDArray[Any]],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    """
+    The first row of each stretch of neighbours that have the same in all columns, and how many each
+    has; None: there are too many to be worth it.
+    """
+    rows = len(columns[0])
+    if rows < 3:
+        return None
+    changes, differ = np.zeros((2, rows - 1), np.bool_)
+    for column in columns:
+        changes |= np.not_equal(column[1:], column[:-1], out=differ)
+    first = np.append(0, np.flatnonzero(changes) + 1)
+    return (first, np.diff(np.append(first, rows))) if len(first) <= rows // 4 else None
+
+
+def spread(found: NDArray[Any], count: NDArray[np.int64]) -> NDArray[Any]:
+    """What was found of the first row of each stretch, for all rows."""
+    if found.any():
+        return np.repeat(found, count)
+    return np.zeros(int(count.sum()), found.dtype)
 
 
 #: Pages of a block of each order.
@@ -191,17 +220,8 @@ class Blocks(Columns):
         The first of each stretch of neighbours that differ in nothing but key and address, and how
         many each has; None: there are too many to be worth it.
         """
-        changes = self.order[1:] != self.order[:-1]
-        if len(changes) < 2:
-            return None
-        differ = np.empty_like(changes)
-        facts = self.facts
-        for column in (self.type, *(getattr(facts, name) for name in Pages.DTYPES)):
-            changes |= np.not_equal(column[1:], column[:-1], out=differ)
-        first = np.append(0, np.flatnonzero(changes) + 1)
-        if len(first) > len(self) // 4:
-            return None
-        return self[first], np.diff(np.append(first, len(self)))
+        found = stretches([self.order, self.type, *self.facts.columns])
+        return None if found is None else (self[found[0]], found[1])
 
     def by_look(self, find: Callable[[Self], NDArray[np.bool_]]) -> NDArray[np.bool_]:
         """
@@ -210,12 +230,10 @@ class Blocks(Columns):
 
         :param find: of blocks with their facts, a mask; it must not look at key or address.
         """
-        stretches = self._stretches
-        if stretches is None:
+        if self._stretches is None:
             return find(self)
-        first, count = stretches
-        found = find(first)
-        return np.repeat(found, count) if found.any() else np.zeros(len(self), np.bool_)
+        first, count = self._stretches
+        return spread(find(first), count)
 
     @functools.cached_property
     def page_count(self) -> U64:
