@@ -66,6 +66,7 @@ bench: .venv/dev kernels
 	$(BIN)/python benchmarks/bench_tree.py
 	$(BIN)/python -m benchmarks.bench_verify
 	$(BIN)/python -m benchmarks.bench_clients
+	$(BIN)/python -m benchmarks.bench_lines
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.trace_overhead
 	$(BIN)/python -m benchmarks.restored_as_pages

@@ -23,6 +23,7 @@ from benchmarks.bench_tree import machine
 from benchmarks.bench_verify import cpu
 from khoscope.checks import BatchFindings
 from khoscope.facts.calls import Batch
+from khoscope.facts.columns import Blocks
 from khoscope.trace.summary import Callers, Summary
 from khoscope.views import documents
 from khoscope.views.trace.documents import JsonLines
@@ -102,8 +103,6 @@ def main() -> None:
     for name, show in views(batch).items():
         rows.append((f"trace: {name}", 2 * CALLS, cpu(show)))
     blocks = PLAIN.kho_radix_encode_keys(np.arange(BLOCKS, dtype=np.uint64) << np.uint64(12), 0, 0)
-    from khoscope.facts.columns import Blocks
-
     chunk = Blocks(blocks, *PLAIN.kho_radix_decode_keys(blocks))
     write = documents.write_lines
     rows.append(("tree --jsonl", BLOCKS, cpu(lambda: write(documents.block_lines(chunk), out))))  # type: ignore[arg-type]
