@@ -1139,7 +1139,19 @@ INLINE void count_call(struct task *t)
 	}
 }
 
-/* What no healthy call does is told by itself, as long as there is room. */
+/*
+ * What no healthy call does is told by itself, as long as there is room. 0: there was none, and it
+ * is to be counted; if no kind says all of it, it is lost.
+ */
+INLINE u64 told_whole(struct task *t, struct sum *told)
+{
+	if (!output(told))
+		return 1;
+	t->lost += t->apart;
+
+	return t->apart;
+}
+
 INLINE void tell_block(struct task *t, struct places *p, const int use, const int adds)
 {
 	/* Other trees have keys that do not stand for blocks. */
@@ -1152,14 +1164,8 @@ INLINE void tell_block(struct task *t, struct places *p, const int use, const in
 	t->high = 1;
 #endif
 	t->made++;
-	if (t->whole) {
-		if (!output(&t->inner))
-			return;
-		if (t->apart) {
-			t->lost++;
-			return;
-		}
-	}
+	if (t->whole && told_whole(t, &t->inner))
+		return;
 	count_block(t);
 }
 
@@ -1181,14 +1187,8 @@ INLINE void tell_call(struct task *t, u64 ret, const int is_pointer, u64 pages)
 	k->latency = is_any(us) + highest_bit(us);
 	k->touched = is_any(c->blocks);
 	t->made++;
-	if (failed | t->whole) {
-		if (!output(&t->outer))
-			return;
-		if (t->apart) {
-			t->lost++;
-			return;
-		}
-	}
+	if ((failed | t->whole) && told_whole(t, &t->outer))
+		return;
 	count_call(t);
 }
 #else

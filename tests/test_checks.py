@@ -32,10 +32,12 @@ from khoscope.checks import (
     Verdict,
     check,
     compare,
+    handover,
     run,
 )
 from khoscope.checks.clients import NEEDED
 from khoscope.checks.rule import SCOPES, TRACE, of_scopes
+from khoscope.facts import columns
 from khoscope.facts.clients import (
     FLB_LIST,
     Claims,
@@ -1941,3 +1943,84 @@ def test_nodes_that_contradict_each_other() -> None:
     ):
         report = check(replace(facts, nodes=nodes))
         assert report.incomplete == [f"facts contradict each other: {said}"]
+
+
+#: Looks of blocks of order 2: every rule that judges them by their looks has something to find.
+LOOKS: list[dict[str, Any]] = [
+    {},
+    {"ones": 3},
+    {"type": KHO_PAGE_SPLIT, "ones": 3},
+    {"type": KHO_PAGE_SPLIT},
+    {"ones": 1},
+    {"others": 2, "odd": 2},
+    {"head": 0},
+    {"free": 4},
+    {"compound": 2},
+    {"compound": 5},
+    {"compound": Pages.COMPOUND_TAIL},
+    {"unread": 1},
+    {"pristine": 7},
+    {"page_type": 0xF5000000},
+    {"flags": 16},
+    {"private": FIXED.stamp.encode(2, KHO_PAGE_CONTIG)},
+    {"private": FIXED.stamp.encode(2, KHO_PAGE_SPLIT), "ones": 3},
+    {"private": FIXED.stamp.encode(3)},
+]
+
+
+def in_stretches(was: list[int], now: list[int], runs: list[int]) -> list[Block]:
+    """Blocks of order 2 side by side, so many of each look; recorded as they were."""
+    every = [
+        pair for pair, run in zip(zip(was, now, strict=True), runs, strict=True) for _ in range(run)
+    ]
+    return [
+        Block((i + 1) << 14, 2, **{**LOOKS[new], "type": LOOKS[old].get("type", 0)})
+        for i, (old, new) in enumerate(every)
+    ]
+
+
+def told(report: Report) -> object:
+    found = [(f.rule, f.phys, f.order, f.message, f.explain, f.follows) for f in report.findings]
+    return found, report.counts, report.follows, report.fates, report.incomplete
+
+
+@given(
+    st.lists(st.integers(0, len(LOOKS) - 1), min_size=6, max_size=6),
+    st.lists(st.integers(0, len(LOOKS) - 1), min_size=6, max_size=6),
+    st.lists(st.integers(5, 20), min_size=6, max_size=6),
+    st.sampled_from([FIXED, POSTED]),
+)
+def test_what_looks_alike_is_judged_once(
+    was: list[int], now: list[int], runs: list[int], abi: Abi
+) -> None:
+    """It is told as if each block were judged by itself: by nothing that tells them apart."""
+    scratch, offline = [(20 << 14, 5 << 14)], [(50 << 14, 52 << 14)]
+    came = Handover(True, "7.2.0-test", 1)
+
+    def reports(alike: bool) -> list[object]:
+        with pytest.MonkeyPatch.context() as patch:
+            counted: list[int] = []
+            for module in (columns, handover):
+                real = module.stretches
+
+                def seen(every: Any, real: Any = real) -> Any:
+                    found = real(every)
+                    counted.append(0 if found is None else len(found[0]))
+                    return found if alike else None
+
+                patch.setattr(module, "stretches", seen)
+            blocks = in_stretches(was, was, runs)
+            before = snapshot(abi, blocks, scratch=scratch, offline=offline)
+            after = snapshot(
+                abi,
+                [],
+                boot_id="00000000-0000-0000-0000-000000000002",
+                handover=came,
+                incoming=[],
+                watched=(before, in_stretches(was, now, runs)),
+            )
+            found = [told(check(before)), told(compare(before, after))]
+            assert any(counted)
+            return found
+
+    assert reports(alike=True) == reports(alike=False)

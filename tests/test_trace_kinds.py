@@ -34,6 +34,8 @@ from tests.synthetic import FIXED, PLAIN, POSTED, Block, Touch, call_of, snapsho
 from tests.test_trace_assemble import added, as_read, assembler, call, page_at
 
 SCRATCH = np.array([[0x40000000, 0x100000], [0x50000000, 0]], np.uint64)
+#: Blocks may begin in front of it and end in it: where it begins, only single pages do.
+ODD_SCRATCH = SCRATCH + np.array([[0x3000, 0], [0, 0]], np.uint64)
 
 
 def facts_of(abi: Abi) -> Snapshot:
@@ -146,13 +148,28 @@ def nearly_alike(draw: st.DrawFn) -> list[Touch]:
     return found
 
 
-MANY = st.lists(touches(), min_size=1, max_size=30) | nearly_alike()
+@st.composite
+def healthy(draw: st.DrawFn) -> list[Touch]:
+    """Blocks with nothing wrong but that some reach into scratch, or have tails of both kinds."""
+    tails = 7
+    blocks = st.builds(
+        lambda phys, ones: Block(phys, 3, ones=ones),
+        st.sampled_from([0x1000000, 0x40000000]),
+        st.sampled_from([0, tails // 2]),
+    )
+    return [
+        Touch(block, Action.ADD, before=BIT_CLEAR, after=BIT_SET, call=1)
+        for block in draw(st.lists(blocks, min_size=2, max_size=5))
+    ]
+
+
+MANY = st.lists(touches(), min_size=1, max_size=30) | nearly_alike() | healthy()
 
 
 @pytest.mark.parametrize("abi", [PLAIN, POSTED, FIXED])
 @given(many=MANY, data=st.data())
 def test_kinds_are_judged_as_each_is(abi: Abi, many: list[Touch], data: st.DataObject) -> None:
-    facts = facts_of(abi)
+    facts = replace(facts_of(abi), scratch=ODD_SCRATCH)
     each = touches_of(abi, *(sorted(many, key=lambda touch: touch.call)))
     made = data.draw(
         st.lists(st.tuples(st.sampled_from([0, -12]), st.integers(0, 9)), min_size=1, max_size=9)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, U64, Abi
 from ..abi.serialized import LUO
 from ..facts.clients import LuoSession
-from ..facts.columns import Blocks, Pages, spread, stretches
+from ..facts.columns import Blocks, Pages, page_type_has_type, spread, stretches
 from ..facts.nodes import Border
 from ..facts.snapshot import Snapshot
 from ..facts.tree import KeySet
@@ -24,7 +24,6 @@ from .nodes import STEPS_OVER, stepped_over
 from .pattern import (
     describe,
     differs,
-    has_page_type,
     is_contig,
     is_split,
     readable,
@@ -255,7 +254,7 @@ def _reused(before: Blocks, after: Blocks, now: Snapshot) -> NDArray[np.bool_]:
         | other_folio
         | (was_folio & ~folio & ~never_freed(before, pages))
         | (~folio & ((pages.flags & lru) != 0))
-        | has_page_type(pages)
+        | page_type_has_type(pages.page_type)
         | ~(is_contig(pages) | is_split(pages) | _half_a_folio(before, pages, now.abi))
     )
 

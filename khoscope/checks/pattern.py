@@ -119,17 +119,6 @@ def differs(was: Pages, now: Pages) -> NDArray[np.bool_]:
     return readable(was) & (was.free == 0) & readable(now) & ~same
 
 
-def has_page_type(pages: Pages) -> NDArray[np.bool_]:
-    """
-    First pages with a page type: slab, page table and so on, not what KHO restores.
-
-    ``page_type`` shares its word with ``_mapcount``: a count has its top bit clear, -1 means
-    neither (``page_type_has_type`` in page-flags.h).
-    """
-    top = pages.page_type >> np.uint32(24)
-    return (top >= 0x80) & (top < 0xFF)
-
-
 def named(order: int, split: bool) -> str:
     """The refcounts (head/tails) of a block that is split, or contig."""
     return "1" if order == 0 else "1/1" if split else "1/0"

@@ -4,8 +4,10 @@ Zips of columns: what snapshot files (:mod:`.store`) and recordings of a trace
 (:mod:`khoscope.trace.record`) are made of.
 
 Streams are kept chunk by chunk as ``STREAM/NNNNNN.COLUMN.npy`` and are read back the same way, so
-neither side ever holds more than a chunk.  A file may come from anywhere: sizes, shapes, types
-and order are checked before they are believed, and nothing is unpickled.
+neither side ever holds more than a chunk.  Of a large chunk of blocks, the columns that rise evenly
+are in ``STREAM/NNNNNN.even.json`` instead: how many rows there are, and of each such column the
+first value and the step.  A file may come from anywhere: sizes, shapes, types and order are checked
+before they are believed, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -268,11 +270,11 @@ class Writer:
         Blocks with the facts of their struct pages.  Of a large chunk, columns that rise evenly are
         kept as :class:`_Even`: most of a full leaf's do, and most others do not rise at all.
         """
-        every = {name: getattr(chunk, name) for name in Blocks.DTYPES}
-        every |= {f"pages.{name}": getattr(chunk.facts, name) for name in Pages.DTYPES}
         if len(chunk) < EVEN_ROWS:
             self.columns(prefix, chunk)
             return
+        every = {name: getattr(chunk, name) for name in Blocks.DTYPES}
+        every |= {f"pages.{name}": getattr(chunk.facts, name) for name in Pages.DTYPES}
         even: dict[str, tuple[int, int]] = {}
         for name, column in every.items():
             step = _step(column)

@@ -11,7 +11,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated, Any, ClassVar, Final, Self, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Final,
+    Self,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,6 +158,17 @@ class Pages(Columns):
         return cls(**{name: np.zeros(rows, dtype) for name, dtype in cls.DTYPES.items()})
 
 
+def page_type_has_type(page_type: NDArray[np.uint32]) -> NDArray[np.bool_]:
+    """
+    Pages with a page type: slab, page table and so on (``page_type_has_type`` in page-flags.h).
+
+    ``page_type`` shares its word with ``_mapcount``: a count has its top bit clear, -1 means
+    neither.
+    """
+    top = page_type >> np.uint32(24)
+    return (top >= 0x80) & (top < 0xFF)
+
+
 def stretches(
     columns: Sequence[NDArray[Any]],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
@@ -209,8 +230,7 @@ class Blocks(Columns):
         counted.  In traces, these are all that were not looked at.
         """
         pages = self.facts
-        top = pages.page_type >> np.uint32(24)
-        typed = (pages.compound >= self.order) & (top >= 0x80) & (top < 0xFF)
+        typed = (pages.compound >= self.order) & page_type_has_type(pages.page_type)
         uncounted = self.page_count.view(np.int64) - 1 - pages.tails - pages.unread
         return np.where(typed & (pages.unread == 0), np.maximum(uncounted, 0), 0)
 
@@ -296,24 +316,27 @@ class Nodes(Columns):
     used: NDArray[np.uint32]
 
 
-def aligned(a: Iterable[Blocks], b: Iterable[Blocks]) -> Iterator[tuple[Blocks, Blocks]]:
+K = TypeVar("K", Blocks, Leaves)
+
+
+def aligned(a: Iterable[K], b: Iterable[K]) -> Iterator[tuple[K, K]]:
     """
-    Cut two streams of blocks, each sorted by key, at the same keys.
+    Cut two streams of blocks or leaves, each sorted by key, at the same keys.
 
     :return: pairs of parts; no key of one pair appears in another pair.
     """
     streams = (iter(a), iter(b))
     left, right = (next(s, None) for s in streams)
-    while left is not None or right is not None:
-        cut = min(int(part.key[-1]) for part in (left, right) if part is not None)
-        pair = []
-        rest: list[Blocks | None] = []
+    while (some := right if left is None else left) is not None:
+        cut = min(part.key[-1] for part in (left, right) if part is not None)
+        pair: list[K] = []
+        rest: list[K | None] = []
         for part, stream in zip((left, right), streams, strict=True):
             if part is None:
-                pair.append(Blocks.empty())
+                pair.append(some[:0])
                 rest.append(None)
                 continue
-            at = int(np.searchsorted(part.key, np.uint64(cut), "right"))
+            at = int(np.searchsorted(part.key, cut, "right"))
             pair.append(part[:at])
             rest.append(part[at:] if at < len(part) else next(stream, None))
         left, right = rest

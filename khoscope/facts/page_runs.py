@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..abi.keys import BAD_ORDER, NO_TYPE, U64, Abi
 from ..words.errors import KhoscopeError
-from .columns import Blocks, Columns, Pages
+from .columns import Blocks, Columns, Pages, page_type_has_type
 from .owners import UNKNOWN, Owners
 from .snapshot import Snapshot
 from .tree import KeySet
@@ -113,7 +113,7 @@ Look = Callable[[int, int], Iterator[PageRuns]]
 def page_types(page_type: NDArray[np.uint32]) -> NDArray[np.uint8]:
     """The top byte if ``page_type_has_type()``; a page without a type counts mappings there."""
     top = (page_type >> np.uint32(24)).astype(np.uint8)
-    return np.where((top >= 0x80) & (top != 0xFF), top, PageRuns.UNTYPED).astype(np.uint8)
+    return np.where(page_type_has_type(page_type), top, PageRuns.UNTYPED).astype(np.uint8)
 
 
 def runs(facts: Snapshot, first: int, end: int, look: Look) -> Iterator[PageRuns]:

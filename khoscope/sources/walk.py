@@ -10,16 +10,16 @@ Mirrors ``__kho_radix_walk_tree`` in kexec_handover.c.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, starmap
 from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..abi.keys import U64, Abi
-from ..facts.columns import Leaves, Nodes
+from ..facts.columns import Leaves, Nodes, aligned
 from ..facts.tree import NodeProblem, Tree, TreeState
 
 #: Reads ``size`` bytes at a physical address; None: that memory cannot be read.
@@ -266,7 +266,7 @@ def settle(walk_once: Callable[[], Tree], use: Callable[[Tree], T]) -> tuple[T, 
         used = use(tree)
         again = walk_once()
         reads += 1
-        moved = sum(_moved(*pair) for pair in _pairs(tree.leaves, again.leaves))
+        moved = sum(starmap(_moved, aligned(tree.leaves, again.leaves)))
         same = moved == 0 and tree.state.problem_count == again.state.problem_count
         if same or reads > READS:
             worse = max(tree.state, again.state, key=lambda state: state.problem_count)
@@ -276,27 +276,8 @@ def settle(walk_once: Callable[[], Tree], use: Callable[[Tree], T]) -> tuple[T, 
         tree = again
 
 
-def _pairs(
-    a: Iterable[Leaves], b: Iterable[Leaves]
-) -> Iterator[tuple[Leaves | None, Leaves | None]]:
-    """Cut two streams of leaves, each sorted by key, at the same keys."""
-    streams = (iter(a), iter(b))
-    left, right = (next(each, None) for each in streams)
-    while left is not None or right is not None:
-        cut = min(part.key[-1] for part in (left, right) if part is not None)
-        pair, rest = [], []
-        for part, stream in zip((left, right), streams, strict=True):
-            at = 0 if part is None else int(np.searchsorted(part.key, cut, "right"))
-            pair.append(part[:at] if part is not None and at else None)
-            rest.append(next(stream, None) if part is None or at == len(part) else part[at:])
-        left, right = rest
-        yield pair[0], pair[1]
-
-
-def _moved(a: Leaves | None, b: Leaves | None) -> int:
+def _moved(a: Leaves, b: Leaves) -> int:
     """How many blocks are in one of two groups of leaves only."""
-    if a is None or b is None:
-        return sum(int(part.counts().sum()) for part in (a, b) if part is not None)
     if len(a) == len(b) and (a.key == b.key).all():
         if np.array_equal(a.bitmap, b.bitmap):
             return 0
@@ -313,9 +294,7 @@ def _both(a: Leaves, b: Leaves) -> Leaves:
 
 def _stable(a: Tree, b: Tree) -> Iterator[Leaves]:
     """The leaves of the blocks that are in both of two trees."""
-    for left, right in _pairs(a.leaves, b.leaves):
-        if left is not None and right is not None and len(both := _both(left, right)):
-            yield both
+    return filter(len, starmap(_both, aligned(a.leaves, b.leaves)))
 
 
 def groups(leaves: Leaves) -> list[Leaves]:

@@ -29,23 +29,26 @@ from .block_filter import BlockFilter
 
 def block_rows(blocks: Blocks) -> Iterator[dict[str, Any]]:
     """One dict per block, for the rows that the user asked to see."""
-    pages = blocks.page_count
-    for key, phys, order, kind, count in zip(
+    for key, phys, order, kind in zip(
         blocks.key.tolist(),
         blocks.phys.tolist(),
         blocks.order.tolist(),
         blocks.type.tolist(),
-        pages.tolist(),
         strict=True,
     ):
-        good = order != BAD_ORDER
-        yield {
-            "phys": f"{phys:#x}" if good else None,
-            "order": order if good else None,
-            "pages": count if good else None,
-            "type": TYPE_NAMES[kind],
-            "key": f"{key:#x}",
-        }
+        at = f"{phys:#x}" if order != BAD_ORDER else None
+        yield {"phys": at, **_of_kind(order, kind), "key": f"{key:#x}"}
+
+
+def _of_kind(order: int, kind: int) -> dict[str, Any]:
+    """What the rows of all blocks of an order and type have."""
+    good = order != BAD_ORDER
+    pages = 1 << order if order < 64 else 0
+    return {
+        "order": order if good else None,
+        "pages": pages if good else None,
+        "type": TYPE_NAMES[kind],
+    }
 
 
 def block_lines(
@@ -79,12 +82,9 @@ def block_template(order: int, kind: int, more: dict[str, Any], keyed: bool = Tr
     :param more: members of the row that stand behind the key.
     :param keyed: it has a key.
     """
-    good = order != BAD_ORDER
-    pages = None if not good else 1 << order if order < 64 else 0
-    of_kind = {"order": order if good else None, "pages": pages, "type": TYPE_NAMES[kind]}
     members = (
-        f'"phys": {address(good)}',
-        members_of(of_kind),
+        f'"phys": {address(order != BAD_ORDER)}',
+        members_of(_of_kind(order, kind)),
         f'"key": {address(keyed)}',
         members_of(more),
     )

@@ -97,7 +97,7 @@ class TraceText(Text):
             self.wrapped(f"without their blocks: {names} ({why})", "  ", "")
         if tracing.facts.abi.tracker == Tracker.XARRAY:
             self.wrapped(_ON_XARRAYS, "  ", "")
-        self.line(tracing.buffer)
+        self.wrapped(tracing.buffer, "  ", "")
         self._page_shift = tracing.facts.abi.page_shift
         self._began = tracing.started
 
