@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-How long ``verify`` takes for preserved memory, against the bare read of its struct pages.
+How long ``verify`` and others take for preserved memory, against the bare read of its struct pages.
 
 Struct pages and tree are made up. The struct pages lie in an ELF core, which drgn reads; that core
 is sparse and repeats itself. All times are of the processor, and of one run: what counts are the
@@ -27,11 +27,15 @@ from tabulate import tabulate
 from benchmarks.bench_tree import machine
 from khoscope.abi.keys import U64, Abi
 from khoscope.checks.run import check, compare
-from khoscope.facts import store
-from khoscope.facts.columns import Blocks, Leaves
-from khoscope.facts.snapshot import Handover
+from khoscope.facts import diff, store
+from khoscope.facts.by_address import by_address
+from khoscope.facts.columns import Blocks, ChunkByChunk, Leaves
+from khoscope.facts.owners import BlockOwners
+from khoscope.facts.snapshot import Handover, Snapshot
+from khoscope.facts.status import blocks_by_kind
 from khoscope.facts.tree import Tree, TreeState
 from khoscope.sources.pages import WINDOW, PageReader
+from khoscope.sources.walk import groups
 from tests.synthetic import FIXED, snapshot
 from tests.test_pages import LAYOUT, NO_PAGE_TYPE, STRUCT_PAGE
 
@@ -69,15 +73,22 @@ def shapes() -> Iterator[Shape]:
     yield Shape("mix", of, random.integers(0, 2, len(of)).astype(np.uint64))
 
 
-def struct_pages(shape: Shape) -> bytes:
-    """Those of one period: in use, contig or split."""
+def struct_pages(shape: Shape, stamped: bool = False) -> bytes:
+    """Those of one period: in use, contig or split; or stamped, and as the boot left them."""
     pages = np.zeros(PERIOD, STRUCT_PAGE)
     pages["page_type"] = NO_PAGE_TYPE
     pages["info"], pages["prev"] = 0xDEAD000000000100, 0xDEAD000000000122
     count = np.uint64(1) << shape.order
     start = np.cumsum(count) - count
+    first = start.astype(np.int64)
+    if stamped:
+        for kind in (0, 1):
+            mine = shape.split == kind
+            stamps = [FIXED.stamp.encode(order, kind) for order in range(MOST + 1)]
+            pages["private"][first[mine]] = np.array(stamps, np.uint64)[shape.order[mine]]
+        return pages.tobytes()
     pages["refcount"] = np.repeat(shape.split, count.astype(np.int64))
-    pages["refcount"][start.astype(np.int64)] = 1
+    pages["refcount"][first] = 1
     return pages.tobytes()
 
 
@@ -119,7 +130,7 @@ def leaves(abi: Abi, shape: Shape, pages: int) -> list[Leaves]:
             bits[(here & low).astype(np.int64)] = 1
             key = here[:1] & ~low
             found[int(key[0])] = Leaves(key, np.packbits(bits, bitorder="little").reshape(1, -1))
-    return [found[key] for key in sorted(found)]
+    return groups(Leaves.concatenate(found[key] for key in sorted(found)))
 
 
 def cpu(work: Callable[[], object]) -> float:
@@ -156,97 +167,179 @@ class Stream:
         return self.make()
 
 
-def measure(shape: Shape, millions: int, directory: Path) -> list[object]:
-    pages, abi = millions * MILLION, FIXED
-    prog = Program()
-    prog.set_core_dump(core(directory, struct_pages(shape), pages))
-    looked = 0
+class Kernel:
+    """
+    A kernel all of whose memory is preserved.
 
-    def read(address: int, size: int) -> bytes | None:
-        nonlocal looked
-        looked += size
+    :param raw: the struct pages of one period.
+    """
+
+    def __init__(self, shape: Shape, millions: int, directory: Path, raw: bytes) -> None:
+        self.pages, self.shape = millions * MILLION, shape
+        self.prog = Program()
+        self.prog.set_core_dump(core(directory, raw, self.pages))
+        self.reader = PageReader(FIXED, LAYOUT, self._read, self.pages)
+        #: Bytes of struct pages that were read.
+        self.looked = 0
+        self.tree = Tree(TreeState(0x1000), leaves=leaves(FIXED, shape, self.pages))
+        self.blocks = sum(map(len, self.tree.blocks(FIXED)))
+        self.ram = ((0, self.pages << FIXED.page_shift),)
+
+    def _read(self, address: int, size: int) -> bytes | None:
+        self.looked += size
         try:
-            return prog.read(address, size)
+            return self.prog.read(address, size)
         except FaultError:
             return None
 
-    tree = Tree(TreeState(0x1000), leaves=leaves(abi, shape, pages))
-    reader = PageReader(abi, LAYOUT, read, pages)
-    blocks = sum(map(len, tree.blocks(abi)))
+    def bare(self) -> None:
+        for pfn in range(0, self.pages, WINDOW):
+            self.prog.read(LAYOUT.vmemmap + pfn * LAYOUT.size, WINDOW * LAYOUT.size)
 
-    def bare() -> None:
-        for pfn in range(0, pages, WINDOW):
-            prog.read(LAYOUT.vmemmap + pfn * LAYOUT.size, WINDOW * LAYOUT.size)
+    def facts(self) -> Snapshot:
+        """As :meth:`KernelSource.judge` has them: read while they are used."""
+        stream = Stream(lambda: map(self.reader.with_pages, self.tree.by_address(FIXED)))
+        facts = snapshot(FIXED, [], ram=self.ram, scratch=[(0, 0)])
+        return replace(facts, outgoing=replace(facts.outgoing, tree=self.tree, blocks=stream))
 
-    stream = Stream(lambda: map(reader.with_pages, tree.by_address(abi)))
-    facts = snapshot(abi, [], ram=((0, pages << abi.page_shift),), scratch=[(0, 0)])
-    facts = replace(facts, outgoing=replace(facts.outgoing, tree=tree, blocks=stream))
+    def stamps(self, bare: bool) -> Iterator[Blocks]:
+        ram = np.array(self.ram, np.uint64)
+        return self.reader.stamps(ram, lambda _: None, bare)
+
+    def arrived(self, before: Snapshot) -> tuple[Snapshot, Snapshot]:
+        """What came of another one's blocks, and that one, as :meth:`KernelSource.judge` does."""
+        blocks = Stream(lambda: by_address(before.outgoing.blocks))
+        turned = replace(before, outgoing=replace(before.outgoing, blocks=blocks))
+        came = Handover(True, before.kernel.release, 1)
+        now = snapshot(FIXED, [], handover=came, incoming=[], ram=self.ram, watched=(before, []))
+        return turned, replace(
+            now,
+            watched=ChunkByChunk(blocks, self.reader.with_pages),
+            evidence=before.outgoing.tree.leaves,
+            stamps=Stream(lambda: self.stamps(bare=False)),
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """
+    :param ratios: to the bare read, by what was done.
+    :param look: how often each struct page was read for ``verify``.
+    :param memory: MiB that it took at most, by what was done.
+    """
+
+    shape: Shape
+    millions: int
+    blocks: int
+    bare_ns: float
+    ratios: dict[str, float]
+    look: float
+    memory: dict[str, float]
+    file_bytes: int
+
+
+def measure(shape: Shape, millions: int, directory: Path) -> Measured:
+    kernel = Kernel(shape, millions, directory, struct_pages(shape))
+    facts, saved = kernel.facts(), directory / "before"
+
+    def require(found: object, wanted: object) -> None:
+        if found != wanted:
+            raise SystemExit(f"{found}, not {wanted}")
 
     def all_facts() -> None:
-        if sum(map(len, stream)) != blocks:
-            raise SystemExit("blocks are missing")
+        require(sum(map(len, facts.outgoing.blocks)), kernel.blocks)
 
     def verify() -> None:
         report = check(facts)
-        if report.blocks != blocks or report.errors:
-            raise SystemExit(f"{report.blocks} of {blocks} blocks, {report.counts}")
-
-    # As `khoscope snapshot` reads them: in order of key.
-    by_key = Stream(lambda: map(reader.with_pages, tree.blocks(abi)))
-    kept = replace(facts, outgoing=replace(facts.outgoing, blocks=by_key))
-    saved = directory / "before"
+        require((report.blocks, report.errors), (kernel.blocks, 0))
 
     def save() -> None:
-        with saved.open("wb") as file:
-            store.save(kept, file)
+        with saved.open("w+b") as file, store.Draft(file) as draft:
+            draft.put(facts)
+            draft.finish(facts)
 
     def compare_both() -> None:
-        """What `verify --before` does: a file is written of this kernel, too."""
-        before = store.load_file(saved)
-        recorded = before.outgoing.tree
-        came, ram = Handover(True, before.kernel.release, 1), ((0, pages << abi.page_shift),)
-        now = snapshot(abi, [], handover=came, incoming=[], ram=ram, watched=(before, []))
-        now = replace(
-            now,
-            watched=Stream(lambda: map(reader.with_pages, recorded.blocks(abi))),
-            evidence=recorded.leaves,
-            stamps=Stream(lambda: reader.stamps(facts.ram, lambda _: None)),
-        )
-        report = compare(before, store.spool(now))
-        if report.fates != {"restored": blocks}:
-            raise SystemExit(f"{report.fates} of {blocks} blocks")
+        report = compare(*kernel.arrived(store.load_file(saved)))
+        require(report.fates, {"restored": kernel.blocks})
 
-    took = cpu(bare)
-    looked = 0
+    def differ() -> None:
+        a, b = store.load_file(saved), store.load_file(saved)
+        require(diff.count(diff.blocks(a, b)), {})
+
+    def owners() -> None:
+        (total,) = BlockOwners(store.load_file(saved)).totals()
+        require(total.blocks, kernel.blocks)
+
+    def search() -> None:
+        require([*kernel.stamps(bare=False)], [])
+
+    took = cpu(kernel.bare)
+    kernel.looked = 0
     all_facts()
-    times = looked / (pages * LAYOUT.size)
-    more = memory(verify)
-    ratios = [cpu(work) / took for work in (all_facts, verify, save, compare_both)]
+    look = kernel.looked / (kernel.pages * LAYOUT.size)
+    works = {
+        "facts": all_facts,
+        "verify": verify,
+        "snapshot": save,
+        "--before": compare_both,
+        "no stamps": search,
+        "diff": differ,
+        "owners": owners,
+    }
+    more = {"verify": memory(verify), "snapshot": memory(save), "--before": memory(compare_both)}
+    ratios = {name: cpu(work) / took for name, work in works.items()}
     size = saved.stat().st_size
-    per_page = [took * 1e9 / pages, *(ratio * took * 1e9 / pages for ratio in ratios)]
-    return [
-        shape.name,
-        f"{millions} M",
-        f"{blocks:,}",
-        f"{per_page[0]:.1f}",
-        *(f"{r:.1f} × ({ns:.0f})" for r, ns in zip(ratios, per_page[1:], strict=True)),
-        f"{times:.2f}",
-        f"{more:.0f}",
-        f"{size / blocks:.2f}",
+    stamped = Kernel(shape, millions, directory, struct_pages(shape, stamped=True))
+
+    def status() -> None:
+        require(sum(blocks_by_kind(stamped.stamps(bare=True)).values()), kernel.blocks)
+
+    ratios["status"] = cpu(status) / took
+    return Measured(
+        shape, millions, kernel.blocks, took * 1e9 / kernel.pages, ratios, look, more, size
+    )
+
+
+#: What reads struct pages, and what only reads files of them.
+LIVE: Final = ("facts", "verify", "snapshot", "--before", "no stamps", "status")
+FILES: Final = ("diff", "owners")
+
+
+def table(
+    every: list[Measured], works: tuple[str, ...], more: dict[str, Callable[[Measured], str]]
+) -> str:
+    rows = [
+        [
+            each.shape.name,
+            f"{each.millions} M",
+            f"{each.blocks:,}",
+            f"{each.bare_ns:.1f}",
+            *(f"{each.ratios[w]:.1f} × ({each.ratios[w] * each.bare_ns:.0f})" for w in works),
+            *(say(each) for say in more.values()),
+        ]
+        for each in every
     ]
+    headers = ["memory", "pages", "blocks", "bare read, ns", *works, *more]
+    return tabulate(
+        rows, headers, colalign=["left", *["right"] * (len(headers) - 1)], disable_numparse=True
+    )
 
 
 def main(sizes: list[int]) -> None:
-    rows = []
+    every = []
     with tempfile.TemporaryDirectory() as directory:
         for shape in shapes():
             for millions in sizes:
-                rows.append(measure(shape, millions, Path(directory)))
-    headers = [
-        *("memory", "pages", "blocks", "bare read, ns", "facts", "verify", "snapshot", "--before"),
-        *("pages read", "memory of verify, MiB", "file, bytes a block"),
-    ]
-    print(tabulate(rows, headers, colalign=["left", *["right"] * 10], disable_numparse=True))
+                every.append(measure(shape, millions, Path(directory)))
+    live: dict[str, Callable[[Measured], str]] = {
+        "pages read": lambda each: f"{each.look:.2f}",
+        "MiB at most, verify": lambda each: f"{each.memory['verify']:.0f}",
+        "snapshot": lambda each: f"{each.memory['snapshot']:.0f}",
+        "--before": lambda each: f"{each.memory['--before']:.0f}",
+        "file, bytes a block": lambda each: f"{each.file_bytes / each.blocks:.2f}",
+    }
+    print(table(every, LIVE, {}))
+    print(table(every, FILES, live))
     print(f"× the bare read (ns a page); {machine()}")
 
 

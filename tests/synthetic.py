@@ -49,6 +49,7 @@ from khoscope.facts.snapshot import (
     Snapshot,
     Watched,
 )
+from khoscope.facts.store import Draft
 from khoscope.facts.tree import Tree, TreeState
 from khoscope.sources.walk import walk
 
@@ -369,6 +370,13 @@ def some_blocks() -> list[Block]:
 def rich_before(abi: Abi = FIXED) -> Snapshot:
     """The snapshot that :func:`rich` was taken with an eye on."""
     return snapshot(abi, some_blocks()[:20], handover=Handover(True, "7.2.0-test", 2))
+
+
+def spooled(facts: Snapshot) -> Snapshot:
+    """The same facts, kept as a source keeps them."""
+    with Draft() as draft:
+        draft.put(facts)
+        return draft.finish(facts)
 
 
 def rich(abi: Abi = FIXED) -> Snapshot:

@@ -144,6 +144,7 @@ def decode_all(abi: Abi, keys: list[int]) -> list[tuple[int, int, int]]:
 def test_decoding_any_key_at_all(abi: Abi, keys: list[int]) -> None:
     wanted = [kernel_decode(abi, key) for key in keys]
     assert decode_all(abi, keys) == wanted
+    assert decode_all(abi, sorted(keys)) == [kernel_decode(abi, key) for key in sorted(keys)]
     assert [abi.kho_radix_decode_key(key) for key in keys] == wanted
 
 

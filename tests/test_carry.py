@@ -13,11 +13,11 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 import pytest
 
@@ -150,13 +150,17 @@ def contents(facts: Snapshot) -> bytes:
     return file.getvalue()
 
 
+def writing(take: Callable[[], Snapshot]) -> Callable[[IO[bytes]], None]:
+    return lambda file: store.save(take(), file)
+
+
 def blocks(count: int) -> Snapshot:
     return snapshot(FIXED, [Block(0x1000000 + 0x2000 * i, 0) for i in range(count)])
 
 
 def test_to_the_next_kernel(luo: Luo) -> None:
     facts = rich_before()
-    with carry.carry(lambda: facts) as carried:
+    with carry.carry(writing(lambda: facts)) as carried:
         assert luo.devices == 0, "others must be able to open it"
         assert list(luo.outgoing) == [SESSION]
         (memfd,) = luo.outgoing[SESSION].files.values()
@@ -188,7 +192,7 @@ def test_the_snapshot_is_taken_when_the_memfd_is_preserved(luo: Luo) -> None:
         seen.append(luo.preserved())
         return rich_before()
 
-    with carry.carry(take):
+    with carry.carry(writing(take)):
         assert seen == [True]
 
 
@@ -197,7 +201,7 @@ def test_the_memfd_has_no_holes_when_it_is_preserved(
 ) -> None:
     """memfd-v1 forgets what is written into a hole afterwards."""
     monkeypatch.setattr(carry, "_room", lambda _: 3 * carry.PIECE + 5 * 4096)
-    with carry.carry(rich_before) as carried:
+    with carry.carry(writing(rich_before)) as carried:
         assert carried.room > 3 * carry.PIECE
     assert luo.holes == [0]
 
@@ -206,7 +210,7 @@ def test_a_snapshot_that_is_too_large_at_first(luo: Luo, monkeypatch: pytest.Mon
     monkeypatch.setattr(carry, "SLACK", 4096)
     facts = rich_before()
     assert len(contents(facts)) > 4096
-    with carry.carry(lambda: facts) as carried:
+    with carry.carry(writing(lambda: facts)) as carried:
         assert carried.room % 4096 == 0
         assert carried.size < carried.room <= 2 * len(contents(facts)) + 4096
         assert list(luo.outgoing) == [SESSION]
@@ -221,7 +225,7 @@ def test_a_tree_that_grows_too_fast(luo: Luo, monkeypatch: pytest.MonkeyPatch) -
         taken.append(blocks(100))
         return taken[-1]
 
-    with pytest.raises(KhoscopeError, match="grows faster") as caught, carry.carry(take):
+    with pytest.raises(KhoscopeError, match="grows faster") as caught, carry.carry(writing(take)):
         pass
     assert "come to rest" in caught.value.hint
     assert len(taken) == carry.ATTEMPTS
@@ -233,7 +237,7 @@ def test_what_fits_exactly(luo: Luo, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = rich_before()
     size = len(contents(facts))
     monkeypatch.setattr(carry, "_room", lambda _: size)
-    with carry.carry(lambda: facts) as carried:
+    with carry.carry(writing(lambda: facts)) as carried:
         assert carried.size == carried.room == size
         assert contents(carried.facts) == contents(facts)
 
@@ -243,7 +247,7 @@ def test_nothing_is_left_when_it_ends_in_between(luo: Luo) -> None:
         assert luo.preserved()
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), carry.carry(take):
+    with pytest.raises(KeyboardInterrupt), carry.carry(writing(take)):
         pass
     assert luo.outgoing == {}
 
@@ -266,7 +270,7 @@ WRITING = [
 @pytest.mark.parametrize(("step", "number", "what", "hint"), WRITING)
 def test_luo_refuses_to_carry(luo: Luo, step: str, number: int, what: str, hint: str) -> None:
     luo.fails[step] = number
-    with pytest.raises(KhoscopeError) as caught, carry.carry(rich_before):
+    with pytest.raises(KhoscopeError) as caught, carry.carry(writing(rich_before)):
         pass
     assert what in caught.value.what
     assert hint in caught.value.hint
@@ -286,7 +290,7 @@ READING = [
 
 @pytest.mark.parametrize(("step", "number", "what", "hint"), READING)
 def test_luo_refuses_to_give_back(luo: Luo, step: str, number: int, what: str, hint: str) -> None:
-    with carry.carry(rich_before):
+    with carry.carry(writing(rich_before)):
         luo.kexec()
     luo.fails[step] = number
     with pytest.raises(KhoscopeError) as caught:
@@ -305,7 +309,7 @@ def test_a_directory_that_was_there_stays(luo: Luo) -> None:
 
 
 def test_a_directory_that_nobody_else_enters(luo: Luo) -> None:
-    with carry.carry(rich_before):
+    with carry.carry(writing(rich_before)):
         luo.kexec()
     mask = os.umask(0o777)
     try:
@@ -317,7 +321,7 @@ def test_a_directory_that_nobody_else_enters(luo: Luo) -> None:
 
 
 def test_no_space_for_it(luo: Luo, monkeypatch: pytest.MonkeyPatch) -> None:
-    with carry.carry(rich_before):
+    with carry.carry(writing(rich_before)):
         luo.kexec()
 
     def full(source: object, target: object) -> None:
@@ -331,7 +335,7 @@ def test_no_space_for_it(luo: Luo, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_place_for_it_is_there_before_it_is_taken(luo: Luo) -> None:
-    with carry.carry(rich_before):
+    with carry.carry(writing(rich_before)):
         luo.kexec()
     carry.DIRECTORY.write_text("in the way")
     with pytest.raises(KhoscopeError, match=r"cannot keep anything in .*: File exists"):
@@ -382,12 +386,13 @@ import sys
 from khoscope.carry import memfd as carry
 from khoscope.__main__ import main
 from khoscope.commands import common
+from khoscope.facts import store
 from tests.synthetic import rich_before
 from tests.test_carry import Luo
 
 class Source:
-    def snapshot(self):
-        return rich_before()
+    def snapshot(self, file):
+        store.save(rich_before(), file)
 
 luo = Luo()
 carry.LiveUpdate = luo.open

@@ -25,7 +25,6 @@ from khoscope.abi.serialized import (
     MEMFDS,
     Array,
 )
-from khoscope.facts import store
 from khoscope.facts.clients import Claims, Luo, Memfd, Owner, OwnerKind
 from khoscope.facts.columns import Leaves
 from khoscope.facts.snapshot import Snapshot
@@ -33,7 +32,7 @@ from khoscope.facts.tree import KeySet
 from khoscope.sources import follow
 from khoscope.sources.follow import ClientWalker
 from tests.fuzz import fuzz
-from tests.synthetic import PLAIN, snapshot
+from tests.synthetic import PLAIN, snapshot, spooled
 from tests.test_fdt import blob, u64
 
 PAGE = 4096
@@ -184,7 +183,7 @@ def holds(following: ClientWalker, luo: Luo | None = None) -> None:
     for start, end in claimed(following):
         assert start < end
         assert any(first <= start and end <= last for first, last in RAM)
-    again = store.spool(facts_of(following, luo)).outgoing
+    again = spooled(facts_of(following, luo)).outgoing
     assert (again.luo, again.vmallocs, again.owners) == (
         luo,
         following.vmallocs,
@@ -770,7 +769,7 @@ def test_reserve_mem_is_claimed_wherever_it_is_said_to_be() -> None:
     following = Machine().following()
     following.subtrees(Fdt(0), memblock(("oops", 2**64 - 1, 2**64 - 1), ("none", DATA, 0)))
     assert [claims.phys.tolist() for claims in following.claims()] == [[2**64 - 1]]
-    assert store.spool(facts_of(following)).outgoing.owners == following.owners
+    assert spooled(facts_of(following)).outgoing.owners == following.owners
 
 
 def kho_test(

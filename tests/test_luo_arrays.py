@@ -17,12 +17,13 @@ import pytest
 from khoscope.abi.kho_fdt import LuoFdt, parse_luo_fdt
 from khoscope.abi.serialized import LUO_FLB_HEADER_SER, LUO_FLB_SER
 from khoscope.checks import check
-from khoscope.facts import budget, invariants, store
+from khoscope.facts import budget, invariants
 from khoscope.facts.clients import Claims, Flb, Luo, OwnerKind
 from khoscope.facts.snapshot import Side, Snapshot
 from khoscope.sources import luo as luo_module
 from khoscope.sources.probe import KhoOut, LuoLists, Parts
 from tests.made_up import DIRECT_MAP, RAM, MadeUp, mapped
+from tests.synthetic import spooled
 from tests.test_fdt import blob, data, u64
 from tests.test_luo import file_ser, session_ser
 
@@ -385,7 +386,7 @@ def test_arrays_that_are_nowhere() -> None:
 def test_a_count_that_is_negative() -> None:
     kernel = Kernel()
     kernel.listed(24, kernel.session("a", 7, count=2**64 - 1))
-    facts = store.spool(kernel.facts())
+    facts = spooled(kernel.facts())
     assert facts.outgoing.luo is not None
     (session,) = facts.outgoing.luo.sessions
     assert session.problems == [f"counts {2**64 - 1} files, lists 1"]

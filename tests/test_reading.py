@@ -111,7 +111,7 @@ def test_a_bug_of_ours_gets_out(monkeypatch: pytest.MonkeyPatch, error: type[Exc
     monkeypatch.setattr("khoscope.sources.reading.parse_root_fdt", fails)
     monkeypatch.setattr("khoscope.sources.kernel.walk", fails)
     looks = [source.tree, source.clients, source.snapshot]
-    looks += [lambda: source.status(lambda _: None)[0], lambda: source.judge(lambda _: None)[0]]
+    looks += [lambda: source.status(lambda _: None)[0], lambda: source.judge(lambda *_: None)[0]]
     for look in looks:
         with pytest.raises(error, match="ours"):
             look()
@@ -369,9 +369,9 @@ def test_judging_reads_no_struct_page_but_those_of_blocks() -> None:
         return read(address, size)
 
     source._read_virt = counting  # type: ignore[method-assign]
-    facts, nothing = source.judge(lambda facts: None)
+    facts, nothing = source.judge(lambda *_: None)
     assert (nothing, asked, facts.scan, list(facts.stamps)) == (None, [], None, [])
-    _, found = source.judge(keys)
+    _, found = source.judge(lambda facts, _: keys(facts))
     assert found == [source.abi.kho_radix_encode_key(0x20_0000, 0)]
     size = source.layout.pages.size
     assert asked == [source.layout.pages.vmemmap + (0x20_0000 >> 12) * size]
@@ -383,7 +383,7 @@ def test_what_moves_is_judged_anew() -> None:
     source = machine.source(moves=True)
     seen: list[int] = []
 
-    def use(facts: Snapshot) -> int:
+    def use(facts: Snapshot, _: Snapshot | None) -> int:
         seen.append(len(keys(facts)))
         if len(seen) == 1:
             machine.memory.add_page(0x20_0000, 0)
@@ -410,7 +410,7 @@ def test_a_problem_that_only_the_last_look_sees_is_judged(monkeypatch: pytest.Mo
         return walk(reading)
 
     monkeypatch.setattr(source, "_walk_outgoing", moving)
-    facts, report = source.judge(check)
+    facts, report = source.judge(lambda facts, _: check(facts))
     assert facts.outgoing.tree.state.problem_count == 1
     assert report.counts["bad-node"] == 1
 
@@ -428,7 +428,7 @@ def test_what_never_stands_still_is_judged_as_far_as_it_did() -> None:
         return look(reading, facts)
 
     source._with_scratch = moving  # type: ignore[method-assign]
-    facts, found = source.judge(keys)
+    facts, found = source.judge(lambda facts, _: keys(facts))
     assert facts.outgoing.tree.state.moved == 1
     # All but the one that came during the last look.
     assert len(found) == len(seen)

@@ -441,12 +441,12 @@ class Kernel:
         self.before: Snapshot | None = None
 
     def judge(
-        self, use: Callable[[Snapshot], Report], before: Snapshot | None = None
+        self, use: Callable[[Snapshot, Snapshot | None], Report], before: Snapshot | None = None
     ) -> tuple[Snapshot, Report]:
         self.before = before
         state = next(self._states, KeyboardInterrupt)
         if isinstance(state, Snapshot):
-            return state, use(state)
+            return state, use(state, before)
         raise state("kernel memory cannot be read", "see whether it is still there")
 
 

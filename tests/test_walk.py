@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import khoscope.facts.by_address
 import khoscope.facts.tree
-from khoscope.abi.keys import KHO_PAGE_CONTIG, NO_TYPE, Abi
+from khoscope.abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, NO_TYPE, Abi
+from khoscope.facts.by_address import by_address, gathered
 from khoscope.facts.columns import CHUNK_BLOCKS, Blocks, Leaves
 from khoscope.facts.tree import KeySet, NodeProblem, Tree, TreeState
 from khoscope.sources import walk as walk_module
@@ -123,17 +125,42 @@ def test_blocks_by_address(made: tuple[Abi, list[tuple[bool, Block]]], chunk: in
     memory, model = built(abi, steps)
     tree = memory.walk()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(khoscope.facts.tree, "CHUNK_BLOCKS", chunk)
+        for module in (khoscope.facts.tree, khoscope.facts.by_address):
+            patch.setattr(module, "CHUNK_BLOCKS", chunk)
         chunks = list(tree.by_address(abi))
+        # And back again, as files have them.
+        again = sorted(gathered(chunks), key=lambda part: int(part.key[0]))
+        turned = list(by_address(again))
     by_key = [key for part in tree.blocks(abi) for key in part.key.tolist()]
     found = [key for part in chunks for key in part.key.tolist()]
     assert sorted(found) == by_key
     assert {*listed(chunks)} == model
     for part, behind in pairwise(chunks):
         assert part.phys.max() < behind.phys.min()
-    for part in chunks:
+    for part in [*chunks, *turned]:
         assert len(part)
         assert (part.key[1:] > part.key[:-1]).all()
+    assert [key for part in again for key in part.key.tolist()] == by_key
+    assert all(len(part) <= chunk for part in again)
+    assert sorted(key for part in turned for key in part.key.tolist()) == by_key
+    for part, behind in pairwise(turned):
+        assert part.phys.max() < behind.phys.min()
+
+
+def test_blocks_whose_addresses_are_in_no_order() -> None:
+    """A file may have any: each block comes once, and there is an end."""
+    random = np.random.default_rng(1)
+    for most in (5, 60, 250):
+        chunks = []
+        for _ in range(7):
+            rows = int(random.integers(1, 40))
+            key, phys = random.integers(0, 1 << 62, (2, rows)).astype(np.uint64)
+            order = random.integers(0, most, rows).astype(np.uint8)
+            order[random.integers(0, 9, rows) == 0] = BAD_ORDER
+            chunks.append(Blocks(np.sort(key), phys, order, np.zeros(rows, np.int8)))
+        wanted = sorted(key for part in chunks for key in part.key.tolist())
+        for found in (by_address(chunks), by_address(iter(chunks)), gathered(chunks)):
+            assert sorted(key for part in found for key in part.key.tolist()) == wanted
 
 
 @pytest.mark.parametrize("abi", [PLAIN, FIXED])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -286,6 +287,13 @@ class Abi:
             _, same, kind = self.kho_radix_decode_key(int(keys[0]))
             phys = plain << np.uint64(self.page_shift + same)
             return phys, np.full(len(keys), same, np.uint8), np.full(len(keys), kind, np.int8)
+        if self.type_bit:
+            types = ((keys & np.uint64(self.type_bit)) != 0).astype(np.int8)
+        else:
+            # As the kernel's own walk sees it: a type that is not stored reads as contig.
+            types = np.full(keys.shape, KHO_PAGE_CONTIG if self.has_types else NO_TYPE, np.int8)
+        if (keys[1:] >= keys[:-1]).all():
+            return *self._decode_sorted(keys, plain), types
         bit = _highest_bit(plain)
         good = (bit >= 0) & (bit <= self.order_0_log2)
         order = np.where(good, self.order_0_log2 - bit, 0)
@@ -293,12 +301,28 @@ class Abi:
         # then bit 0, and nothing of the address is left.
         shift = np.minimum(order + self.page_shift, 63).astype(np.uint64)
         phys = np.where(good & (bit > 0), plain << shift, 0).astype(np.uint64)
-        if self.type_bit:
-            types = ((keys & np.uint64(self.type_bit)) != 0).astype(np.int8)
-        else:
-            # As the kernel's own walk sees it: a type that is not stored reads as contig.
-            types = np.full(keys.shape, KHO_PAGE_CONTIG if self.has_types else NO_TYPE, np.int8)
         return phys, np.where(good, order, BAD_ORDER).astype(np.uint8), types
+
+    def _decode_sorted(self, keys: U64, plain: U64) -> tuple[U64, NDArray[np.uint8]]:
+        """
+        Addresses and orders of sorted keys: those of one order and type are neighbours.
+
+        :param plain: the keys without their type bit.
+        """
+        phys = np.zeros(len(keys), np.uint64)
+        order = np.full(len(keys), BAD_ORDER, np.uint8)
+        bits = np.uint64(1) << np.arange(self.order_0_log2 + 2, dtype=np.uint64)
+        for base in {0, self.type_bit}:
+            begins = np.searchsorted(keys, bits + np.uint64(base)).tolist()
+            for bit, (low, high) in enumerate(pairwise(begins)):
+                if low == high:
+                    continue
+                order[low:high] = self.order_0_log2 - bit
+                # At order 52 nothing of the address is left, and the shift would be 64.
+                if bit:
+                    shift = self.order_0_log2 - bit + self.page_shift
+                    phys[low:high] = plain[low:high] << np.uint64(shift)
+        return phys, order
 
     def _is_one_kind(self, keys: U64) -> bool:
         """Whether keys have the same order, below 52, and type."""

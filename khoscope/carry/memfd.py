@@ -13,14 +13,13 @@ import contextlib
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
 from ..facts import store
-from ..facts.files import NewFile
+from ..facts.files import NewFile, temporary
 from ..facts.snapshot import Snapshot
 from ..sources import host_files
 from ..words.errors import KhoscopeError
@@ -124,7 +123,7 @@ class Carried:
 
 
 @contextlib.contextmanager
-def carry(take: Callable[[], Snapshot]) -> Iterator[Carried]:
+def carry(take: Callable[[IO[bytes]], None]) -> Iterator[Carried]:
     """
     Preserve a snapshot for as long as the context lasts.
 
@@ -132,7 +131,7 @@ def carry(take: Callable[[], Snapshot]) -> Iterator[Carried]:
     blocks, too.  This works because a preserved memfd keeps its size and its folios, but may still
     be written (``shmem_freeze()``).
 
-    :param take: takes a new snapshot each time it is called.
+    :param take: takes a new snapshot each time it is called, and writes it to a file.
     :raises KhoscopeError: if LUO does not take the memfd, or if the tree grows faster than khoscope
         reads it.
     """
@@ -142,12 +141,12 @@ def carry(take: Callable[[], Snapshot]) -> Iterator[Carried]:
         with (
             _session() as session,
             _memfd(room) as memfd,
-            tempfile.SpooledTemporaryFile(max_size=store.SPOOL_MEMORY) as file,
+            contextlib.closing(temporary()) as file,
         ):
             with _told("cannot preserve a memfd", _PRESERVE):
                 session.preserve_fd(memfd.fileno(), TOKEN)
-            store.save(take(), file)
-            size = file.tell()
+            take(file)
+            size = file.seek(0, os.SEEK_END)
             if size <= room:
                 _fill(memfd, room - size, file)
                 facts = store.load_file(Path(f"/proc/self/fd/{memfd.fileno()}"))

@@ -113,12 +113,12 @@ class Evidence:
     anything.  khoscope believes a leaf only if it still has at least half of the bits that the old
     kernel had set in it, but no new ones: other data has a few of the old bits by chance, and many
     others.
+
+    :param recorded: what the old kernel had recorded.
     """
 
-    def __init__(self, before: Snapshot, after: Snapshot) -> None:
+    def __init__(self, before: Snapshot, after: Snapshot, recorded: KeySet) -> None:
         self._left = KeySet(after.abi, after.evidence)
-        #: What the old kernel had recorded.
-        self.recorded = recorded = KeySet(before.abi, before.outgoing.tree.leaves)
         #: What the old kernel had serialized, if that is what it handed over.
         self._serialized: KeySet | None = None
         chain = before.outgoing.serialized

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..abi.keys import BAD_ORDER, U64, Abi
 from ..facts import invariants
 from ..facts.calls import NO_PHYS, Action, Batch, Calls, Losses
-from ..facts.columns import Blocks, aligned
+from ..facts.columns import Blocks, paired
 from ..facts.next_kernel import NextKernel
 from ..facts.nodes import borders_of
 from ..facts.owners import UNKNOWN, FolioTally, Owners
@@ -376,8 +376,10 @@ def compare(
     for rule, find in report.finders("handover"):
         report.add_messages(rule, find(before, after))
     missing = gaps(before, clients=bool(report.finders("pairs")))
-    missing += _compare_blocks(before, after, report)
-    _compare_stamps(before, after, report)
+    # What the old kernel had recorded.
+    recorded = functools.cache(lambda: KeySet(before.abi, before.outgoing.tree.leaves))
+    missing += _compare_blocks(before, after, recorded, report)
+    _compare_stamps(before, after, recorded, report)
     for tree in (before.outgoing.tree, before.outgoing.serialized):
         if tree is not None and (bad := tree.state.problem_count):
             missing.append(f"{bad} bad tree entries")
@@ -414,7 +416,9 @@ def _require_comparable(before: Snapshot, after: Snapshot) -> None:
         )
 
 
-def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> list[str]:
+def _compare_blocks(
+    before: Snapshot, after: Snapshot, recorded: Callable[[], KeySet], report: Report
+) -> list[str]:
     """
     Run the rules about what became of each block; return what is not known about blocks before.
     """
@@ -423,11 +427,11 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> list[s
         return []
     report.fates = Counter()
     owners = _OwnersNow(before, after)
-    evidence, in_place = handover_rules.Evidence(before, after), InPlace(before)
+    evidence, in_place = handover_rules.Evidence(before, after, recorded()), InPlace(before)
     borders = borders_of(before)
-    rows, wrong = Rows(before, evidence.recorded), Counter[str]()
+    rows, wrong = Rows(before, recorded()), Counter[str]()
     undecided = 0
-    for was, now in aligned(before.outgoing.blocks, after.watched):
+    for was, now in paired(before.outgoing.blocks, after.watched):
         if len(was) != len(now) or (was.key != now.key).any():
             raise KhoscopeError(
                 "the two snapshots do not list the same recorded blocks",
@@ -441,6 +445,8 @@ def _compare_blocks(before: Snapshot, after: Snapshot, report: Report) -> list[s
         undecided += int(handover_rules.undecided(pairs).sum())
         for rule, find in rules:
             report.add_marked(rule, was, owners.named(find(pairs), was, whose))
+    for rule, _ in rules:
+        report.sort(rule)
     # The owner with the most blocks comes first.
     report.owners = dict(sorted(report.owners.items(), key=lambda item: -item[1].total()))
     if report.fates["unread"]:
@@ -527,7 +533,9 @@ class _OwnersNow:
         return dataclasses.replace(marked, say=say)
 
 
-def _compare_stamps(before: Snapshot, after: Snapshot, report: Report) -> None:
+def _compare_stamps(
+    before: Snapshot, after: Snapshot, recorded: Callable[[], KeySet], report: Report
+) -> None:
     """Run the rules about stamps."""
     rules = report.finders("stamps")
     if not after.abi.stamp.has_magic:
@@ -538,15 +546,19 @@ def _compare_stamps(before: Snapshot, after: Snapshot, report: Report) -> None:
         return
     if not rules:
         return
-    recorded = KeySet(before.abi, before.outgoing.tree.leaves)
     wrong = Counter[str]()
     for stamps in after.stamps:
         wrong += invariants.of_stamps(after.abi, stamps)
         for rule, find in rules:
-            report.add_marked(rule, stamps, find(before, recorded, stamps))
+            report.add_marked(rule, stamps, find(before, recorded(), stamps))
     report.incomplete += [
         f"facts contradict each other: {count:,} stamped blocks {what}"
         for what, count in wrong.items()
+    ]
+    report.incomplete += [
+        f"facts contradict each other: {what}"
+        for what in invariants.of_scan(after)
+        if what not in after.contradictions
     ]
     if after.scan is None or after.scan.unread:
         unread = after.scan.unread if after.scan else "all"

@@ -10,11 +10,11 @@ import sys
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import IO
 
 from ..carry.memfd import carry
-from ..facts.snapshot import Snapshot
 from ..views import carry as view
-from ..views.progress import Progress, followed
+from ..views.progress import Progress
 from ..views.text import Text
 from ..words.errors import say
 from . import common
@@ -55,8 +55,8 @@ def _run(args: argparse.Namespace) -> int:
             with Progress(sys.stderr) as progress:
                 source = common.kernel(args, progress)
 
-                def take() -> Snapshot:
-                    return followed(source.snapshot(), progress, "writing blocks")
+                def take(file: IO[bytes]) -> None:
+                    source.snapshot(file=file)
 
                 carried = stack.enter_context(carry(take))
             stack.enter_context(_stoppable())

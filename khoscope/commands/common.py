@@ -150,7 +150,7 @@ def kernel(args: argparse.Namespace, progress: Progress) -> KernelSource:
 def used(
     args: argparse.Namespace,
     use: Callable[[Snapshot], T],
-    read: Callable[[KernelSource, Progress], tuple[Snapshot, T]],
+    read: Callable[[KernelSource], tuple[Snapshot, T]],
 ) -> tuple[Snapshot, T]:
     """
     The facts of the snapshot file or kernel that was asked for, and what ``use`` makes of them.
@@ -161,7 +161,7 @@ def used(
         if args.snapshot:
             found = store.load_file(args.snapshot)
             return found, use(followed(found, progress, READ_BACK))
-        return read(kernel(args, progress), progress)
+        return read(kernel(args, progress))
 
 
 def facts(args: argparse.Namespace, read: Callable[[KernelSource], Snapshot]) -> Snapshot:

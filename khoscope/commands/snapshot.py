@@ -7,6 +7,7 @@ import argparse
 import sys
 
 from ..facts import store
+from ..facts.files import NewFile
 from ..views import documents
 from ..views.progress import Progress, followed
 from ..views.text import Text
@@ -28,9 +29,15 @@ def _refuse(args: argparse.Namespace) -> str | None:
 
 def _run(args: argparse.Namespace) -> int:
     before = common.load_before(args)
-    facts = common.facts(args, lambda source: source.snapshot(before))
     with Progress(sys.stderr) as progress:
-        store.save_file(followed(facts, progress, "writing blocks"), args.file)
+        if args.snapshot:
+            facts = followed(store.load_file(args.snapshot), progress, "writing blocks")
+            store.save_file(facts, args.file)
+        else:
+            with NewFile(args.file) as new:
+                common.kernel(args, progress).snapshot(before, file=new.telling)
+                new.finish()
+    facts = store.load_file(args.file)
     if args.json:
         documents.write_snapshot(facts, args.file, sys.stdout)
     else:

@@ -25,7 +25,7 @@ nobody has claimed yet."""
 
 
 def _run(args: argparse.Namespace) -> int:
-    facts, found = common.used(args, status, lambda source, _: source.status(status))
+    facts, found = common.used(args, status, lambda source: source.status(status))
     if args.json:
         view.write_json(facts, found, sys.stdout)
     else:

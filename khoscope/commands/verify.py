@@ -9,20 +9,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .. import checks
 from ..facts.next_kernel import NextKernel
 from ..facts.snapshot import Snapshot
 from ..views import documents
 from ..views import watch as watch_view
-from ..views.progress import Progress, followed
+from ..views.progress import Progress
 from ..views.text import Text
 from . import common
 from .checks import rule_name
-
-if TYPE_CHECKING:
-    from ..sources.kernel import KernelSource
 
 
 def add(verify: argparse.ArgumentParser) -> None:
@@ -119,7 +115,7 @@ def _run(args: argparse.Namespace) -> int:
     next_kernel = _read_next(args.next, args.initrd) if args.next else None
     asked = checks.RuleSelection(_wanted(args, _possible(args)), args.fail_on)
 
-    def report(facts: Snapshot) -> checks.Report:
+    def report(facts: Snapshot, before: Snapshot | None) -> checks.Report:
         if before is None:
             return checks.check(facts, next_kernel, asked)
         return checks.compare(before, facts, next_kernel, asked)
@@ -127,15 +123,11 @@ def _run(args: argparse.Namespace) -> int:
     if args.watch:
         return _watch(args, before, next_kernel, report)
 
-    def judge(source: KernelSource, progress: Progress) -> tuple[Snapshot, checks.Report]:
-        # What is compared is read first, and kept.
-        if before is None:
-            return source.judge(report)
-        return source.judge(
-            lambda facts: report(followed(facts, progress, common.READ_BACK)), before
-        )
-
-    facts, found = common.used(args, report, judge)
+    facts, found = common.used(
+        args,
+        lambda facts: report(facts, before),
+        lambda source: source.judge(report, before),
+    )
     if args.json:
         documents.write_verify(facts, found, sys.stdout, next_kernel)
     else:
@@ -154,7 +146,7 @@ def _watch(
     args: argparse.Namespace,
     before: Snapshot | None,
     next_kernel: NextKernel | None,
-    report: Callable[[Snapshot], checks.Report],
+    report: Callable[[Snapshot, Snapshot | None], checks.Report],
 ) -> int:
     """Run the checks again and again, until Ctrl-C or until the kernel cannot be read any more."""
     view = watch_view.Lines(sys.stdout) if args.json else watch_view.Watch(sys.stdout, args.limit)

@@ -45,7 +45,7 @@ from numpy.typing import NDArray
 from ..abi.keys import BAD_ORDER, KHO_PAGE_SPLIT, NO_TYPE
 from ..words.errors import KhoscopeError
 from . import budget
-from .columns import Blocks, Columns, Pages
+from .columns import Blocks, Columns, Pages, distinct
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Format:
 
 SNAPSHOT: Final = Format(
     "khosnap",
-    5,
+    6,
     "snapshot file",
     "take the snapshot again, or copy the file again",
     "khoscope --snapshot FILE opens it",
@@ -524,8 +524,9 @@ class Archive:
         with self.damage():
             if most and len(order) > most:
                 raise ValueError(f"{prefix}: {len(order):,} blocks in one chunk")
+            order, types = distinct(order), distinct(types)
             known = (order <= highest) | (order == BAD_ORDER)
-            if not (known & (NO_TYPE <= types) & (types <= KHO_PAGE_SPLIT)).all():
+            if not known.all() or not ((NO_TYPE <= types) & (types <= KHO_PAGE_SPLIT)).all():
                 raise ValueError(f"{prefix}: no block has such an order or type")
         return Blocks(**columns, pages=Pages(**pages))
 
@@ -533,8 +534,9 @@ class Archive:
         self, prefix: str, most: int
     ) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
         """What :meth:`Writer.blocks` has made of a large chunk: columns of blocks, and of pages."""
-        even = self.json(f"{prefix}even.json", _Even)
+        raw = self.member(f"{prefix}even.json")
         with self.damage():
+            even = msgspec.json.decode(raw, type=_Even)
             if not EVEN_ROWS <= even.rows <= most:
                 raise ValueError(f"{prefix}: {even.rows:,} blocks in one chunk")
         known = {*Blocks.DTYPES, *(f"pages.{name}" for name in Pages.DTYPES)}
@@ -554,11 +556,22 @@ class Archive:
         return found[0], found[1]
 
 
+#: The lowest and the highest value of each dtype that a column of blocks has.
+_LIMITS: Final = {
+    dtype: (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
+    for dtype in {*Blocks.DTYPES.values(), *Pages.DTYPES.values()}
+}
+
+
 def _risen(first: int, step: int, rows: int, dtype: str) -> NDArray[Any]:
-    """:raises ValueError: if the values are beyond the dtype."""
-    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    """
+    A column that rises evenly; if it does not rise at all, it has one value in memory.
+
+    :raises ValueError: if the values are beyond the dtype.
+    """
+    low, high = _LIMITS[dtype]
     if not (low <= first and 0 <= step and first + step * (rows - 1) <= high):
         raise ValueError(f"no such column: {first:#x}, each {step:#x} above the one before")
     if not step:
-        return np.full(rows, first, dtype)
+        return np.ndarray((rows,), dtype, np.array(first, dtype).tobytes(), strides=(0,))
     return np.arange(rows, dtype=dtype) * np.array(step, dtype) + np.array(first, dtype)

@@ -169,6 +169,11 @@ def page_type_has_type(page_type: NDArray[np.uint32]) -> NDArray[np.bool_]:
     return (top >= 0x80) & (top < 0xFF)
 
 
+def distinct(column: NDArray[Any]) -> NDArray[Any]:
+    """The values of a column, or the only one, if a file has it as one for all rows."""
+    return column[:1] if column.strides == (0,) else column
+
+
 def stretches(
     columns: Sequence[NDArray[Any]],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
@@ -181,7 +186,8 @@ def stretches(
         return None
     changes, differ = np.zeros((2, rows - 1), np.bool_)
     for column in columns:
-        changes |= np.not_equal(column[1:], column[:-1], out=differ)
+        if len(distinct(column)) > 1:
+            changes |= np.not_equal(column[1:], column[:-1], out=differ)
     first = np.append(0, np.flatnonzero(changes) + 1)
     return (first, np.diff(np.append(first, rows))) if len(first) <= rows // 4 else None
 
@@ -341,3 +347,34 @@ def aligned(a: Iterable[K], b: Iterable[K]) -> Iterator[tuple[K, K]]:
             rest.append(part[at:] if at < len(part) else next(stream, None))
         left, right = rest
         yield pair[0], pair[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkByChunk:
+    """A stream that is made of another one."""
+
+    of: Iterable[Blocks]
+    make: Callable[[Blocks], Blocks]
+
+    def __iter__(self) -> Iterator[Blocks]:
+        return map(self.make, self.of)
+
+
+def paired(a: Iterable[Blocks], b: Iterable[Blocks]) -> Iterator[tuple[Blocks, Blocks]]:
+    """
+    Cut two streams of the same blocks, in the same order, at the same rows.
+
+    :return: pairs of parts; only of the last one, one may be shorter: then its stream was.
+    """
+    if isinstance(b, ChunkByChunk) and b.of is a:
+        yield from ((part, b.make(part)) for part in a)
+        return
+    streams = (iter(a), iter(b))
+    left, right = (next(s, None) for s in streams)
+    while left is not None and right is not None:
+        rows = min(len(left), len(right))
+        yield left[:rows], right[:rows]
+        left = left[rows:] if rows < len(left) else next(streams[0], None)
+        right = right[rows:] if rows < len(right) else next(streams[1], None)
+    if left is not None or right is not None:
+        yield left or Blocks.empty(), right or Blocks.empty()

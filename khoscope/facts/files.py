@@ -10,10 +10,10 @@ import secrets
 import signal
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Final, Self
+from typing import IO, Any, Final, Self, cast
 
 from ..words.errors import KhoscopeError
 
@@ -25,6 +25,9 @@ _NO_UNNAMED: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT
 _NO_SYNC: Final = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
 #: Signals that would end khoscope.
 _ENDING: Final = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
+
+#: Temporary files up to this size stay in memory.
+SPOOL_MEMORY: Final = 64 << 20
 
 #: What a file may be instead of a regular one.
 _OTHERS: Final = {
@@ -77,6 +80,54 @@ def open_file(path: Path, hint: str) -> IO[bytes]:
     return file
 
 
+class _Telling:
+    """What :func:`telling` gives."""
+
+    def __init__(
+        self, file: IO[bytes], told: Callable[[], contextlib.AbstractContextManager[None]]
+    ) -> None:
+        self._file = file
+        self._told = told
+
+    def write(self, data: bytes) -> int:
+        with self._told():
+            return self._file.write(data)
+
+    def flush(self) -> None:
+        with self._told():
+            self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def telling(
+    file: IO[bytes], told: Callable[[], contextlib.AbstractContextManager[None]]
+) -> IO[bytes]:
+    """
+    The same file: whatever else goes on while it is written, it says itself what is wrong with it.
+
+    :param told: turns an OSError into one clear line.
+    """
+    return cast("IO[bytes]", _Telling(file, told))
+
+
+def temporary() -> IO[bytes]:
+    """A temporary file without a name, in memory as long as it is small."""
+    return telling(tempfile.SpooledTemporaryFile(SPOOL_MEMORY), _temporary_told)
+
+
+@contextlib.contextmanager
+def _temporary_told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise KhoscopeError(
+            f"{tempfile.gettempdir()}: {error.strerror}",
+            "make room there, or name a directory that has space by TMPDIR",
+        ) from error
+
+
 class NewFile:
     """
     A file, mode 0600, that appears only once all of it is written.  Until :meth:`finish` it has no
@@ -97,7 +148,7 @@ class NewFile:
             if handle is None:
                 handle, name = tempfile.mkstemp(prefix=self._prefix(), dir=path.parent)
                 self._temporary = Path(name)
-            self.file = open(handle, "wb")  # noqa: SIM115 - __exit__ closes it
+            self.file = open(handle, "w+b")  # noqa: SIM115 - __exit__ closes it
             # Whatever the umask is.
             os.fchmod(handle, 0o600)
 
@@ -134,6 +185,11 @@ class NewFile:
                 f"{self._path}: {error.strerror}",
                 "choose a directory that you can write to and that has space",
             ) from error
+
+    @property
+    def telling(self) -> IO[bytes]:
+        """The file, as :func:`telling` gives it."""
+        return telling(self.file, self.told)
 
     def finish(self) -> None:
         """Give the file its name, when all of it is on the disk."""

@@ -32,7 +32,7 @@ OVERRIDDEN: Final = "--type-shift"
 
 
 def contradictions(facts: Snapshot) -> Iterator[str]:
-    """Single facts that contradict each other, in words."""
+    """Single facts that contradict each other, in words, but for those of :func:`of_scan`."""
     yield from _abi(facts.abi)
     yield from _kernel(facts)
     yield from _memory(facts)
@@ -130,6 +130,10 @@ def _memory(facts: Snapshot) -> Iterator[str]:
     yield from _scratch_use(facts)
     if facts.memory is not None:
         yield from _zones(facts.memory, shift)
+
+
+def of_scan(facts: Snapshot) -> Iterator[str]:
+    """The same of the search for stamps, as soon as all stamps were iterated."""
     if facts.scan is not None:
         looked, pages = facts.scan.scanned + facts.scan.unread, ram_pages(facts)
         if looked != pages:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..abi.keys import BAD_ORDER, NO_TYPE, U64, Abi
 from ..words.errors import KhoscopeError
+from .by_address import of_kinds
 from .columns import Blocks, Columns, Pages, page_type_has_type
 from .owners import UNKNOWN, Owners
 from .snapshot import Snapshot
@@ -199,8 +200,10 @@ def recorded(facts: Snapshot) -> Look:
     buddy = {name: top for top, name in facts.kernel.page_types.items()}.get("buddy")
 
     def look(start: int, end: int) -> Iterator[PageRuns]:
-        streams = [*_by_address(facts.watched, abi), _Ahead(facts.stamps, abi)]
-        streams += _by_address(facts.outgoing.blocks, abi)
+        # Of the others, only those of one kind are in order of address.
+        watched, outgoing = of_kinds(facts.watched), of_kinds(facts.outgoing.blocks)
+        every = [*watched.values(), facts.stamps, *outgoing.values()]
+        streams = [_Ahead(stream, abi) for stream in every]
         for low in range(start, end, WINDOW):
             phys = np.arange(low, min(low + WINDOW, end), dtype=np.uint64) << np.uint64(shift)
             window = PageRuns.nothing(phys, PageKnowledge.UNRECORDED)
@@ -209,21 +212,6 @@ def recorded(facts: Snapshot) -> Look:
             yield window
 
     return look
-
-
-def _by_address(stream: Iterable[Blocks], abi: Abi) -> list[_Ahead]:
-    """Turn a stream sorted by key into streams sorted by address."""
-    kinds = {
-        kind
-        for chunk in stream
-        for kind in np.unique(chunk.order.astype(np.int16) * 4 + chunk.type).tolist()
-    }
-
-    def of(kind: int) -> Iterator[Blocks]:
-        for chunk in stream:
-            yield chunk[chunk.order.astype(np.int16) * 4 + chunk.type == kind]
-
-    return [_Ahead(of(kind), abi) for kind in sorted(kinds)]
 
 
 class _Ahead:

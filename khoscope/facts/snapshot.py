@@ -63,7 +63,7 @@ class Side:
 
     :param blobs: the FDT ("fdt") and the subtrees (by name) as they were, where readable.
     :param blocks: the tree's blocks with the facts of their struct pages; empty if these were not
-        read.
+        read.  In order of key if they come from a file, else as :mod:`.by_address` has it.
     :param luo: what LUO has in it; None: nothing, or not looked at.
     :param vmallocs: the vmalloc areas that known structures lead to.
     :param owners: whose memory this is, as far as memory can tell.

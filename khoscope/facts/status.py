@@ -149,7 +149,7 @@ def status(facts: Snapshot) -> Status:
         _scratch(facts),
         _cost(facts),
         preserved,
-        _totals(facts.stamps) if looked else None,
+        blocks_by_kind(facts.stamps) if looked else None,
         tree_pages,
         pages / tree_pages if tree_pages and are_pages else None,
         _subtrees(facts, side),
@@ -320,7 +320,7 @@ def _cost(facts: Snapshot) -> str:
     return f"{human(size)} that only movable memory may use{used} (khoscope scratch)"
 
 
-def _totals(stream: Iterable[Blocks]) -> dict[tuple[int, int], int]:
+def blocks_by_kind(stream: Iterable[Blocks]) -> dict[tuple[int, int], int]:
     """Blocks by (order, type)."""
     counts = np.zeros(256 * _TYPES, np.int64)
     for chunk in stream:

@@ -5,24 +5,27 @@ The snapshot file: a zip (:mod:`.archive`) of ``meta.json``, ``.npy`` columns an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Final, TypeVar
+from types import TracebackType
+from typing import IO, Final, Generic, Self, TypeVar
 
 import numpy as np
 
 from ..abi.compatibles import OF_XARRAYS, block_limits
 from ..abi.keys import U64, Abi, Tracker
 from ..abi.kho_fdt import Fdt, root_fdt
+from ..words.errors import KhoscopeError
 from . import budget, invariants, listed
-from .archive import SNAPSHOT, Archive, Stored, Writer
+from .archive import SNAPSHOT, Archive, Writer
+from .by_address import gathered
 from .clients import Claims, Luo, LuoState, Owner, Vmalloc
 from .columns import CHUNK_BLOCKS, Blocks, Columns, Leaves, Nodes
-from .files import NewFile, open_file
+from .files import NewFile, open_file, temporary
 from .listed import Lists
 from .snapshot import (
     Handover,
@@ -39,10 +42,6 @@ from .snapshot import (
     Watched,
 )
 from .tree import Tree, TreeState
-
-#: Snapshots up to this size stay in memory, larger ones go to an unnamed temporary file.
-SPOOL_MEMORY = 64 << 20
-
 
 #: Files of this schema may lack the streams of claims.
 FIRST_SCHEMA: Final = f"{SNAPSHOT.name}/1"
@@ -82,6 +81,8 @@ class _Meta:
     watching: Watched | None
     #: Chunks of each stream.
     chunks: dict[str, int]
+    #: Of streams that were not written in order of key: the numbers of their chunks in that order.
+    by_key: dict[str, list[int]] = field(default_factory=dict)
     scratch_free: list[int | None] = field(default_factory=list)
     image: KexecImage | None = None
     liveupdate: LuoState | None = None
@@ -96,9 +97,12 @@ class _Meta:
     memory: Memory | None = None
 
 
+#: Members that files of version 1 to 5 lack: all of their chunks are in order of key.
+UNRECORDED_5: Final[dict[str, str]] = {"_Meta.by_key": ""}
 #: Members that files of version 1 to 4 lack: khoscope looked at fewer sessions and files, and told
 #: of the others as problems.
 UNRECORDED_4: Final[dict[str, str]] = {
+    **UNRECORDED_5,
     "_SideMeta.lists": "",
     "Luo.left_out": "",
     "LuoSession.left_out": "",
@@ -151,27 +155,98 @@ UNRECORDED_1: Final[dict[str, str]] = {
 DERIVED: Final = {f"Fdt.{f.name}": "" for f in dataclasses.fields(Fdt) if f.name != "phys"}
 
 
-def write_snapshot(snapshot: Snapshot, writer: Writer, lists: bool = True) -> None:
+class _Parts:
     """
-    Write a snapshot, reading each of its streams once.
+    What of a snapshot is written into a zip.
 
     :param lists: also what its clients hand over, and the owners: their lists may be long.
     """
-    chunks: dict[str, int] = {}
 
-    def put_side(name: str, side: Side) -> _SideMeta:
-        put_stream(f"{name}/nodes", side.tree.nodes)
-        put_stream(f"{name}/leaves", side.tree.leaves)
-        put_stream(f"{name}/blocks", side.blocks)
-        put_stream(f"{name}/claims", side.claims)
+    def __init__(self, writer: Writer, lists: bool = True) -> None:
+        self._writer = writer
+        self._with_lists = lists
+        self._chunks: dict[str, int] = {}
+        self._by_key: dict[str, list[int]] = {}
+        #: What was written of each side's lists.
+        self._lists: dict[str, tuple[Lists, dict[str, int]]] = {}
+
+    def put(self, snapshot: Snapshot) -> None:
+        """Write all that may be large, reading each stream once."""
+        self._writer.array("ram", snapshot.ram)
+        self._writer.array("scratch", snapshot.scratch)
+        self._side("out", snapshot.outgoing)
+        if snapshot.incoming is not None:
+            self._side("in", snapshot.incoming)
+        self._stream("stamps", snapshot.stamps)
+        self._blocks("watched", snapshot.watched)
+        self._stream("evidence", snapshot.evidence)
+
+    def _side(self, name: str, side: Side) -> None:
+        self._stream(f"{name}/nodes", side.tree.nodes)
+        self._stream(f"{name}/leaves", side.tree.leaves)
+        self._blocks(f"{name}/blocks", side.blocks)
+        self._stream(f"{name}/claims", side.claims)
         if side.serialized is not None:
-            put_stream(f"{name}/serialized/nodes", side.serialized.nodes)
-            put_stream(f"{name}/serialized/leaves", side.serialized.leaves)
+            self._stream(f"{name}/serialized/nodes", side.serialized.nodes)
+            self._stream(f"{name}/serialized/leaves", side.serialized.leaves)
         for i, blob in enumerate(side.blobs.values()):
-            writer.member(f"{name}/blobs/{i:06d}.bin", blob[: budget.BLOB])
-        begun, pieces = listed.NOTHING, dict[str, int]()
-        if lists:
-            begun, pieces = listed.put(writer, name, _lists(side))
+            self._writer.member(f"{name}/blobs/{i:06d}.bin", blob[: budget.BLOB])
+        self._lists[name] = listed.NOTHING, {}
+        if self._with_lists:
+            self._lists[name] = listed.put(self._writer, name, _lists(side))
+
+    def _stream(self, name: str, stream: Iterable[Columns]) -> None:
+        self._chunks[name] = self._writer.stream(name, stream)
+
+    def _blocks(self, name: str, stream: Iterable[Blocks]) -> None:
+        first: list[int] = []
+
+        def noted() -> Iterator[Blocks]:
+            for chunk in gathered(stream):
+                first.append(int(chunk.key[0]))
+                yield chunk
+
+        self._stream(name, noted())
+        numbers = sorted(range(len(first)), key=first.__getitem__)
+        if numbers != [*range(len(first))]:
+            self._by_key[name] = numbers
+
+    def finish(self, snapshot: Snapshot) -> None:
+        """
+        Write the rest.
+
+        :param snapshot: the same one, with what is known only after its streams were read.
+        """
+        incoming = snapshot.incoming
+        meta = _Meta(
+            SNAPSHOT.schema,
+            snapshot.taken,
+            snapshot.kernel,
+            snapshot.abi,
+            snapshot.kho_enable,
+            snapshot.handover,
+            self._side_meta("out", snapshot.outgoing),
+            None if incoming is None else self._side_meta("in", incoming),
+            snapshot.scan,
+            snapshot.watching,
+            self._chunks,
+            self._by_key,
+            snapshot.scratch_free,
+            snapshot.image,
+            snapshot.liveupdate,
+            None if snapshot.offline is None else snapshot.offline.tolist(),
+            snapshot.unreadable,
+            snapshot.finalized,
+            snapshot.nodes,
+            snapshot.crash_image,
+            snapshot.scratch_setup,
+            snapshot.scratch_use,
+            snapshot.memory,
+        )
+        self._writer.json("meta.json", meta)
+
+    def _side_meta(self, name: str, side: Side) -> _SideMeta:
+        begun, pieces = self._lists[name]
         return _SideMeta(
             side.fdt,
             side.tree.state,
@@ -183,51 +258,85 @@ def write_snapshot(snapshot: Snapshot, writer: Writer, lists: bool = True) -> No
             pieces,
         )
 
-    def put_stream(name: str, stream: Iterable[Columns]) -> None:
-        chunks[name] = writer.stream(name, stream)
 
-    writer.array("ram", snapshot.ram)
-    writer.array("scratch", snapshot.scratch)
-    outgoing = put_side("out", snapshot.outgoing)
-    incoming = put_side("in", snapshot.incoming) if snapshot.incoming else None
-    put_stream("stamps", snapshot.stamps)
-    put_stream("watched", snapshot.watched)
-    put_stream("evidence", snapshot.evidence)
-    meta = _Meta(
-        SNAPSHOT.schema,
-        snapshot.taken,
-        snapshot.kernel,
-        snapshot.abi,
-        snapshot.kho_enable,
-        snapshot.handover,
-        outgoing,
-        incoming,
-        snapshot.scan,
-        snapshot.watching,
-        chunks,
-        snapshot.scratch_free,
-        snapshot.image,
-        snapshot.liveupdate,
-        None if snapshot.offline is None else snapshot.offline.tolist(),
-        snapshot.unreadable,
-        snapshot.finalized,
-        snapshot.nodes,
-        snapshot.crash_image,
-        snapshot.scratch_setup,
-        snapshot.scratch_use,
-        snapshot.memory,
-    )
-    writer.json("meta.json", meta)
+def write_snapshot(snapshot: Snapshot, writer: Writer) -> None:
+    """Write a snapshot, reading each of its streams once."""
+    parts = _Parts(writer)
+    parts.put(snapshot)
+    parts.finish(snapshot)
 
 
 def _lists(side: Side) -> Lists:
     return Lists(side.luo, side.vmallocs, side.owners)
 
 
-def save(snapshot: Snapshot, file: IO[bytes], lists: bool = True) -> None:
-    """Write a snapshot as a zip of its own; ``lists`` is that of :func:`write_snapshot`."""
+class Draft:
+    """
+    A snapshot that is written as a zip of its own while it is read from a kernel.
+
+    :param file: takes it in place of what is there, and says itself what is wrong with it
+        (:func:`.telling`); None: a temporary file does.
+    """
+
+    def __init__(self, file: IO[bytes] | None = None) -> None:
+        self._file = file or temporary()
+        # The lists are in memory, and stay there if nobody else is to read the file.
+        self._lists = file is not None
+        self._zip: zipfile.ZipFile | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self._drop()
+
+    def _drop(self) -> None:
+        """Close what was not finished: it would try to finish itself when it is collected."""
+        if self._zip is not None:
+            # The disk is full, or it was interrupted in the middle of a member.
+            with contextlib.suppress(KhoscopeError, ValueError):
+                self._zip.close()
+
+    def put(self, snapshot: Snapshot) -> None:
+        """Write all that may be large, reading each stream once, in place of what was put."""
+        self._drop()
+        self._file.seek(0)
+        self._file.truncate()
+        self._zip = zipfile.ZipFile(self._file, "w")
+        self._parts = _Parts(Writer(self._zip), self._lists)
+        self._parts.put(snapshot)
+
+    def finish(self, snapshot: Snapshot) -> Snapshot:
+        """
+        The same facts, read back from the file.
+
+        :param snapshot: what was put, with what is known only after its streams were read.
+        """
+        assert self._zip is not None, "nothing was put"
+        self._parts.finish(snapshot)
+        self._zip.close()
+        return read_snapshot(Archive(self._file, "snapshot", SNAPSHOT, ours=True), snapshot)
+
+    def copy(self, snapshot: Snapshot) -> Snapshot:
+        """
+        Put and finish a snapshot that is read from this very file.
+        """
+        with Draft() as other:
+            other.put(snapshot)
+            kept = other.finish(snapshot)
+            self.put(kept)
+            return self.finish(kept)
+
+
+def save(snapshot: Snapshot, file: IO[bytes]) -> None:
+    """Write a snapshot as a zip of its own."""
     with zipfile.ZipFile(file, "w") as archive:
-        write_snapshot(snapshot, Writer(archive), lists)
+        write_snapshot(snapshot, Writer(archive))
 
 
 def save_file(snapshot: Snapshot, path: Path) -> None:
@@ -240,16 +349,6 @@ def save_file(snapshot: Snapshot, path: Path) -> None:
         with new.told():
             save(snapshot, new.file)
         new.finish()
-
-
-def spool(snapshot: Snapshot) -> Snapshot:
-    """
-    The same facts, read once and kept: what a source reads lazily becomes a fixed snapshot.
-    """
-    file = tempfile.SpooledTemporaryFile(max_size=SPOOL_MEMORY)  # noqa: SIM115 - lives on in it
-    # The lists are in memory, and stay there.
-    save(snapshot, file, lists=False)
-    return read_snapshot(Archive(file, "spooled snapshot", SNAPSHOT, ours=True), snapshot)
 
 
 def load_file(path: Path) -> Snapshot:
@@ -276,7 +375,8 @@ def read_snapshot(archive: Archive, spooled: Snapshot | None = None) -> Snapshot
         2: UNRECORDED_2 | DERIVED,
         3: UNRECORDED_3 | DERIVED,
         4: UNRECORDED_4 | DERIVED,
-        5: DERIVED,
+        5: UNRECORDED_5 | DERIVED,
+        6: DERIVED,
     }
     meta, lacking = archive.meta(SNAPSHOT, _Meta, may_lack)
     abi = _whole(meta.abi)
@@ -285,7 +385,7 @@ def read_snapshot(archive: Archive, spooled: Snapshot | None = None) -> Snapshot
     with archive.damage():
         _check_abi(abi)
         offline = _ranges(meta.offline)
-    streams = _Streams(archive, abi, meta.chunks)
+    streams = _Streams(archive, abi, meta.chunks, meta.by_key)
     wrong: list[str] = []
 
     def tree(name: str, state: TreeState) -> Tree:
@@ -356,7 +456,8 @@ def read_snapshot(archive: Archive, spooled: Snapshot | None = None) -> Snapshot
     if not archive.ours:
         with archive.damage():
             _check_memory(facts)
-    return dataclasses.replace(facts, contradictions=[*wrong, *invariants.contradictions(facts)])
+    wrong += [*invariants.contradictions(facts), *invariants.of_scan(facts)]
+    return dataclasses.replace(facts, contradictions=wrong)
 
 
 def _with_limits(abi: Abi) -> Abi:
@@ -428,6 +529,10 @@ def _check_members(archive: Archive, meta: _Meta) -> None:
             meta.schema != FIRST_SCHEMA and not {*claims} <= counted
         ):
             raise ValueError("meta.json does not count the chunks of each stream")
+        for name, numbers in meta.by_key.items():
+            count = meta.chunks.get(name)
+            if len(numbers) != count or sorted(numbers) != [*range(count)]:
+                raise ValueError(f"{name}: not all of its chunks are in order")
     blobs = {
         f"{side}/blobs": len(of.blobs)
         for side, of in (("out", meta.outgoing), ("in", meta.incoming))
@@ -468,11 +573,13 @@ class _Streams:
     The streams of a stored snapshot.
 
     :param chunks: how many each has.
+    :param by_key: as in :class:`_Meta`.
     """
 
     archive: Archive
     abi: Abi
     chunks: dict[str, int]
+    by_key: dict[str, list[int]]
 
     def nodes(self, name: str) -> Iterable[Nodes]:
         return self._stream(name, lambda at: Nodes(**self.archive.columns(at, Nodes)))
@@ -508,18 +615,52 @@ class _Streams:
 
         return self._stream(name, read)
 
-    def _stream(self, name: str, read: Callable[[str], C], order: str | None = None) -> Stored[C]:
-        return Stored(lambda: self._chunks(name, read, order))
+    def _stream(
+        self, name: str, read: Callable[[str], C], order: str | None = None
+    ) -> _StoredChunks[C]:
+        numbers = self.by_key.get(name, range(self.chunks.get(name, 0)))
+        return _StoredChunks(self.archive, name, numbers, read, order)
 
-    def _chunks(self, name: str, read: Callable[[str], C], order: str | None) -> Iterator[C]:
+
+@dataclass(frozen=True)
+class _StoredChunks(Generic[C]):
+    """
+    A stored stream; its chunks are read anew whenever they are asked for.
+
+    :param numbers: of its chunks, in their order.
+    :param read: reads the members whose names begin so.
+    :param order: the column by which it is sorted; None: it is not.
+    """
+
+    archive: Archive
+    name: str
+    numbers: Sequence[int]
+    read: Callable[[str], C]
+    order: str | None
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, at: int) -> C:
+        return self._chunk(self.numbers[at])
+
+    def _chunk(self, number: int) -> C:
+        chunk = self.read(f"{self.name}/{number:06d}.")
+        if self.order is not None:
+            column = getattr(chunk, self.order)
+            self._require(len(column) > 0 and not (column[1:] <= column[:-1]).any())
+        return chunk
+
+    def __iter__(self) -> Iterator[C]:
         last = -1
-        for i in range(self.chunks.get(name, 0)):
-            chunk = read(f"{name}/{i:06d}.")
-            if order is not None:
-                column = getattr(chunk, order)
-                with self.archive.damage():
-                    rises = len(column) and int(column[0]) > last
-                    if not rises or (column[1:] <= column[:-1]).any():
-                        raise ValueError(f"{name}: not in order of {order}")
+        for chunk in map(self._chunk, self.numbers):
+            if self.order is not None:
+                column = getattr(chunk, self.order)
+                self._require(int(column[0]) > last)
                 last = int(column[-1])
             yield chunk
+
+    def _require(self, sorted: bool) -> None:
+        with self.archive.damage():
+            if not sorted:
+                raise ValueError(f"{self.name}: not in order of {self.order}")

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, U64, Abi
+from .by_address import merged
 from .columns import CHUNK_BLOCKS, Blocks, Leaves, Nodes
 
 #: How many bits of leaves are unpacked at once.
@@ -101,21 +102,15 @@ class Tree:
 
         Whoever reads their struct pages comes by each of them once, whatever the orders.
         """
-        ahead = []
+        kinds = []
         for order, leaves in _by_kind(abi, Leaves.concatenate(self.leaves)):
             if order == BAD_ORDER:
                 # Keys that mean nothing have no address; they count as 0.
                 yield from Tree(self.state, leaves=[leaves]).blocks(abi)
             else:
-                ahead.append(_Ahead(abi, leaves))
-        while ahead:
-            # What a kind has begins behind what is decoded of it.
-            until = min(each.decoded for each in ahead)
-            for end in _ends([each.begins(until) for each in ahead], until):
-                blocks = Blocks.concatenate(filter(len, (each.until(end) for each in ahead)))
-                if len(blocks):
-                    yield blocks.in_order_of("key")
-            ahead = [each for each in ahead if not each.done]
+                kinds.append(_Decoded(abi, leaves))
+        for blocks in merged(kinds):
+            yield blocks.in_order_of("key")
 
     def totals(self, abi: Abi) -> dict[tuple[int, int], int]:
         """Blocks by (order, type), counted without decoding a key."""
@@ -165,64 +160,30 @@ def _by_kind(abi: Abi, leaves: Leaves) -> Iterator[tuple[int, Leaves]]:
         yield int(order[first]), leaves[first:end]
 
 
-class _Ahead:
-    """Blocks of one kind, decoded some at a time; their leaves are sorted by key."""
+class _Decoded:
+    """Blocks of one kind in order of address, decoded some at a time."""
 
     def __init__(self, abi: Abi, leaves: Leaves) -> None:
         self._abi = abi
         self._leaves = leaves
-        self._counts = leaves.counts()
-        self._next = 0
-        self._blocks = Blocks.empty()
-        #: No block that is not yet decoded begins in front of this address.
-        self.decoded = 0
-        self._decode()
+        self._bounds = [0]
+        most = max(RUN_BITS // abi.leaf_bits, 1)
+        blocks = 0
+        for end, count in enumerate(leaves.counts().tolist(), 1):
+            blocks += count
+            if blocks >= CHUNK_BLOCKS or end - self._bounds[-1] == most or end == len(leaves):
+                self._bounds.append(end)
+                blocks = 0
 
-    @property
-    def done(self) -> bool:
-        return self._next == len(self._leaves) and not len(self._blocks)
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
 
-    def begins(self, phys: int) -> U64:
-        """The addresses of those that begin in front of another one."""
-        return self._blocks.phys[: self._until(phys)]
+    def __getitem__(self, at: int) -> Blocks:
+        leaves = self._leaves[self._bounds[at] : self._bounds[at + 1]]
+        return decode_leaves(self._abi, leaves).in_order_of("phys")
 
-    def until(self, phys: int) -> Blocks:
-        """Those that begin in front of an address; it is not above :attr:`decoded`."""
-        at = self._until(phys)
-        found, self._blocks = self._blocks[:at], self._blocks[at:]
-        if not len(self._blocks):
-            self._decode()
-        return found
-
-    def _until(self, phys: int) -> int:
-        if phys < 1 << 64:
-            return int(np.searchsorted(self._blocks.phys, np.uint64(phys)))
-        return len(self._blocks)
-
-    def _decode(self) -> None:
-        start, blocks = self._next, 0
-        most = start + max(RUN_BITS // self._abi.leaf_bits, 1)
-        while self._next < min(len(self._leaves), most) and blocks < CHUNK_BLOCKS:
-            blocks += int(self._counts[self._next])
-            self._next += 1
-        found = decode_leaves(self._abi, self._leaves[start : self._next])
-        self._blocks = found.in_order_of("phys")
-        self.decoded = 1 << 64
-        if self._next < len(self._leaves):
-            self.decoded = self._abi.kho_radix_decode_key(int(self._leaves.key[self._next]))[0]
-
-
-def _ends(begins: list[U64], until: int) -> list[int]:
-    """
-    Addresses that cut blocks into chunks; the last is ``until``.
-
-    :param begins: where the blocks of each kind begin, all in front of ``until``.
-    """
-    count = sum(map(len, begins))
-    if count <= CHUNK_BLOCKS:
-        return [until]
-    ranks = range(CHUNK_BLOCKS, count, CHUNK_BLOCKS)
-    return [*np.partition(np.concatenate(begins), ranks)[ranks].tolist(), until]
+    def __iter__(self) -> Iterator[Blocks]:
+        return map(self.__getitem__, range(len(self)))
 
 
 def decode_leaves(abi: Abi, leaves: Leaves) -> Blocks:

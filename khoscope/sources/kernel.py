@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import IO, Generic, TypeVar
 
 import numpy as np
 from drgn import BadDataError, FaultError, Object, Program, TypeKind, offsetof, sizeof
@@ -24,12 +25,13 @@ from .. import __version__
 from ..abi.keys import U64, Abi, Finalize, Tracker
 from ..abi.kho_fdt import Fdt
 from ..abi.serialized import KHO_VMALLOC, unpack
+from ..facts.by_address import by_address
 from ..facts.clients import Owner, OwnerKind
-from ..facts.columns import Blocks, Columns, Leaves
+from ..facts.columns import Blocks, ChunkByChunk, Columns, Leaves
 from ..facts.page_runs import PageRuns
 from ..facts.snapshot import Kernel, Provenance, Scan, Side, Snapshot, Watched
 from ..facts.status import no_kho
-from ..facts.store import spool
+from ..facts.store import Draft
 from ..facts.tree import KeySet, Tree
 from ..words.errors import KhoscopeError
 from . import btf
@@ -234,53 +236,91 @@ class KernelSource:
         return facts, use(facts)
 
     def judge(
-        self, use: Callable[[Snapshot], T], before: Snapshot | None = None
+        self, use: Callable[[Snapshot, Snapshot | None], T], before: Snapshot | None = None
     ) -> tuple[Snapshot, T]:
         """
-        All facts but stamps, and what ``use`` makes of them.
+        All facts that a verdict needs, and what ``use`` makes of them.
 
-        The blocks are read while ``use`` iterates them, in order of address, and are not kept.  If
+        The streams are read while ``use`` iterates them, in order of address, and are not kept.  If
         the tree moves meanwhile, ``use`` is called again: only what it gave last counts.
 
-        :param before: as in :meth:`snapshot`, whose facts ``use`` is given then: what arrived is
-            judged by more than one look.
+        :param use: is given the facts, and ``before`` with its blocks in the order of ``watched``.
+        :param before: as in :meth:`snapshot`; None: what is stamped is not looked for, either.
         :raises KhoscopeError: if KHO is off.
         """
-        if before is not None:
-            facts = self.snapshot(before)
-            return facts, use(facts)
         with told():
-            self._require_kho()
+            self._require_comparable(before)
             reading = self._begin()
             kernel = reading.kernel()
-
-            def walk_it() -> Tree:
-                return self._walk_outgoing(reading)
+            stamps = before is not None
 
             def read(tree: Tree) -> tuple[Snapshot, T]:
-                facts = self._lazily(reading.attempt(), tree, kernel, tree.by_address)
-                return facts, use(facts)
+                turned = before
+                if before is not None:
+                    blocks = _Lazy(functools.partial(by_address, before.outgoing.blocks))
+                    turned = replace(before, outgoing=replace(before.outgoing, blocks=blocks))
+                facts = self._lazily(reading.attempt(), tree, kernel, turned, stamps)
+                return facts, use(facts, turned)
 
-            if not self._moves:
-                return read(walk_it())
-            (facts, used), tree = settle(walk_it, read)
+            (facts, used), tree = self._settled(reading, read)
             seen = facts.outgoing.tree.state
             if not tree.state.moved and tree.state.problem_count == seen.problem_count:
                 return replace(facts, outgoing=replace(facts.outgoing, tree=tree)), used
         # What stood still among what moves is known only after all was read: keep it until then.
-        facts = self.snapshot(stamps=False)
-        return facts, use(facts)
+        facts = self.snapshot(before, stamps)
+        return facts, use(facts, before)
 
     @told()
-    def snapshot(self, before: Snapshot | None = None, stamps: bool = True) -> Snapshot:
+    def snapshot(
+        self,
+        before: Snapshot | None = None,
+        stamps: bool = True,
+        file: IO[bytes] | None = None,
+    ) -> Snapshot:
         """
         All facts, read once and kept.
 
         :param before: also look at the pages of the blocks that this snapshot recorded.
         :param stamps: also look for stamps, which takes a scan of all struct pages; of no use in a
             kernel whose stamps have no magic.
+        :param file: becomes a snapshot file, and is what the facts are kept in, as :class:`Draft`
+            has it; None: a temporary file is.
         :raises KhoscopeError: if KHO is off.
         """
+        self._require_comparable(before)
+        reading = self._begin()
+        kernel = reading.kernel()
+
+        with Draft(file) as draft:
+
+            def read(tree: Tree) -> Snapshot:
+                facts = self._lazily(reading.attempt(), tree, kernel, before, stamps)
+                draft.put(facts)
+                return facts
+
+            facts, tree = self._settled(reading, read)
+            kept = draft.finish(replace(facts, outgoing=replace(facts.outgoing, tree=tree)))
+            if not tree.state.moved:
+                return kept
+            # Do not judge blocks that came or went meanwhile: their pages were in motion.
+            stood = KeySet(self.abi, tree.leaves)
+            every = kept.outgoing.blocks
+            blocks = _Lazy(lambda: filter(len, (part[stood.contains(part.key)] for part in every)))
+            outgoing = replace(kept.outgoing, tree=tree, blocks=blocks)
+            return draft.copy(replace(kept, outgoing=outgoing))
+
+    def _settled(self, reading: Reading, read: Callable[[Tree], T]) -> tuple[T, Tree]:
+        """What ``read`` makes of the tree, and the tree, as :func:`settle` has them."""
+
+        def walk_it() -> Tree:
+            return self._walk_outgoing(reading)
+
+        if self._moves:
+            return settle(walk_it, read)
+        tree = walk_it()
+        return read(tree), tree
+
+    def _require_comparable(self, before: Snapshot | None) -> None:
         self._require_kho()
         if before is not None and before.abi.page_shift != self.abi.page_shift:
             raise KhoscopeError(
@@ -288,34 +328,8 @@ class KernelSource:
                 f"this kernel has {self.abi.page_size}",
                 "compare with a snapshot of the kernel that handed over",
             )
-        reading = self._begin()
-        kernel = reading.kernel()
-        # Without a magic, there is nothing to look for.
-        stamps = stamps and self.abi.stamp.has_magic
 
-        def read(tree: Tree) -> Snapshot:
-            return self._everything(reading.attempt(), tree, kernel, before, stamps)
-
-        def walk_it() -> Tree:
-            return self._walk_outgoing(reading)
-
-        if not self._moves:
-            return read(walk_it())
-        facts, tree = settle(walk_it, read)
-        outgoing = replace(facts.outgoing, tree=tree)
-        if tree.state.moved:
-            # Do not judge blocks that came or went meanwhile: their pages were in motion.
-            stood = KeySet(self.abi, tree.leaves)
-            every = facts.outgoing.blocks
-            outgoing = replace(
-                outgoing,
-                blocks=_Lazy(
-                    lambda: filter(len, (part[stood.contains(part.key)] for part in every))
-                ),
-            )
-        return replace(facts, outgoing=outgoing)
-
-    def _everything(
+    def _lazily(
         self,
         reading: Reading,
         tree: Tree,
@@ -323,37 +337,9 @@ class KernelSource:
         before: Snapshot | None,
         stamps: bool,
     ) -> Snapshot:
-        """All facts, read on the strength of a tree, and kept."""
-        scan = _Scan(self, reading.ram)
-        pages = self._page_reader(reading.ram)
-        facts = self._lazily(reading, tree, kernel, tree.blocks)
-        facts = replace(facts, stamps=_Lazy(scan.stamps) if stamps else ())
-        lost = _Count()
-        if before is not None:
-            recorded = before.outgoing.tree
-            facts = replace(
-                facts,
-                watching=Watched(before.taken.time, before.kernel.boot_id),
-                watched=_Lazy(lambda: map(pages.with_pages, recorded.blocks(before.abi))),
-                evidence=_Lazy(lambda: self._leaves_now(reading, before.abi, recorded, lost)),
-            )
-        facts = spool(facts)
-        if lost.value:
-            reading.cannot(f"{lost.value:,} of the pages where the earlier snapshot's leaves were")
-        seen = scan.seen if stamps else None
-        return replace(facts, scan=seen, unreadable=list(reading.unreadable))
-
-    def _lazily(
-        self,
-        reading: Reading,
-        tree: Tree,
-        kernel: Kernel,
-        blocks: Callable[[Abi], Iterator[Blocks]],
-    ) -> Snapshot:
         """
-        All facts but stamps; the blocks are read anew whenever they are iterated.
-
-        :param blocks: the tree's, in some order.
+        All facts, on the strength of a tree.  Streams of blocks are read anew whenever they are
+        iterated: those of the tree in order of address, those of ``before`` in its order.
         """
         pages = self._page_reader(reading.ram)
         facts = self._with_clients(reading, self._snapshot(reading, tree, kernel))
@@ -363,17 +349,25 @@ class KernelSource:
         def read() -> Iterator[Blocks]:
             total = sum(int(leaves.counts().sum()) for leaves in tree.leaves)
             done = 0
-            for part in blocks(self.abi):
+            for part in tree.by_address(self.abi):
                 yield pages.with_pages(part)
                 done += len(part)
                 self._progress("checking blocks", done, total)
 
-        stream = _Lazy(read)
-        return replace(
-            facts,
-            outgoing=replace(outgoing, blocks=stream),
-            unreadable=list(reading.unreadable),
-        )
+        facts = replace(facts, outgoing=replace(outgoing, blocks=_Lazy(read)))
+        # Without a magic, there is nothing to look for.
+        if stamps and self.abi.stamp.has_magic:
+            scan = _Scan(self, reading.ram)
+            facts = replace(facts, stamps=_Lazy(scan.stamps), scan=scan.seen)
+        if before is not None:
+            recorded = before.outgoing
+            facts = replace(
+                facts,
+                watching=Watched(before.taken.time, before.kernel.boot_id),
+                watched=ChunkByChunk(recorded.blocks, pages.with_pages),
+                evidence=[*self._leaves_now(reading, before.abi, recorded.tree)],
+            )
+        return replace(facts, unreadable=list(reading.unreadable))
 
     @told()
     def vmalloc(self, address: int) -> Snapshot:
@@ -642,15 +636,9 @@ class KernelSource:
         root = self._physical(orders.address_)
         return walk_track(self.abi, self._track_layout, root, head, ram, read)
 
-    def _leaves_now(
-        self, reading: Reading, recorded_abi: Abi, recorded: Tree, lost: _Count
-    ) -> Iterator[Leaves]:
-        """
-        What memory holds now where the leaves of another kernel's tree were.
-
-        :param lost: is set to how many of these pages cannot be read.
-        """
-        lost.value = 0
+    def _leaves_now(self, reading: Reading, recorded_abi: Abi, recorded: Tree) -> Iterator[Leaves]:
+        """What memory holds now where the leaves of another kernel's tree were."""
+        lost = 0
         size = recorded_abi.bitmap_bytes
         for nodes in recorded.nodes:
             # The addresses come from a file: check them.
@@ -661,9 +649,11 @@ class KernelSource:
             step = READ_SIZE // size if size == recorded_abi.page_size else len(every) + 1
             for part in (every[at : at + step] for at in range(0, len(every), step)):
                 found = list(read_nodes(reading.read_phys, part.phys, size))
-                lost.value += len(part) - sum(len(rows) for rows, _ in found)
+                lost += len(part) - sum(len(rows) for rows, _ in found)
                 for rows, raw in found:
                     yield leaves_of(recorded_abi, part.key[rows], raw, empty=True)
+        if lost:
+            reading.cannot(f"{lost:,} of the pages where the earlier snapshot's leaves were")
 
     def _with_scratch(self, reading: Reading, facts: Snapshot) -> Snapshot:
         """The same with what each scratch area is used for."""
