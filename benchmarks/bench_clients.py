@@ -14,6 +14,7 @@ import io
 import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 
 from benchmarks.bench_tree import machine as processor
-from benchmarks.bench_verify import cpu, memory
+from benchmarks.bench_verify import cpu
 from khoscope.abi.keys import U64
 from khoscope.abi.kho_fdt import Fdt
 from khoscope.abi.serialized import (
@@ -87,6 +88,20 @@ class Session:
     machine: MadeUp
     #: ``phys_addr_t`` of its ``struct luo_session_ser``'s block.
     head: int
+
+
+def memory(work: Callable[[], object]) -> float:
+    """MiB that it takes at most, beyond what was there before."""
+
+    def read(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+    # VmHWM begins anew (Documentation/filesystems/proc.rst).
+    Path("/proc/self/clear_refs").write_text("5")
+    before = read("VmRSS")
+    work()
+    return (read("VmHWM") - before) / 1024
 
 
 def session(files: int) -> Session:
@@ -361,6 +376,28 @@ def settled(leaves: int) -> Callable[[], object]:
     return lambda: settle(walk_once, lambda _: None)
 
 
+def overlapping(leaves: int) -> Callable[[], object]:
+    """A tree with a bit in each leaf, of all orders of the page allocator, each in its own area."""
+    bitmap = np.zeros((leaves, PAGE), np.uint8)
+    bitmap[:, 0] = 1
+    orders = PLAIN.max_page_order + 1
+    span = np.arange(leaves // orders, dtype=np.uint64) * np.uint64(PLAIN.leaf_bits * PAGE)
+    keys = [
+        PLAIN.kho_radix_encode_keys(np.uint64(order << 48) + (span << np.uint64(order)), order, 0)
+        for order in reversed(range(orders))
+    ]
+    every = np.concatenate(keys)
+    facts = snapshot(PLAIN, [])
+    tree = KeySet(PLAIN, groups(Leaves(every, bitmap[: len(every)])))
+    find = RULES["overlap"].finders["tree"]
+
+    def work() -> None:
+        if list(find(facts, tree)):
+            raise SystemExit("none of them overlap")
+
+    return work
+
+
 ROWS: Final = (
     Row("LUO, the kernel's own lists", "files", (25_000, 100_000), read_live, 40),
     Row("LUO, serialized", "files", (25_000, 100_000), read_serialized, 40),
@@ -374,6 +411,7 @@ ROWS: Final = (
     Row("claims, in the tree?", "claims", (1 << 18, 1 << 20), in_tree),
     Row("findings", "findings", (1 << 18, 1 << 20), findings),
     Row("settle()", "leaves", (1 << 13, 1 << 15), settled),
+    Row("overlap, of all orders", "leaves", (1 << 13, 1 << 15), overlapping),
 )
 
 

@@ -15,6 +15,7 @@ import struct
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,18 +144,13 @@ def cpu(work: Callable[[], object]) -> float:
     return min(took)
 
 
-def memory(work: Callable[[], object]) -> float:
-    """MiB that it takes at most, beyond what was there before."""
-
-    def read(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-    # VmHWM begins anew (Documentation/filesystems/proc.rst).
-    Path("/proc/self/clear_refs").write_text("5")
-    before = read("VmRSS")
+def at_most(work: Callable[[], object]) -> float:
+    """MiB of Python and numpy that it takes at most."""
+    tracemalloc.start()
     work()
-    return (read("VmHWM") - before) / 1024
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return most / MILLION
 
 
 class Stream:
@@ -225,7 +221,7 @@ class Measured:
     """
     :param ratios: to the bare read, by what was done.
     :param look: how often each struct page was read for ``verify``.
-    :param memory: MiB that it took at most, by what was done.
+    :param memory: MiB at most, by what was done.
     """
 
     shape: Shape
@@ -286,7 +282,7 @@ def measure(shape: Shape, millions: int, directory: Path) -> Measured:
         "diff": differ,
         "owners": owners,
     }
-    more = {"verify": memory(verify), "snapshot": memory(save), "--before": memory(compare_both)}
+    more = {name: at_most(works[name]) for name in ("verify", "snapshot", "--before", "diff")}
     ratios = {name: cpu(work) / took for name, work in works.items()}
     size = saved.stat().st_size
     stamped = Kernel(shape, millions, directory, struct_pages(shape, stamped=True))
@@ -331,15 +327,16 @@ def main(sizes: list[int]) -> None:
         for shape in shapes():
             for millions in sizes:
                 every.append(measure(shape, millions, Path(directory)))
-    live: dict[str, Callable[[Measured], str]] = {
+    more: dict[str, Callable[[Measured], str]] = {
         "pages read": lambda each: f"{each.look:.2f}",
-        "MiB at most, verify": lambda each: f"{each.memory['verify']:.0f}",
+        "MiB: verify": lambda each: f"{each.memory['verify']:.0f}",
         "snapshot": lambda each: f"{each.memory['snapshot']:.0f}",
         "--before": lambda each: f"{each.memory['--before']:.0f}",
+        "diff": lambda each: f"{each.memory['diff']:.0f}",
         "file, bytes a block": lambda each: f"{each.file_bytes / each.blocks:.2f}",
     }
     print(table(every, LIVE, {}))
-    print(table(every, FILES, live))
+    print(table(every, FILES, more))
     print(f"× the bare read (ns a page); {machine()}")
 
 

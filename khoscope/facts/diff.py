@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..words.errors import KhoscopeError
 from .clients import Luo
-from .columns import Blocks, Pages, aligned
+from .columns import Blocks, Pages, aligned, distinct
 from .owners import claimed
 from .scratch import is_movable
 from .snapshot import KexecImage, Side, Snapshot
@@ -169,26 +169,34 @@ def blocks(a: Snapshot, b: Snapshot) -> Iterator[BlockChanges]:
             "compare snapshots of kernels with the same page size",
         )
     for left, right in aligned(a.outgoing.blocks, b.outgoing.blocks):
+        if len(left) == len(right) and (left.key == right.key).all():
+            # Most chunks are so.
+            yield from _with_other_pages(left, right)
+            continue
         _, i, j = np.intersect1d(left.key, right.key, assume_unique=True, return_indices=True)
         for how, part, common in (("removed", left, i), ("added", right, j)):
             alone = np.ones(len(part), np.bool_)
             alone[common] = False
             if alone.any():
                 yield BlockChanges(how, part[alone])
-        if len(i):
-            was, now = left[i], right[j]
-            differ = _pages_differ(was.facts, now.facts)
-            if differ.any():
-                yield BlockChanges("pages", was[differ], now.facts[differ])
+        yield from _with_other_pages(left[i], right[j])
+
+
+def _with_other_pages(was: Blocks, now: Blocks) -> Iterator[BlockChanges]:
+    """Those of the same blocks whose facts differ."""
+    differ = _pages_differ(was.facts, now.facts)
+    if differ.any():
+        yield BlockChanges("pages", was[differ], now.facts[differ])
 
 
 def _pages_differ(a: Pages, b: Pages) -> NDArray[np.bool_]:
     differ = np.zeros(len(a), np.bool_)
     for column in Pages.DTYPES:
-        changed = getattr(a, column) != getattr(b, column)
+        changed = distinct(getattr(a, column)) != distinct(getattr(b, column))
         if column == "pristine":
             # An older file does not have it.
-            changed &= (a.pristine != Pages.UNRECORDED) & (b.pristine != Pages.UNRECORDED)
+            known = (a.pristine != Pages.UNRECORDED) & (b.pristine != Pages.UNRECORDED)
+            changed = changed & known
         differ |= changed
     return differ
 
