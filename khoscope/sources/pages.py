@@ -135,11 +135,16 @@ class StructPages:
     @functools.cached_property
     def _address(self) -> U64:
         """u64, the virtual address of each struct page."""
+        return self._addresses(0)
+
+    def _addresses(self, offset: int) -> U64:
+        """u64, the virtual address of the member at some offset, of each struct page."""
         pfn, layout = self._pfn, self._layout
+        first = layout.vmemmap + offset
         if isinstance(pfn, int):
             count = len(self._raw) // layout.size
-            return _offsets(layout.size, count) + np.uint64(layout.vmemmap + pfn * layout.size)
-        return pfn * np.uint64(layout.size) + np.uint64(layout.vmemmap)
+            return _offsets(layout.size, count) + np.uint64(first + pfn * layout.size)
+        return pfn * np.uint64(layout.size) + np.uint64(first)
 
     @functools.cached_property
     def is_fake_head(self) -> NDArray[np.bool_]:
@@ -238,6 +243,12 @@ class StructPages:
             tail |= self.is_fake_head[pages]
         return tail
 
+    def _may_be_compound(self, pages: Rows) -> bool:
+        """Whether any of them is a tail, or a head; single pages are neither."""
+        words = ((self._layout.flags, 1 << self._layout.head_bit), (self._layout.compound, 1))
+        every = ((self._column(offset, np.uint64)[pages], bit) for offset, bit in words)
+        return any(int(np.bitwise_or.reduce(column)) & bit for column, bit in every)
+
     @property
     def is_buddy(self) -> NDArray[np.bool_]:
         layout = self._layout
@@ -250,7 +261,7 @@ class StructPages:
     def is_pristine(self) -> NDArray[np.bool_]:
         """Pages that are as the boot left them, but for refcount and ``private``."""
         layout = self._layout
-        node = self._address + np.uint64(layout.lru)
+        node = self._addresses(layout.lru)
         pristine: NDArray[np.bool_] = self._column(layout.lru, np.uint64) == node
         # What is or was in use fails that already.
         if pristine.any():
@@ -268,6 +279,8 @@ class StructPages:
         """
         if pages is None:
             pages = slice(0, len(self.flags) - 1)
+        if not self._may_be_compound(pages):
+            return np.full(len(self.flags[pages]), Pages.NOT_COMPOUND, np.int8)
         tail = self._is_tail(pages)
         found = np.where(tail, np.int8(Pages.COMPOUND_TAIL), np.int8(Pages.NOT_COMPOUND))
         head = (self.flags[pages] >> np.uint64(self._layout.head_bit)) & np.uint64(1) != 0
@@ -477,12 +490,15 @@ class PageReader:
         # Memory beyond RAM has no struct pages.  A block of a bad order has no pages.
         length = np.minimum(blocks.page_count, np.uint64(1) << np.uint64(40)).view(np.int64)
         end = start + length
+        rows = np.arange(len(blocks))
         if int(end.max(initial=0)) > self._ram_end:
             end = np.minimum(end, self._ram_end)
             # The cap leaves room to add pages of RAM that cannot be read.
             facts.unread[:] = np.minimum(start + length - np.maximum(end, start), 2**31)
-        rows = np.flatnonzero(end > start)
-        at = _run_of(rows)
+            rows = np.flatnonzero(end > start)
+        elif not int(length.min(initial=1)):
+            rows = np.flatnonzero(length)
+        at: Rows = slice(0, len(rows)) if len(rows) == len(blocks) else rows
         if (start[at][1:] < start[at][:-1]).any():
             at = rows = rows[np.argsort(start[rows], kind="stable")]
         if len(rows):
