@@ -346,15 +346,17 @@ class KernelSource:
         facts = self._with_scratch(reading, facts)
         outgoing = self._with_vm_structs(reading, facts)
 
-        def read() -> Iterator[Blocks]:
-            total = sum(int(leaves.counts().sum()) for leaves in tree.leaves)
-            done = 0
-            for part in tree.by_address(self.abi):
-                yield pages.with_pages(part)
-                done += len(part)
-                self._progress("checking blocks", done, total)
+        def read(what: str, of: Tree) -> Callable[[Blocks], Blocks]:
+            done = self._counter(what, sum(int(leaves.counts().sum()) for leaves in of.leaves))
 
-        facts = replace(facts, outgoing=replace(outgoing, blocks=_Lazy(read)))
+            def with_pages(part: Blocks) -> Blocks:
+                done(len(part))
+                return pages.with_pages(part)
+
+            return with_pages
+
+        blocks = _Lazy(lambda: map(read("checking blocks", tree), tree.by_address(self.abi)))
+        facts = replace(facts, outgoing=replace(outgoing, blocks=blocks))
         # Without a magic, there is nothing to look for.
         if stamps and self.abi.stamp.has_magic:
             scan = _Scan(self, reading.ram)
@@ -364,7 +366,9 @@ class KernelSource:
             facts = replace(
                 facts,
                 watching=Watched(before.taken.time, before.kernel.boot_id),
-                watched=ChunkByChunk(recorded.blocks, pages.with_pages),
+                watched=ChunkByChunk(
+                    recorded.blocks, read("looking at recorded blocks", recorded.tree)
+                ),
                 evidence=[*self._leaves_now(reading, before.abi, recorded.tree)],
             )
         return replace(facts, unreadable=list(reading.unreadable))
