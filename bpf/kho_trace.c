@@ -90,7 +90,7 @@ enum bit {
 #define WINDOW (1 << WINDOW_ORDER)
 #define WINDOWS (1 << WINDOWS_ORDER)
 
-/* A range of less than 2^24 pages is cut into no more blocks; of all of them, so much is read. */
+/* A range of less than 2^24 pages is cut into no more blocks; of all, so many windows are read. */
 #define BLOCKS 48
 #define WINDOWS_OF_RANGE (1 << 16)
 
