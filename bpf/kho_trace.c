@@ -23,6 +23,7 @@
  *   STAMP_MAGIC, STAMP_MAGIC_SHIFT, STAMP_ORDER_MASK   union kho_page_info
  *   STAMP_TYPE_SHIFT                     bit of the type in it; 64: none
  *   PRESERVE_PAGES, RESTORE_PAGES        numbers of kho_preserve_pages() and kho_restore_pages()
+ *   MAY_GOTO                             whether the kernel has that instruction
  * and what the user asked for:
  *   RING_PAGES                           size of the ring buffer
  *   STACK_FRAMES                         kernel stack frames kept of each call
@@ -83,18 +84,45 @@ enum bit {
 #define NO_ORDER 255
 #define MAX_TASKS 1024
 
-/* struct pages are read by so many at once, and so many times at most. */
+/* struct pages are read by so many at once; where not all of a block are, so many times. */
 #define WINDOW_ORDER 4
 #define WINDOWS_ORDER 6
 #define WINDOW (1 << WINDOW_ORDER)
 #define WINDOWS (1 << WINDOWS_ORDER)
 
-/*
- * A range of less than 2^24 pages is cut into no more blocks. Of all of them, windows are looked
- * at in two goes: the verifier forgets what it knows of a loop that is much longer.
- */
+/* A range of less than 2^24 pages is cut into no more blocks; of all, so many windows are read. */
 #define BLOCKS 48
+#define WINDOWS_OF_RANGE (1 << 16)
+
+/*
+ * The verifier walks a loop as often as it can be walked, and forgets what it knows of one that is
+ * long: of a range, windows are looked at in two goes. A loop with a may_goto (since linux 6.9) may
+ * end at any time, and is walked until nothing new is seen, which takes two or three times. For
+ * that, how often it has been walked must decide nothing, unless that is kept in memory.
+ */
+#if MAY_GOTO
+/* All pages of a block up to this order are looked at. */
+#define WHOLE_ORDER 18
+/* The instruction is spelt out for compilers that do not know it. */
+#define GOES_ON(done, times)                                                      \
+	({                                                                        \
+		__label__ _end, _go_on;                                           \
+		int _goes_on = 1;                                                 \
+										  \
+		asm volatile goto("1: .byte 0xe5; .byte 0;"                       \
+				  ".long ((%l[_end] - 1b - 8) / 8) & 0xffff; .short 0" \
+				  : : : : _end);                                  \
+		goto _go_on;                                                      \
+	_end:                                                                     \
+		_goes_on = 0;                                                     \
+	_go_on:                                                                   \
+		_goes_on;                                                         \
+	})
+#else
+#define WHOLE_ORDER (WINDOW_ORDER + WINDOWS_ORDER)
 #define WINDOWS_AT_ONCE 40
+#define GOES_ON(done, times) ((done) < (times))
+#endif
 
 struct header {
 	u64 call;		/* names the outermost call of this one */
@@ -225,6 +253,7 @@ struct named_range {
 	u32 order;		/* as the call cuts it off */
 	u32 looks;		/* order of what is to be looked at of it */
 	u32 block;		/* its number */
+	u32 windows;		/* of all blocks, that were looked at */
 	u64 stamps[64];		/* page->private at entry, of each block */
 	u8 before[64];		/* enum bit, at entry */
 };
@@ -368,11 +397,10 @@ INLINE void look(struct task *t)
 	}
 
 	/* More windows than there is time for: some of all parts of the block. */
-	t->step = order <= WINDOW_ORDER + WINDOWS_ORDER ?
-		  WINDOW : 1ULL << (order - WINDOWS_ORDER);
+	t->step = order <= WHOLE_ORDER ? WINDOW : 1ULL << (order - WINDOWS_ORDER);
 	asm volatile("" : : : "memory");
 
-	for (u32 w = 0; w < WINDOWS; w++) {
+	for (u64 w = 0; GOES_ON(w, WINDOWS); w++) {
 		u64 at = w * t->step;
 
 		if (at >> order)
@@ -663,6 +691,7 @@ INLINE void set_range(struct task *t, int use)
 		pages >>= PAGE_SHIFT_BITS;
 	r->end = r->pfn + pages;
 	r->block = 0;
+	r->windows = 0;
 }
 
 /*
@@ -775,7 +804,7 @@ INLINE void begin_block(struct task *t, int use, u64 ret)
 	/* As in look(); of what has no sane order, the first page. */
 	r->looks = b->order & -LESS(b->order, 64);
 	excess = r->looks - (WINDOW_ORDER + WINDOWS_ORDER);
-	excess &= -LESS(WINDOW_ORDER + WINDOWS_ORDER, r->looks);
+	excess &= -LESS(WHOLE_ORDER, r->looks);
 	r->step = (u64)WINDOW << (excess & 63);
 }
 
@@ -1256,11 +1285,13 @@ tell(struct task *t, struct places *p, int use, int adds, u64 ret, const int loo
 {
 	struct named_range *r = &t->range;
 
-	for (u32 i = 0; i < steps; i++) {
+	for (u32 i = 0; looks ? GOES_ON(i, steps) : i < steps; i++) {
 		asm volatile("" : : : "memory");
 		if (r->pfn == r->end)
 			break;
 		if (looks) {
+			if (r->windows++ == WINDOWS_OF_RANGE)
+				break;
 			look_at_window(t);
 			if (!(r->page >> (r->looks & 63)))
 				continue;
@@ -1299,8 +1330,12 @@ range_at_return(struct task *t, int use, int adds, u64 now, u64 ret)
 	set_range(t, use);
 	begin_block(t, use, ret);
 	if (adds || use == BLOCKS_BY_STAMP) {
+#if MAY_GOTO
+		tell(t, p, use, adds, ret, 1, WINDOWS_OF_RANGE);
+#else
 		tell(t, p, use, adds, ret, 1, WINDOWS_AT_ONCE);
 		tell(t, p, use, adds, ret, 1, WINDOWS_AT_ONCE);
+#endif
 	}
 	/* For more there is no time. */
 	tell(t, p, use, adds, ret, 0, BLOCKS);

@@ -134,14 +134,18 @@ class FakeBcc:
     What bcc was asked to do, and how it answers.
 
     :param fails: called with each step and what it is about; raises what bcc would.
+    :param knows_may_goto: whether the kernel takes a program with that instruction.
     """
 
     kfunc: bool = True
+    knows_may_goto: bool = True
     fails: Callable[[str, str], None] = lambda step, what: None
     done: list[tuple[str, str]] = field(default_factory=list)
     made: list[Any] = field(default_factory=list)
     symbols: dict[int, tuple[bytes | None, int, bytes | None]] = field(default_factory=dict)
     caches: int = 0
+    #: The file descriptor of the program that was loaded to see whether it can be.
+    loaded: int = -1
     #: What a poll gives.
     events: list[bytes] = field(default_factory=list)
 
@@ -161,6 +165,8 @@ class FakeBcc:
         bcc = self
 
         class BPF:
+            KPROBE = 2
+
             def __init__(self, text: str, cflags: list[str], debug: int) -> None:
                 bcc.made.append(self)
                 self.text, self.cflags, self.debug = text, cflags, debug
@@ -204,8 +210,19 @@ class FakeBcc:
             ) -> tuple[bytes | None, int, bytes | None]:
                 return bcc.symbols.get(address, (None, address, None))
 
+        def bcc_prog_load(kind: int, name: bytes, code: bytes, size: int, *rest: object) -> int:
+            """struct bpf_insn: may_goto, and a program's end."""
+            assert (kind, size, rest) == (BPF.KPROBE, 24, (b"GPL", 0, 0, None, 0))
+            assert code == bytes.fromhex("e5" + 7 * "00" + "b7" + 7 * "00" + "95" + 7 * "00")
+            if not bcc.knows_may_goto:
+                complain("bpf: Failed to load program: Invalid argument")
+                return -1
+            bcc.loaded = os.open(os.devnull, os.O_RDONLY)
+            return bcc.loaded
+
         module = ModuleType("bcc")
         vars(module).update(BPF=BPF, SymbolCache=SymbolCache, DEBUG_BPF=2, __version__="0.35.0")
+        vars(module).update(lib=SimpleNamespace(bcc_prog_load=bcc_prog_load))
         return module
 
 
@@ -633,6 +650,21 @@ def test_defines(bcc: FakeBcc) -> None:
     letters = [*b"a-comm-of-16-by", 0]
     assert made["WANTED_COMM"] == "{" + ",".join(map(str, letters)) + "}"
     assert {"WANTED_TGID", "WANTED_COMM"}.isdisjoint(plain)
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_loops_are_as_long_as_the_verifier_lets_them_be(
+    bcc: FakeBcc, knows: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bcc.knows_may_goto = knows
+    with fake_probes() as probes:
+        assert {*probes.attached.values()} == {"fentry"}
+        assert defines(bcc.made[0])["MAY_GOTO"] == str(int(knows))
+        if knows:
+            # It was loaded, and does not stay.
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(bcc.loaded)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_kinds_are_bits_of_the_functions(bcc: FakeBcc) -> None:

@@ -58,6 +58,9 @@ ENOUGH: Final = 1 << 15
 #: Arguments that are kept of each call (``args`` in bpf/kho_trace.c).
 _ARGUMENTS: Final = 4
 
+#: A program of ``struct bpf_insn``: ``may_goto +0; r0 = 0; exit``.
+_MAY_GOTO: Final = bytes([0xE5, *7 * [0], 0xB7, *7 * [0], 0x95, *7 * [0]])
+
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 _KINDS: Final = list(CallKind)
 
@@ -290,6 +293,17 @@ class Probes:
             return frozenset()
         return frozenset(line.split()[0] for line in host_files.TRACEABLE.read_text().splitlines())
 
+    @cached_property
+    def _has_may_goto(self) -> bool:
+        """Whether the kernel takes programs whose loops may be long (since linux 6.9)."""
+        program = self._bcc.lib.bcc_prog_load(
+            self._bcc.BPF.KPROBE, b"may_goto", _MAY_GOTO, len(_MAY_GOTO), b"GPL", 0, 0, None, 0
+        )
+        if program < 0:
+            return False
+        os.close(program)
+        return True
+
     def _attach(self, probes: list[_Probe], said: Callable[[], str]) -> None:
         try:
             self._bpf = self._compile(probes)
@@ -365,6 +379,7 @@ class Probes:
             "STAMP_TYPE_SHIFT": 64 if abi.stamp.type_shift is None else abi.stamp.type_shift,
             "PRESERVE_PAGES": NUMBERS["kho_preserve_pages"],
             "RESTORE_PAGES": NUMBERS["kho_restore_pages"],
+            "MAY_GOTO": int(self._has_may_goto),
             "STACK_FRAMES": self._frames,
             "KINDS": KINDS if self._places is not None else 0,
             "MIN_ORDER": self._wanted.min_order,
