@@ -47,16 +47,19 @@ rm -rf root root.tar
 """
 
 
-def find() -> Path | None:
-    """The image built from the current recipe, or None if it is not built."""
-    image = _root_entry(_guest_files()) / "root.ext4"
+def find(more: Sequence[str] = ()) -> Path | None:
+    """The image built from the current recipe, or None if it is not built.
+
+    :param more: packages that are in it besides those of every guest
+    """
+    image = _root_entry(_guest_files(), more) / "root.ext4"
     return image if image.exists() else None
 
 
 def build(more: Sequence[str] = ()) -> Path:
     """The image, which is built now if it is missing. Call this inside `cache.locked()`.
 
-    :param more: packages that are to be in it besides those of every guest: an image of its own
+    :param more: as of :func:`find`: each choice is an image of its own
     """
     guest = _guest_files()
     entry = _root_entry(guest, more)
