@@ -146,6 +146,8 @@ class FakeBcc:
     caches: int = 0
     #: The file descriptor of the program that was loaded to see whether it can be.
     loaded: int = -1
+    #: Caches of symbols that nobody has freed.
+    held: int = 0
     #: What a poll gives.
     events: list[bytes] = field(default_factory=list)
 
@@ -204,25 +206,36 @@ class FakeBcc:
             def __init__(self, pid: int) -> None:
                 assert pid == -1
                 bcc.caches += 1
+                bcc.held += 1
+                self.cache = bcc.caches
 
             def resolve(
                 self, address: int, demangle: bool
             ) -> tuple[bytes | None, int, bytes | None]:
                 return bcc.symbols.get(address, (None, address, None))
 
-        def bcc_prog_load(kind: int, name: bytes, code: bytes, size: int, *rest: object) -> int:
-            """struct bpf_insn: may_goto, and a program's end."""
-            assert (kind, size, rest) == (BPF.KPROBE, 24, (b"GPL", 0, 0, None, 0))
-            assert code == bytes.fromhex("e5" + 7 * "00" + "b7" + 7 * "00" + "95" + 7 * "00")
-            if not bcc.knows_may_goto:
-                complain("bpf: Failed to load program: Invalid argument")
-                return -1
-            bcc.loaded = os.open(os.devnull, os.O_RDONLY)
-            return bcc.loaded
+        class Library:
+            @staticmethod
+            def bcc_prog_load(kind: int, name: bytes, code: bytes, size: int, *rest: object) -> int:
+                """struct bpf_insn: may_goto, and a program's end."""
+                assert (kind, size, rest) == (BPF.KPROBE, 24, (b"GPL", 0, 0, None, 0))
+                assert code == bytes.fromhex("e5" + 7 * "00" + "b7" + 7 * "00" + "95" + 7 * "00")
+                if not bcc.knows_may_goto:
+                    complain("bpf: Failed to load program: Invalid argument")
+                    return -1
+                bcc.loaded = os.open(os.devnull, os.O_RDONLY)
+                return bcc.loaded
+
+            @staticmethod
+            def bcc_free_symcache(cache: int, pid: int) -> None:
+                # Only the last one is held.
+                assert (cache, pid) == (bcc.caches, -1)
+                bcc.held -= 1
 
         module = ModuleType("bcc")
-        vars(module).update(BPF=BPF, SymbolCache=SymbolCache, DEBUG_BPF=2, __version__="0.35.0")
-        vars(module).update(lib=SimpleNamespace(bcc_prog_load=bcc_prog_load))
+        vars(module).update(
+            lib=Library, BPF=BPF, SymbolCache=SymbolCache, DEBUG_BPF=2, __version__="0.35.0"
+        )
         return module
 
 
@@ -1032,9 +1045,44 @@ def test_symbols(bcc: FakeBcc) -> None:
         assert [probes.symbol(address) for address in (3, 4, 99)] == ["[unknown]"] * 3
         assert bcc.caches == 1
         host_files.LOADED_MODULES.write_text("another_client 16384 0 - Live 0xffffffffc0000000\n")
-        bcc.symbols = {5: (b"probe", 2, b"another_client")}
-        probes.learn(batch((5, 0)))
-        assert (probes.symbol(5), bcc.caches) == ("probe+0x2 [another_client]", 2)
+        address = 0xFFFFFFFFC0000005
+        bcc.symbols = {address: (b"probe", 2, b"another_client")}
+        probes.learn(batch((address, 0)))
+        assert (probes.symbol(address), bcc.caches) == ("probe+0x2 [another_client]", 2)
+        assert bcc.held == 1
+    assert bcc.held == 0
+
+
+def test_modules_that_come_and_go(bcc: FakeBcc) -> None:
+    """An address keeps its name when its module goes, until another one is loaded there."""
+
+    def load(*names: str) -> None:
+        lines = (f"{name} 8192 0 - Live {0xC0000000:#x} (O)\n" for name in names)
+        host_files.LOADED_MODULES.write_text("".join(lines))
+
+    call, next_to, kernel = 0xC0001000, 0xC0001001, 0x1000
+    with fake_probes() as probes:
+        for number in range(20):
+            name = f"client{number}"
+            load(name)
+            bcc.symbols = {call: (b"probe", 0x10, name.encode()), kernel: (b"work", 1, b"kernel")}
+            probes.learn(batch((call, kernel)))
+            assert probes.symbol(call) == f"probe+0x10 [{name}]"
+            # Gone: bcc would name whatever is before it.
+            load()
+            bcc.symbols = {call: (b"end", 0xABC0000, b"kernel")}
+            bcc.symbols[next_to] = (b"end", 0xABC0001, b"kernel")
+            probes.learn(batch((call, next_to)))
+            assert probes.symbol(call) == f"probe+0x10 [{name}]"
+            assert probes.symbol(next_to) == "[unknown]"
+        assert probes.symbol(kernel) == "work+0x1 [kernel]"
+        assert len(probes.symbols) == 3
+        assert bcc.held == 1
+        # Nor is it that of a module that is loaded elsewhere.
+        load("other")
+        bcc.symbols = {0xD0000000: (b"last", 0x8000, b"other")}
+        probes.learn(batch((0xD0000000, 0)))
+        assert probes.symbol(0xD0000000) == "[unknown]"
 
 
 def test_every_function_has_its_number() -> None:

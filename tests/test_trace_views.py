@@ -685,8 +685,21 @@ def test_sums_of_a_load() -> None:
     assert kernel.blocks == {(Action.DELETE, 2, 0): n}
     assert summary.balance[2, 0].distinct == 0
     assert summary.balance[4, 1].adds == n
-    # Stacks are looked up once, not with each call.
-    assert len(looked_up) <= 16
+    # Stacks are looked up once in each batch, not with each call.
+    assert len(looked_up) <= 5 * 16
+
+
+def test_another_module_at_the_same_address() -> None:
+    """Its calls are its own, and those of before stay those of the one that is gone."""
+    names = {0x10: "kho_preserve_pages+0x1 [kernel]", 0x20: "fill+0x1 [a_client]"}
+    summary = Summary(Callers(names.__getitem__))
+    small = batch_of([Call("kho_preserve_pages", (PAGE, 1), 0, 1, stack=(0x10, 0x20))])
+    summary.add(small, BatchFindings())
+    names[0x20] = "load+0x1 [b_client]"
+    for _ in range(2):
+        summary.add(small, BatchFindings())
+    calls = {name: sums.calls.total() for name, sums in summary.clients.items()}
+    assert calls == {"fill [a_client]": 1, "load [b_client]": 2}
 
 
 def test_buckets_are_powers_of_two() -> None:

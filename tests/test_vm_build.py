@@ -129,6 +129,12 @@ def test_root_key_follows_the_guest_files() -> None:
     assert len(entries) == 4
 
 
+def test_a_root_with_more_packages_is_an_image_of_its_own() -> None:
+    ways: list[tuple[str, ...]] = [(), ("bpftrace",), ("bpftrace", "perf")]
+    assert len({root._root_entry({}, more) for more in ways}) == len(ways)
+    assert root._root_entry({}) == root._root_entry({}, ())
+
+
 def make_tree(path: Path, series: str = "7.2") -> Path:
     (path / "init").mkdir(parents=True)
     (path / "Kconfig").write_text("mainmenu\n")

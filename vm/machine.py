@@ -175,6 +175,7 @@ class Machine:
     :param memory: the guest's memory in MiB
     :param borders: where a second and further NUMA nodes begin, in KiB
     :param la57: under TCG, give the guest page tables of five levels
+    :param root: an image of the guest's root with more in it; if None, that of all guests
 
     Start and use a machine in one thread: see :func:`start_qemu`.
     """
@@ -188,6 +189,7 @@ class Machine:
         memory: int = 1024,
         borders: Sequence[int] = (),
         la57: bool = False,
+        root: Path | None = None,
     ) -> None:
         self.kernel = _built(kernel)
         self.kernels = {k.name: k for k in (self.kernel, *map(_built, others))}
@@ -196,7 +198,7 @@ class Machine:
         #: How many kernels this machine has started. The running one has this number in
         #: ``khoscope.boot=``.
         self.boots = 0
-        root = roots.find()
+        root = root or roots.find()
         if root is None:
             raise MachineError("the guest's root is not built; run: python -m vm build")
         self._root = root

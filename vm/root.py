@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from vm import cache, debian
@@ -46,21 +47,27 @@ rm -rf root root.tar
 """
 
 
-def find() -> Path | None:
-    """The image built from the current recipe, or None if it is not built."""
-    image = _root_entry(_guest_files()) / "root.ext4"
+def find(more: Sequence[str] = ()) -> Path | None:
+    """The image built from the current recipe, or None if it is not built.
+
+    :param more: packages that are in it besides those of every guest
+    """
+    image = _root_entry(_guest_files(), more) / "root.ext4"
     return image if image.exists() else None
 
 
-def build() -> Path:
-    """The image, which is built now if it is missing. Call this inside `cache.locked()`."""
+def build(more: Sequence[str] = ()) -> Path:
+    """The image, which is built now if it is missing. Call this inside `cache.locked()`.
+
+    :param more: as of :func:`find`: each choice is an image of its own
+    """
     guest = _guest_files()
-    entry = _root_entry(guest)
+    entry = _root_entry(guest, more)
     if not entry.exists():
         debian.require(_COMMANDS)
-        with Log("root") as log:
-            cache.make(_debian_entry(), lambda to: _install(to, log))
-            cache.make(entry, lambda to: _add_guest(guest, to, log))
+        with Log("-".join(["root", *more])) as log:
+            system = cache.make(_debian_entry(more), lambda to: _install(more, to, log))
+            cache.make(entry, lambda to: _add_guest(system, guest, to, log))
     return entry / "root.ext4"
 
 
@@ -68,13 +75,13 @@ def build() -> Path:
 # change to a file of vm/guest/, the build takes only seconds and needs no mirror.
 
 
-def _debian_entry() -> Path:
-    recipe = [_RECIPE, SUITE, *PACKAGES, *_EXCLUDED, str(_FREE_MIB), _PACK]
+def _debian_entry(more: Sequence[str] = ()) -> Path:
+    recipe = [_RECIPE, SUITE, *PACKAGES, *more, *_EXCLUDED, str(_FREE_MIB), _PACK]
     return cache.entry("debian", cache.digest(*recipe))
 
 
-def _root_entry(guest: dict[str, bytes]) -> Path:
-    return cache.entry("root", cache.digest(_RECIPE, _debian_entry().name, guest))
+def _root_entry(guest: dict[str, bytes], more: Sequence[str] = ()) -> Path:
+    return cache.entry("root", cache.digest(_RECIPE, _debian_entry(more).name, guest))
 
 
 def _guest_files() -> dict[str, bytes]:
@@ -87,10 +94,10 @@ def _guest_files() -> dict[str, bytes]:
     }
 
 
-def _install(to: Path, log: Log) -> None:
+def _install(more: Sequence[str], to: Path, log: Log) -> None:
     with log.step(f"installing Debian {SUITE}"):
         excluded = [f"--dpkgopt=path-exclude={pattern}" for pattern in _EXCLUDED]
-        debian.bootstrap(SUITE, PACKAGES, excluded, to / "root.tar", log)
+        debian.bootstrap(SUITE, [*PACKAGES, *more], excluded, to / "root.tar", log)
     with log.step("making the image"):
         unshare = ["unshare", "--map-root-user", "--map-auto", "--mount"]
         root = os.geteuid() == 0
@@ -99,10 +106,10 @@ def _install(to: Path, log: Log) -> None:
         log.run(pack if root else [*unshare, *pack], cwd=to)
 
 
-def _add_guest(guest: dict[str, bytes], to: Path, log: Log) -> None:
+def _add_guest(system: Path, guest: dict[str, bytes], to: Path, log: Log) -> None:
     image = to / "root.ext4"
     with log.step("adding the guest's own files"):
-        log.run(["cp", "--sparse=always", _debian_entry() / "root.ext4", image])
+        log.run(["cp", "--sparse=always", system / "root.ext4", image])
         for path, content in guest.items():
             file = to / "file"
             file.write_bytes(content)

@@ -17,7 +17,7 @@ from importlib import resources
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -196,7 +196,8 @@ class Probes:
         self._taken = self._grouped = 0
         self._symbols: dict[int, str] = {}
         self._symbol_cache: Any = None
-        self._modules = ""
+        #: Those of which the cache has the symbols.
+        self._modules: frozenset[_Module] = frozenset()
         #: A note to print once stderr is restored.
         self._note = ""
         #: ``fentry`` or ``kprobe`` by function, and why others are left out.
@@ -238,6 +239,7 @@ class Probes:
 
     def _detach(self) -> None:
         self._ring = None
+        self._forget_symbols()
         if self._bpf is not None:
             self._bpf.cleanup()
 
@@ -529,23 +531,41 @@ class Probes:
     # -- symbols ----------------------------------------------------------------------------------
 
     def learn(self, batch: Batch) -> None:
-        """Look up the addresses of a batch's stacks while their modules are loaded."""
+        """
+        Look up the addresses of a batch's stacks while their modules are loaded.
+
+        What a module leaves behind keeps its name until another module is loaded there.
+        """
+        modules = _loaded_modules()
+        came = modules - self._modules
+        stale = {a for a in self._symbols if any(module.holds(a) for module in came)}
         new = set(np.unique(batch.calls.stack).tolist()) - self._symbols.keys() - {0}
-        if not new:
+        if not new and not stale:
             return
-        modules = host_files.LOADED_MODULES.read_text()
         if self._symbol_cache is None or modules != self._modules:
+            self._forget_symbols()
             # A cache of bcc reads the symbols of modules only once.
             self._symbol_cache = self._bcc.SymbolCache(-1)
             self._modules = modules
-        for address in new:
-            name, offset, module = self._symbol_cache.resolve(address, False)
-            known = name is not None and module is not None
-            self._symbols[address] = (
-                f"{name.decode()}+{offset:#x} [{os.path.basename(module.decode())}]"
-                if known
-                else "[unknown]"
-            )
+        for address in new | stale:
+            self._symbols[address] = self._look_up(address)
+
+    def _look_up(self, address: int) -> str:
+        name, offset, module = self._symbol_cache.resolve(address, False)
+        if name is None or module is None:
+            return _UNKNOWN
+        of = os.path.basename(module.decode())
+        # bcc gives the symbol before the address, however far away, and of whatever module.
+        spans = [each for each in self._modules if each.name == of]
+        if not (any(each.holds(address) for each in spans) if spans else offset < _FARTHEST):
+            return _UNKNOWN
+        return f"{name.decode()}+{offset:#x} [{of}]"
+
+    def _forget_symbols(self) -> None:
+        """bcc keeps a cache, of some MiB, until it is told to free it."""
+        if self._symbol_cache is not None:
+            self._bcc.lib.bcc_free_symcache(self._symbol_cache.cache, -1)
+            self._symbol_cache = None
 
     @property
     def symbols(self) -> dict[int, str]:
@@ -554,7 +574,29 @@ class Probes:
 
     def symbol(self, address: int) -> str:
         """``function+0x1f [module]``, or ``[unknown]``."""
-        return self._symbols.get(address, "[unknown]")
+        return self._symbols.get(address, _UNKNOWN)
+
+
+_UNKNOWN: Final = "[unknown]"
+#: Bytes that no function of the kernel, and no BPF program, is long.
+_FARTHEST: Final = 1 << 20
+
+
+class _Module(NamedTuple):
+    """A module that is loaded, and where: its functions come first in what it occupies."""
+
+    name: str
+    start: int
+    size: int
+
+    def holds(self, address: int) -> bool:
+        return self.start <= address < self.start + self.size
+
+
+def _loaded_modules() -> frozenset[_Module]:
+    """``name size users used-by state address …``, a line for each."""
+    lines = [line.split() for line in host_files.LOADED_MODULES.read_text().splitlines()]
+    return frozenset(_Module(line[0], int(line[5], 16), int(line[1])) for line in lines)
 
 
 _NOT_THERE = "not in this kernel"

@@ -85,11 +85,13 @@ class Caller:
 
 
 class Callers:
-    """Finds callers by stack, and looks up the symbols of each distinct stack once."""
+    """
+    Finds callers by stack.  Of each distinct stack of a batch, the symbols are looked up once; not
+    of all batches, as another module may be loaded where one was.
+    """
 
     def __init__(self, symbols: Symbols) -> None:
         self._symbols = symbols
-        self._callers: dict[bytes, Caller] = {}
         self._numbers: dict[tuple[str, ...], int] = {}
 
     def of(self, calls: Calls) -> tuple[list[Caller], NDArray[np.int64]]:
@@ -104,15 +106,11 @@ class Callers:
         return [callers[row] for row in first.tolist()], which
 
     def _caller(self, stack: U64) -> Caller:
-        key = stack.tobytes()
-        known = self._callers.get(key)
-        if known is None:
-            addresses = stack.tolist()
-            # Stacks that differ only in frames of the tracing or of KHO count as one.
-            above = tuple(frames(addresses, self._symbols))
-            number = self._numbers.setdefault(above, len(self._numbers) + 1)
-            known = self._callers[key] = Caller(client(addresses, self._symbols), above, number)
-        return known
+        addresses = stack.tolist()
+        # Stacks that differ only in frames of the tracing or of KHO count as one.
+        above = tuple(frames(addresses, self._symbols))
+        number = self._numbers.setdefault(above, len(self._numbers) + 1)
+        return Caller(client(addresses, self._symbols), above, number)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.vm.guest import come_and_go
 from vm.exercise import Exercise, KernelLog, Piece
 from vm.machine import Machine
 from vm.trace import Trace
@@ -39,13 +40,23 @@ def events_of(pages: int) -> int:
 #: Events of the module's first piece: a page for its record, and the subtree.
 FIRST = 3
 
+#: Of each of the clients that come and go, calls of each function; and all their events.
+OF_CLIENT = come_and_go.ROUNDS // len(come_and_go.CLIENTS) * come_and_go.CALLS
+COME_AND_GO = len(come_and_go.CLIENTS) * OF_CLIENT * 4
+#: Not more than this may the memory of a trace grow, KiB: the symbols of this kernel take 4 MiB,
+#: and are read again whenever another client is there.
+GROWTH = 4 << 10
+
 
 @dataclass
 class Story:
     """What was seen."""
 
-    #: What ``--check`` says of the load.
+    #: What ``--check`` says of clients that come and go, and of the load.
     load: str = ""
+    #: What lines say of these clients, and what the two traces hold meanwhile.
+    lines: str = ""
+    held: dict[str, Any] = field(default_factory=dict)
     tiny: dict[str, Any] = field(default_factory=dict)
     status: int | None = None
     #: What the kernel complained of, and what is attached, when all have ended.
@@ -64,11 +75,17 @@ def story() -> Story:
     story = Story()
     with Machine("7.2-fixed", memory=3072) as machine:
         exercise, log = Exercise(machine), KernelLog(machine)
-        for script in ("attach.py", "crippled.py"):
+        for script in ("attach.py", "come_and_go.py", "crippled.py"):
             machine.copy_in(_GUEST / script, f"/root/{script}")
-        exercise.load()
         log.mark()
+        lines = Trace(machine, "lines")
         with Trace(machine, "load", "--check") as load:
+            with lines:
+                pids = f"$(cat {load.directory}/pid {lines.directory}/pid)"
+                words = f"python3 /root/come_and_go.py {pids}"
+                story.held = json.loads(machine.run(words, timeout=TIMEOUT, check=True).stdout)
+            story.lines = lines.output()
+            exercise.load()
             exercise.preserve("many", MANY, timeout=TIMEOUT)
             exercise.free("many", timeout=TIMEOUT)
         story.load = load.output()
@@ -112,7 +129,7 @@ def story() -> Story:
 
 def test_load_under_default_settings(story: Story) -> None:
     """400,000 calls, counted by kind in the kernel: not one of them is lost, nor any block."""
-    made = FIRST + 2 * events_of(MANY)
+    made = FIRST + 2 * events_of(MANY) + COME_AND_GO
     found = re.search(
         r"^([\d,]+) calls \(0 failed\), ([\d,]+) blocks, ([\d,]+) pages$", story.load, re.MULTILINE
     )
@@ -140,6 +157,48 @@ def test_tiny_buffer_loses_and_says_how_much(story: Story) -> None:
     (finding,) = story.tiny["findings"]
     assert f"{losses['lost']:,}" in finding["message"]
     assert story.status == 3
+
+
+# -- clients that come and go, and processors ------------------------------------------------------
+
+
+@pytest.mark.parametrize("client", come_and_go.CLIENTS)
+def test_clients_that_come_and_go(story: Story, client: str) -> None:
+    """
+    Each has all its calls and no others, although the two are in the same place; as do tasks that
+    live for one write, and a processor before and after it was away.
+    """
+    assert len(set(story.held["addresses"])) == 1
+    (sums,) = re.findall(rf"\ntime_\w+ \[{client}\]\n(.*?)\n\n", story.load, re.DOTALL)
+    for name in ("preserve_pages", "unpreserve_pages"):
+        assert re.search(rf"^{name} +{OF_CLIENT:,} +0 +{OF_CLIENT:,}$", sums, re.MULTILINE)
+    of_client = re.findall(rf"^\S+\[\d+\] time_\w+ \[{client}\]\n((?: .*\n)+)", story.lines, re.M)
+    calls = "".join(of_client)
+    assert len(re.findall(r" preserve_pages ", calls)) == OF_CLIENT
+    assert len(re.findall(r" unpreserve_pages ", calls)) == OF_CLIENT
+
+
+def test_no_line_is_lost_or_of_others(story: Story) -> None:
+    assert "[unknown]" not in story.lines
+    total = len(come_and_go.CLIENTS) * 2 * OF_CLIENT
+    assert re.search(rf"^{total:,} calls \(0 failed\), {total:,} blocks", story.lines, re.MULTILINE)
+    assert "lost" not in story.lines
+
+
+def test_a_trace_does_not_grow(story: Story) -> None:
+    """Neither its memory nor its maps, after more of the same: rounds are counted, not time."""
+    first, last = story.held["held"]
+    for before, after in zip(first["kib"], last["kib"], strict=True):
+        assert after - before < GROWTH, story.held
+    for name, entries in last["entries"]:
+        # No task is in a call; kinds of calls differ by their latency.
+        assert entries <= {"tasks": 0, "call_kinds": 64, "block_kinds": 32}[name], story.held
+    assert sorted(name for name, _ in last["entries"]) == [
+        "block_kinds",
+        "call_kinds",
+        "tasks",
+        "tasks",
+    ]
 
 
 # -- nothing stays behind --------------------------------------------------------------------------

@@ -58,8 +58,8 @@
  * after the kexec as the KHO subtree "kho_exercise". The same code builds
  * against kernels with and without types of preserved pages.
  *
- * The module cannot be unloaded: what it has preserved has to stay allocated
- * until the kexec.
+ * The module can be unloaded as long as it has no record: what it has preserved
+ * has to stay allocated until the kexec.
  */
 
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
@@ -555,6 +555,13 @@ static const struct kind lost_blobs = {
 
 /* The record */
 
+/* From here on nothing can be unloaded. */
+static void keep_record(struct record *r)
+{
+	__module_get(THIS_MODULE);
+	list_add_tail(&r->node, &records);
+}
+
 static struct record *add_record(void)
 {
 	struct record *r = kho_alloc_preserve(PAGE_SIZE);
@@ -576,7 +583,7 @@ static struct record *add_record(void)
 		}
 	}
 
-	list_add_tail(&r->node, &records);
+	keep_record(r);
 	last_record = r;
 
 	return r;
@@ -1751,10 +1758,19 @@ static int __init make_keys(struct dentry *dir)
 
 	return kho_radix_init_tree(&kho_exercise_keys, NULL);
 }
+
+static void __exit free_keys(void)
+{
+	kho_radix_destroy_tree(&kho_exercise_keys);
+}
 #else
 static int __init make_keys(struct dentry *dir)
 {
 	return 0;
+}
+
+static void __exit free_keys(void)
+{
 }
 #endif
 
@@ -1827,16 +1843,17 @@ static int __init take_records(void)
 			if (err)
 				return err;
 		}
-		list_add_tail(&r->node, &records);
+		keep_record(r);
 		phys = r->next;
 	}
 
 	return 0;
 }
 
+static struct dentry *dir;
+
 static int __init kho_exercise_init(void)
 {
-	struct dentry *dir;
 	int err;
 
 	if (!kho_is_enabled()) {
@@ -1885,6 +1902,17 @@ err_device:
 	return err;
 }
 module_init(kho_exercise_init);
+
+static void __exit kho_exercise_exit(void)
+{
+	debugfs_remove(dir);
+	free_keys();
+	if (split_preserved_pages)
+		symbol_put(kho_split_preserved_pages);
+	stop_publishing();
+	platform_device_unregister(device);
+}
+module_exit(kho_exercise_exit);
 
 MODULE_DESCRIPTION("Kexec HandOver of each kind of memory, on request");
 MODULE_LICENSE("GPL");
