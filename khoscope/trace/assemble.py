@@ -193,7 +193,7 @@ class Assembler:
         """
         new = self._touches(records)
         returned = self._viewed(records)["call"]["has_returned"] != 0
-        raw = self._viewed(records[returned])
+        raw = self._viewed(_picked(records, returned))
         call = raw["call"]
         open_ = rows_of(call["call"], new.call) < 0
         touches = Touches.concatenate([*self._waiting.of(call["call"]), new[~open_]])
@@ -251,7 +251,7 @@ class Assembler:
         action = _ACTIONS[np.where(stands, told["touch"]["function"], 0)]
         # Other trees of the same kind have keys that do not stand for blocks.
         stands &= (action == Action.RESTORE) | (told["touch"]["order"] != NO_ORDER)
-        told = self._viewed(records[stands])
+        told = self._viewed(_picked(records, stands))
         call, raw = told["call"]["call"], told["touch"]
         function = raw["function"]
         action = _ACTIONS[function]
@@ -420,6 +420,11 @@ def _undone(touches: Touches, raw: NDArray[np.void], of: NDArray[np.int64]) -> T
     failed = _PRESERVES[raw["function"]][of] & _TELLS[touches.function] & (ret < 0)
     failed &= (touches.action == Action.ADD) & (touches.ret >= 0)
     return dataclasses.replace(touches, ret=np.where(failed, ret, touches.ret))
+
+
+def _picked(records: NDArray[np.uint8], rows: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Some records, which are mostly all: then nothing is copied."""
+    return records if rows.all() else records[rows]
 
 
 def events_in(records: NDArray[np.uint8]) -> int:
