@@ -29,7 +29,7 @@ from khoscope.views import documents
 from khoscope.views.trace.documents import JsonLines
 from khoscope.views.trace.lines import Lines
 from tests.synthetic import FIXED, PLAIN
-from tests.test_trace_assemble import FRAMES, added, as_read, assembler, call, page_at
+from tests.test_trace_assemble import FRAMES, added, as_read, assembler, call, page_at, told_with
 from tests.test_trace_views import symbols, tracing
 
 #: What a poll carries: calls that preserve a page each.
@@ -53,17 +53,12 @@ class Nowhere:
 
 
 def records(count: int, first_call: int) -> NDArray[np.uint8]:
-    """Of calls that preserve a page each: the block that was added, and the call."""
+    """Of calls that preserve a page each: the call, and the block that was added."""
     stack = np.arange(FRAMES, dtype=np.uint64)
-    pair = as_read(
-        [
-            added(0x1000, call=1),
-            call(args=(page_at(0x1000), 1), call=1, comm=b"client", tgid=7, tid=7, stack=stack),
-        ]
-    )
-    many = np.tile(pair, (count, 1))
-    number = np.repeat(np.arange(first_call, first_call + count, dtype=np.uint64), 2)
-    # struct header begins with the call.
+    own = call(args=(page_at(0x1000), 1), comm=b"client", tgid=7, tid=7, stack=stack)
+    many = np.tile(as_read([told_with(own, added(0x1000))]), (count, 1))
+    number = np.arange(first_call, first_call + count, dtype=np.uint64)
+    # struct call begins with its number.
     many[:, :8] = number.view(np.uint8).reshape(-1, 8)
     return many
 

@@ -124,8 +124,9 @@ enum bit {
 #define GOES_ON(done, times) ((done) < (times))
 #endif
 
-struct header {
-	u64 call;		/* names the outermost call of this one */
+/* An outermost call. */
+struct call {
+	u64 call;		/* names it */
 	u64 enter;		/* ktime in ns */
 	u64 leave;
 	u64 args[4];
@@ -133,52 +134,76 @@ struct header {
 	u32 tid;
 	u32 tgid;
 	u8 function;
-	u8 depth;		/* 0: the outermost call */
-	u8 is_call;		/* a struct call, else a struct block */
+	u8 has_returned;
+	u8 has_block;		/* whether a struct touch follows */
 	u8 spare[5];
-};
-
-struct call {
-	struct header h;
 	char comm[16];
-	char name[32];		/* of a subtree */
 	u64 blocks;		/* that were touched */
 	u64 pages;		/* that were asked for */
 	u64 stack[STACK_FRAMES];
 };
 
+/* What was done to a block. */
+struct touch {
+	u64 args[2];		/* of the function from which that was called, or of that itself */
+	u64 ret;
+	u64 pfn;
+	u64 key;
+	u64 private;		/* of the first page; at entry, if the block is restored */
+	u64 flags;		/* of the first page */
+	u64 compound;		/* of the first page: the word that tells a tail */
+	u64 compound_behind;	/* the same of the second page */
+	u32 refcount;		/* of the first page */
+	u32 page_type;		/* of the first page */
+	u32 order;
+	u32 looked;		/* pages whose refcount was read */
+	u32 unread;		/* pages whose refcount could not be read */
+	u32 zeros, ones;	/* pages with refcount 0 and 1, the first one included */
+	u32 odd;		/* first page behind the second with another refcount; 0: none */
+	u8 before, after;	/* enum bit */
+	u8 function;
+	u8 outer;		/* function from which this one was called; 255: none */
+	u8 as_folio;		/* kho_restore_page(…, is_folio) */
+	u8 compound_order;	/* lowest byte of the second page's flags */
+	u8 spare[2];
+};
+
+/*
+ * What goes through the ring buffer. Most calls touch one block: that goes with the call. Of others,
+ * each but the last goes ahead, with as much of its call as is known by then. All have one size, so
+ * that a buffer full of them is an array.
+ */
+struct record {
+	struct call call;
+	union {
+		struct touch touch;
+		char name[32];	/* of a subtree */
+	};
+};
+
+/* A block that something is being done to. */
 struct block {
-	struct header h;
+	u64 args[2];
+	u64 outer_args[2];
+	u64 ret;
 	u64 pfn;
 	u64 key;
 	u64 stamp;		/* page->private at entry */
 	u32 order;
-	u8 before, after;	/* enum bit */
-	u8 outer;		/* function from which this one was called; 255: none */
-	u8 spare;
-	u64 outer_args[2];
-	u32 looked;		/* pages whose refcount was read */
-	u32 unread;		/* pages whose refcount could not be read */
-	u32 zeros, ones;	/* pages with refcount 0 and 1, the first one included */
-	u64 odd;		/* first page behind the second with another refcount; 0: none */
+	u8 before, after;
+	u8 function, outer;
+	u32 looked;
+	u32 unread;
+	u32 zeros, ones;
+	u64 odd;
 	u8 pages[2 * PAGE_STRUCT_SIZE];
-};
-
-/* All have one size, so that a buffer full of them is an array. */
-union record {
-	struct call call;
-	struct block block;
 };
 
 /* What is told: of one call or block, or of all of a kind. */
 struct sum {
 	u64 count;
 	u64 pages;		/* that all these calls were asked for */
-	union {
-		union record record;	/* of the first one */
-		struct call call;
-		struct block block;
-	};
+	struct record record;	/* of the first one */
 };
 
 /*
@@ -263,8 +288,9 @@ struct task {
 	u32 muted;		/* nobody asked for what this task is doing */
 	u32 made, lost;		/* events that are not counted yet */
 	struct frame frames[8];	/* MAX_DEPTH, and what an index of 3 bits reaches */
-	struct sum outer;	/* its .call */
-	struct sum inner;	/* its .block, one at a time */
+	struct sum told;
+	struct block block;	/* one at a time */
+	char name[32];		/* of a subtree */
 #if KINDS
 	u64 client;
 	u64 touched[ACTIONS];	/* pages, by what was done to them */
@@ -317,9 +343,9 @@ INLINE void count(int what, u64 times)
 }
 
 /* 0: there was room for it. */
-INLINE u64 output(struct sum *told)
+INLINE u64 output(struct task *t)
 {
-	return events.ringbuf_output(&told->record, sizeof(told->record), 0);
+	return events.ringbuf_output(&t->told.record, sizeof(t->told.record), 0);
 }
 
 /*
@@ -361,7 +387,7 @@ INLINE u64 output(struct sum *told)
  */
 INLINE void look(struct task *t)
 {
-	struct block *b = &t->inner.block;
+	struct block *b = &t->block;
 	const u64 first = VMEMMAP + b->pfn * PAGE_STRUCT_SIZE;
 	const u32 order = b->order & 63;
 	u64 zeros = 0, ones = 0, odd = 0, second;
@@ -606,7 +632,7 @@ INLINE u32 order_of(u64 folio)
 INLINE void
 name_block(struct task *t, int use, u64 a, u64 b, u64 c, u64 d)
 {
-	struct block *block = &t->inner.block;
+	struct block *block = &t->block;
 
 	block->before = BIT_UNKNOWN;
 	block->after = BIT_UNKNOWN;
@@ -664,7 +690,7 @@ name_block(struct task *t, int use, u64 a, u64 b, u64 c, u64 d)
 INLINE void
 block_at_entry(struct task *t, int use, int adds, u64 a, u64 b, u64 c, u64 d)
 {
-	struct block *block = &t->inner.block;
+	struct block *block = &t->block;
 	const u32 depth = t->depth;
 
 	block->outer = NO_FUNCTION;
@@ -763,7 +789,7 @@ INLINE void range_at_entry(struct task *t, int use, u64 a, u64 b)
 /* The next block of a range, and what became of it. */
 INLINE void begin_block(struct task *t, int use, u64 ret)
 {
-	struct block *b = &t->inner.block;
+	struct block *b = &t->block;
 	struct named_range *r = &t->range;
 	const u32 number = r->block & 63;
 	const u64 page = page_at(r->pfn);
@@ -794,7 +820,7 @@ INLINE void begin_block(struct task *t, int use, u64 ret)
 		/* Of a call that failed, some blocks may be restored all the same. */
 		restored = stamped & (is_any(ret) | is_any(private ^ b->stamp));
 		b->order = NO_ORDER ^ ((NO_ORDER ^ (b->stamp & STAMP_ORDER_MASK)) & -stamped);
-		b->h.ret = page & -restored;
+		b->ret = page & -restored;
 	} else {
 		b->key = key_of(b->pfn, b->order);
 		b->before = r->before[number];
@@ -811,7 +837,7 @@ INLINE void begin_block(struct task *t, int use, u64 ret)
 /* What look() does for one window, also of a block that is smaller, and with no branch. */
 INLINE void look_at_window(struct task *t)
 {
-	struct block *b = &t->inner.block;
+	struct block *b = &t->block;
 	struct named_range *r = &t->range;
 	const u64 second = REFS(b->pages, 1);
 	const u64 at = r->page;
@@ -846,7 +872,7 @@ INLINE int is_wanted(struct task *t, int kind)
 	if (!(ONLY & kind))
 		return 0;
 #ifdef WANTED_TGID
-	if (t->outer.call.h.tgid != WANTED_TGID)
+	if (t->told.record.call.tgid != WANTED_TGID)
 		return 0;
 #endif
 #ifdef WANTED_COMM
@@ -854,7 +880,7 @@ INLINE int is_wanted(struct task *t, int kind)
 
 #pragma unroll
 	for (int i = 0; i < 16; i++)
-		if (t->outer.call.comm[i] != wanted[i])
+		if (t->told.record.call.comm[i] != wanted[i])
 			return 0;
 #endif
 	return 1;
@@ -875,6 +901,19 @@ INLINE u64 client_of(struct call *call)
 	return hash;
 }
 #endif
+
+/*
+ * Tell what is in the record; each of a call and a block in it is an event. Whether there is a block
+ * is a number here, as branches double what the verifier goes through.
+ */
+INLINE void tell_record(struct task *t)
+{
+	struct call *c = &t->told.record.call;
+	const u64 told = c->has_block + c->has_returned;
+
+	t->lost += told & -is_any(output(t));
+	c->has_block = 0;
+}
 
 /* A call begins; returns its task if somebody asked for it. */
 INLINE struct task *
@@ -916,16 +955,18 @@ enter(void *ctx, int function, int kind, u64 a, u64 b, u64 c, u64 d)
 
 	depth = t->depth;
 	if (depth == 0) {
-		t->outer.call.h.call = now << 12 | (bpf_get_smp_processor_id() & 0xfff);
-		t->outer.call.h.tid = tid;
-		t->outer.call.h.tgid = id >> 32;
-		t->outer.call.h.is_call = 1;
-		bpf_get_current_comm(t->outer.call.comm, sizeof(t->outer.call.comm));
+		/* Of a call whose return was missed. */
+		if (!KINDS && t->told.record.call.has_block)
+			tell_record(t);
+		t->told.record.call.call = now << 12 | (bpf_get_smp_processor_id() & 0xfff);
+		t->told.record.call.tid = tid;
+		t->told.record.call.tgid = id >> 32;
+		bpf_get_current_comm(t->told.record.call.comm, sizeof(t->told.record.call.comm));
 		t->muted = !is_wanted(t, kind);
 		if (!t->muted)
-			bpf_get_stack(ctx, t->outer.call.stack, sizeof(t->outer.call.stack), 0);
+			bpf_get_stack(ctx, t->told.record.call.stack, sizeof(t->told.record.call.stack), 0);
 #if KINDS
-		t->client = client_of(&t->outer.call);
+		t->client = client_of(&t->told.record.call);
 #endif
 	}
 	if (depth >= MAX_DEPTH) {
@@ -945,23 +986,30 @@ enter(void *ctx, int function, int kind, u64 a, u64 b, u64 c, u64 d)
 	return t->muted ? 0 : t;
 }
 
-INLINE void fill(struct header *h, struct task *t, u64 now, u64 ret)
+INLINE void fill_call(struct task *t, u64 now, u64 ret)
 {
-	const u32 depth = t->depth & 7;
-	struct frame *frame = &t->frames[depth];
+	struct call *c = &t->told.record.call;
+	struct frame *frame = &t->frames[0];
 
-	h->call = t->outer.call.h.call;
-	h->tid = t->outer.call.h.tid;
-	h->tgid = t->outer.call.h.tgid;
-	h->enter = frame->enter;
-	h->leave = now;
-	h->args[0] = frame->args[0];
-	h->args[1] = frame->args[1];
-	h->args[2] = frame->args[2];
-	h->args[3] = frame->args[3];
-	h->ret = ret;
-	h->function = frame->function;
-	h->depth = depth;
+	c->enter = frame->enter;
+	c->leave = now;
+	c->args[0] = frame->args[0];
+	c->args[1] = frame->args[1];
+	c->args[2] = frame->args[2];
+	c->args[3] = frame->args[3];
+	c->ret = ret;
+	c->function = frame->function;
+	c->has_returned = 1;
+}
+
+INLINE void fill_block(struct task *t, u64 ret)
+{
+	struct frame *frame = &t->frames[t->depth & 7];
+
+	t->block.args[0] = frame->args[0];
+	t->block.args[1] = frame->args[1];
+	t->block.ret = ret;
+	t->block.function = frame->function;
 }
 
 /* A call returns; its task, with the call's depth, or 0 if it was not seen to begin. */
@@ -996,11 +1044,44 @@ INLINE struct task *leave(int function)
 #define ACTION(use, adds)                                                         \
 	((adds) ? ADD : (use) == BLOCK_BY_STAMP || (use) == BLOCKS_BY_STAMP ? RESTORE : DELETE)
 
+/* A block, as it is told; of a stack of calls, the arguments of the one that has called for it. */
+INLINE void keep_block(struct task *t, const int use, const int adds)
+{
+	struct block *b = &t->block;
+	struct touch *k = &t->told.record.touch;
+	const u8 *first = b->pages, *second = b->pages + PAGE_STRUCT_SIZE;
+	const u64 own = 1 - is_any(b->outer ^ NO_FUNCTION);
+
+	k->args[0] = b->outer_args[0] ^ ((b->outer_args[0] ^ b->args[0]) & -own);
+	k->args[1] = b->outer_args[1] ^ ((b->outer_args[1] ^ b->args[1]) & -own);
+	k->ret = b->ret;
+	k->pfn = b->pfn;
+	k->key = b->key;
+	k->private = ACTION(use, adds) == RESTORE ? b->stamp : *(u64 *)(first + PRIVATE_OFFSET);
+	k->flags = *(u64 *)(first + FLAGS_OFFSET);
+	k->compound = *(u64 *)(first + COMPOUND_OFFSET);
+	k->compound_behind = *(u64 *)(second + COMPOUND_OFFSET);
+	k->refcount = REFS(first, 0);
+	k->page_type = *(u32 *)(first + PAGE_TYPE_OFFSET);
+	k->order = b->order;
+	k->looked = b->looked;
+	k->unread = b->unread;
+	k->zeros = b->zeros;
+	k->ones = b->ones;
+	k->odd = b->odd | -is_any(b->odd >> 32);
+	k->before = b->before;
+	k->after = b->after;
+	k->function = b->function;
+	k->outer = b->outer;
+	k->as_folio = use == BLOCK_BY_STAMP && (b->args[1] & 0xff);
+	k->compound_order = *(u64 *)(second + FLAGS_OFFSET);
+}
+
 #if KINDS
 /* The order of the block by the arithmetic of the function that has called for it. */
 INLINE u32 order_asked(struct task *t, const int use, const int adds)
 {
-	struct block *b = &t->inner.block;
+	struct block *b = &t->block;
 	u64 first, left, known;
 
 	if (use == BLOCKS_OF_PAGES || use == BLOCKS_BY_STAMP)
@@ -1040,7 +1121,7 @@ INLINE u32 place_of(struct places *p, u64 phys)
  */
 INLINE u64 describe_pages(struct task *t, u32 order)
 {
-	struct block *b = &t->inner.block;
+	struct block *b = &t->block;
 	struct block_kind *k = &t->block_kind;
 	u8 *second_page = b->pages + PAGE_STRUCT_SIZE;
 	const u64 looked = b->looked, some = is_any(looked);
@@ -1084,7 +1165,7 @@ INLINE u64 describe_pages(struct task *t, u32 order)
 INLINE void describe_block(struct task *t, struct places *p, const int use, const int adds)
 {
 	const int action = ACTION(use, adds);
-	struct block *b = &t->inner.block;
+	struct block *b = &t->block;
 	struct block_kind *k = &t->block_kind;
 	u64 plain = b->key & ~0ULL >> (64 - STORED_BITS), type = 0;
 	u64 phys, ret, failed, odd, apart;
@@ -1099,7 +1180,7 @@ INLINE void describe_block(struct task *t, struct places *p, const int use, cons
 #if STAMP_TYPE_SHIFT < 64
 		type = b->stamp >> STAMP_TYPE_SHIFT & 1;
 #endif
-		ret = is_any(b->h.ret);
+		ret = is_any(b->ret);
 		failed = 1 - ret;
 		odd = 1 - LESS(order, 64);
 	} else {
@@ -1109,7 +1190,7 @@ INLINE void describe_block(struct task *t, struct places *p, const int use, cons
 #if TYPE_SHIFT < 64
 		type = b->key >> TYPE_SHIFT & 1;
 #endif
-		ret = (s64)(s32)b->h.ret;
+		ret = (s64)(s32)b->ret;
 		failed = ret >> 63;
 		odd = 1 - is_any(b->before ^ (adds ? BIT_SET : BIT_CLEAR));
 	}
@@ -1118,9 +1199,9 @@ INLINE void describe_block(struct task *t, struct places *p, const int use, cons
 	last = place_of(p, phys + (1ULL << ((order + PAGE_SHIFT_BITS) & 63)) - 1);
 	k->client = t->client;
 	k->ret = ret;
-	k->function = b->h.function;
+	k->function = b->function;
 	k->outer = b->outer;
-	k->as_folio = is_any(b->h.args[1] & 0xff) & (use == BLOCK_BY_STAMP);
+	k->as_folio = is_any(b->args[1] & 0xff) & (use == BLOCK_BY_STAMP);
 	k->order = order;
 	k->type = type;
 	k->asked = asked;
@@ -1131,7 +1212,7 @@ INLINE void describe_block(struct task *t, struct places *p, const int use, cons
 	odd |= describe_pages(t, order);
 	odd |= failed | is_any(first ^ last) | (1 - (p->ordinary[first] & 1));
 	t->touched[action] += 1ULL << (order & 63) & -LESS(order, 64);
-	t->outer.call.blocks++;
+	t->told.record.call.blocks++;
 	/* The kernel has cut it off elsewhere: where, and what lies behind it, is in no kind. */
 	apart = is_any(asked ^ NO_ORDER) & is_any(asked ^ order) & is_any(order ^ NO_ORDER);
 	t->apart |= apart;
@@ -1143,7 +1224,7 @@ INLINE void count_block(struct task *t)
 	struct sum *sum = block_kinds.lookup(&t->block_kind);
 
 	if (!sum) {
-		block_kinds.insert(&t->block_kind, &t->inner);
+		block_kinds.insert(&t->block_kind, &t->told);
 		sum = block_kinds.lookup(&t->block_kind);
 	}
 	if (sum)
@@ -1157,12 +1238,12 @@ INLINE void count_call(struct task *t)
 	struct sum *sum = call_kinds.lookup(&t->call_kind);
 
 	if (!sum) {
-		call_kinds.insert(&t->call_kind, &t->outer);
+		call_kinds.insert(&t->call_kind, &t->told);
 		sum = call_kinds.lookup(&t->call_kind);
 	}
 	if (sum) {
 		__sync_fetch_and_add(&sum->count, 1);
-		__sync_fetch_and_add(&sum->pages, t->outer.call.pages);
+		__sync_fetch_and_add(&sum->pages, t->told.record.call.pages);
 	} else {
 		t->lost++;
 	}
@@ -1172,9 +1253,9 @@ INLINE void count_call(struct task *t)
  * What no healthy call does is told by itself, as long as there is room. 0: there was none, and it
  * is to be counted; if no kind says all of it, it is lost.
  */
-INLINE u64 told_whole(struct task *t, struct sum *told)
+INLINE u64 told_whole(struct task *t)
 {
-	if (!output(told))
+	if (!output(t))
 		return 1;
 	t->lost += t->apart;
 
@@ -1184,7 +1265,7 @@ INLINE u64 told_whole(struct task *t, struct sum *told)
 INLINE void tell_block(struct task *t, struct places *p, const int use, const int adds)
 {
 	/* Other trees have keys that do not stand for blocks. */
-	if (ACTION(use, adds) != RESTORE && t->inner.block.order == NO_ORDER)
+	if (ACTION(use, adds) != RESTORE && t->block.order == NO_ORDER)
 		return;
 	describe_block(t, p, use, adds);
 #if MIN_ORDER
@@ -1193,16 +1274,18 @@ INLINE void tell_block(struct task *t, struct places *p, const int use, const in
 	t->high = 1;
 #endif
 	t->made++;
-	if (t->whole && told_whole(t, &t->inner))
-		return;
-	count_block(t);
+	keep_block(t, use, adds);
+	t->told.record.call.has_block = 1;
+	if (!t->whole || !told_whole(t))
+		count_block(t);
+	t->told.record.call.has_block = 0;
 }
 
 INLINE void tell_call(struct task *t, u64 ret, const int is_pointer, u64 pages)
 {
 	struct call_kind *k = &t->call_kind;
-	struct call *c = &t->outer.call;
-	const u64 us = (c->h.leave - c->h.enter) / 1000;
+	struct call *c = &t->told.record.call;
+	const u64 us = (c->leave - c->enter) / 1000;
 	const u64 failed = is_pointer ? 1 - is_any(ret) : (u64)(s64)(s32)ret >> 63;
 
 #if MIN_ORDER
@@ -1212,11 +1295,11 @@ INLINE void tell_call(struct task *t, u64 ret, const int is_pointer, u64 pages)
 	c->pages = pages;
 	k->client = t->client;
 	k->ret = is_pointer ? is_any(ret) : (s64)(s32)ret;
-	k->function = c->h.function;
+	k->function = c->function;
 	k->latency = is_any(us) + highest_bit(us);
 	k->touched = is_any(c->blocks);
 	t->made++;
-	if ((failed | t->whole) && told_whole(t, &t->outer))
+	if ((failed | t->whole) && told_whole(t))
 		return;
 	count_call(t);
 }
@@ -1224,13 +1307,16 @@ INLINE void tell_call(struct task *t, u64 ret, const int is_pointer, u64 pages)
 INLINE void tell_block(struct task *t, struct places *p, const int use, const int adds)
 {
 	t->made++;
-	t->lost += is_any(output(&t->inner));
+	if (t->told.record.call.has_block)
+		tell_record(t);
+	keep_block(t, use, adds);
+	t->told.record.call.has_block = 1;
 }
 
 INLINE void tell_call(struct task *t, u64 ret, const int is_pointer, u64 pages)
 {
 	t->made++;
-	t->lost += is_any(output(&t->outer));
+	tell_record(t);
 }
 #endif
 
@@ -1255,12 +1341,12 @@ INLINE struct places *known_places(void)
 
 INLINE void block_at_return(struct task *t, int use, int adds, u64 now, u64 ret)
 {
-	struct block *block = &t->inner.block;
+	struct block *block = &t->block;
 	struct places *p = known_places();
 
 	if (t->muted || (KINDS && !p))
 		return;
-	fill(&block->h, t, now, ret);
+	fill_block(t, ret);
 	if (use == BLOCK_BY_STAMP) {
 		if (block->order < 64)
 			look(t);
@@ -1301,7 +1387,7 @@ tell(struct task *t, struct places *p, int use, int adds, u64 ret, const int loo
 		r->pfn += 1ULL << r->order;
 		/* Where a block cannot be restored, the kernel gives up. */
 		if (use == BLOCKS_BY_STAMP)
-			r->pfn += (r->end - r->pfn) & (is_any(t->inner.block.h.ret) - 1);
+			r->pfn += (r->end - r->pfn) & (is_any(t->block.ret) - 1);
 		asm volatile("" : : : "memory");
 		begin_block(t, use, ret);
 	}
@@ -1322,8 +1408,8 @@ range_at_return(struct task *t, int use, int adds, u64 now, u64 ret)
 		return;
 	/* Of restoring, it is a pointer. */
 	ret = as_number(t, ret);
-	fill(&t->inner.block.h, t, now, ret);
-	t->inner.block.outer = NO_FUNCTION;
+	fill_block(t, ret);
+	t->block.outer = NO_FUNCTION;
 	/* If it fails, KHO undoes what it has done. */
 	if (use != BLOCKS_BY_STAMP && (s32)ret < 0)
 		return;
@@ -1344,17 +1430,27 @@ range_at_return(struct task *t, int use, int adds, u64 now, u64 ret)
 		count(MISSED, 1);
 }
 
+/* The name is told where a block would be. */
+INLINE void name_at_return(struct task *t)
+{
+	if (t->depth || t->muted)
+		return;
+	if (!KINDS && t->told.record.call.has_block)
+		tell_record(t);
+	__builtin_memcpy(t->told.record.name, t->name, sizeof(t->name));
+}
+
 /* The end of an outermost call. Inner ones are told by what they did to blocks. */
 INLINE void end(struct task *t, u64 now, u64 ret, const int is_pointer, u64 asked)
 {
-	u32 tid = t->outer.call.h.tid;
+	u32 tid = t->told.record.call.tid;
 
 	if (t->depth)
 		return;
 	if (!t->muted) {
 		/* Of restoring, it is a pointer. */
 		ret = as_number(t, ret);
-		fill(&t->outer.call.h, t, now, ret);
+		fill_call(t, now, ret);
 		tell_call(t, ret, is_pointer, asked);
 		count_told(t);
 	}
@@ -1383,7 +1479,7 @@ INLINE void end(struct task *t, u64 now, u64 ret, const int is_pointer, u64 aske
  */
 #define ENTER_NO_BLOCK(t, adds, a, b, c, d)
 #define ENTER_NAMED(t, adds, a, b, c, d)                                          \
-	bpf_probe_read_kernel_str(t->outer.call.name, sizeof(t->outer.call.name), (void *)(a))
+	bpf_probe_read_kernel_str(t->name, sizeof(t->name), (void *)(a))
 #define ENTER_BLOCK_BY_PFN(t, adds, a, b, c, d)                                   \
 	block_at_entry(t, BLOCK_BY_PFN, adds, a, b, c, d)
 #define ENTER_BLOCK_BY_KEY(t, adds, a, b, c, d)                                   \
@@ -1397,7 +1493,7 @@ INLINE void end(struct task *t, u64 now, u64 ret, const int is_pointer, u64 aske
 #define ENTER_BLOCKS_BY_STAMP(t, adds, a, b, c, d) range_at_entry(t, BLOCKS_BY_STAMP, a, b)
 
 #define LEAVE_NO_BLOCK(t, adds, now, ret)
-#define LEAVE_NAMED(t, adds, now, ret)
+#define LEAVE_NAMED(t, adds, now, ret) name_at_return(t)
 #define LEAVE_BLOCK_BY_PFN(t, adds, now, ret)                                     \
 	block_at_return(t, BLOCK_BY_PFN, adds, now, ret)
 #define LEAVE_BLOCK_BY_KEY(t, adds, now, ret)                                     \

@@ -35,20 +35,19 @@ from khoscope.facts.calls import (
 from khoscope.facts.columns import Pages
 from khoscope.sources.kernel import Layout
 from khoscope.trace import assemble
-from khoscope.trace.assemble import Assembler, block_dtype, call_dtype, record_size
+from khoscope.trace.assemble import TOUCH, Assembler, call_dtype, events_in, record_dtype
 from tests.synthetic import FIXED, PLAIN, POSTED, REFUSED, XARRAYS
 from tests.test_pages import HEAD, LAYOUT, STRUCT_PAGE
 
 KERNEL = Layout(LAYOUT, direct_map=0xFFFF888000000000, tree=0xFFFFFFFF82000000, root=8)
 FRAMES = 3
+RECORD = record_dtype(FRAMES)
 C_SOURCE = resources.files("khoscope").joinpath("bpf/kho_trace.c").read_text()
 
 
 def as_read(records: Iterable[bytes]) -> NDArray[np.uint8]:
-    """Records as they come out of the kernel: all of one size."""
-    size = record_size(FRAMES, LAYOUT.size)
-    together = b"".join(each.ljust(size, b"\xff") for each in records)
-    return np.frombuffer(together, np.uint8).reshape(-1, size)
+    """Records as they come out of the kernel."""
+    return np.frombuffer(b"".join(records), np.uint8).reshape(-1, RECORD.itemsize)
 
 
 class Fed(Assembler):
@@ -67,21 +66,29 @@ def page_at(pfn: int) -> int:
     return (LAYOUT.vmemmap + pfn * LAYOUT.size) & (1 << 64) - 1
 
 
-def record(dtype: np.dtype[np.void], function: str, values: dict[str, Any]) -> bytes:
-    raw = np.zeros(1, dtype)
-    raw["function"] = NUMBERS[function]
-    raw["call"], raw["enter"], raw["leave"] = 1, 100, 200
+def put(into: NDArray[np.void], values: dict[str, Any]) -> None:
     for name, value in values.items():
-        if name in ("args", "outer_args"):
-            raw[name][0, : len(value)] = value
+        if name == "args":
+            into[name][0, : len(value)] = value
         else:
-            raw[name] = value
+            into[name] = value
+
+
+def call(function: str = "kho_preserve_pages", name: bytes = b"", **values: Any) -> bytes:
+    """``struct record`` of a call that has touched no block, or whose blocks went ahead."""
+    raw = np.zeros(1, RECORD)
+    times = {"call": 1, "enter": 100, "leave": 200, "has_returned": 1}
+    put(raw["call"], {"function": NUMBERS[function], **times, **values})
+    raw["name"] = name
     return raw.tobytes()
 
 
-def call(function: str = "kho_preserve_pages", **values: Any) -> bytes:
-    """``struct call``."""
-    return record(call_dtype(FRAMES), function, {"is_call": 1, **values})
+def told_with(call: bytes, block: bytes) -> bytes:
+    """``struct record`` of a call with the last block that it touched."""
+    both, last = np.frombuffer(call, RECORD).copy(), np.frombuffer(block, RECORD)
+    both["touch"] = last["touch"]
+    both["call"]["has_block"] = 1
+    return both.tobytes()
 
 
 def block(
@@ -93,7 +100,8 @@ def block(
     **values: Any,
 ) -> bytes:
     """
-    ``struct block``, as look() of kho_trace.c fills it.
+    ``struct record`` of a block that goes ahead of its call, as look() and keep_block() of
+    kho_trace.c fill it.
 
     :param refcounts: of the pages that were looked at.
     :param pages: the first two struct pages; None: plain ones with those refcounts.
@@ -103,20 +111,34 @@ def block(
         pages["page_type"] = 0xFFFFFFFF
         pages["refcount"][: len(refcounts)] = refcounts[:2]
     odd = [i for i, refs in enumerate(refcounts) if i > 1 and refs != refcounts[1]]
+    head, behind = pages[:1], pages[1:]
+    args, outer_args = values.pop("args", (0, 0)), values.pop("outer_args", (0, 0))
+    outer = values.get("outer", 255)
     facts = {
-        "depth": 1,
+        "function": NUMBERS[function],
         "pfn": pfn,
         "order": order,
         "before": BIT_UNKNOWN,
         "after": BIT_UNKNOWN,
-        "outer": 255,
+        "outer": outer,
+        "args": args[:2] if outer == 255 else outer_args,
+        "as_folio": function == "kho_restore_page" and args[1] & 0xFF != 0,
         "looked": len(refcounts),
         "zeros": sum(refs == 0 for refs in refcounts),
         "ones": sum(refs == 1 for refs in refcounts),
         "odd": odd[0] if odd else 0,
-        "pages": np.frombuffer(pages.tobytes(), np.uint8),
+        "private": values.pop("stamp", head["private"]),
+        "flags": head["flags"],
+        "refcount": head["refcount"].view(np.uint32),
+        "page_type": head["page_type"],
+        "compound": head["info"],
+        "compound_behind": behind["info"],
+        "compound_order": (behind["flags"] & 0xFF).astype(np.uint8),
     }
-    return record(block_dtype(LAYOUT.size), function, {**facts, **values})
+    raw = np.zeros(1, RECORD)
+    put(raw["call"], {"call": values.pop("call", 1), "has_block": 1})
+    put(raw["touch"], {**facts, **values})
+    return raw.tobytes()
 
 
 def added(
@@ -168,14 +190,10 @@ def c_struct(name: str) -> dict[str, tuple[int, int]]:
     body = re.search(rf"^struct {name} {{\n(.*?)^}};", C_SOURCE, re.M | re.S)
     assert body
     text = re.sub(r"/\*.*?\*/", "", body[1], flags=re.S)
-    text = text.replace("STACK_FRAMES", str(FRAMES)).replace("PAGE_STRUCT_SIZE", str(LAYOUT.size))
+    text = text.replace("STACK_FRAMES", str(FRAMES))
     members: dict[str, tuple[int, int]] = {}
     at = 0
-    for kind, names in re.findall(r"^\t(struct header|\w+) (\w[^;]*);", text, re.M):
-        if kind == "struct header":
-            members = c_struct("header")
-            at = max(sum(place) for place in members.values())
-            continue
+    for kind, names in re.findall(r"^\t(\w+) (\w[^;]*);", text, re.M):
         for each, _, count in re.findall(r"(\w+)(\[([^]]+)\])?", names):
             factors = [int(factor) for factor in (count or "1").split("*")]
             size = sizes[kind] * int(np.prod(factors))
@@ -186,17 +204,13 @@ def c_struct(name: str) -> dict[str, tuple[int, int]]:
     return members
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [("call", call_dtype(FRAMES)), ("block", block_dtype(LAYOUT.size))]
-)
+@pytest.mark.parametrize(("name", "dtype"), [("call", call_dtype(FRAMES)), ("touch", TOUCH)])
 def test_structs_are_those_of_the_c_source(name: str, dtype: np.dtype[np.void]) -> None:
     fields = dtype.fields
     assert fields is not None
     ours = {each: (int(at[1]), at[0].itemsize) for each, at in fields.items()}
     theirs = c_struct(name)
-    # Two structs have one of that name.
-    named = [{each: of[each] for each in of if "spare" not in each} for of in (ours, theirs)]
-    assert named[0] == named[1]
+    assert ours == theirs
     assert dtype.itemsize == max(sum(place) for place in theirs.values())
 
 
@@ -273,7 +287,7 @@ def test_blocks_that_were_not_read_or_not_all() -> None:
 
 
 def test_a_far_odd_page() -> None:
-    assert touches_of(added(0, 40, [1], odd=1 << 36)).blocks.facts.odd.tolist() == [2**32 - 1]
+    assert touches_of(added(0, 40, [1], odd=2**32 - 1)).blocks.facts.odd.tolist() == [2**32 - 1]
 
 
 def test_struct_pages() -> None:
@@ -414,7 +428,7 @@ def told(function: str, pfn: int, order: int, **values: Any) -> bytes:
     """A block that a call tells of by its arguments."""
     key = XARRAYS.kho_radix_encode_key(pfn << 12, order)
     refcounts = [1] * min(1 << order, 64)
-    return block(function, pfn, order, refcounts, **{"key": key, "depth": 0, **values})
+    return block(function, pfn, order, refcounts, **{"key": key, **values})
 
 
 def test_blocks_that_calls_tell_of() -> None:
@@ -467,9 +481,9 @@ def test_what_a_vmalloc_call_that_failed_has_undone() -> None:
     """What it had preserved before it did; no function of its own takes that back."""
     nomem = (1 << 32) - 12
     records = [
-        told("kho_preserve_pages", 8, 0, call=1, depth=1),
-        told("kho_preserve_pages", 9, 0, call=2, depth=1),
-        told("kho_preserve_pages", 10, 0, call=1, depth=1),
+        told("kho_preserve_pages", 8, 0, call=1),
+        told("kho_preserve_pages", 9, 0, call=2),
+        told("kho_preserve_pages", 10, 0, call=1),
         call("kho_preserve_vmalloc", call=1, ret=nomem),
         call("kho_preserve_vmalloc", call=2),
     ]
@@ -703,6 +717,23 @@ def test_touches_wait_for_their_call() -> None:
     assert len(made.end().touches) == 0
 
 
+def test_a_call_comes_with_its_last_block() -> None:
+    """Most calls touch one: that makes one record of two events."""
+    one = told_with(call(call=2), added(7, call=2))
+    last = told_with(call("kho_preserve_vmalloc"), added(3))
+    name = call("kho_add_subtree", call=3, name=b"memfd")
+    records = as_read([added(1), one, added(2), last, name])
+    assert [events_in(records[i : i + 1]) for i in range(5)] == [1, 2, 1, 2, 1]
+    assert events_in(records) == 7
+    batch = assembler().feed(records)
+    assert batch.calls.call.tolist() == [2, 1, 3]
+    assert batch.calls.blocks.tolist() == [1, 3, 0]
+    assert batch.starts().tolist() == [0, 1, 4, 4]
+    assert batch.touches.blocks.phys.tolist() == [0x7000, 0x1000, 0x2000, 0x3000]
+    # Only a subtree has a name where others have a block.
+    assert batch.calls.name.tolist() == [b"", b"", b"memfd"]
+
+
 def test_touches_stand_in_the_order_of_their_calls() -> None:
     """Calls in the order in which they return, blocks in the order in which they are touched."""
     batch = assembler().feed_all(
@@ -772,7 +803,8 @@ def tasks() -> st.SearchStrategy[list[list[bytes]]]:
                 number += 1
                 records += [added(100 * number + i, i % 2, call=number) for i in range(blocks)]
                 if ends:
-                    records.append(call(function, call=number))
+                    own = call(function, call=number)
+                    records.append(told_with(own, records.pop()) if blocks else own)
             made.append(records)
         return made
 

@@ -9,13 +9,14 @@ import mmap
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ from khoscope.sources.bcc import import_bcc
 from khoscope.sources.kernel import KernelSource, Layout, Parameter, Signature
 from khoscope.sources.track import TrackLayout
 from khoscope.trace import probes as probes_module
-from khoscope.trace.assemble import record_size
+from khoscope.trace.assemble import record_dtype
 from khoscope.trace.call_filter import CallFilter
 from khoscope.trace.probes import CLIENT_FRAMES, Counters, Probes
 from khoscope.words.errors import KhoscopeError
@@ -250,6 +251,8 @@ class FakeRing:
 
     def take(self, milliseconds: int, most: int) -> NDArray[np.uint8]:
         self.bcc.do("poll", str(milliseconds))
+        if not self.bcc.events:
+            time.sleep(milliseconds / 1000)
         events, self.bcc.events = self.bcc.events[:most], self.bcc.events[most:]
         return np.frombuffer(b"".join(events), np.uint8).reshape(-1, self.record)
 
@@ -913,17 +916,76 @@ def test_errors_while_tracing_leave_nothing(bcc: FakeBcc) -> None:
 # Following
 
 
+class FakeRecord(NamedTuple):
+    """A ``struct record`` as bcc gives it."""
+
+    raw: Any
+    call: Any
+
+    def __bytes__(self) -> bytes:
+        return bytes(self.raw)
+
+
+def one_event(**members: int) -> bytes:
+    """``struct record`` of a call that has returned, or of what its members say."""
+    raw = np.zeros(1, record_dtype(CLIENT_FRAMES))
+    for name, value in (members or {"has_returned": 1}).items():
+        raw["call"][name] = value
+    return raw.tobytes()
+
+
 def test_records(bcc: FakeBcc, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes_module, "ENOUGH", 3)
-    size = record_size(40, LAYOUT.size)
+    size = record_dtype(40).itemsize
     with fake_probes(frames=40) as probes:
-        assert probes.poll(100).shape == (0, size)
+        assert probes.poll(1).shape == (0, size)
+        probes.arm(False)
         bcc.events = [bytes([i]) * size for i in range(5)]
         first, second = probes.poll(7), probes.poll(8)
         assert [len(first), len(second)] == [3, 2]
         together = np.concatenate([first, second])
         assert together.tolist() == [[i] * size for i in range(5)]
-    assert bcc.steps("poll") == ["100", "7", "8"]
+        assert len(probes.poll(9)) == 0
+    # While some wait to be shown, none are waited for.
+    assert bcc.steps("poll")[-3:] == ["7", "0", "9"]
+
+
+def test_the_ring_is_emptied_while_nobody_looks(
+    bcc: FakeBcc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as there is room for what it had: then it fills, and the kernel counts the losses."""
+    monkeypatch.setattr(probes_module, "BACKLOG", 6 * record_dtype(CLIENT_FRAMES).itemsize)
+    sent = [one_event(has_returned=1, call=i) for i in range(11)]
+    with fake_probes() as probes:
+        bcc.events = sent
+        end = time.monotonic() + 20
+        while len(bcc.events) > 5:
+            assert time.monotonic() < end
+        probes.arm(False)
+        shown = [probes.poll(1) for _ in range(3)]
+    assert [len(each) for each in shown] == [6, 5, 0]
+    assert b"".join(map(bytes, shown)) == b"".join(sent)
+
+
+def test_blocks_that_open_calls_hold(bcc: FakeBcc) -> None:
+    def task(**members: int) -> SimpleNamespace:
+        raw = one_event(**members)
+        leaf = (ctypes.c_char * len(raw)).from_buffer_copy(raw)
+        told = FakeRecord(leaf, SimpleNamespace(has_block=members["has_block"]))
+        return SimpleNamespace(depth=1, muted=0, told=SimpleNamespace(record=told))
+
+    with fake_probes() as probes:
+        bpf = bcc.made[0]
+        dict.update(bpf["counters"], {0: [3, 0], 1: [0, 0], 2: [0, 0], 3: [0, 0]})
+        assert probes.held().shape == (0, record_dtype(CLIENT_FRAMES).itemsize)
+        tasks = [task(has_block=1, call=7), task(has_block=0, call=8)]
+        dict.update(bpf["tasks"], dict(enumerate(tasks)))
+        assert bytes(probes.held()) == one_event(has_block=1, call=7)
+        probes.arm(False)
+        bcc.events = [one_event(has_block=1, has_returned=1)]
+        probes.poll(1)
+        # All three events have come, in two records.
+        assert probes.drained() == Counters(3, 0, 0, 2)
 
 
 def test_what_is_counted(bcc: FakeBcc) -> None:
@@ -937,7 +999,7 @@ def test_what_is_counted(bcc: FakeBcc) -> None:
         borders = np.frombuffer(raw[: 8 * 256], np.uint64)
         assert borders.tolist() == [0x1000, 0x2000] + [2**63 - 1] * 254
         assert [*raw[8 * 256 :]] == [0, 1, 0] + [0] * 253
-        size = record_size(CLIENT_FRAMES, LAYOUT.size)
+        size = record_dtype(CLIENT_FRAMES).itemsize
 
         def told(count: int, pages: int, mark: int) -> bytes:
             return np.array([count, pages], np.uint64).tobytes() + bytes([mark]) * size
@@ -949,7 +1011,8 @@ def test_what_is_counted(bcc: FakeBcc) -> None:
         assert calls.pages.tolist() == [30, 0]
         assert calls.examples.tolist() == [[1] * size, [2] * size]
         assert (blocks.keys, blocks.examples.shape) == ([], (0, size))
-        bcc.events = [bytes(size)] * 4
+        probes.arm(False)
+        bcc.events = [one_event()] * 4
         probes.poll(1)
         assert probes.drained() == Counters(12, 1, 0, 0)
 
@@ -975,7 +1038,8 @@ def test_counters(bcc: FakeBcc, monkeypatch: pytest.MonkeyPatch) -> None:
             },
         )
         assert probes.counters() == Counters(15, 3, 7, 2)
-        bcc.events = [bytes(record_size(CLIENT_FRAMES, LAYOUT.size))] * 12
+        probes.arm(False)
+        bcc.events = [one_event()] * 12
         probes.poll(1)
         assert probes.drained() == Counters(15, 3, 7, 2)
         # What was made and not taken is lost, whoever lost it.

@@ -7,13 +7,15 @@ import mmap
 import os
 import struct
 import threading
+import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khoscope.trace.ring import Ring
+from khoscope.trace.ring import Reader, Ring
 
 SIZE = mmap.PAGESIZE
 RECORD = 280
@@ -132,3 +134,92 @@ def test_a_first_record_that_is_being_written_is_waited_for(kernel: Kernel) -> N
     writer.start()
     assert len(ring.take(2000, 1000)) == 1
     writer.join()
+
+
+# Records that wait until somebody looks at them
+
+
+def polled(reader: Reader, milliseconds: int = 0, most: int = 1000) -> list[int]:
+    taken = reader.poll(milliseconds, most)
+    assert taken.shape == (len(taken), RECORD)
+    return [int(value) for value in np.ascontiguousarray(taken).view(np.uint64)[:, 0]]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def start(kernel: Kernel) -> Iterator[Callable[[int], Reader]]:
+    """Begin to read the kernel's ring."""
+    started = []
+
+    def start(most: int) -> Reader:
+        started.append(Reader(Ring(kernel.fd, SIZE, RECORD), most))
+        return started[-1]
+
+    yield start
+    for reader in started:
+        reader.stop()
+
+
+def test_records_are_taken_out_while_nobody_looks(
+    kernel: Kernel, start: Callable[[int], Reader]
+) -> None:
+    """More than the ring has room for."""
+    reader = start(1000)
+    for number in range(3 * SIZE // STRIDE):
+        until(lambda: kernel.put(record(number)))  # noqa: B023
+    until(lambda: kernel.consumed == kernel.made)
+    assert polled(reader, most=7) == [*range(7)]
+    assert polled(reader) == [*range(7, 3 * SIZE // STRIDE)]
+    assert polled(reader) == []
+
+
+def test_no_more_are_kept_than_there_is_room_for(
+    kernel: Kernel, start: Callable[[int], Reader]
+) -> None:
+    reader = start(5)
+    for number in range(12):
+        assert kernel.put(record(number))
+    until(lambda: kernel.consumed == 5 * STRIDE)
+    time.sleep(0.3)
+    assert kernel.consumed == 5 * STRIDE
+    assert polled(reader, most=2) == [0, 1]
+    until(lambda: kernel.consumed == 7 * STRIDE)
+    reader.stop()
+    seen: list[int] = []
+    while some := polled(reader):
+        seen += some
+    assert seen == [*range(2, 12)]
+
+
+def test_what_has_come_is_waited_for(kernel: Kernel, start: Callable[[int], Reader]) -> None:
+    reader = start(1000)
+    writer = threading.Timer(0.1, kernel.put, [record(3)])
+    writer.start()
+    assert polled(reader, 20_000) == [3]
+    writer.join()
+
+
+def test_a_reader_that_has_stopped_leaves_nothing(
+    kernel: Kernel, start: Callable[[int], Reader]
+) -> None:
+    reader = start(1000)
+    reader.stop()
+    for number in range(9):
+        kernel.put(record(number))
+    assert polled(reader, most=4) == [*range(4)]
+    assert polled(reader) == [*range(4, 9)]
+    assert polled(reader) == []
+
+
+def test_what_the_reader_cannot_read(kernel: Kernel, start: Callable[[int], Reader]) -> None:
+    reader = start(1000)
+    kernel.put(bytes(RECORD - 8))
+    kernel.put(bytes(RECORD))
+    with pytest.raises(ValueError, match="expected 280"):
+        polled(reader, 20_000)

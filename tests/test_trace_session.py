@@ -270,6 +270,8 @@ class FakeProbes(Probes):
         #: How many polls there had been at each arm(False).
         self.disarmed: list[int] = []
         self.learnt = 0
+        #: The records of calls that have not returned.
+        self.open: list[bytes] = []
         #: Events that are found to be lost when all is over.
         self.late = 0
 
@@ -282,6 +284,11 @@ class FakeProbes(Probes):
             step()
             step = ()
         return as_read(step)
+
+    def held(self) -> NDArray[np.uint8]:
+        # Else calls might tell it, too.
+        assert self.steps == []
+        return as_read(self.open)
 
     def arm(self, on: bool) -> None:
         assert not on
@@ -411,6 +418,17 @@ def test_what_has_begun_is_followed_to_its_end(clock: Clock) -> None:
     assert [len(batch.touches) for batch in view.batches] == [1, 1]
     assert report.counts["type-mismatch"] == 1
     assert view.losses == [Losses(open=1, made=4)]
+
+
+def test_blocks_of_calls_that_do_not_return(clock: Clock) -> None:
+    """The last one would be told with its call; it is not lost."""
+    view = Seen()
+    probes = FakeProbes([WRONG[:1]], Counters(2, 0, 0, 1), clock)
+    probes.open = [added(0x200, call=2)]
+    TraceSession(tracing(), CallFilter(), view, None).live(probes, assembler(), None, 0.1, None)
+    [batch] = view.batches
+    assert (len(batch.calls), batch.touches.call.tolist()) == (0, [2, 2])
+    assert batch.touches.blocks.phys.tolist() == [0x100000, 0x200000]
 
 
 def test_intervals(clock: Clock) -> None:

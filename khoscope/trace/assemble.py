@@ -2,8 +2,8 @@
 """
 From the records of bpf/kho_trace.c to facts.
 
-The kernel reports each block when the function that touched it returns, and each outermost call
-when it returns.  So the blocks of a call come before the call.
+The kernel reports each outermost call when it returns, with the last block that it touched; the
+other blocks of a call come before it.
 """
 
 from __future__ import annotations
@@ -30,24 +30,7 @@ from ..facts.calls import (
 )
 from ..facts.columns import Blocks, Pages
 from ..sources.kernel import Layout
-from ..sources.pages import StructPages
-
-#: ``struct header``.
-_HEADER = [
-    ("call", "<u8"),
-    ("enter", "<u8"),
-    ("leave", "<u8"),
-    ("args", "<u8", (4,)),
-    ("ret", "<u8"),
-    ("tid", "<u4"),
-    ("tgid", "<u4"),
-    ("function", "u1"),
-    ("depth", "u1"),
-    ("is_call", "u1"),
-    ("spare", "u1", (5,)),
-]
-#: Offset of ``is_call``, bytes.
-_IS_CALL = 74
+from ..sources.pages import PageLayout, StructPages
 
 #: How many touches may wait for their calls to return: one call may preserve the memory of a whole
 #: host.
@@ -65,19 +48,59 @@ _OF_KIND = {
 _ACTIONS = np.array([_OF_KIND[f.kind] if f.otherwise else f.action for f in FUNCTIONS], np.int8)
 #: Functions that tell of the blocks that their arguments name.
 _TELLS = np.array([f.otherwise > Use.NAMED for f in FUNCTIONS])
+_NAMED = np.array([f.use == Use.NAMED for f in FUNCTIONS])
 _PRESERVES = np.array([f.kind == CallKind.PRESERVE for f in FUNCTIONS])
 _TREE = np.array([f.kind == CallKind.TREE for f in FUNCTIONS])
 #: By function: the action of the touches that make up what a call was asked for.
 MEANT = [_OF_KIND.get(f.kind, f.action) for f in FUNCTIONS]
 
 
+#: ``struct touch``.
+TOUCH = np.dtype(
+    [
+        ("args", "<u8", (2,)),
+        ("ret", "<u8"),
+        ("pfn", "<u8"),
+        ("key", "<u8"),
+        ("private", "<u8"),
+        ("flags", "<u8"),
+        ("compound", "<u8"),
+        ("compound_behind", "<u8"),
+        ("refcount", "<u4"),
+        ("page_type", "<u4"),
+        ("order", "<u4"),
+        ("looked", "<u4"),
+        ("unread", "<u4"),
+        ("zeros", "<u4"),
+        ("ones", "<u4"),
+        ("odd", "<u4"),
+        ("before", "u1"),
+        ("after", "u1"),
+        ("function", "u1"),
+        ("outer", "u1"),
+        ("as_folio", "u1"),
+        ("compound_order", "u1"),
+        ("spare", "u1", (2,)),
+    ]
+)
+
+
 def call_dtype(frames: int) -> np.dtype[np.void]:
     """``struct call``."""
     return np.dtype(
         [
-            *_HEADER,
+            ("call", "<u8"),
+            ("enter", "<u8"),
+            ("leave", "<u8"),
+            ("args", "<u8", (4,)),
+            ("ret", "<u8"),
+            ("tid", "<u4"),
+            ("tgid", "<u4"),
+            ("function", "u1"),
+            ("has_returned", "u1"),
+            ("has_block", "u1"),
+            ("spare", "u1", (5,)),
             ("comm", "S16"),
-            ("name", "S32"),
             ("blocks", "<u8"),
             ("pages", "<u8"),
             ("stack", "<u8", (frames,)),
@@ -85,33 +108,16 @@ def call_dtype(frames: int) -> np.dtype[np.void]:
     )
 
 
-def block_dtype(page_size: int) -> np.dtype[np.void]:
-    """``struct block``; :param page_size: ``sizeof(struct page)``."""
+def record_dtype(frames: int) -> np.dtype[np.void]:
+    """``struct record``: a subtree's ``name`` is where a ``touch`` would be."""
+    call = call_dtype(frames)
     return np.dtype(
-        [
-            *_HEADER,
-            ("pfn", "<u8"),
-            ("key", "<u8"),
-            ("stamp", "<u8"),
-            ("order", "<u4"),
-            ("before", "u1"),
-            ("after", "u1"),
-            ("outer", "u1"),
-            ("spare2", "u1"),
-            ("outer_args", "<u8", (2,)),
-            ("looked", "<u4"),
-            ("unread", "<u4"),
-            ("zeros", "<u4"),
-            ("ones", "<u4"),
-            ("odd", "<u8"),
-            ("pages", "u1", (2 * page_size,)),
-        ]
+        {
+            "names": ["call", "touch", "name"],
+            "formats": [call, TOUCH, "S32"],
+            "offsets": [0, call.itemsize, call.itemsize],
+        }
     )
-
-
-def record_size(frames: int, page_size: int) -> int:
-    """``sizeof(union record)``, bytes."""
-    return max(call_dtype(frames).itemsize, block_dtype(page_size).itemsize)
 
 
 class _Waiting:
@@ -172,8 +178,8 @@ class Assembler:
         self._counted = counted
         self._abi = abi
         self._layout = layout
-        self._call = call_dtype(frames)
-        self._block = block_dtype(layout.pages.size)
+        self._record = record_dtype(frames)
+        self._page_pair = _page_pair(layout.pages)
         self._waiting = _Waiting()
         #: By call: the tally of touches that could not wait for it.  The call that was active last
         #: comes last.
@@ -183,12 +189,12 @@ class Assembler:
         """
         The calls among the records, with their touches.  Touches whose call has not returned wait.
 
-        :param records: u8, shape (n, :func:`record_size`).
+        :param records: u8, shape (n, size of :func:`record_dtype`).
         """
-        outer = records[:, _IS_CALL] != 0
-        call = _viewed(records[outer], self._call)
-        block = _viewed(records[~outer], self._block)
-        new = self._touches(block)
+        new = self._touches(records)
+        returned = self._viewed(records)["call"]["has_returned"] != 0
+        raw = self._viewed(_picked(records, returned))
+        call = raw["call"]
         open_ = rows_of(call["call"], new.call) < 0
         touches = Touches.concatenate([*self._waiting.of(call["call"]), new[~open_]])
         self._waiting.add(new[open_])
@@ -199,7 +205,7 @@ class Assembler:
         row = rows_of(call["call"], touches.call)
         done = np.argsort(row, kind="stable")
         mine = _undone(touches[done], call, row[done])
-        calls = self._calls(call, mine, row[done])
+        calls = self._calls(raw, mine, row[done])
         if self._counted:
             calls = dataclasses.replace(calls, pages=call["pages"], blocks=call["blocks"])
         return Batch(calls, Touches.concatenate([mine, loose]))
@@ -209,13 +215,12 @@ class Assembler:
         What the examples of some kinds say, each for itself: whose call did that to a block is not
         known of examples.
         """
-        raw = _viewed(calls, self._call)
-        none = np.zeros(0, np.int64)
+        raw, none = self._viewed(calls), np.zeros(0, np.int64)
+        own = self._calls(raw, Touches.empty(), none)
+        call = raw["call"]
         return Batch(
-            dataclasses.replace(
-                self._calls(raw, Touches.empty(), none), pages=raw["pages"], blocks=raw["blocks"]
-            ),
-            self._touches(_viewed(blocks, self._block)),
+            dataclasses.replace(own, pages=call["pages"], blocks=call["blocks"]),
+            self._touches(blocks),
         )
 
     def end(self) -> Batch:
@@ -234,20 +239,28 @@ class Assembler:
         for call in list(self._gone)[:-MOST_CALLS]:
             del self._gone[call]
 
-    def _touches(self, raw: NDArray[np.void]) -> Touches:
-        action = _ACTIONS[raw["function"]]
+    def _viewed(self, records: NDArray[np.uint8]) -> NDArray[np.void]:
+        """``struct record``, to look into; rows are picked much faster while they are bytes."""
+        viewed: NDArray[np.void] = records.view(self._record)[:, 0]
+        return viewed
+
+    def _touches(self, records: NDArray[np.uint8]) -> Touches:
+        """What the records tell of blocks, if they do."""
+        told = self._viewed(records)
+        stands = told["call"]["has_block"] != 0
+        action = _ACTIONS[np.where(stands, told["touch"]["function"], 0)]
         # Other trees of the same kind have keys that do not stand for blocks.
-        raw = raw[(action == Action.RESTORE) | (raw["order"] != NO_ORDER)]
+        stands &= (action == Action.RESTORE) | (told["touch"]["order"] != NO_ORDER)
+        told = self._viewed(_picked(records, stands))
+        call, raw = told["call"]["call"], told["touch"]
         function = raw["function"]
         action = _ACTIONS[function]
         restored = action == Action.RESTORE
         blocks = self._blocks(raw, restored)
         by_page = function == NUMBERS["kho_restore_page"]
-        as_folio = np.where(
-            by_page, raw["args"][:, 1] & 0xFF != 0, function == NUMBERS["kho_restore_folio"]
-        )
+        as_folio = np.where(by_page, raw["as_folio"] != 0, function == NUMBERS["kho_restore_folio"])
         return Touches(
-            raw["call"],
+            call,
             function,
             action,
             _returned(function, raw["ret"]),
@@ -272,7 +285,7 @@ class Assembler:
             refused = ~restored & (split != 0)
             kind = np.where(refused, KHO_PAGE_SPLIT, kind).astype(np.int8)
             key = np.where(refused, raw["key"], key).astype(np.uint64)
-        stamp = raw["stamp"]
+        stamp = raw["private"]
         phys = np.where(restored, raw["pfn"] << np.uint64(abi.page_shift), phys)
         stamped = np.where(raw["order"] < 64, raw["order"], BAD_ORDER)
         order = np.where(restored, stamped, order).astype(np.uint8)
@@ -280,9 +293,12 @@ class Assembler:
         return Blocks(key, phys, order, np.where(restored, types, kind), self._pages(raw, restored))
 
     def _pages(self, raw: NDArray[np.void], restored: NDArray[np.bool_]) -> Pages:
-        # Of each block, the first two.
+        # Of each block, the first two, with what was told of them.
+        pair = np.zeros(len(raw), self._page_pair)
+        for name in self._page_pair.names or ():
+            pair[name] = raw[name]
         pfn = np.stack([raw["pfn"], raw["pfn"] + np.uint64(1)], axis=1).reshape(-1)
-        pages = StructPages(self._layout.pages, raw["pages"].tobytes(), pfn, self._abi.page_size)
+        pages = StructPages(self._layout.pages, pair.tobytes(), pfn, self._abi.page_size)
         head = pages.refcount[0::2]
         looked = raw["looked"].astype(np.int64)
         # The counts include the first page.  The kernel reads that page a second time for them, and
@@ -295,12 +311,12 @@ class Assembler:
         # Each block comes with two struct pages: the second one holds the order of a compound page.
         compound = pages.compound_order()[0::2] if len(raw) else np.zeros(0, np.int8)
         return Pages(
-            private=np.where(restored, raw["stamp"], pages.private[0::2]),
+            private=np.where(restored, raw["private"], pages.private[0::2]),
             head=head.copy(),
             zeros=zeros.astype(np.uint32),
             ones=ones.astype(np.uint32),
             others=(tails - zeros - ones).astype(np.uint32),
-            odd=np.minimum(raw["odd"], 2**32 - 1).astype(np.uint32),
+            odd=raw["odd"].copy(),
             free=(page_type >> np.uint32(24) == self._layout.pages.buddy_type).astype(np.uint32),
             flags=pages.flags[0::2].copy(),
             page_type=page_type.copy(),
@@ -320,7 +336,7 @@ class Assembler:
         preserved = (_ACTIONS[raw["function"]] == Action.ADD) & (
             raw["outer"] == NUMBERS["kho_preserve_pages"]
         )
-        args = np.where((inner | preserved)[:, None], raw["outer_args"], raw["args"][:, :2])
+        args = raw["args"]
         shift = np.uint64(self._abi.page_shift)
         first = np.where(preserved, self._pfn_of(args[:, 0]), args[:, 0] >> shift)
         left = first + args[:, 1] - raw["pfn"]
@@ -338,7 +354,8 @@ class Assembler:
         layout = self._layout.pages
         return (page - np.uint64(layout.vmemmap)) // np.uint64(layout.size)
 
-    def _calls(self, raw: NDArray[np.void], touches: Touches, of: NDArray[np.int64]) -> Calls:
+    def _calls(self, records: NDArray[np.void], touches: Touches, of: NDArray[np.int64]) -> Calls:
+        raw = records["call"]
         function = raw["function"]
         tally = _tally(touches, of, len(raw))
         if self._gone:
@@ -365,7 +382,7 @@ class Assembler:
             phys,
             pages,
             tally[:, :, 0].sum(axis=1, dtype=np.uint64),
-            raw["name"],
+            np.where(_NAMED[function], records["name"], b"").astype("S32"),
             raw["stack"],
         )
 
@@ -405,9 +422,38 @@ def _undone(touches: Touches, raw: NDArray[np.void], of: NDArray[np.int64]) -> T
     return dataclasses.replace(touches, ret=np.where(failed, ret, touches.ret))
 
 
-def _viewed(records: NDArray[np.uint8], dtype: np.dtype[np.void]) -> NDArray[np.void]:
-    """View records as their own type; each has the size of the largest type."""
-    return np.ascontiguousarray(records[:, : dtype.itemsize]).view(dtype)[:, 0]
+def _picked(records: NDArray[np.uint8], rows: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Some records, which are mostly all: then nothing is copied."""
+    return records if rows.all() else records[rows]
+
+
+def events_in(records: NDArray[np.uint8]) -> int:
+    """How many events are told by records: calls that have returned, and blocks."""
+    call = call_dtype(0).fields
+    assert call is not None
+    return int(records[:, [call["has_returned"][1], call["has_block"][1]]].sum())
+
+
+def _page_pair(layout: PageLayout) -> np.dtype[np.void]:
+    """Two ``struct page``, with the places of what ``struct touch`` has of them."""
+    places = {
+        "flags": ("<u8", layout.flags),
+        "private": ("<u8", layout.private),
+        "refcount": ("<u4", layout.refcount),
+        "page_type": ("<u4", layout.page_type),
+        "compound": ("<u8", layout.compound),
+        "compound_behind": ("<u8", layout.size + layout.compound),
+        "compound_order": ("u1", layout.size + layout.flags),
+    }
+    formats, offsets = zip(*places.values(), strict=True)
+    return np.dtype(
+        {
+            "names": [*places],
+            "formats": formats,
+            "offsets": offsets,
+            "itemsize": 2 * layout.size,
+        }
+    )
 
 
 def _returned(function: NDArray[np.uint8], ret: U64) -> NDArray[np.int64]:

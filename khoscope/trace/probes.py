@@ -38,10 +38,10 @@ from ..sources import host_files
 from ..sources.bcc import import_bcc
 from ..sources.kernel import KernelSource, Layout, Signature
 from ..words.errors import KhoscopeError, say
-from .assemble import MEANT, record_size
+from .assemble import MEANT, events_in, record_dtype
 from .call_filter import CallFilter
 from .kinds import Counted
-from .ring import Ring
+from .ring import Reader, Ring
 
 #: Stack frames kept of each call: enough to find the client, or the whole stack.  The innermost
 #: frames belong to the BPF program, its trampoline and KHO itself.
@@ -52,8 +52,10 @@ BUFFER: Final = 16 << 20
 KINDS: Final = 1 << 13
 #: Addresses at which kinds differ (``PLACES`` in bpf/kho_trace.c), but for the end of all.
 MOST_BORDERS: Final = 255
-#: How many records are taken out at once, before they are shown.
-ENOUGH: Final = 1 << 15
+#: How many records are shown at once.
+ENOUGH: Final = 1 << 13
+#: Bytes of records that have been taken out of the ring buffer and wait to be shown.
+BACKLOG: Final = 256 << 20
 
 #: Arguments that are kept of each call (``args`` in bpf/kho_trace.c).
 _ARGUMENTS: Final = 4
@@ -190,8 +192,8 @@ class Probes:
         self._pages = 1 << max((buffer // _PAGE).bit_length() - 1, 0)
         self._verbose = verbose
         self._places = places
-        self._size = record_size(frames, source.layout.pages.size)
-        self._ring: Ring | None = None
+        self._size = record_dtype(frames).itemsize
+        self._reader: Reader | None = None
         self._bpf: Any = None
         self._taken = self._grouped = 0
         self._symbols: dict[int, str] = {}
@@ -238,7 +240,9 @@ class Probes:
         self._detach()
 
     def _detach(self) -> None:
-        self._ring = None
+        if self._reader is not None:
+            self._reader.stop()
+        self._reader = None
         self._forget_symbols()
         if self._bpf is not None:
             self._bpf.cleanup()
@@ -456,12 +460,13 @@ class Probes:
     def _open_buffer(self) -> None:
         descriptor = self._bpf["events"].map_fd
         try:
-            self._ring = Ring(descriptor, self._pages * _PAGE, self._size)
+            ring = Ring(descriptor, self._pages * _PAGE, self._size)
         except OSError as error:
             raise KhoscopeError(
                 f"the events' ring buffer cannot be mapped ({error.strerror})",
                 "see RLIMIT_AS, or take a smaller --buffer",
             ) from error
+        self._reader = Reader(ring, BACKLOG // self._size)
 
     def _set_places(self) -> None:
         if self._places is not None:
@@ -491,13 +496,23 @@ class Probes:
         Begin to follow calls; or, if not ``on``, follow only calls that have begun to their end.
         """
         self._bpf["armed"][ctypes.c_int(0)] = ctypes.c_uint(int(on))
+        if not on and self._reader is not None:
+            # From here on, a poll that finds nothing says that there is nothing.
+            self._reader.stop()
 
     def poll(self, milliseconds: int) -> NDArray[np.uint8]:
-        """The records that have come, u8, shape (n, size); wait if there are none yet."""
-        assert self._ring is not None
-        records = self._ring.take(milliseconds, ENOUGH)
-        self._taken += len(records)
+        """The oldest records that have come, u8, shape (n, size); wait if there are none yet."""
+        assert self._reader is not None
+        records = self._reader.poll(milliseconds, ENOUGH)
+        self._taken += events_in(records)
         return records
+
+    def held(self) -> NDArray[np.uint8]:
+        """Blocks that calls which have not returned would tell when they do, as records."""
+        records = [bytes(t.told.record) for t in self._tasks() if t.told.record.call.has_block]
+        held = np.frombuffer(b"".join(records), np.uint8).reshape(-1, self._size)
+        self._taken += events_in(held)
+        return held
 
     def counters(self) -> Counters:
         """What the kernel has counted so far."""
@@ -510,16 +525,17 @@ class Probes:
 
     def _open(self) -> int:
         """Calls that somebody asked for and that have not returned."""
+        return sum(task.depth > 0 and not task.muted for task in self._tasks())
+
+    def _tasks(self) -> Iterator[Any]:
+        """``struct task`` of each task that is in a call."""
         table = self._bpf["tasks"]
-        count = 0
         # While tasks come and go, the iteration might begin again and again.
         for tid in islice(table, table.max_entries):
             try:
-                task = table[tid]
+                yield table[tid]
             except KeyError:
                 continue  # It has returned meanwhile.
-            count += task.depth > 0 and not task.muted
-        return count
 
     def drained(self) -> Counters:
         """The counters at the end, when all records have been taken."""

@@ -124,6 +124,8 @@ class TraceSession:
             probes.arm(False)
             while len(records := probes.poll(POLL)):
                 take(assembler.feed(records))
+            if not kinds:
+                take(assembler.feed(probes.held()))
             take(assembler.end())
             count()
             self._count(probes.drained())

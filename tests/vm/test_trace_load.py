@@ -54,6 +54,8 @@ class Story:
 
     #: What ``--check`` says of clients that come and go, and of the load.
     load: str = ""
+    #: What the recording of a load does.
+    recorded: str = ""
     #: What lines say of these clients, and what the two traces hold meanwhile.
     lines: str = ""
     held: dict[str, Any] = field(default_factory=dict)
@@ -91,6 +93,14 @@ def story() -> Story:
         story.load = load.output()
         assert load.status == 0, story.load + load.errors()
 
+        with Trace(machine, "record", "--record", "/root/load.khotrace") as record:
+            exercise.preserve("many", MANY, timeout=TIMEOUT)
+            exercise.free("many", timeout=TIMEOUT)
+            # Most of its lines are still to come.
+            record.end(timeout=3 * TIMEOUT)
+        replay = ("khoscope", "trace", "--replay", "/root/load.khotrace", "--summary")
+        story.recorded = machine.run(replay, timeout=TIMEOUT, check=True).stdout
+
         tiny = Trace(machine, "tiny", "--json", "--check", "--buffer", "4", "--probe", "kprobe")
         killed = Trace(machine, "killed", "--summary")
         with tiny, killed:
@@ -124,27 +134,45 @@ def story() -> Story:
     return story
 
 
+def number(text: str) -> int:
+    return int(text.replace(",", ""))
+
+
+def totals(summary: str) -> tuple[int, int]:
+    """Calls, and blocks of a page each."""
+    line = r"^([\d,]+) calls \(0 failed\), ([\d,]+) blocks, ([\d,]+) pages$"
+    found = re.search(line, summary, re.MULTILINE)
+    assert found, summary
+    calls, blocks, pages = map(number, found.groups())
+    assert blocks == pages
+    return calls, blocks
+
+
 # -- every event is accounted for ------------------------------------------------------------------
 
 
 def test_load_under_default_settings(story: Story) -> None:
     """400,000 calls, counted by kind in the kernel: not one of them is lost, nor any block."""
-    made = FIRST + 2 * events_of(MANY) + COME_AND_GO
-    found = re.search(
-        r"^([\d,]+) calls \(0 failed\), ([\d,]+) blocks, ([\d,]+) pages$", story.load, re.MULTILINE
-    )
-    assert found, story.load
-    calls, blocks, pages = (int(number.replace(",", "")) for number in found.groups())
-    assert blocks == pages
-    assert calls + blocks == made
+    calls, blocks = totals(story.load)
+    assert calls + blocks == FIRST + 2 * events_of(MANY) + COME_AND_GO
     assert "\nevery event was seen, every refcount was read\n" in story.load
     for name in ("preserve_pages", "unpreserve_pages"):
         assert re.search(rf"^{name} +{MANY:,} +0 +{MANY:,}$", story.load, re.MULTILINE)
     assert story.load.splitlines()[-1] == "PASS: nothing wrong was seen (0 errors, 0 warnings)"
 
 
+def test_load_that_is_recorded(story: Story) -> None:
+    """Each call by itself, and its line: less than one of a hundred events is lost, and counted."""
+    made = 2 * events_of(MANY)
+    calls, blocks = totals(story.recorded)
+    said = re.search(r"events lost: ([\d,]+)", story.recorded)
+    lost = number(said[1]) if said else 0
+    assert calls + blocks + lost == made
+    assert lost < made / 100
+
+
 def test_tiny_buffer_loses_and_says_how_much(story: Story) -> None:
-    """4 KiB hold a dozen events: what is not there is counted, and no --check passes then."""
+    """4 KiB hold a dozen calls: what is not there is counted, and no --check passes then."""
     made, losses = events_of(SOME), story.tiny["losses"]
     assert story.tiny["buffer"] == "ring buffer of 4 KiB"
     assert losses["lost"] > 0
