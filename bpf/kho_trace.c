@@ -23,6 +23,9 @@
  *   STAMP_MAGIC, STAMP_MAGIC_SHIFT, STAMP_ORDER_MASK   union kho_page_info
  *   STAMP_TYPE_SHIFT                     bit of the type in it; 64: none
  *   PRESERVE_PAGES, RESTORE_PAGES        numbers of kho_preserve_pages() and kho_restore_pages()
+ *   HUGETLB_TYPE, OPTIMIZED, OWN_PAGES   PGTY_hugetlb; HPG_vmemmap_optimized as a mask of
+ *                                        folio->private, 0: there is none; the struct pages that such a
+ *                                        folio has for itself
  *   MAY_GOTO                             whether the kernel has that instruction
  * and what the user asked for:
  *   RING_PAGES                           size of the ring buffer
@@ -196,6 +199,7 @@ struct block {
 	u32 unread;
 	u32 zeros, ones;
 	u64 odd;
+	u64 own;		/* pages of it that share their struct pages with no others */
 	u8 pages[2 * PAGE_STRUCT_SIZE];
 };
 
@@ -380,6 +384,26 @@ INLINE u64 output(struct task *t)
 	} while (0)
 
 /*
+ * How many pages of a block are to be looked at: the tails of an optimised hugetlb folio share their
+ * struct pages (HVO, mm/hugetlb_vmemmap.c), which say nothing of any of them.
+ */
+INLINE u64 own_pages(struct block *b, u32 order)
+{
+	const u64 all = 1ULL << order;
+#if OPTIMIZED
+	const u8 *second = b->pages + PAGE_STRUCT_SIZE;
+	const u64 type = *(u32 *)(b->pages + PAGE_TYPE_OFFSET) >> 24;
+	const u64 compound = *(u64 *)(second + FLAGS_OFFSET) & 0xff;
+	u64 shares = *(u64 *)(b->pages + PRIVATE_OFFSET) & OPTIMIZED;
+
+	shares = LESS(0, shares) & IS_ZERO(type ^ HUGETLB_TYPE) & (1 - LESS(compound, order));
+	return all ^ ((all ^ OWN_PAGES) & -shares);
+#else
+	return all;
+#endif
+}
+
+/*
  * Count the refcounts of a block, its first page included.
  *
  * The sums are kept in memory, of which the verifier does not know the value: else it
@@ -400,6 +424,7 @@ INLINE void look(struct task *t)
 	b->zeros = 0;
 	b->ones = 0;
 	b->odd = 0;
+	b->own = own_pages(b, order);
 
 	if (order < WINDOW_ORDER) {
 		u64 pages = 1ULL << order;
@@ -429,7 +454,7 @@ INLINE void look(struct task *t)
 	for (u64 w = 0; GOES_ON(w, WINDOWS); w++) {
 		u64 at = w * t->step;
 
-		if (at >> order)
+		if (at >= b->own)
 			break;
 		OPAQUE(at);
 		if (bpf_probe_read_kernel(t->window, WINDOW * PAGE_STRUCT_SIZE,
@@ -807,6 +832,7 @@ INLINE void begin_block(struct task *t, int use, u64 ret)
 	b->zeros = 0;
 	b->ones = 0;
 	b->odd = 0;
+	b->own = 1ULL << (b->order & 63);
 	r->page = 0;
 	bpf_probe_read_kernel(b->pages, PAGE_STRUCT_SIZE, (void *)page);
 	bpf_probe_read_kernel(b->pages + PAGE_STRUCT_SIZE, PAGE_STRUCT_SIZE,
@@ -1142,7 +1168,7 @@ INLINE u64 describe_pages(struct task *t, u32 order)
 	all_zeros = 1 - is_any(zeros ^ tails);
 	no_zeros = 1 - is_any(zeros);
 	all_ones = 1 - is_any(ones ^ tails);
-	sampled = LESS(looked + b->unread, 1ULL << (order & 63) & -LESS(order, 64));
+	sampled = LESS(looked + b->unread, b->own & -LESS(order, 64));
 	k->pattern = (all_zeros * PATTERN_ZEROS | no_zeros * PATTERN_NO_ZEROS |
 		      all_ones * PATTERN_ONES | some * PATTERN_LOOKED |
 		      is_any(b->unread) * PATTERN_UNREAD | sampled * PATTERN_SAMPLED) & -seen;

@@ -107,6 +107,24 @@ class PageLayout:
     hugetlb_type: int = 0
     optimized: int = 0
 
+    def own(self, page_size: int) -> int:
+        """
+        How many struct pages an optimised hugetlb folio has for itself
+        (``HUGETLB_VMEMMAP_RESERVE_PAGES`` in hugetlb_vmemmap.h).
+        """
+        return page_size // self.size
+
+    def is_optimized(self, page_type: NDArray[np.uint32], private: U64) -> NDArray[np.bool_]:
+        """
+        Heads of hugetlb folios whose tails share struct pages
+        (``folio_test_hugetlb_vmemmap_optimized()`` in hugetlb.h).
+        """
+        if not self.optimized:
+            return np.zeros(len(page_type), np.bool_)
+        hugetlb = page_type >> np.uint32(24) == self.hugetlb_type
+        optimized: NDArray[np.bool_] = hugetlb & (private & np.uint64(self.optimized) != 0)
+        return optimized
+
 
 #: ``page_type`` of a page that has no type and is mapped nowhere (``_mapcount`` is -1).
 NO_PAGE_TYPE: Final = np.uint32(0xFFFFFFFF)
@@ -203,11 +221,8 @@ class StructPages:
 
     @property
     def is_optimized(self) -> NDArray[np.bool_]:
-        """
-        Heads of hugetlb folios whose tails share struct pages
-        (``folio_test_hugetlb_vmemmap_optimized()`` in hugetlb.h).
-        """
-        return _is_optimized(self._layout, self.page_type, self.private)
+        """:meth:`PageLayout.is_optimized` of each page."""
+        return self._layout.is_optimized(self.page_type, self.private)
 
     def head_of_first(self) -> int:
         """The pfn of the head of the compound page that the first page is a tail of."""
@@ -299,16 +314,6 @@ class StructPages:
 def _offsets(size: int, count: int) -> U64:
     """Of so many struct pages from the first, bytes: most windows have as many."""
     return np.arange(count, dtype=np.uint64) * np.uint64(size)
-
-
-def _is_optimized(
-    layout: PageLayout, page_type: NDArray[np.uint32], private: U64
-) -> NDArray[np.bool_]:
-    if not layout.optimized:
-        return np.zeros(len(page_type), np.bool_)
-    hugetlb = page_type >> np.uint32(24) == layout.hugetlb_type
-    optimized: NDArray[np.bool_] = hugetlb & (private & np.uint64(layout.optimized) != 0)
-    return optimized
 
 
 class PageReader:
@@ -405,21 +410,14 @@ class PageReader:
         found.buddy[:] = np.where(found.seen == PageKnowledge.READ, buddy, PageRuns.ALLOCATED)
         return found
 
-    @property
-    def own(self) -> int:
-        """
-        How many struct pages an optimised hugetlb folio has for itself
-        (``HUGETLB_VMEMMAP_RESERVE_PAGES`` in hugetlb_vmemmap.h).
-        """
-        return self._abi.page_size // self._layout.size
-
     def _shared(self, start: int, pages: StructPages) -> Iterator[tuple[int, int]]:
         """
         The pages whose struct pages are shared among tails of hugetlb folios, first and end, pfns.
 
         :param pages: from ``start`` on; a folio may begin before them.
         """
-        if not self._layout.optimized:
+        layout = self._layout
+        if not layout.optimized:
             return
         parts = [(start, pages)]
         if np.count_nonzero(pages.is_tail[:2]) == 2:
@@ -432,7 +430,7 @@ class PageReader:
             orders = part.compound_order(rows).tolist()
             for head, order in zip((rows + at).tolist(), orders, strict=True):
                 if order > 0:
-                    yield head + self.own, head + (1 << order)
+                    yield head + layout.own(self._abi.page_size), head + (1 << order)
 
     def _forget(self, runs: PageRuns) -> None:
         """Their struct pages say nothing about these pages alone."""
@@ -682,11 +680,12 @@ class _Gather:
         types = facts.page_type[rows]
         if not (types >> np.uint32(24) == layout.hugetlb_type).any():
             return stop
-        shares = _is_optimized(layout, types, facts.private[rows])
+        shares = layout.is_optimized(types, facts.private[rows])
         # A block that reaches beyond the folio has more struct pages of its own.
         order = np.clip(facts.compound[rows].astype(np.int64), 0, 62)
         shares &= length <= np.int64(1) << order
-        return np.where(shares, np.clip(begin + self._reader.own, 0, stop), stop)
+        own = layout.own(self._reader._abi.page_size)
+        return np.where(shares, np.clip(begin + own, 0, stop), stop)
 
     def _tails(
         self,

@@ -268,11 +268,22 @@ class Assembler:
             raw["after"],
             restored & as_folio,
             self._asked(raw, by_page),
-            np.where(action == Action.DELETE, 0, raw["looked"]).astype(np.uint32),
+            np.where(action == Action.DELETE, 0, self._looked(raw, blocks)).astype(np.uint32),
             blocks,
             np.zeros(len(raw), np.bool_),
             Pages.blank(len(raw)),
         )
+
+    def _looked(self, raw: NDArray[np.void], blocks: Blocks) -> NDArray[np.uint32]:
+        """
+        How many pages of each block were looked at: also those that share their struct pages with
+        others, of which there is nothing to be seen (``own_pages()``).
+        """
+        facts, looked = blocks.facts, raw["looked"]
+        shares = self._layout.pages.is_optimized(facts.page_type, facts.private)
+        shares &= (facts.compound >= blocks.order) & (blocks.page_count > facts.unread)
+        every = np.minimum(blocks.page_count, 2**32 - 1) - facts.unread
+        return np.where(shares & (looked > 0), every, looked).astype(np.uint32)
 
     def _blocks(self, raw: NDArray[np.void], restored: NDArray[np.bool_]) -> Blocks:
         abi = self._abi

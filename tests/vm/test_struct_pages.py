@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,9 +20,10 @@ from vm.exercise import Exercise
 from vm.job import Job
 from vm.kernel import one_of_each_series, series
 from vm.machine import Machine
+from vm.trace import Trace
 
-SCRIPT = Path(__file__).parent / "guest" / "hugetlb.py"
-HOLD = Path(__file__).parent / "guest" / "hold_hugetlb.py"
+_GUEST = Path(__file__).parent / "guest"
+SCRIPT, HOLD, CRIPPLED = (_GUEST / f"{name}.py" for name in ("hugetlb", "hold_hugetlb", "crippled"))
 #: Bytes of the folios, with their orders.
 SIZES = {9: 2 << 20, 18: 1 << 30}
 #: Scratch is of no use for what the command line reserves, and would be twice as large as that.
@@ -86,8 +88,10 @@ def test_optimised_folios_are_handed_over(tmp_path: Path) -> None:
         holder = Job(machine, "/root/hold", words)
         holder.until_on(TIMEOUT)
         at = dict(zip(SIZES, map(int, holder.output().split()), strict=True))
-        for phys in at.values():
-            exercise.preserve("folio-at", phys)
+        with Trace(machine, "preserving", "--json", "--check") as trace:
+            for phys in at.values():
+                exercise.preserve("folio-at", phys)
+        preserving, preserved = json.loads(trace.output()), trace.status
         assert [(p.ret, p.pages) for p in exercise.report()] == [(0, 1 << order) for order in SIZES]
 
         script = ("env", "PYTHONPATH=/khoscope", "python3", "-c", REFUSED)
@@ -103,10 +107,21 @@ def test_optimised_folios_are_handed_over(tmp_path: Path) -> None:
         machine.load_kexec()
         machine.execute_kexec()
         exercise.load()
-        exercise.restore("folio-at")
+        machine.copy_in(CRIPPLED, "/root/crippled.py")
+        crippled = ("env", "PYTHONPATH=/khoscope", "python3", "/root/crippled.py", "trace")
+        with Trace(machine, "restoring", "--json", "--check", command=crippled) as trace:
+            exercise.restore("folio-at")
+        restoring, status = json.loads(trace.output()), trace.status
         machine.copy_in(snapshot, "/root/before.khosnap")
         after = json.loads(guest(machine, "verify", "--before", "/root/before.khosnap", "--json"))
         restored = {order: _runs(machine, "--live", at[order], order) for order in SIZES}
+
+    # Shared struct pages say nothing. Else each page of 1 GiB is looked at; where loops must
+    # be short, some of all parts of it.
+    assert _looked(preserving, at) == {order: (OWN - 1, 1 << order) for order in SIZES}
+    assert (preserving["losses"]["sampled"], preserving["verdict"], preserved) == (0, "pass", 0)
+    assert _looked(restoring, at) == {9: (511, 512), 18: (1023, 1024)}
+    assert (restoring["losses"]["sampled"], restoring["verdict"], status) == (1, "incomplete", 3)
 
     assert refused == "ENOENT"
     pages = sum(1 << order for order in SIZES)
@@ -123,6 +138,17 @@ def test_optimised_folios_are_handed_over(tmp_path: Path) -> None:
     assert after["verdict"] == "pass"
     found = {f.get("phys") for f in after["findings"]}
     assert not found & {f"{phys:#x}" for phys in at.values()}
+
+
+def _looked(trace: dict[str, Any], at: dict[int, int]) -> dict[int, tuple[int, int]]:
+    """By order, how many tails have refcount 0, and how many pages were looked at."""
+    orders = {f"{phys:#x}": order for order, phys in at.items()}
+    return {
+        orders[block["phys"]]: (block["refcounts"]["zeros"], block["refcounts"]["looked"])
+        for call in trace["calls"]
+        for block in call["blocks"]
+        if block["phys"] in orders
+    }
 
 
 def _runs(machine: Machine, source: str, phys: int, order: int) -> list[tuple[str, int]]:
