@@ -778,7 +778,8 @@ def test_verbose_shows_what_is_said(bcc: FakeBcc, capfd: pytest.CaptureFixture[s
     assert "-v" not in error.what
     assert capfd.readouterr().err == "error: unknown type name\n"
     assert (bcc.made[0].debug, bcc.left) == (2, 0)
-    bcc.fails = lambda step, what: complain(f"{step}\n")
+    # The ring is emptied from another thread, which says nothing.
+    bcc.fails = lambda step, what: None if step == "poll" else complain(f"{step}\n")
     with fake_probes():
         pass
     assert bcc.made[1].debug == 0

@@ -93,10 +93,11 @@ def story() -> Story:
         story.load = load.output()
         assert load.status == 0, story.load + load.errors()
 
-        with Trace(machine, "record", "--record", "/root/load.khotrace") as record:
+        options = ("--record", "/root/load.khotrace", "--summary")
+        with Trace(machine, "record", *options) as record:
             exercise.preserve("many", MANY, timeout=TIMEOUT)
             exercise.free("many", timeout=TIMEOUT)
-            # Most of its lines are still to come.
+            # Much of it still waits to be written.
             record.end(timeout=3 * TIMEOUT)
         replay = ("khoscope", "trace", "--replay", "/root/load.khotrace", "--summary")
         story.recorded = machine.run(replay, timeout=TIMEOUT, check=True).stdout
