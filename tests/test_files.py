@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import signal
 import socket
@@ -13,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from drgn import Program
@@ -238,6 +241,7 @@ SLOW = """
 import sys, time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from khoscope import cli
 from khoscope.facts import files, store
 from khoscope.commands import common
@@ -353,3 +357,35 @@ def test_a_signal_that_another_thread_takes(
 def test_what_was_written_can_be_read(tmp_path: Path) -> None:
     store.save_file(rich(), tmp_path / "a.khosnap")
     assert store.load_file(tmp_path / "a.khosnap").taken == rich().taken
+
+
+class Full(io.BytesIO):
+    """A file on a disk that is full as soon as it has some bytes."""
+
+    def write(self, data: Any) -> int:
+        if self.tell() > 10_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+def test_a_disk_that_is_full_is_told_by_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whoever reads a kernel meanwhile would take it for the kernel's."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile", lambda size: Full())
+    with (
+        pytest.raises(KhoscopeError, match=f"{tmp_path}: No space left") as caught,
+        store.Draft() as draft,
+    ):
+        draft.put(rich())
+    assert "TMPDIR" in caught.value.hint
+    monkeypatch.undo()
+    with NewFile(tmp_path / "a.khosnap") as new:
+        full = files.telling(Full(), new.told)
+        with (
+            pytest.raises(KhoscopeError, match=r"a\.khosnap: No space left"),
+            store.Draft(full) as draft,
+        ):
+            draft.put(rich())
+    assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ What is read of a made-up kernel: each fact is there or is named, and a bug of o
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from khoscope.abi.keys import BlockLimits
 from khoscope.checks import check
+from khoscope.facts import store
 from khoscope.facts.columns import Leaves
 from khoscope.facts.snapshot import KexecImage, Node, Snapshot
 from khoscope.facts.tree import Tree
@@ -432,6 +434,15 @@ def test_what_never_stands_still_is_judged_as_far_as_it_did() -> None:
     assert facts.outgoing.tree.state.moved == 1
     # All but the one that came during the last look.
     assert len(found) == len(seen)
+    # A file of it has no other blocks, either.
+    file = io.BytesIO()
+    kept = source.snapshot(file=file)
+    loaded = store._load(io.BytesIO(file.getvalue()), "a.khosnap")
+    assert kept.outgoing.tree.state == loaded.outgoing.tree.state
+    assert loaded.outgoing.tree.state.moved == 1
+    assert len(keys(loaded)) == len(seen)
+    assert keys(kept) == keys(loaded)
+    assert sum(int(leaves.counts().sum()) for leaves in loaded.outgoing.tree.leaves) == len(seen)
 
 
 # Each small fact

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import struct
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,6 +163,24 @@ def test_blocks_whose_addresses_are_in_no_order() -> None:
         wanted = sorted(key for part in chunks for key in part.key.tolist())
         for found in (by_address(chunks), by_address(iter(chunks)), gathered(chunks)):
             assert sorted(key for part in found for key in part.key.tolist()) == wanted
+
+
+def test_what_waits_for_its_chunk_keeps_no_other_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of a kind in each chunk: those wait to the end, and the others are let go."""
+    monkeypatch.setattr(khoscope.facts.by_address, "CHUNK_BLOCKS", 40)
+    seen: list[weakref.ref[Any]] = []
+
+    def stream() -> Iterator[Blocks]:
+        for at in range(10):
+            phys = np.arange(50, dtype=np.uint64) * np.uint64(4096) + np.uint64(at << 32)
+            keys = [PLAIN.kho_radix_encode_keys(phys[:1], 9, KHO_PAGE_CONTIG)]
+            key = np.concatenate([*keys, PLAIN.kho_radix_encode_keys(phys, 0, KHO_PAGE_CONTIG)])
+            seen.append(weakref.ref(key))
+            yield Blocks(key, *PLAIN.kho_radix_decode_keys(key))
+            del key
+            assert sum(each() is not None for each in seen) <= 2
+
+    assert sum(map(len, list(gathered(stream())))) == 10 * 51
 
 
 @pytest.mark.parametrize("abi", [PLAIN, FIXED])

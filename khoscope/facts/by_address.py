@@ -203,7 +203,8 @@ def gathered(stream: Iterable[Blocks]) -> Iterator[Blocks]:
                 yield part
                 continue
             held = kinds.setdefault(kind, [])
-            held.append(part)
+            # A view would keep all of its chunk.
+            held.append(part if part is chunk else part[np.arange(len(part))])
             if sum(map(len, held)) < CHUNK_BLOCKS:
                 continue
             whole = Blocks.concatenate(held)

@@ -11,8 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Final, Generic, Self, TypeVar
+from typing import IO, Final, Generic, TypeVar
 
 import numpy as np
 
@@ -270,7 +269,7 @@ def _lists(side: Side) -> Lists:
     return Lists(side.luo, side.vmallocs, side.owners)
 
 
-class Draft:
+class Draft(contextlib.AbstractContextManager["Draft"]):
     """
     A snapshot that is written as a zip of its own while it is read from a kernel.
 
@@ -284,15 +283,7 @@ class Draft:
         self._lists = file is not None
         self._zip: zipfile.ZipFile | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._drop()
 
     def _drop(self) -> None:
@@ -323,9 +314,7 @@ class Draft:
         return read_snapshot(Archive(self._file, "snapshot", SNAPSHOT, ours=True), snapshot)
 
     def copy(self, snapshot: Snapshot) -> Snapshot:
-        """
-        Put and finish a snapshot that is read from this very file.
-        """
+        """Put and finish a snapshot that is read from this very file."""
         with Draft() as other:
             other.put(snapshot)
             kept = other.finish(snapshot)
