@@ -292,8 +292,9 @@ class Machine:
             "-cpu", "host" if self.accel == "kvm" else tcg,
             # Processors of two nodes are in two sockets.
             "-smp", "2,sockets=2" if self._borders else "2", "-m", f"{self._memory}",
-            # A panic (pvpanic), a reset and a power-off each end QEMU. A kexec does not.
-            "-no-reboot", "-device", "pvpanic-pci",
+            # A reset and a power-off end QEMU, and so does a panic, by panic=-1. A kexec does not.
+            # pvpanic tells why it ended, before the kernel has printed all of it: so it only tells.
+            "-no-reboot", "-device", "pvpanic-pci", "-action", "panic=none",
             "-kernel", str(self.kernel.share / "bzImage"), "-append", command_line,
             "-drive", f"file={_escape(self._root)},format=raw,if=none,id=root,snapshot=on",
             "-device", "virtio-blk-pci,drive=root",
