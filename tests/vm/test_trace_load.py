@@ -93,8 +93,7 @@ def story() -> Story:
         story.load = load.output()
         assert load.status == 0, story.load + load.errors()
 
-        options = ("--record", "/root/load.khotrace", "--summary")
-        with Trace(machine, "record", *options) as record:
+        with Trace(machine, "record", "--record", "/root/load.khotrace", "--summary") as record:
             exercise.preserve("many", MANY, timeout=TIMEOUT)
             exercise.free("many", timeout=TIMEOUT)
             # Much of it still waits to be written.
