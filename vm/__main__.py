@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m vm", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("kernels", help="list the kernels and whether each is built")
-    builder = commands.add_parser("build", help="build kernels and the guest's root")
+    builder = commands.add_parser("build", help="build kernels and the guest's roots")
     builder.add_argument(
         "kernel",
         nargs="*",

@@ -11,6 +11,8 @@ from vm import arm64, cache, kernel, root, stock
 
 #: All kernels that are built.
 NAMES = [*kernel.NAMES, *arm64.NAMES, kernel.STOCK]
+#: What the images of the guest's root have besides the packages of all of them.
+ROOTS = [(), root.SYSTEMD]
 
 
 def kernels() -> int:
@@ -25,7 +27,7 @@ def kernels() -> int:
 
 
 def build(names: Sequence[str], source: Path | None) -> int:
-    """Build kernels and the guest's root.
+    """Build kernels and the guest's roots.
 
     Without names, this builds the kernels that the environment variable KERNELS names. A source
     applies to the kernels of its series; with a source but no names, only those are built.
@@ -35,13 +37,14 @@ def build(names: Sequence[str], source: Path | None) -> int:
         with cache.locked():
             series = kernel.select(source)
         wanted = list(names) or [name for name in wanted if kernel.series(name) == series]
-    if root.find() and all(map(_find, wanted)):
-        print(f"nothing to build: {', '.join(wanted)} and the guest's root are there")
+    if all(map(root.find, ROOTS)) and all(map(_find, wanted)):
+        print(f"nothing to build: {', '.join(wanted)} and the guest's roots are there")
     else:
         with cache.locked():
             for name in wanted:
                 _maker(name).build(name)
-            root.build()
+            for more in ROOTS:
+                root.build(more)
             if all(map(_find, kernel.chosen(NAMES))):
                 kernel.clean()
                 arm64.clean()

@@ -50,8 +50,10 @@ NAMES = [*kernels.NAMES, kernels.STOCK]
 #: Longest wait for one answer of the agent; a guest that is silent for longer has hung. The value
 #: is generous, because under TCG on a busy host the agent may wait for seconds for its turn.
 REPLY_TIMEOUT = 30.0
+# systemd ends the services first, one of which is the agent.
+LEAVE_TIMEOUT = 60.0
 BOOT_TIMEOUT = 120.0
-KEXEC_TIMEOUT = 120.0
+KEXEC_TIMEOUT = 240.0
 
 #: The agent keeps at most this much of a command's output (GUEST_EXEC_MAX_OUTPUT in QEMU).
 MAX_OUTPUT = 16 << 20
@@ -628,14 +630,17 @@ class Machine:
         load = ("kexec", "-s" if handover else "-c", "-l", image)
         self.run((*load, f"--command-line={command_line}"), check=True)
 
-    def execute_kexec(self) -> None:
-        """Jumps into the loaded kernel and waits until its guest agent answers."""
+    def execute_kexec(self, by: tuple[str, ...] = ("kexec", "-e")) -> None:
+        """Jumps into the loaded kernel and waits until its guest agent answers.
+
+        :param by: the command that does it
+        """
         loaded = self.run(("cat", "/sys/kernel/kexec_loaded"), check=True).stdout.strip()
         if loaded != "1":
             raise MachineError("no kernel is loaded for the kexec: call load_kexec first")
         # The second boot finds on disk only what was synced.
         self.run(("sync",), check=True)
-        self._leave(("kexec", "-e"))
+        self._leave(by)
 
     def load_crash_kernel(self) -> None:
         """Loads the running kernel's image for :meth:`crash`. It needs ``crashkernel=`` at boot."""
@@ -664,7 +669,7 @@ class Machine:
         # The jump may come before the agent's answer, so we wait until the port closes.
         kexec = self._loop.create_task(self.spawn(command))
         try:
-            await asyncio.wait_for(_until_port(ports, is_open=False), REPLY_TIMEOUT)
+            await asyncio.wait_for(_until_port(ports, is_open=False), LEAVE_TIMEOUT)
         except TimeoutError:
             status = await self._wait(await kexec, REPLY_TIMEOUT)
             result = self._result(command, status) if status else "it still runs"

@@ -62,6 +62,9 @@ class _Descriptor:
     ) -> None:
         self.close()
 
+    def fileno(self) -> int:
+        return self._fd
+
     def close(self) -> None:
         """Close the descriptor; a second call does nothing."""
         fd, self._fd = self._fd, -1
