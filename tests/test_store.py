@@ -499,8 +499,8 @@ def test_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_newer_schema() -> None:
-    data = with_meta(lambda meta: meta.update(schema="khosnap/7", unheard_of={}))
-    with pytest.raises(KhoscopeError, match=r"schema is khosnap/7, this .* reads up to khosnap/6"):
+    data = with_meta(lambda meta: meta.update(schema="khosnap/8", unheard_of={}))
+    with pytest.raises(KhoscopeError, match=r"schema is khosnap/8, this .* reads up to khosnap/7"):
         load(data)
 
 

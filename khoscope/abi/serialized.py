@@ -130,6 +130,8 @@ MEMFDS: Final[Mapping[str, np.dtype[np.void]]] = {
 #: ``struct memfd_luo_folio_ser``: the pfn in the low 52 bits, flags in the high 12.
 MEMFD_LUO_FOLIO_SER: Final = np.dtype([("pfn_and_flags", "<u8"), ("index", "<u8")])
 MEMFD_PFN_BITS: Final = 52
+#: Of these flags: the folio has the file's contents; else that is zeros.
+MEMFD_LUO_FOLIO_UPTODATE: Final = 1 << 1 << MEMFD_PFN_BITS
 
 #: ``F_SEAL_*`` (include/uapi/linux/fcntl.h).
 SEALS: Final = {

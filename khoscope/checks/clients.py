@@ -168,10 +168,9 @@ def malformed(luo: Luo | None) -> Iterator[str]:
 
 def _session_trouble(luo: Luo) -> Iterator[Message]:
     for session in luo.sessions:
-        name = f"session {session.name!r}"
-        yield from (Message(f"{name}: {problem}") for problem in session.problems)
+        yield from (Message(f"{session}: {problem}") for problem in session.problems)
         for file in session.files:
-            token = f"{name}, token {file.token:#x}"
+            token = f"{session}, {file}"
             yield from (Message(f"{token}: {problem}") for problem in file.problems)
             if file.memfd is not None:
                 phys = file.memfd.phys

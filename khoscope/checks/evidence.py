@@ -113,7 +113,7 @@ def _left_out(luo: Luo) -> Iterator[str]:
         yield f"LUO: at least {luo.left_out:,} sessions or FLBs {beyond}"
     for session in luo.sessions:
         if session.left_out:
-            yield f"LUO: session {session.name!r}: at least {session.left_out:,} files {beyond}"
+            yield f"LUO: {session}: at least {session.left_out:,} files {beyond}"
 
 
 def _unknown_metadata(side: Side) -> Iterator[str]:

@@ -507,23 +507,21 @@ def client_lost(before: Snapshot, after: Snapshot) -> Iterator[Message]:
         if not now.retrieved and count < was.count:
             # If the kernel could not read it, nobody has taken its memory.
             explain = told[was.name].explain if was.name in told else ""
-            name = f"session {was.name!r}"
-            yield Message(f"{name} came with {count:,} of {_files(was.count)}", explain=explain)
+            yield Message(f"{was} came with {count:,} of {_files(was.count)}", explain=explain)
 
 
 @also("not-restored", "handover")
 def session_not_retrieved(before: Snapshot, after: Snapshot) -> Iterator[Message]:
     """A session came and nobody has retrieved it, or a file of it could not be."""
-    for was, now in _sessions(before, after):
+    for _, now in _sessions(before, after):
         if now is None:
             continue
-        name = f"session {was.name!r}"
         if not now.retrieved:
             yield Message(f"{named(now)} came, and nobody has retrieved it")
         for file in now.files:
             if file.retrieve_status is not None and file.retrieve_status < 0:
                 yield Message(
-                    f"{name}, token {file.token:#x}: its handler {file.handler} "
+                    f"{now}, {file}: its handler {file.handler} "
                     f"failed to retrieve it ({file.retrieve_status})"
                 )
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
+from ..facts import fd_stores
 from ..facts.clients import Luo, LuoSession
 from ..facts.snapshot import Snapshot
 from .rule import Message, Severity, also, rule
@@ -17,6 +18,9 @@ _SAID: Final = re.compile(
     r"|Unable to finish session) \[(?P<name>.*)\]"
 )
 
+#: How many units are named.
+_UNITS: Final = 3
+
 #: What happens to a session of which a file is missing.
 _HALF_READ = """
     luo_session_deserialize() came upon a file for which no handler was registered, or ran out of
@@ -24,6 +28,12 @@ _HALF_READ = """
     session comes back. Another one hands out the session as if nothing were missing. What the
     missing files hold stays reserved until the next boot, and is lost then. Boot a kernel that has
     the handlers of all files; load modules with handlers before anything opens /dev/liveupdate.
+    """
+_SYSTEMDS = """
+    systemd keeps what its services have stored (FileDescriptorStorePreserve=) in this session, and
+    retrieves it as soon as it is started, from version 261 on and with /dev/liveupdate there. What
+    runs as PID 1 here has not. What the services had stored stays reserved until the next boot, and
+    is lost then. Boot a root whose systemd knows LUO.
     """
 _UNFINISHED = """
     The process that had retrieved the session closed it, and a file's handler refused to finish
@@ -63,7 +73,9 @@ def not_retrieved(facts: Snapshot) -> Iterator[Message]:
     told = nobodys(facts)
     for session in _sessions(facts):
         if not session.retrieved and session.name not in told:
-            yield Message(f"{named(session)} was handed over, and nobody has retrieved it")
+            explain = _SYSTEMDS if session.name == fd_stores.SESSION else ""
+            what = f"{named(session)} was handed over, and nobody has retrieved it"
+            yield Message(what, explain=explain)
 
 
 def nobodys(facts: Snapshot) -> dict[str, Message]:
@@ -107,7 +119,9 @@ def files_that_came(luo: Luo, session: LuoSession) -> int:
 def named(session: LuoSession) -> str:
     """A session, for people."""
     files = "1 file" if session.count == 1 else f"{session.count:,} files"
-    return f"session {session.name!r} ({files})"
+    if units := sorted({file.stored.unit for file in session.files if file.stored}):
+        files += f" of {', '.join(units[:_UNITS])}{', …' if units[_UNITS:] else ''}"
+    return f"{session} ({files})"
 
 
 def _sessions(facts: Snapshot) -> list[LuoSession]:

@@ -71,7 +71,7 @@ class Format:
 
 SNAPSHOT: Final = Format(
     "khosnap",
-    6,
+    7,
     "snapshot file",
     "take the snapshot again, or copy the file again",
     "khoscope --snapshot FILE opens it",
@@ -451,11 +451,14 @@ class Archive:
                 raise ValueError(f"{name} is larger than any chunk")
             return data
 
+    def sizes(self, names: Iterable[str]) -> Iterator[int]:
+        """Bytes of members when unpacked, as the zip says."""
+        return (self._zip.getinfo(f"{self._prefix}{name}").file_size for name in names)
+
     def blobs(self, side: str, names: list[str]) -> dict[str, bytes]:
         members = {blob: f"{side}/blobs/{i:06d}.bin" for i, blob in enumerate(names)}
         with self.damage():
-            sizes = (self._zip.getinfo(f"{self._prefix}{m}").file_size for m in members.values())
-            if sum(sizes) > budget.BLOBS:
+            if sum(self.sizes(members.values())) > budget.BLOBS:
                 raise ValueError("more blobs than khoscope keeps")
         return {blob: self.member(member) for blob, member in members.items()}
 

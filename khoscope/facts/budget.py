@@ -42,6 +42,10 @@ SUBTREES: Final = 1 << 12
 #: Sessions, files and FLBs of a kernel that are looked at, all together.  KHO allows 630,000 files
 #: in each session (``KHO_MAX_BLOCKS``); those beyond are told as not looked at.
 ENTRIES: Final = 1 << 20
+#: Bytes of what systemd writes about the descriptors that it keeps for services: 100 for each.
+FD_STORES: Final = 16 << 20
+#: Pieces of what is in a memfd: 4 TiB of 4 MiB.
+PIECES: Final = 1 << 20
 #: Pages of a file that are shown one by one: 1 TiB of 4 KiB.
 PAGES: Final = 1 << 28
 

@@ -8,6 +8,7 @@ other members hold what could be read all the same.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
@@ -131,6 +132,29 @@ class Memfd:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredFd:
+    """
+    A descriptor that systemd keeps for a service (``FileDescriptorStoreMax=`` in systemd.service).
+
+    :param name: as the service calls it (``FDNAME=``).
+    """
+
+    unit: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.unit} {self.name}"
+
+
+def file_owner(session: str, token: int, stored: StoredFd | None) -> Owner:
+    """Owner of what a memfd preserves."""
+    name = f"memfd {token:#x} of session {session}"
+    if stored is not None:
+        name = f"{stored} (memfd {token:#x})"
+    return Owner(OwnerKind.FILE, name, session, token)
+
+
+@dataclass(frozen=True, slots=True)
 class LuoFile:
     """
     A file in a session (``struct luo_file``, or ``struct luo_file_ser``).
@@ -141,6 +165,7 @@ class LuoFile:
     :param retrieve_status: as in ``struct luo_file``, or 1 if that only says that it was retrieved;
         None if only the serialized form is there.
     :param memfd: what ``data`` leads to, if the handler is known and the structure is still there.
+    :param stored: of which store it is, if it is in systemd's session.
     """
 
     handler: str
@@ -149,6 +174,10 @@ class LuoFile:
     retrieve_status: int | None = None
     memfd: Memfd | None = None
     problems: list[str] = field(default_factory=list)
+    stored: StoredFd | None = None
+
+    def __str__(self) -> str:
+        return f"token {self.token:#x}" + (f" ({self.stored})" if self.stored else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +189,8 @@ class LuoSession:
     :param count: how many files the session says it has.
     :param left_out: how many files khoscope has not looked at, at least: all have more than it
         keeps.
+    :param stored: of which store it is, if systemd keeps its descriptor.
+    :param notes: what is to be known of it that is not wrong with it, in words.
     """
 
     name: str
@@ -168,6 +199,29 @@ class LuoSession:
     files: list[LuoFile] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     left_out: int = 0
+    stored: StoredFd | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"session {self.name!r}" + (f" of {self.stored}" if self.stored else "")
+
+
+@dataclass(frozen=True)
+class Content:
+    """
+    What is in a memfd.
+
+    :param incoming: it is among what the kernel was handed, not what it hands over.
+    :param size: of the file, bytes.
+    :param pieces: in their order: bytes, or how many there are that cannot be read.  They end early
+        where the list of folios does not make sense any more.
+    """
+
+    incoming: bool
+    session: str
+    token: int
+    size: int
+    pieces: Iterable[bytes | int]
 
 
 @dataclass(frozen=True)

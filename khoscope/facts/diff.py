@@ -150,7 +150,7 @@ def _luo_facts(which: str, luo: Luo) -> dict[str, str]:
         found[f"{which} session {session.name}"] = f"{session.count} files{retrieved}"
         for file in session.files:
             size = f", {file.memfd.size} bytes" if file.memfd else ""
-            name = f"{which} session {session.name} token {file.token:#x}"
+            name = f"{which} session {session.name} {file}"
             found[name] = f"{file.handler}, data {file.data:#x}{size}"
     for flb in luo.flbs:
         found[f"{which} FLB {flb.name}"] = f"data {flb.data:#x}, {flb.count} files"

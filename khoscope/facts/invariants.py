@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -21,7 +22,7 @@ from ..abi import serialized
 from ..abi.fdt import MAGIC
 from ..abi.keys import BAD_ORDER, NO_TYPE, Abi, Finalize, Tracker
 from ..abi.kho_fdt import kho_test_folios, parse_luo_fdt, reserve_mem_areas, root_fdt
-from .clients import Luo, LuoFile, LuoSession, Memfd, Owner, OwnerKind, Vmalloc
+from .clients import Luo, LuoFile, LuoSession, Memfd, Owner, OwnerKind, Vmalloc, file_owner
 from .columns import Blocks, Pages
 from .owners import claimed
 from .snapshot import KexecImage, Memory, Node, Side, Snapshot, in_ram
@@ -294,7 +295,7 @@ def _claims(facts: Snapshot, side: Side, outgoing: bool) -> Iterator[str]:
         yield from (f"{area.name}: {said}" for said in _vmalloc(area, size, named))
     listed = {(area.name, area.phys) for area in side.vmallocs}
     for session, file, memfd in _memfds(side):
-        name = f"session {session.name!r}, token {file.token:#x}"
+        name = f"{session}, {file}"
         if memfd.folios and (memfd.folios.name, memfd.folios.phys) not in listed:
             yield f"{name}: its list of folios is no vmalloc area"
         has = data[session.name, file.token]
@@ -315,8 +316,8 @@ def _expected(facts: Snapshot, side: Side) -> Iterator[Owner]:
     for name, _, _ in reserve_mem_areas(side.blobs):
         yield Owner(OwnerKind.RESERVE_MEM, f"reserve_mem {name}")
     for session, file, _ in _memfds(side):
-        name = f"memfd {file.token:#x} of session {session.name}: memfd_luo_ser"
-        yield Owner(OwnerKind.FILE, name)
+        whose = file_owner(session.name, file.token, file.stored)
+        yield replace(whose, name=f"{whose.name}: memfd_luo_ser")
 
 
 def _memfds(side: Side) -> Iterator[tuple[LuoSession, LuoFile, Memfd]]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..abi.keys import U64, Abi, Finalize
 from ..abi.kho_fdt import Fdt
-from .clients import Claims, Luo, LuoState, Owner, Vmalloc
+from .clients import Claims, Content, Luo, LuoState, Owner, Vmalloc
 from .columns import Blocks, Columns, Leaves
 from .tree import Tree
 
@@ -294,6 +294,7 @@ class Snapshot:
         address.
     :param watched: stream of the blocks of another snapshot, in its order, with the page facts
         of this kernel.
+    :param contents: what is in the memfds that LUO preserves; empty: not looked at.
     :param evidence: what memory holds now where the other snapshot's leaves were, sorted by key:
         those leaves, or anything else.
     """
@@ -325,6 +326,7 @@ class Snapshot:
     scratch_setup: ScratchSetup | None = None
     scratch_use: list[ScratchUse] = field(default_factory=list)
     memory: Memory | None = None
+    contents: Iterable[Content] = ()
 
     @property
     def finalizes_itself(self) -> bool:

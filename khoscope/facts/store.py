@@ -19,11 +19,12 @@ from ..abi.compatibles import OF_XARRAYS, block_limits
 from ..abi.keys import U64, Abi, Tracker
 from ..abi.kho_fdt import Fdt, root_fdt
 from ..words.errors import KhoscopeError
-from . import budget, invariants, listed
+from . import budget, contents, invariants, listed
 from .archive import SNAPSHOT, Archive, Writer
 from .by_address import gathered
 from .clients import Claims, Luo, LuoState, Owner, Vmalloc
 from .columns import CHUNK_BLOCKS, Blocks, Columns, Leaves, Nodes
+from .contents import Recorded
 from .files import NewFile, open_file, temporary
 from .listed import Lists
 from .snapshot import (
@@ -94,10 +95,18 @@ class _Meta:
     scratch_setup: ScratchSetup | None = None
     scratch_use: list[ScratchUse] = field(default_factory=list)
     memory: Memory | None = None
+    contents: list[Recorded] = field(default_factory=list)
 
 
+#: Members that files of version 1 to 6 lack: khoscope did not look into files, not even systemd's.
+UNRECORDED_6: Final[dict[str, str]] = {
+    "_Meta.contents": "",
+    "LuoFile.stored": "",
+    "LuoSession.stored": "",
+    "LuoSession.notes": "",
+}
 #: Members that files of version 1 to 5 lack: all of their chunks are in order of key.
-UNRECORDED_5: Final[dict[str, str]] = {"_Meta.by_key": ""}
+UNRECORDED_5: Final[dict[str, str]] = {**UNRECORDED_6, "_Meta.by_key": ""}
 #: Members that files of version 1 to 4 lack: khoscope looked at fewer sessions and files, and told
 #: of the others as problems.
 UNRECORDED_4: Final[dict[str, str]] = {
@@ -168,6 +177,7 @@ class _Parts:
         self._by_key: dict[str, list[int]] = {}
         #: What was written of each side's lists.
         self._lists: dict[str, tuple[Lists, dict[str, int]]] = {}
+        self._contents: list[Recorded] = []
 
     def put(self, snapshot: Snapshot) -> None:
         """Write all that may be large, reading each stream once."""
@@ -179,6 +189,7 @@ class _Parts:
         self._stream("stamps", snapshot.stamps)
         self._blocks("watched", snapshot.watched)
         self._stream("evidence", snapshot.evidence)
+        self._contents = contents.put(self._writer, snapshot.contents)
 
     def _side(self, name: str, side: Side) -> None:
         self._stream(f"{name}/nodes", side.tree.nodes)
@@ -241,6 +252,7 @@ class _Parts:
             snapshot.scratch_setup,
             snapshot.scratch_use,
             snapshot.memory,
+            self._contents,
         )
         self._writer.json("meta.json", meta)
 
@@ -365,7 +377,8 @@ def read_snapshot(archive: Archive, spooled: Snapshot | None = None) -> Snapshot
         3: UNRECORDED_3 | DERIVED,
         4: UNRECORDED_4 | DERIVED,
         5: UNRECORDED_5 | DERIVED,
-        6: DERIVED,
+        6: UNRECORDED_6 | DERIVED,
+        7: DERIVED,
     }
     meta, lacking = archive.meta(SNAPSHOT, _Meta, may_lack)
     abi = _whole(meta.abi)
@@ -440,6 +453,7 @@ def read_snapshot(archive: Archive, spooled: Snapshot | None = None) -> Snapshot
         scratch_setup=meta.scratch_setup,
         scratch_use=meta.scratch_use,
         memory=meta.memory,
+        contents=contents.get(archive, meta.contents),
     )
     _check_members(archive, meta)
     if not archive.ours:
@@ -528,7 +542,8 @@ def _check_members(archive: Archive, meta: _Meta) -> None:
         if of is not None
     }
     pieces = {f"{side}/{kind}": n for side, of in sides.items() for kind, n in of.lists.items()}
-    counts = {**meta.chunks, **blobs, **pieces}
+    of_files = {contents.folder(i): each.pieces for i, each in enumerate(meta.contents)}
+    counts = {**meta.chunks, **blobs, **pieces, **of_files}
     archive.require_members({"ram.npy", "scratch.npy", "meta.json"}, counts)
 
 

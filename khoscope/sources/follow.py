@@ -468,6 +468,28 @@ class ClientWalker:
             found[i] = memfd
         return found
 
+    def folio_list(
+        self, handler: str, phys: int
+    ) -> tuple[np.void, Iterator[NDArray[np.void]]] | None:
+        """
+        A ``struct memfd_luo_ser``, and its ``struct memfd_luo_folio_ser``, some at a time.
+
+        :param handler: the compatible of its file handler, one of MEMFDS.
+        :param phys: ``phys_addr_t`` of the structure, whose memory has not been followed yet.
+        :return: None: it cannot be read.
+        """
+        layout = MEMFDS[handler]
+        if not self.are_pages(np.array([phys], np.uint64), layout.itemsize)[0]:
+            return None
+        ser = self.structure(phys, layout)
+        if ser is None:
+            return None
+        lists = np.array([ser] if ser["nr_folios"] else [], layout)
+        at = [phys + layout.itemsize - KHO_VMALLOC.itemsize] * len(lists)
+        areas = self._areas(lists["folios"], at, [Owner(OwnerKind.FILE, "memfd")] * len(lists))
+        looked = self._looked(lists["nr_folios"])
+        return ser, (entries for entries, *_ in self._lists(areas, looked))
+
     def _folios(self, ser: NDArray[np.void], areas: _Areas) -> _Folios:
         """
         The folios of memfds.

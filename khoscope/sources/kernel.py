@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import IO, Generic, TypeVar
 
@@ -26,7 +26,7 @@ from ..abi.keys import U64, Abi, Finalize, Tracker
 from ..abi.kho_fdt import Fdt
 from ..abi.serialized import KHO_VMALLOC, unpack
 from ..facts.by_address import by_address
-from ..facts.clients import Owner, OwnerKind
+from ..facts.clients import Content, Owner, OwnerKind
 from ..facts.columns import Blocks, ChunkByChunk, Columns, Leaves
 from ..facts.page_runs import PageRuns
 from ..facts.snapshot import Kernel, Provenance, Scan, Side, Snapshot, Watched
@@ -36,6 +36,7 @@ from ..facts.tree import KeySet, Tree
 from ..words.errors import KhoscopeError
 from . import btf
 from .clients import Where, with_clients, with_vm_structs
+from .content import memfd_pieces
 from .follow import ClientWalker
 from .pages import PageLayout, PageReader
 from .probe import Overrides as Overrides
@@ -53,7 +54,7 @@ from .track import TrackLayout, leaves_of, walk_chunks, walk_track
 from .uses import UseReader
 from .walk import READ_SIZE, in_ranges, read_nodes, settle, walk
 
-C = TypeVar("C", bound=Columns)
+C = TypeVar("C", bound=Columns | Content)
 T = TypeVar("T")
 
 
@@ -209,8 +210,33 @@ class KernelSource:
 
     @told()
     def clients(self) -> Snapshot:
-        """:meth:`outline`, and what the structures of KHO's clients lead to."""
-        return self._clients(self._begin())
+        """
+        :meth:`outline`, and what the structures of KHO's clients lead to.
+
+        What is in files is read while that is iterated.
+        """
+        reading = self._begin()
+        facts = self._clients(reading)
+        return replace(facts, contents=self._contents(reading, facts))
+
+    def _contents(self, reading: Reading, facts: Snapshot) -> Iterable[Content]:
+        at = self.abi, reading.ram, reading.read_phys
+
+        def contents() -> Iterator[Content]:
+            for side in filter(None, (facts.outgoing, facts.incoming)):
+                for session in side.luo.sessions if side.luo is not None else ():
+                    for file in session.files:
+                        if file.memfd is None:
+                            continue
+                        yield Content(
+                            side is facts.incoming,
+                            session.name,
+                            file.token,
+                            file.memfd.size,
+                            memfd_pieces(*at, file.handler, file.data),
+                        )
+
+        return _Lazy(contents)
 
     def _clients(self, reading: Reading) -> Snapshot:
         return self._with_clients(reading, self._outline(reading))
@@ -276,6 +302,7 @@ class KernelSource:
         before: Snapshot | None = None,
         stamps: bool = True,
         file: IO[bytes] | None = None,
+        contents: bool = False,
     ) -> Snapshot:
         """
         All facts, read once and kept.
@@ -285,6 +312,7 @@ class KernelSource:
             kernel whose stamps have no magic.
         :param file: becomes a snapshot file, and is what the facts are kept in, as :class:`Draft`
             has it; None: a temporary file is.
+        :param contents: also what is in the memfds that LUO preserves.
         :raises KhoscopeError: if KHO is off.
         """
         self._require_comparable(before)
@@ -295,6 +323,8 @@ class KernelSource:
 
             def read(tree: Tree) -> Snapshot:
                 facts = self._lazily(reading.attempt(), tree, kernel, before, stamps)
+                if contents:
+                    facts = replace(facts, contents=self._contents(reading, facts))
                 draft.put(facts)
                 return facts
 

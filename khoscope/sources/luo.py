@@ -38,8 +38,20 @@ from ..abi.serialized import (
     text,
     unpack,
 )
-from ..facts import budget
-from ..facts.clients import FLB_LIST, Flb, Luo, LuoFile, LuoSession, Memfd, Owner, OwnerKind
+from ..facts import budget, fd_stores
+from ..facts.clients import (
+    FLB_LIST,
+    Flb,
+    Luo,
+    LuoFile,
+    LuoSession,
+    Memfd,
+    Owner,
+    OwnerKind,
+    StoredFd,
+    file_owner,
+)
+from .content import memfd_pieces
 from .follow import ClientWalker
 from .probe import LuoLists, record_layout
 from .walk import READS
@@ -226,6 +238,8 @@ class _Session:
     :param room: where its files are written: ``phys_addr_t`` of the first block, or the virtual
         address of the array.
     :param found: what each file leads to, or why it cannot be followed.
+    :param stored: of which store each file is, by its token.
+    :param whole_of: of which store the session is.
     """
 
     name: str
@@ -236,20 +250,35 @@ class _Session:
     left_out: int = 0
     room: int = 0
     found: list[Memfd | str | None] = field(default_factory=list)
+    stored: dict[int, StoredFd] = field(default_factory=dict)
+    whole_of: StoredFd | None = None
+    notes: list[str] = field(default_factory=list)
 
     def whole(self) -> LuoSession:
         of = self.files
         files = [
-            LuoFile(handler, token, data, status, None, [found])
+            LuoFile(handler, token, data, status, None, [found], self.stored.get(token))
             if isinstance(found, str)
-            else LuoFile(handler, token, data, status, found)
+            else LuoFile(handler, token, data, status, found, stored=self.stored.get(token))
             for handler, token, data, status, found in zip(
                 of.handler, of.token, of.data, of.status, self.found, strict=True
             )
         ]
         return LuoSession(
-            self.name, self.retrieved, self.count, files, self.problems, self.left_out
+            self.name,
+            self.retrieved,
+            self.count,
+            files,
+            self.problems,
+            self.left_out,
+            self.whole_of,
+            self.notes,
         )
+
+    def owner(self, row: int) -> Owner:
+        """Of what that file preserves."""
+        token = self.files.token[row]
+        return file_owner(self.name, token, self.stored.get(token))
 
 
 @dataclass
@@ -317,6 +346,7 @@ class Serialized:
         """The same sessions with what their files lead to."""
         owners = len(self.following.owners)
         every = list(sessions)
+        self._name_stored(every)
         wanted: dict[str, list[tuple[_Session, int]]] = {}
         for session in every:
             files = session.files
@@ -334,8 +364,44 @@ class Serialized:
             self.following.sort_owners(owners, lambda owner: rank[owner.session or ""])
         return [session.whole() for session in every]
 
+    def _name_stored(self, sessions: list[_Session]) -> None:
+        """Find out from systemd's session of whose stores files and sessions are."""
+        systemd = next((each for each in sessions if each.name == fd_stores.SESSION), None)
+        if systemd is None:
+            return
+        try:
+            stores = self._fd_stores(systemd.files)
+        except ValueError as error:
+            what = f"what it says of services (token {fd_stores.TOKEN:#x}) is of no use"
+            systemd.notes.append(f"{what}: {error}")
+            return
+        systemd.stored = stores.files
+        for each in sessions:
+            each.whole_of = stores.sessions.get(each.name)
+
+    def _fd_stores(self, files: _Files) -> fd_stores.FdStores:
+        """:raises ValueError: if systemd's mapping cannot be read, or makes no sense."""
+        try:
+            row = files.token.index(fd_stores.TOKEN)
+        except ValueError:
+            raise ValueError("there is no such file") from None
+        if files.status[row]:
+            raise ValueError("somebody has retrieved it")
+        if files.handler[row] not in MEMFDS:
+            raise ValueError("it is no memfd")
+        following = self.following
+        at = following.abi, following.ram, following.read
+        raw = bytearray()
+        for piece in memfd_pieces(*at, files.handler[row], files.data[row]):
+            if isinstance(piece, int):
+                raise ValueError("not all of it can be read")
+            raw += piece
+            if len(raw) > budget.FD_STORES:
+                raise ValueError(f"it has more than {budget.FD_STORES:,} bytes")
+        return fd_stores.fd_stores(bytes(raw))
+
     def _follow(self, handler: str, rows: list[tuple[_Session, int]]) -> None:
-        whose = [_memfd_of(session.name, session.files.token[row]) for session, row in rows]
+        whose = [session.owner(row) for session, row in rows]
         data = [session.files.data[row] for session, row in rows]
         memfds = self.following.memfds(handler, data, whose)
         for (session, row), found in zip(rows, memfds, strict=True):
@@ -675,10 +741,6 @@ def _once(files: _Files, problems: list[str]) -> _Files:
         [files.data[row] for row in rows],
         [files.status[row] for row in rows],
     )
-
-
-def _memfd_of(session: str, token: int) -> Owner:
-    return Owner(OwnerKind.FILE, f"memfd {token:#x} of session {session}", session, token)
 
 
 @lru_cache(1 << 10)

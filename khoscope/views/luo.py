@@ -7,7 +7,7 @@ from itertools import islice
 from typing import IO, Any
 
 from ..abi.serialized import LUO_FDT_COMPATIBLE, SEALS, bits
-from ..facts.clients import Luo, LuoFile, LuoSession, Memfd
+from ..facts.clients import Luo, LuoFile, LuoSession, Memfd, StoredFd
 from ..facts.owners import ClaimsByOwner
 from ..facts.snapshot import Side, Snapshot
 from ..words.sizes import human
@@ -55,11 +55,14 @@ class LuoText(VmallocText):
         self.line()
         unread = "given up by the kernel" if live else "not looked at by the kernel yet"
         state = {True: ", retrieved", False: "", None: f", {unread}"}
+        of = f" of {session.stored}" if session.stored else ""
         self.line(
-            f"  session {session.name}: {counted(session.count, 'file')}, "
+            f"  session {session.name}{of}: {counted(session.count, 'file')}, "
             f"{human(memory.session_bytes(session.name))}{state[session.retrieved]}"
         )
         self._problems(session.problems, "  ")
+        for note in session.notes:
+            self.wrapped(note, "      ", "    ")
         for file in islice(session.files, self._limit):
             self._file(memory, session, file)
         self._more(len(session.files), len(session.files), "files")
@@ -70,10 +73,7 @@ class LuoText(VmallocText):
             self.line(f"{indent}at least {number:,} more {what}: not looked at")
 
     def _file(self, memory: ClaimsByOwner, session: LuoSession, file: LuoFile) -> None:
-        self.line(
-            f"    token {file.token:#x}: {file.handler}, data {file.data:#x}"
-            f"{_status(file.retrieve_status)}"
-        )
+        self.line(f"    {file}: {file.handler}, data {file.data:#x}{_status(file.retrieve_status)}")
         self._problems(file.problems, "    ")
         if file.memfd is not None:
             self._memfd(memory, session, file.token, file.memfd)
@@ -154,14 +154,21 @@ def _session_row(memory: ClaimsByOwner, session: LuoSession) -> dict[str, Any]:
         "count": session.count,
         "bytes": memory.session_bytes(session.name),
         "problems": session.problems,
+        "notes": session.notes,
+        **_stored_row(session.stored),
         "files": [_file_row(memory, session, file) for file in session.files],
     }
+
+
+def _stored_row(stored: StoredFd | None) -> dict[str, Any]:
+    return {"unit": stored and stored.unit, "fd_name": stored and stored.name}
 
 
 def _file_row(memory: ClaimsByOwner, session: LuoSession, file: LuoFile) -> dict[str, Any]:
     memfd = file.memfd
     return {
         "token": f"{file.token:#x}",
+        **_stored_row(file.stored),
         "handler": file.handler,
         "data": f"{file.data:#x}",
         "retrieve_status": file.retrieve_status,

@@ -92,7 +92,12 @@ def _sessions(luo: Luo | None) -> list[dict[str, Any]] | None:
     if luo is None:
         return None
     return [
-        {"name": session.name, "files": session.count, "retrieved": session.retrieved}
+        {
+            "name": session.name,
+            "files": session.count,
+            "retrieved": session.retrieved,
+            "unit": session.stored and session.stored.unit,
+        }
         for session in luo.sessions
     ]
 
@@ -275,8 +280,8 @@ class StatusText(FactLines):
         states = {None: "", True: ", retrieved", False: ", not retrieved"}
         incoming = read_from == "sessions_in"
         sessions = [
-            f"{session.name}: {counted(session.count, 'file')}"
-            + (states[session.retrieved] if incoming else "")
+            f"{session.name}{f' of {session.stored}' if session.stored else ''}: "
+            f"{counted(session.count, 'file')}" + (states[session.retrieved] if incoming else "")
             for session in luo.sessions
         ]
         sessions += luo.problems
