@@ -87,15 +87,16 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         story.luo = json.loads(guest(machine, "luo", "--json"))
         story.from_outside = json.loads(host(*machine.source, "luo", "--json"))
         story.mapping = json.loads(guest(machine, "luo", "--content", "0"))
-        for name in CONTENTS:
-            guest(machine, "luo", "--content", name, "--output", "/root/content")
-            machine.copy_out("/root/content", copy)
-            story.contents[name] = copy.read_bytes()
         guest(machine, "snapshot", "/root/with.khosnap", "--with-content")
         machine.copy_out("/root/with.khosnap", recorded := copy.with_name("with.khosnap"))
-        for name in CONTENTS:
-            host("--snapshot", str(recorded), *("luo", "--content", name), "--output", str(copy))
-            story.recorded[name] = copy.read_bytes()
+        for where, found in (
+            (machine.source, story.contents),
+            (("--snapshot", str(recorded)), story.recorded),
+        ):
+            for name in CONTENTS:
+                host(*where, "luo", "--content", name, "--output", str(copy))
+                found[name] = copy.read_bytes()
+        guest(machine, "luo", "--content", "7", "--output", "/root/content")
         story.mode = machine.run("stat -c %a /root/content", check=True).stdout.strip()
         for words in ("7 --session systemd", "0x99", "7 --output /", "7 >/dev/full"):
             story.refused[words] = machine.run(f"khoscope luo --content {words}").stderr
