@@ -130,13 +130,14 @@ def _temporary_told() -> Iterator[None]:
 
 class NewFile:
     """
-    A file, mode 0600, that appears only once all of it is written.  Until :meth:`finish` it has no
-    name: if khoscope ends before, nothing is left behind, and an old file of that name stays.
+    A file that appears only once all of it is written.  Until :meth:`finish` it has no name: if
+    khoscope ends before, nothing is left behind, and an old file of that name stays.
 
+    :param mode: who may read it, whatever the umask is.
     :raises KhoscopeError: if it cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mode: int = 0o600) -> None:
         self._path = path
         #: The name that it has meanwhile if the file system has no unnamed files.
         self._temporary: Path | None = None
@@ -149,8 +150,7 @@ class NewFile:
                 handle, name = tempfile.mkstemp(prefix=self._prefix(), dir=path.parent)
                 self._temporary = Path(name)
             self.file = open(handle, "w+b")  # noqa: SIM115 - __exit__ closes it
-            # Whatever the umask is.
-            os.fchmod(handle, 0o600)
+            os.fchmod(handle, mode)
 
     def _prefix(self) -> str:
         # A name has at most 255 bytes, and a letter may take four.

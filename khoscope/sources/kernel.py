@@ -541,9 +541,14 @@ class KernelSource:
         parameters = (Parameter(each.name or "", sizeof(each.type)) for each in type_.parameters)
         return Signature(tuple(parameters), type_.type.kind == TypeKind.VOID)
 
-    def _require_kho(self) -> None:
+    @told()
+    def has_kho(self) -> bool:
+        """Whether KHO is on in this kernel, and set up: whether it would hand anything over."""
         there = self._tracker.root if self._is_radix else self._out(self._parts.kho_out.fdt)
-        if not self.enabled or not there:
+        return self.enabled and bool(there)
+
+    def _require_kho(self) -> None:
+        if not self.has_kho():
             raise no_kho(self.outline(), f"kho_out has no {'tree' if self._is_radix else 'FDT'}")
 
     def _out(self, path: str) -> Object:

@@ -43,7 +43,7 @@ from ..abi.keys import (
     Tracker,
 )
 from ..abi.serialized import text
-from ..words.errors import KhoscopeError
+from ..words.errors import KhoscopeError, NoKho
 from .pages import InvertedTypes, PageLayout
 from .sections import PageBlockLayout, section_layout
 from .track import TrackLayout
@@ -406,7 +406,7 @@ def probe(prog: Program) -> Parts:
     try:
         prog["kho_out"]
     except KeyError:
-        raise KhoscopeError(
+        raise NoKho(
             "this kernel has no kexec handover (no kho_out in its debug info)",
             "boot a kernel that was built with CONFIG_KEXEC_HANDOVER=y",
         ) from None

@@ -24,6 +24,10 @@ class KhoscopeError(Exception):
         super().__init__(self.what)
 
 
+class NoKho(KhoscopeError):
+    """The kernel was built without KHO: most commands cannot do anything, and that is a fact."""
+
+
 def not_whole(error: ImportError) -> KhoscopeError:
     """What to say if khoscope lacks something that it needs."""
     return KhoscopeError(
