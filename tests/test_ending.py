@@ -97,6 +97,8 @@ def test_nobody_to_tell() -> None:
         ["tree", "--root", ""],
         ["verify", "--next", ""],
         ["verify", "--before", ""],
+        ["verify", "--metrics", ""],
+        ["metrics", "--output", ""],
         ["snapshot", ""],
         ["snapshot", "--before", "", "new"],
         ["owners", "--trace", ""],

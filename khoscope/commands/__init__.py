@@ -25,6 +25,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "luo": "show live update sessions, their files and their memory",
     "vmalloc": "show a struct kho_vmalloc and its chain of chunks",
     "verify": "run the checks, and say whether it is safe to kexec",
+    "metrics": "print the numbers of a kernel for Prometheus",
     "checks": "list what verify and trace look for, or explain one check",
     "snapshot": "write all facts to a file",
     "carry": "hand a snapshot to the next kernel, in memory",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ..facts import store
+from ..facts.files import NewFile
 from ..facts.snapshot import Snapshot
 from ..views.progress import Progress, followed
 from ..views.text import LIMIT
@@ -112,6 +113,13 @@ def physical_range(text: str) -> tuple[int, int]:
     if not 0 <= start < stop <= 1 << 64:
         raise ValueError(text)
     return start, stop
+
+
+def write_readable(path: Path, text: str) -> None:
+    """Write a small ASCII file that everybody may read, all at once."""
+    with NewFile(path, 0o644) as new:
+        new.telling.write(text.encode("ascii"))
+        new.finish()
 
 
 def is_file(args: argparse.Namespace) -> bool:

@@ -14,6 +14,7 @@ from .. import checks
 from ..facts.next_kernel import NextKernel
 from ..facts.snapshot import Snapshot
 from ..views import documents
+from ..views import metrics as metrics_view
 from ..views import watch as watch_view
 from ..views.progress import Progress
 from ..views.text import Text
@@ -69,6 +70,12 @@ khoscope found nothing wrong, but could not see everything"""
         metavar="SECONDS",
         help="run the checks again at this interval until Ctrl-C, and print what changes",
     )
+    verify.add_argument(
+        "--metrics",
+        metavar="FILE",
+        type=common.path,
+        help="also write verdict and findings to this file, as khoscope metrics has them",
+    )
 
 
 def _rules(text: str) -> frozenset[str]:
@@ -86,6 +93,8 @@ def _seconds(text: str) -> float:
 def _refuse(args: argparse.Namespace) -> str | None:
     if args.watch and common.is_file(args):
         return "--watch is for a kernel that runs: a file does not change"
+    if args.watch and args.metrics:
+        return "--metrics is for one run: have khoscope metrics run at an interval"
     if args.initrd and not args.next:
         return "--initrd needs --next"
     possible = _possible(args)
@@ -132,6 +141,10 @@ def _run(args: argparse.Namespace) -> int:
         documents.write_verify(facts, found, sys.stdout, next_kernel)
     else:
         Text(sys.stdout, args.limit).verify(facts, found, next_kernel)
+    if args.metrics:
+        text = io.StringIO()
+        metrics_view.write_report(facts, found, text)
+        common.write_readable(args.metrics, text.getvalue())
     return common.judged(found)
 
 
