@@ -61,6 +61,10 @@ class Base:
     before: bytes | None = None
     after: bytes | None = None
 
+    @property
+    def is_across(self) -> bool:
+        return self.before is not None or self.after is not None
+
 
 def bytes_of(facts: Snapshot) -> bytes:
     file = io.BytesIO()
@@ -297,8 +301,11 @@ def _name(where: Where) -> str:
 COMMANDS: Final = [
     *(["status"], ["tree", "--nodes"], ["tree", "--incoming"], ["verify"], ["owners"], ["luo"]),
     *(["pages", "0..0x4000000"], ["fdt"], ["fdt", "in"], ["vmalloc", "0x1000"], ["diff"]),
+    ["metrics"],
 ]
 MODES: Final = [[], ["--json"], ["--limit", "0"]]
+#: What a pass is to metrics, which know nothing of another kernel.
+_PASS: Final = 'khoscope_verdict{about="kexec",verdict="pass"} 1\n'
 
 
 def run(words: list[str]) -> tuple[int, str, str]:
@@ -325,7 +332,8 @@ def trouble(found: Mutant, words: list[str], status: int, out: str, err: str) ->
     verifies = "verify" in words
     if status not in ((0, 1, 2, 3) if verifies else (0, 2)):
         return f"status {status}"
-    if verifies and status == 0 and not found.may_pass:
+    passes = status == 0 and (verifies or (_PASS in out and not found.base.is_across))
+    if passes and not found.may_pass:
         return "passes"
     if any(line.startswith("PASS") for line in out.splitlines()) and status != 0:
         return "says PASS"
@@ -355,7 +363,9 @@ def campaign(seed: int, count: int) -> int:
         folder = Path(name)
         for _ in range(count):
             found = mutant(rng, every)
-            words = rng.choice([*COMMANDS, ["verify"], ["verify"]]) + rng.choice(MODES)
+            words = rng.choice([*COMMANDS, ["verify"], ["verify"]])
+            if words != ["metrics"]:
+                words = words + rng.choice(MODES)
             said = trouble(found, words, *run(asked(folder, found.base, found.data, words)))
             if said:
                 wrong += 1

@@ -889,7 +889,7 @@ AS_NOBODY = """
 import os, sys
 import khoscope.sources.kernel, khoscope.sources.open
 import khoscope.trace.probes, khoscope.trace.record, khoscope.trace.session
-import khoscope.commands.trace, khoscope.commands.tree
+import khoscope.commands.metrics, khoscope.commands.trace, khoscope.commands.tree
 from khoscope.cli import main
 if os.geteuid() == 0:
     os.setgroups([])
@@ -904,7 +904,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("name", ["tree", "trace"])
+@pytest.mark.parametrize("name", ["tree", "trace", "metrics"])
 def test_not_root(name: str) -> None:
     command = [sys.executable, "-c", AS_NOBODY, name]
     done = subprocess.run(

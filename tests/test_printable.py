@@ -220,6 +220,7 @@ COMMANDS = [
     *("verify", "verify --fail-on warning", "fdt in", "fdt out", "fdt no-such-subtree"),
     *("pages 0x0..0x100000", "pages 0x40000000", "diff FILE FILE", "diff FILE OTHER"),
     *("diff OTHER FILE", "verify --before FILE", "verify --before OTHER", "snapshot COPY"),
+    "metrics",
 ]
 
 
@@ -228,7 +229,8 @@ def words(command: str, victims: Victims, path: Path, limit: bool = True) -> lis
     other.write_bytes(victims.whole)
     names = {"FILE": str(path), "OTHER": str(other), "COPY": str(copy)}
     said = [names.get(word, word) for word in command.split()]
-    return ["--snapshot", str(path), *said, *(["--limit", "0"] if limit else [])]
+    limits = ["--limit", "0"] if limit and command != "metrics" else []
+    return ["--snapshot", str(path), *said, *limits]
 
 
 def nothing_is_forged(result: Result, document: bool = False) -> None:
