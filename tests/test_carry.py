@@ -256,7 +256,7 @@ WRITING = [
     ("open", errno.ENOENT, "LUO is off", "liveupdate=on"),
     ("open", errno.EACCES, "permission denied", "root"),
     ("open", errno.EPERM, "permission denied", "root"),
-    ("open", errno.EBUSY, "busy", "fuser"),
+    ("open", errno.EBUSY, "busy", "`khoscope luo`"),
     ("open", errno.EIO, "could not read the LUO sessions", "reboot"),
     ("open", errno.ENFILE, "cannot open /dev/liveupdate: Too many open files", "log"),
     ("create", errno.EEXIST, "another khoscope carry runs", "end that one"),

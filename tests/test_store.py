@@ -27,6 +27,9 @@ from khoscope.facts import archive, budget, by_address, listed, store
 from khoscope.facts.clients import (
     Claims,
     Flb,
+    Held,
+    Holder,
+    Holders,
     Luo,
     LuoFile,
     LuoSession,
@@ -573,6 +576,8 @@ def with_clients() -> Snapshot:
         Owner(OwnerKind.FILE, "somebody", "a", 2**64 - 1),
         Owner(OwnerKind.SUBTREE, "subtree LUO"),
     ]
+    process = Holder(2**32 - 1, "a process", "/a.slice/b.service", 2**63, [Held("a", False, 2)])
+    holders = Holders([process, Holder(1, "", None, None, [])], 2**63, 3, ["a thing"])
     facts = rich()
     claims = [
         Claims(np.array(phys, "<u8"), np.array(size, "<u8"), np.array(owner, "<u4"))
@@ -586,7 +591,7 @@ def with_clients() -> Snapshot:
         scratch_free=[7, None],
         unreadable=["the loaded kexec image (kexec_image)"],
         image=KexecImage(True, True, 0x9000, 2**40),
-        liveupdate=LuoState(True, ["memfd-v2"]),
+        liveupdate=LuoState(True, ["memfd-v2"], True, holders),
     )
 
 
@@ -659,6 +664,14 @@ def test_a_file_of_an_older_khoscope_is_written_again() -> None:
         for stream in (old.outgoing.blocks, old.stamps, old.watched):
             pristine = np.concatenate([blocks.facts.pristine for blocks in stream])
             assert set(pristine.tolist()) == {Pages.UNRECORDED}
+
+
+def as_version(version: int, data: bytes, age: Callable[[dict[str, Any]], None]) -> bytes:
+    """A file as an older khoscope has written it, by what it did not write."""
+    meta = json.loads(zipfile.ZipFile(io.BytesIO(data)).read("meta.json"))
+    meta["schema"] = f"khosnap/{version}"
+    age(meta)
+    return rewritten({"meta.json": json.dumps(meta).encode()}, data)
 
 
 def as_version_2(data: bytes) -> bytes:

@@ -29,6 +29,7 @@ from khoscope.sources.walk import (
     READS,
     in_ranges,
     read_near,
+    read_rows,
     settle,
     walk,
 )
@@ -673,3 +674,44 @@ def test_pieces_are_read_together() -> None:
     # One read has a limit.
     read_near(read, list(range(0, 3 * READ_SIZE, 4096)), [4096] * (3 * READ_SIZE // 4096))
     assert reads == [(at, READ_SIZE) for at in range(0, 3 * READ_SIZE, READ_SIZE)]
+
+
+@given(
+    st.lists(st.integers(0, 1 << 18), max_size=40),
+    st.integers(1, 600),
+    st.sets(st.integers(0, 80), max_size=4),
+)
+def test_rows_are_what_single_reads_give(at: list[int], size: int, missing: set[int]) -> None:
+    """In any order, several times, across each other; each is there, unless some of it is not."""
+    memory = np.arange(1 << 17, dtype=np.uint32).tobytes()
+    step = 1 << 13
+
+    def read(at: int, size: int) -> bytes | None:
+        there = missing.isdisjoint(range(at // step, (at + size - 1) // step + 1))
+        return memory[at : at + size] if there else None
+
+    rows, there = read_rows(read, np.array(at, np.uint64), size)
+    assert rows.shape == (len(at), size)
+    single = [read(each, size) for each in at]
+    assert there.tolist() == [each is not None for each in single]
+    assert [row.tobytes() for row in rows] == [each or bytes(size) for each in single]
+
+
+def test_rows_are_read_together() -> None:
+    reads: list[tuple[int, int]] = []
+
+    def read(at: int, size: int) -> bytes:
+        reads.append((at, size))
+        return bytes(size)
+
+    far = 3 * NEAR
+    at = [far + 64, 0, far, 2 * READ_SIZE, NEAR, 2**64 - 64]
+    read_rows(read, np.array(at, np.uint64), 8)
+    assert sorted(reads) == [(0, NEAR + 8), (far, 72), (2 * READ_SIZE, 8), (2**64 - 64, 8)]
+    reads.clear()
+    # One read has a limit, but for what begins before it.
+    read_rows(read, np.arange(0, 3 * READ_SIZE, 4096, dtype=np.uint64), 8192)
+    assert sorted(reads) == [(at, READ_SIZE + 4096) for at in range(0, 3 * READ_SIZE, READ_SIZE)]
+    reads.clear()
+    read_rows(read, np.zeros(0, np.uint64), 8)
+    assert reads == []

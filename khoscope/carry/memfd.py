@@ -56,8 +56,7 @@ _OPEN: Final[Said] = {
     errno.EPERM: _NOT_PERMITTED,
     errno.EBUSY: (
         f"{host_files.LIVEUPDATE} is busy: only one process may have it open",
-        f"`fuser {host_files.LIVEUPDATE}` says which one; run khoscope again when that has closed"
-        " it",
+        "`khoscope luo` says which one; run khoscope again when that has closed it",
     ),
     errno.EIO: (
         "the kernel could not read the LUO sessions that it was handed, and refuses LUO since",

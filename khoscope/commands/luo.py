@@ -57,7 +57,7 @@ def _refuse(args: argparse.Namespace) -> str | None:
 def _run(args: argparse.Namespace) -> int:
     if args.content is not None:
         return _content(args)
-    facts = common.facts(args, lambda source: source.clients())
+    facts = common.facts(args, lambda source: source.luo())
     _require_luo(facts)
     if args.json:
         view.write_json(facts, sys.stdout)

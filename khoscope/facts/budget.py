@@ -46,6 +46,13 @@ ENTRIES: Final = 1 << 20
 FD_STORES: Final = 16 << 20
 #: Pieces of what is in a memfd: 4 TiB of 4 MiB.
 PIECES: Final = 1 << 20
+#: Tasks: no kernel has more (PID_MAX_LIMIT).
+TASKS: Final = 1 << 22
+#: Slots of all tables of file descriptors together: 2 GiB of pointers to look at.
+DESCRIPTORS: Final = 1 << 28
+#: Processes that hold sessions, and descriptors by which they do: all are kept in ``meta.json``.
+HOLDERS: Final = 1 << 12
+HELD: Final = 1 << 16
 #: Pages of a file that are shown one by one: 1 TiB of 4 KiB.
 PAGES: Final = 1 << 28
 

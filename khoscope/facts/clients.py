@@ -262,6 +262,57 @@ class Luo:
     left_out: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """
+    What of LUO's a process has open.
+
+    :param session: name of the session; None: it is ``/dev/liveupdate``.
+    :param retrieved: as in ``struct luo_session``: the session is one of the incoming side.
+    :param fds: how many of the process's file descriptors lead to it.
+    """
+
+    session: str | None
+    retrieved: bool
+    fds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """
+    A process (thread group) that has something of LUO's open.
+
+    :param pid: its ``tgid``, in the initial PID namespace.
+    :param comm: of its leader; empty: not readable.
+    :param cgroup: path in the default hierarchy; None: not readable, or the kernel has no cgroups.
+    :param started: ``start_boottime`` of its leader, ns; None: not readable.
+    """
+
+    pid: int
+    comm: str
+    cgroup: str | None
+    started: int | None
+    held: list[Held]
+
+
+@dataclass(frozen=True, slots=True)
+class Holders:
+    """
+    Who holds sessions or ``/dev/liveupdate``, as far as the tables of file descriptors tell.
+
+    :param processes: by pid.
+    :param booted: when this kernel booted, by its own clocks (``offs_real - offs_boot``), ns since
+        1970; None: not readable.
+    :param left_out: how many more descriptors or tables khoscope has not looked at.
+    :param unread: what could not be read, in words: a holder may be in there.
+    """
+
+    processes: list[Holder] = field(default_factory=list)
+    booted: int | None = None
+    left_out: int = 0
+    unread: list[str] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class LuoState:
     """
@@ -270,8 +321,10 @@ class LuoState:
     :param enabled: ``luo_global.enabled``.
     :param handlers: ``compatible`` of each registered file handler.
     :param in_use: whether somebody has opened ``/dev/liveupdate``; None: not readable.
+    :param holders: None: not looked at.
     """
 
     enabled: bool
     handlers: list[str] = field(default_factory=list)
     in_use: bool | None = None
+    holders: Holders | None = None

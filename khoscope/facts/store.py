@@ -99,11 +99,13 @@ class _Meta:
 
 
 #: Members that files of version 1 to 6 lack: khoscope did not look into files, not even systemd's.
+#: No rule asks who holds a session.
 UNRECORDED_6: Final[dict[str, str]] = {
     "_Meta.contents": "",
     "LuoFile.stored": "",
     "LuoSession.stored": "",
     "LuoSession.notes": "",
+    "LuoState.holders": "",
 }
 #: Members that files of version 1 to 5 lack: all of their chunks are in order of key.
 UNRECORDED_5: Final[dict[str, str]] = {**UNRECORDED_6, "_Meta.by_key": ""}

@@ -76,6 +76,8 @@ VARIABLES: dict[str, str] = {
     "luo_dev": "struct luo_device_state",
     "luo_file_handler_list": "struct list_head",
     "luo_flb_global": "struct luo_flb_global",
+    "luo_fops": "struct file_operations",
+    "luo_session_fops": "struct file_operations",
     "luo_session_global": "struct luo_session_global",
     # Memory
     "contig_page_data": "struct pglist_data",
@@ -117,6 +119,9 @@ VARIABLES: dict[str, str] = {
     "saved_command_line": "char *",
     "sysctl_bootid": "u8 [16]",
     "tainted_mask": "unsigned long",
+    # The clocks: timekeeper_data since 6.17
+    "timekeeper_data": "struct tk_data []",
+    "tk_core": "struct tk_data",
 }
 
 #: Variables whose structure has no name, and the members that identify it.

@@ -26,7 +26,7 @@ from ..abi.keys import U64, Abi, Finalize, Tracker
 from ..abi.kho_fdt import Fdt
 from ..abi.serialized import KHO_VMALLOC, unpack
 from ..facts.by_address import by_address
-from ..facts.clients import Content, Owner, OwnerKind
+from ..facts.clients import Content, Holders, Owner, OwnerKind
 from ..facts.columns import Blocks, ChunkByChunk, Columns, Leaves
 from ..facts.page_runs import PageRuns
 from ..facts.snapshot import Kernel, Provenance, Scan, Side, Snapshot, Watched
@@ -38,6 +38,7 @@ from . import btf
 from .clients import Where, with_clients, with_vm_structs
 from .content import memfd_pieces
 from .follow import ClientWalker
+from .holders import read_holders
 from .pages import PageLayout, PageReader
 from .probe import Overrides as Overrides
 from .probe import (
@@ -52,7 +53,7 @@ from .probe import (
 from .reading import Reading
 from .track import TrackLayout, leaves_of, walk_chunks, walk_track
 from .uses import UseReader
-from .walk import READ_SIZE, in_ranges, read_nodes, settle, walk
+from .walk import READ_SIZE, READS, in_ranges, read_nodes, settle, walk
 
 C = TypeVar("C", bound=Columns | Content)
 T = TypeVar("T")
@@ -242,6 +243,12 @@ class KernelSource:
         return self._with_clients(reading, self._outline(reading))
 
     @told()
+    def luo(self) -> Snapshot:
+        """:meth:`clients`, and who holds sessions of LUO and its device."""
+        reading = self._begin()
+        return self._with_holders(reading, self._clients(reading))
+
+    @told()
     def scratch(self) -> Snapshot:
         """:meth:`clients`, and what the scratch areas are used for."""
         reading = self._begin()
@@ -329,6 +336,7 @@ class KernelSource:
                 return facts
 
             facts, tree = self._settled(reading, read)
+            facts = self._with_holders(reading, facts)
             kept = draft.finish(replace(facts, outgoing=replace(facts.outgoing, tree=tree)))
             if not tree.state.moved:
                 return kept
@@ -653,6 +661,24 @@ class KernelSource:
         return replace(
             facts, outgoing=outgoing, incoming=incoming, unreadable=list(reading.unreadable)
         )
+
+    def _with_holders(self, reading: Reading, facts: Snapshot) -> Snapshot:
+        """
+        The same with who holds sessions and the device, if there is LUO.
+
+        While the kernel runs, a session may be handed from one process to another: khoscope looks
+        again, READS times at most, until each outgoing session has a holder.
+        """
+        state, luo = facts.liveupdate, facts.outgoing.luo
+        if state is None:
+            return facts
+        sessions = {session.name for session in luo.sessions} if luo else set()
+        holders = Holders()
+        for _ in range(READS if self._moves else 1):
+            holders = read_holders(self._where(reading), self.layout.direct_map)
+            if sessions <= {held.session for each in holders.processes for held in each.held}:
+                break
+        return replace(facts, liveupdate=replace(state, holders=holders))
 
     def _with_vm_structs(self, reading: Reading, facts: Snapshot) -> Side:
         at = self._where(reading)

@@ -183,6 +183,32 @@ _NODES: Final = (
 )
 #: ``/dev/liveupdate`` (linux 6.19).
 _DEVICE: Final = ("luo_dev.in_use",)
+#: By which the holders of sessions and of the device are found.
+_HOLDERS: Final = (
+    "luo_fops",
+    "luo_session_fops",
+    "init_pid_ns.idr.idr_rt.xa_head",
+    "struct file.f_op",
+    "struct file.private_data",
+    "struct files_struct.fdt.fd",
+    "struct files_struct.fdt.max_fds",
+    "struct luo_session.name",
+    "struct luo_session.retrieved",
+    "struct pid.tasks.first",
+    "struct task_struct.comm",
+    "struct task_struct.files",
+    "struct task_struct.pid",
+    "struct task_struct.pid_links",
+    "struct task_struct.start_boottime",
+    "struct task_struct.tgid",
+    "struct xa_node.slots",
+    "PIDTYPE_PID",
+)
+_CGROUPS: Final = ("struct task_struct.cgroups.dfl_cgrp.kn.name",)
+#: What leads from a ``struct kernfs_node`` to the one above it (since linux 6.15, and before).
+_KERNFS_PARENT: Final = ("__parent", "parent")
+#: Where the timekeeper is (since linux 6.17, and before).
+_TIMEKEEPERS: Final = ("timekeeper_data", "tk_core")
 _MEMORY: Final = (
     "struct pglist_data.node_zones",
     "struct zone._watermark",
@@ -344,6 +370,29 @@ class Parts:
     def device(self) -> bool:
         """``/dev/liveupdate``, and whether it is open."""
         return self._has(_DEVICE)
+
+    @cached_property
+    def holders(self) -> bool:
+        """Tasks, their files, and what tells those of LUO from others."""
+        return self._has(_HOLDERS)
+
+    @cached_property
+    def kernfs_parent(self) -> str | None:
+        """
+        The member that leads from a ``struct kernfs_node`` to the one above it; None: tasks are in
+        no cgroups.
+        """
+        if not self._has(_CGROUPS):
+            return None
+        has = (each for each in _KERNFS_PARENT if self._has((f"struct kernfs_node.{each}",)))
+        return next(has, None)
+
+    @cached_property
+    def timekeeper(self) -> str | None:
+        """The variable that has the ``struct timekeeper``; None: there is none that is known."""
+        members = ("timekeeper.offs_real", "timekeeper.offs_boot")
+        has = (v for v in _TIMEKEEPERS if self._has(tuple(f"{v}.{m}" for m in members)))
+        return next(has, None)
 
     @cached_property
     def memory(self) -> bool:

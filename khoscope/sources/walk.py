@@ -251,6 +251,40 @@ def read_near(read: ReadPhys, phys: Sequence[int], size: Sequence[int]) -> list[
     return found
 
 
+def read_rows(read: ReadPhys, at: U64, size: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """
+    Pieces of memory of one size, in any order; one read gets those that lie near each other.
+
+    :param at: u64, where each begins, in the addresses that ``read`` takes.
+    :param size: of each, bytes.
+    :return: their bytes, shape (n, size), and which of them could be read; the others are zeros.
+    """
+    rows = np.zeros((len(at), size), np.uint8)
+    there = np.zeros(len(at), np.bool_)
+    by = np.argsort(at)
+    ordered = at[by]
+    far = np.flatnonzero(np.diff(ordered) > np.uint64(size + NEAR)) + 1
+    starts = np.concatenate([np.zeros(min(len(at), 1), np.int64), far])
+    run = np.repeat(ordered[starts], np.diff(np.append(starts, len(at))))
+    part = (ordered - run) // np.uint64(READ_SIZE)
+    cut = np.flatnonzero((np.diff(run) != 0) | (np.diff(part) != 0)) + 1
+    waiting = [*pairwise([0, *cut.tolist(), len(at)])] if len(at) else []
+    while waiting:
+        low, high = waiting.pop()
+        first, end = int(ordered[low]), int(ordered[high - 1]) + size
+        data = read(first, end - first)
+        if data is not None:
+            inside = (ordered[low:high] - np.uint64(first)).astype(np.int64)
+            windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(data, np.uint8), size)
+            rows[by[low:high]] = windows[inside]
+            there[by[low:high]] = True
+        elif high - low > 1:
+            # One of them, or what lies between them, cannot be read.
+            middle = (low + high) // 2
+            waiting += (low, middle), (middle, high)
+    return rows, there
+
+
 def settle(walk_once: Callable[[], Tree], use: Callable[[Tree], T]) -> tuple[T, Tree]:
     """
     Read a tree that may move, until it is the same before and after its use, READS times at most.

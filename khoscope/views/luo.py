@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import IO, Any
+from typing import IO, Any, Final
 
 from ..abi.serialized import LUO_FDT_COMPATIBLE, SEALS, bits
-from ..facts.clients import Luo, LuoFile, LuoSession, Memfd, StoredFd
+from ..facts.clients import Luo, LuoFile, LuoSession, LuoState, Memfd, StoredFd
+from ..facts.holders import DEVICE, HeldBy, Holding, Thing, by_thing
 from ..facts.owners import ClaimsByOwner
 from ..facts.snapshot import Side, Snapshot
 from ..words.sizes import human
 from . import documents
 from .text import counted
 from .vmalloc import VmallocText, area_row, range_rows
+
+#: A file may be in flight in a socket, or held by the kernel itself.
+_NOBODY: Final = "held by nobody that khoscope can see"
 
 
 class LuoText(VmallocText):
@@ -26,12 +30,31 @@ class LuoText(VmallocText):
             on = "on" if facts.liveupdate.enabled else "off (liveupdate=on turns it on)"
             handlers = ", ".join(facts.liveupdate.handlers) or "none"
             self.line(f"live update is {on}, file handlers: {handlers}")
+            self._device(facts.liveupdate)
         shift = facts.abi.page_shift
-        self._side("outgoing", facts.outgoing, shift)
+        holders = by_thing(facts.liveupdate)
+        self._side("outgoing", facts.outgoing, shift, holders)
         if facts.incoming is not None:
-            self._side("incoming", facts.incoming, shift)
+            self._side("incoming", facts.incoming, shift, holders)
 
-    def _side(self, which: str, side: Side, shift: int) -> None:
+    def _device(self, state: LuoState) -> None:
+        """Print who holds the device, and what khoscope could not see of any holders."""
+        found = by_thing(state)
+        if state.holders is None or found is None:
+            return
+        self._held_by(found[DEVICE], "/dev/liveupdate is ", "")
+        if state.in_use and not found[DEVICE]:
+            self.line(f"/dev/liveupdate is open, {_NOBODY}")
+        for what in state.holders.unread:
+            self.wrapped(f"holders may be missing, as these cannot be read: {what}", "  ", "")
+        self._left_out(state.holders.left_out, "file descriptors, or tables of them", "")
+
+    def _held_by(self, found: list[HeldBy], first: str, indent: str) -> None:
+        for each in islice(found, self._limit):
+            self.wrapped(_held(each), f"{indent}  ", f"{indent}{first}")
+        self._more(len(found), len(found), "processes")
+
+    def _side(self, which: str, side: Side, shift: int, holders: Holding | None) -> None:
         self.line()
         luo = side.luo
         if luo is None:
@@ -45,6 +68,14 @@ class LuoText(VmallocText):
         memory = ClaimsByOwner(side, shift)
         for session in islice(luo.sessions, self._limit):
             self._session(memory, session, luo.live)
+            # Nobody has opened a session of the incoming side that was not retrieved.
+            incoming = which == "incoming"
+            if holders is not None and (session.retrieved or not incoming):
+                found = holders[session.name, incoming]
+                self._held_by(found, "", "    ")
+                if not found:
+                    self.line(f"    {_NOBODY}")
+            self._files(memory, session)
         self._more(len(luo.sessions), len(luo.sessions), "sessions")
         self._left_out(luo.left_out, "sessions or FLBs", "  ")
         for flb in islice(luo.flbs, self._limit):
@@ -63,6 +94,8 @@ class LuoText(VmallocText):
         self._problems(session.problems, "  ")
         for note in session.notes:
             self.wrapped(note, "      ", "    ")
+
+    def _files(self, memory: ClaimsByOwner, session: LuoSession) -> None:
         for file in islice(session.files, self._limit):
             self._file(memory, session, file)
         self._more(len(session.files), len(session.files), "files")
@@ -100,6 +133,21 @@ class LuoText(VmallocText):
             self.wrapped(problem, f"{indent}    ", f"{indent}  {self.paint('red', 'problem')}: ")
 
 
+def _held(by: HeldBy) -> str:
+    process = by.process
+    unit = f"unit {by.unit}" if by.unit else ""
+    if not unit and process.cgroup not in (None, "/"):
+        unit = f"cgroup {process.cgroup}"
+    since = ""
+    if by.since is not None:
+        since = f"running since {by.since:%Y-%m-%d %H:%M:%SZ}"
+    elif process.started is not None:
+        since = f"running since {process.started // 10**9} s after the boot"
+    fds = f"{by.fds} descriptors" if by.fds > 1 else ""
+    name = process.comm or "a process that cannot be read"
+    return ", ".join(filter(None, (f"held by {name} (pid {process.pid})", unit, since, fds)))
+
+
 def _title(luo: Luo) -> str:
     number = "" if luo.liveupdate_num is None else f", live update {luo.liveupdate_num}"
     compatible = luo.compatible or "nothing that can be read"
@@ -116,19 +164,40 @@ def _status(retrieve_status: int | None) -> str:
 
 def write_json(facts: Snapshot, out: IO[str]) -> None:
     """``luo --json``, schema khoscope.luo/1."""
-    liveupdate, shift = facts.liveupdate, facts.abi.page_shift
+    state, shift = facts.liveupdate, facts.abi.page_shift
+    holders, seen = by_thing(state), state and state.holders
     document = {
         "schema": "khoscope.luo/1",
         **documents.about(facts),
-        "liveupdate": liveupdate
-        and {"enabled": liveupdate.enabled, "handlers": liveupdate.handlers},
-        "outgoing": _side_row(facts.outgoing, shift),
-        "incoming": None if facts.incoming is None else _side_row(facts.incoming, shift),
+        "liveupdate": state and {"enabled": state.enabled, "handlers": state.handlers},
+        "device": state and {"in_use": state.in_use, "held_by": _held_rows(holders, DEVICE)},
+        "holders": seen and {"left_out": seen.left_out, "unread": seen.unread},
+        "outgoing": _side_row(facts.outgoing, shift, holders, incoming=False),
+        "incoming": facts.incoming and _side_row(facts.incoming, shift, holders, incoming=True),
     }
     documents.write(document, out)
 
 
-def _side_row(side: Side, shift: int) -> dict[str, Any] | None:
+def _held_rows(holders: Holding | None, thing: Thing) -> list[dict[str, Any]] | None:
+    if holders is None:
+        return None
+    return [
+        {
+            "pid": each.process.pid,
+            "comm": each.process.comm,
+            "cgroup": each.process.cgroup,
+            "unit": each.unit,
+            "started": None if each.process.started is None else each.process.started / 10**9,
+            "since": each.since and f"{each.since:%Y-%m-%dT%H:%M:%SZ}",
+            "fds": each.fds,
+        }
+        for each in holders[thing]
+    ]
+
+
+def _side_row(
+    side: Side, shift: int, holders: Holding | None, incoming: bool
+) -> dict[str, Any] | None:
     luo = side.luo
     if luo is None:
         return None
@@ -140,7 +209,13 @@ def _side_row(side: Side, shift: int) -> dict[str, Any] | None:
         "live": luo.live,
         "raw": luo.raw,
         "problems": luo.problems,
-        "sessions": [_session_row(memory, session) for session in luo.sessions],
+        "sessions": [
+            {
+                **_session_row(memory, session),
+                "held_by": _held_rows(holders, (session.name, incoming)),
+            }
+            for session in luo.sessions
+        ],
         "flbs": [
             {"name": flb.name, "data": f"{flb.data:#x}", "count": flb.count} for flb in luo.flbs
         ],

@@ -79,9 +79,9 @@ def test_one_carries_and_leaves_nothing_behind(machine: Machine) -> None:
 
 def test_the_device_is_busy(machine: Machine) -> None:
     hold = "exec 9<>/dev/liveupdate; khoscope carry 9>&-"
-    _refused(machine.run(hold, timeout=TIMEOUT), "/dev/liveupdate is busy", "fuser")
+    _refused(machine.run(hold, timeout=TIMEOUT), "/dev/liveupdate is busy", "`khoscope luo`")
     hold = "exec 9<>/dev/liveupdate; khoscope verify --before carried 9>&-"
-    _refused(machine.run(hold, timeout=TIMEOUT), "/dev/liveupdate is busy", "fuser")
+    _refused(machine.run(hold, timeout=TIMEOUT), "/dev/liveupdate is busy", "`khoscope luo`")
 
 
 def test_not_root(machine: Machine) -> None:
