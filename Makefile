@@ -72,6 +72,7 @@ bench: .venv/dev kernels
 	$(BIN)/python -m benchmarks.restored_as_pages
 	$(BIN)/python -m benchmarks.scratch_pages
 	$(BIN)/python -m benchmarks.kcore_pieces
+	$(BIN)/python -m benchmarks.holders
 
 # A source archive, and a wheel that is built from it.
 dist: .venv/dev
