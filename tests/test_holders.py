@@ -466,6 +466,28 @@ def test_pointers_that_lead_nowhere(made: Made, moves: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("reads", [1, 2, 3])
+def test_a_file_that_is_closed_meanwhile(made: Made, reads: int) -> None:
+    """Its memory is another file's after so many reads; then it is not a session's any more."""
+    file = made.session(b"vm")
+    made.task(1, made.table(file))
+    place = file - made.direct_map + offsetof(made.prog.type("struct file"), "f_op")
+    count = 0
+
+    def read(phys: int, size: int) -> bytes | None:
+        nonlocal count
+        found = made.where.read(phys, size)
+        if phys <= place < phys + size:
+            count += 1
+            if count == reads:
+                made.set(file, "struct file", "f_op", 0)
+        return found
+
+    found = read_holders(replace(made.where, read=read), made.direct_map)
+    assert count == 3
+    assert held(found) == ({} if reads < 3 else {1: [("vm", False, 1)]})
+
+
 def test_no_more_is_kept_than_a_file_may_hold(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "HOLDERS", 2)
     table = made.table(made.session(b"a"), made.session(b"b"))

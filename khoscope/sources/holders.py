@@ -317,10 +317,11 @@ class _Reader:
         )
         rows, there = self._records(before["session"].copy(), session)
         is_device = before["operations"] == self._device_fops
-        self._cannot(there | is_device, "the sessions that are held (struct luo_session)")
-        # A file that another one has replaced meanwhile had another name.
+        is_session = before["operations"] == self._session_fops
+        self._cannot(there | ~is_session, "the sessions that are held (struct luo_session)")
+        # Another file may take the place of one that is closed meanwhile.
         stood = self._records(files, layout)[0] == before
-        known = stood & (is_device | there)
+        known = stood & (is_device | is_session & there)
         return {
             file: (None, False) if device else (text(bytes(row["name"])), bool(row["retrieved"]))
             for file, device, row in zip(
