@@ -50,6 +50,11 @@ class Job:
         if self._shell(_UNTIL_ON, timeout).returncode:
             raise MachineError(f"{shlex.join(self.words)} is not on:\n{self.errors()}")
 
+    @property
+    def pid(self) -> int:
+        """The program's process, in the guest."""
+        return int(self._shell("cat pid").stdout)
+
     def end(self, signal: str = "INT", *, timeout: float = 300.0) -> int:
         """Sends the program a signal, waits until it has ended, and returns its exit status."""
         self.machine.run(f"kill -{signal} $(cat {self.directory}/pid)", check=True)

@@ -6,6 +6,7 @@ put in; and that nothing is found wrong with clients that do it right, on both s
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections import Counter
 from dataclasses import dataclass, field
@@ -63,16 +64,55 @@ signal.pause()
 """
 
 _RETRIEVE = f"""
-import fcntl, os
+import fcntl, os, signal
 from khoscope.carry.liveupdate import LiveUpdate
 from vm.content import content
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 with LiveUpdate() as device, device.retrieve_session({SEALED!r}) as session:
+    print("retrieved", flush=True)
+    signal.sigwait([signal.SIGUSR1])
     fd = session.retrieve_fd({TOKEN})
     session.finish()
 assert os.lseek(fd, 0, os.SEEK_CUR) == {POSITION}
 assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) == fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 assert os.pread(fd, {SIZE} + 1, 0) == content({TOKEN}, {SIZE})
 """
+
+#: A unit, as systemd would make it, with a process whose name is hostile.  Of its sessions, it
+#: shares one with a child, and the only descriptor of the other one is on its way through a socket.
+SHARED, FLYING, UNIT, COMM = "shared", "flying", "system.slice/agent.service", "ag\x1b[1mnt"
+
+_AGENT = f"""
+import os, signal, socket
+from pathlib import Path
+from khoscope.carry.liveupdate import LiveUpdate
+
+def fds(what):
+    links = {{int(fd): os.readlink(f"/proc/self/fd/{{fd}}") for fd in os.listdir("/proc/self/fd")
+             if os.path.lexists(f"/proc/self/fd/{{fd}}")}}
+    return [fd for fd, link in links.items() if link.endswith(what)]
+
+Path("/sys/fs/cgroup/{UNIT}/cgroup.procs").write_text("0")
+Path("/proc/self/comm").write_text({COMM!r})
+device = LiveUpdate()
+flying = device.create_session({FLYING!r})
+sockets = socket.socketpair()
+socket.send_fds(sockets[0], [b"x"], fds({FLYING!r}))
+flying.close()
+shared = device.create_session({SHARED!r})
+child = os.fork()
+if not child:
+    device.close()
+    signal.pause()
+os.dup(*fds("/dev/liveupdate"))
+started = [Path(f"/proc/{{pid}}/stat").read_text().rpartition(")")[2].split()[19]
+           for pid in (os.getpid(), child)]
+print(os.getpid(), child, *started, flush=True)
+signal.pause()
+"""
+
+#: Hertz of the times in /proc (USER_HZ).
+HERTZ = 100
 
 _PYTHON = ("env", "PYTHONPATH=/khoscope", "python3", "-c")
 
@@ -85,6 +125,13 @@ class Story:
     pieces: list[Piece] = field(default_factory=list)
     restored: list[Piece] = field(default_factory=list)
     held: dict[str, dict[int, File]] = field(default_factory=dict)
+    #: The process that holds each session, by its name.
+    holder: dict[str, int] = field(default_factory=dict)
+    #: What ``luo`` says while the agent holds sessions, by how it reads the kernel.
+    agent: dict[str, Any] = field(default_factory=dict)
+    #: By the guest's own /proc: the agent and its child, when each was started since the boot (in
+    #: HERTZ), and when that was.
+    proc: dict[str, Any] = field(default_factory=dict)
     retrieved: dict[str, dict[int, File]] = field(default_factory=dict)
     #: JSON documents, and text, by name.
     seen: dict[str, Any] = field(default_factory=dict)
@@ -117,6 +164,7 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             story.seen["owners with slab"] = look.ask("owners")
             look.exercise.free("slab")
         _hold(machine, story)
+        _agent(look, story, directory / "core")
         machine.load_kexec()
         _before(look, story, recording)
         host(*look.source, "snapshot", str(before))
@@ -136,8 +184,42 @@ def _preserve(exercise: Exercise, healthy: list[str]) -> None:
 
 
 def _hold(machine: Machine, story: Story) -> None:
-    story.held = {name: hold(machine, name, files).files for name, files in SESSIONS.items()}
-    Job(machine, "/root/sealed", (*_PYTHON, _HOLD)).until_on(300.0)
+    holders = {name: hold(machine, name, files) for name, files in SESSIONS.items()}
+    story.held = {name: held.files for name, held in holders.items()}
+    sealed = Job(machine, "/root/sealed", (*_PYTHON, _HOLD))
+    sealed.until_on(300.0)
+    story.holder = {name: job.pid for name, job in (holders | {SEALED: sealed}).items()}
+
+
+def _agent(look: Look, story: Story, core: Path) -> None:
+    """See from everywhere who holds what, while there is more to see."""
+    machine, vmlinux = look.machine, look.machine.kernel.share / "vmlinux"
+    cgroup = f"/sys/fs/cgroup/{UNIT}"
+    mounted = f"mount -t cgroup2 none /sys/fs/cgroup && mkdir -p {cgroup}"
+    machine.run(mounted, check=True)
+    agent = Job(machine, "/root/agent", (*_PYTHON, _AGENT))
+    agent.until_on(300.0)
+    words = agent.output().split()
+    booted = machine.run("sed -n 's/^btime //p' /proc/stat", check=True).stdout
+    story.proc = {"booted": int(booted)}
+    for name, pid, started in zip(("agent", "child"), words[:2], words[2:], strict=True):
+        story.proc[name] = (int(pid), int(started))
+    machine.dump(core)
+    sources = {
+        "QMP, DWARF": look.source,
+        "QMP, BTF": look.source[:2],
+        "vmcore, DWARF": ("--core", str(core), "--vmlinux", str(vmlinux)),
+        "vmcore, BTF": ("--core", str(core)),
+    }
+    story.agent = {how: json.loads(host(*words, "luo", "--json")) for how, words in sources.items()}
+    story.agent["live"] = json.loads(guest(machine, "luo", "--json"))
+    story.text["agent"] = host(*look.source, "luo")
+    # What it holds is gone when it has no descriptors any more.
+    child, _ = story.proc["child"]
+    gone = f'until [ -z "$(ls /proc/{child}/fd 2>/dev/null)" ]; do sleep 0.1; done'
+    machine.run(f"kill {child}; {gone}", check=True)
+    agent.end("TERM")
+    core.unlink()
 
 
 def area(story: Story) -> Piece:
@@ -205,7 +287,11 @@ def _after(look: Look, story: Story, before: tuple[str, str]) -> None:
     story.restored = look.exercise.report()
     story.retrieved = {name: retrieve(machine, name, files) for name, files in SESSIONS.items()}
     story.seen["luo half retrieved"] = look.ask("luo")
-    machine.run((*_PYTHON, _RETRIEVE), timeout=120, check=True)
+    retriever = Job(machine, "/root/retrieve", (*_PYTHON, _RETRIEVE))
+    retriever.until_on(120.0)
+    story.holder["retrieved"] = retriever.pid
+    story.seen["luo retrieved"] = look.ask("luo")
+    assert retriever.end("USR1") == 0, retriever.errors()
     story.seen["verify after"] = look.ask("verify", *before)
     story.text["verify after"] = host(*look.source, "verify", *before)
     story.seen["luo after"] = look.ask("luo")
@@ -346,6 +432,78 @@ def test_what_was_retrieved_is_done(story: Story) -> None:
     ]
     assert names == [SEALED]
     assert story.seen["luo after"]["incoming"]["sessions"] == []
+
+
+def who(held_by: Any) -> dict[int, int]:
+    """Descriptors by pid."""
+    return {each["pid"]: each["fds"] for each in held_by}
+
+
+def holders(side: Any) -> dict[str, dict[int, int]]:
+    return {session["name"]: who(session["held_by"]) for session in side["sessions"]}
+
+
+def test_sessions_are_held_by_who_made_them(story: Story) -> None:
+    for name in ("luo before", "luo offline"):
+        document = story.seen[name]
+        assert document["device"] == {"in_use": False, "held_by": []}
+        assert document["holders"] == {"left_out": 0, "unread": []}
+        assert holders(document["outgoing"]) == {
+            name: {pid: 1} for name, pid in story.holder.items() if name != "retrieved"
+        }
+
+
+def test_a_retrieved_session_is_held(story: Story) -> None:
+    document = story.seen["luo retrieved"]
+    retriever = {story.holder["retrieved"]: 1}
+    assert who(document["device"]["held_by"]) == retriever
+    assert holders(document["incoming"]) == {SEALED: retriever}
+    assert holders(story.seen["luo half retrieved"]["incoming"]) == {SEALED: {}}
+
+
+HOW = ("QMP, DWARF", "QMP, BTF", "vmcore, DWARF", "vmcore, BTF", "live")
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_who_holds_what(story: Story, how: str) -> None:
+    document = story.agent[how]
+    (agent, _), (child, _) = story.proc["agent"], story.proc["child"]
+    assert document["holders"] == {"left_out": 0, "unread": []}
+    assert document["device"]["in_use"] is True
+    assert who(document["device"]["held_by"]) == {agent: 2}
+    found = holders(document["outgoing"])
+    assert found[SHARED] == {agent: 1, child: 1}
+    assert found[FLYING] == {}
+    assert found[SEALED] == {story.holder[SEALED]: 1}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_holders_are_what_proc_says(story: Story, how: str) -> None:
+    (shared,) = (s for s in story.agent[how]["outgoing"]["sessions"] if s["name"] == SHARED)
+    agent, child = sorted(shared["held_by"], key=lambda each: int(each["pid"]))
+    for name, found in (("agent", agent), ("child", child)):
+        pid, started = story.proc[name]
+        assert (found["pid"], found["comm"]) == (pid, COMM)
+        assert (found["cgroup"], found["unit"]) == (f"/{UNIT}", "agent.service")
+        assert int(found["started"] * HERTZ) == started
+        since = datetime.datetime.fromisoformat(found["since"]).timestamp()
+        # Either has dropped a part of a second.
+        assert 0 <= since - story.proc["booted"] - started // HERTZ <= 1
+    (sealed,) = (s for s in story.agent[how]["outgoing"]["sessions"] if s["name"] == SEALED)
+    (holder,) = sealed["held_by"]
+    assert (holder["comm"], holder["cgroup"], holder["unit"]) == ("python3", "/", None)
+
+
+def test_holders_for_people(story: Story) -> None:
+    text = story.text["agent"]
+    assert "\x1b" not in text
+    agent, _ = story.proc["agent"]
+    name = f"ag\\x1b[1mnt (pid {agent}), unit agent.service, running"
+    said = " ".join(text.split())
+    assert f"/dev/liveupdate is held by {name} since 2" in said
+    sessions = {part.partition(":")[0]: part for part in said.split(" session ")}
+    assert f" held by {name} since 2" in sessions[SHARED]
+    assert sessions[FLYING].endswith(" held by nobody that khoscope can see")
 
 
 def test_luo_for_people(story: Story) -> None:
