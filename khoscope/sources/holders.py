@@ -287,7 +287,7 @@ class _Reader:
         each, row = np.unique(files, return_inverse=True)
         operations, there = self._words(each + self._f_op)
         self._cannot(there, "the open files (struct file)")
-        mine = np.isin(operations, [self._session_fops, self._device_fops])
+        mine = there & np.isin(operations, [self._session_fops, self._device_fops])
         return np.asarray(mine[row], np.bool_)
 
     @cached_property
@@ -332,10 +332,7 @@ class _Reader:
     def _processes(
         self, tasks: _Tasks, found: _Open, things: dict[int, _Thing]
     ) -> Iterator[Holder]:
-        whose = {
-            table: np.unique(tasks.tgid[tasks.files == np.uint64(table)]).tolist()
-            for table in np.unique(found.table).tolist()
-        }
+        whose = _processes_of(tasks, np.unique(found.table))
         count: dict[int, dict[_Thing, int]] = {}
         held = 0
         for table, file, fds in zip(*_counted(found), strict=True):
@@ -398,6 +395,17 @@ class _Reader:
 
 def _joined(parts: list[NDArray[Any]], kind: type[np.generic]) -> NDArray[Any]:
     return np.concatenate([np.zeros(0, kind), *parts])
+
+
+def _processes_of(tasks: _Tasks, tables: U64) -> dict[int, list[int]]:
+    """The ``tgid`` of each process that has a table, by table."""
+    by = np.argsort(tasks.files)
+    files = tasks.files[by]
+    bounds = (np.searchsorted(files, tables, side) for side in ("left", "right"))
+    return {
+        table: np.unique(tasks.tgid[by[first:end]]).tolist()
+        for table, first, end in zip(tables.tolist(), *bounds, strict=True)
+    }
 
 
 def _in_order(held: dict[_Thing, int]) -> list[Held]:
