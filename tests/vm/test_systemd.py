@@ -132,6 +132,14 @@ def test_stores_are_not_in_luo_before_the_kexec(story: Story) -> None:
     assert [*sessions(story.before, "outgoing")] == [OWN]
 
 
+def test_who_holds_a_session(story: Story) -> None:
+    """The service itself, and systemd, which keeps it for the next start."""
+    held_by = sessions(story.before, "outgoing")[OWN]["held_by"]
+    found = {(each["comm"], each["unit"]) for each in held_by}
+    assert found == {("python3", "holder.service"), ("systemd", "init.scope")}
+    assert min(each["pid"] for each in held_by) == 1
+
+
 def test_files_by_units(story: Story) -> None:
     found = sessions(story.luo)
     assert found.keys() == {fd_stores.SESSION, OWN}
