@@ -259,7 +259,7 @@ if sys.argv[1] == "named":
     files._unnamed = lambda directory: None
 
 class Source:
-    def snapshot(self, before, file):
+    def snapshot(self, before, file, contents):
         store.save(replace(rich(), stamps=Endless()), file)
 
 common.kernel = lambda args, progress: Source()

@@ -204,6 +204,14 @@ def test_what_could_not_be_seen(ask: Callable[..., str]) -> None:
     assert "/dev/liveupdate" not in text
 
 
+def test_what_systemd_keeps(ask: Callable[..., str]) -> None:
+    """It is in no session until the kexec begins: to say nothing of it would mislead."""
+    said = "systemd has 2 memfds open: what it keeps for services is in no session before"
+    assert said in " ".join(ask(with_holders(Holders(systemds=2))).split())
+    for other in (0, None):
+        assert "systemd has" not in ask(with_holders(Holders(systemds=other)))
+
+
 def test_many_holders_are_limited(ask: Callable[..., str]) -> None:
     many = [replace(PID_1, pid=pid) for pid in range(1, 31)]
     text = ask(with_holders(Holders(many, BOOTED)), "--limit", "3")
@@ -223,7 +231,7 @@ def test_as_json(ask: Callable[..., str]) -> None:
         "fds": 1,
     }
     assert document["device"] == {"in_use": True, "held_by": [agent]}
-    assert document["holders"] == {"left_out": 1, "unread": []}
+    assert document["holders"] == {"left_out": 1, "unread": [], "systemds": None}
     vm, lost = document["outgoing"]["sessions"]
     assert [each["pid"] for each in vm["held_by"]] == [1, 4242]
     assert lost["held_by"] == []

@@ -375,7 +375,7 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "size": 4096,
         "preserved": False,
     }
-    assert found["sessions"] == [{"name": "disks", "files": 1, "retrieved": False}]
+    assert found["sessions"] == [{"name": "disks", "files": 1, "retrieved": False, "unit": None}]
     assert found["sessions_incoming"][0]["retrieved"] is True
     assert found["image"] == {
         "loaded": True,

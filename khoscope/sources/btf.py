@@ -78,6 +78,7 @@ VARIABLES: dict[str, str] = {
     "luo_flb_global": "struct luo_flb_global",
     "luo_fops": "struct file_operations",
     "luo_session_fops": "struct file_operations",
+    "shmem_file_operations": "struct file_operations",
     "luo_session_global": "struct luo_session_global",
     # Memory
     "contig_page_data": "struct pglist_data",

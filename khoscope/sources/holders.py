@@ -16,10 +16,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any, Final
 
 import numpy as np
 from drgn import FaultError, Object, offsetof
+from drgn.helpers.linux.fs import for_each_file
+from drgn.helpers.linux.pid import find_task
 from numpy.typing import NDArray
 
 from ..abi.keys import U64
@@ -110,7 +113,7 @@ class _Reader:
         processes = list(self._processes(tasks, found, things))
         booted = self._booted()
         unread = [*self.unread, *(f"{count:,} of {what}" for what, count in self.lost.items())]
-        return Holders(processes, booted, self.left_out, unread)
+        return Holders(processes, booted, self.left_out, unread, self._systemds())
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -377,6 +380,23 @@ class _Reader:
         except FaultError:
             pass
         return None
+
+    def _systemds(self) -> int | None:
+        """The files of PID 1 that ``memfd_luo_can_preserve()`` takes, if that is systemd."""
+        if not self.at.parts.memfds:
+            return None
+        prog = self.at.prog
+        operations = prog["shmem_file_operations"].address_of_()
+        count = 0
+        try:
+            init = find_task(prog, 1)
+            if not init or init.comm.string_() != b"systemd":
+                return None
+            for _, file in islice(for_each_file(init), budget.HELD):
+                count += file.f_op == operations and not file.f_inode.i_nlink
+        except FaultError:
+            return None
+        return count
 
     def _booted(self) -> int | None:
         """``getboottime64()``, ns."""

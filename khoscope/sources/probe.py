@@ -204,6 +204,8 @@ _HOLDERS: Final = (
     "struct xa_node.slots",
     "PIDTYPE_PID",
 )
+#: By which the memfds of a process are found.
+_MEMFDS: Final = ("shmem_file_operations", "struct file.f_inode", "struct inode.i_nlink")
 _CGROUPS: Final = ("struct task_struct.cgroups.dfl_cgrp.kn.name",)
 #: What leads from a ``struct kernfs_node`` to the one above it (since linux 6.15, and before).
 _KERNFS_PARENT: Final = ("__parent", "parent")
@@ -375,6 +377,11 @@ class Parts:
     def holders(self) -> bool:
         """Tasks, their files, and what tells those of LUO from others."""
         return self._has(_HOLDERS)
+
+    @cached_property
+    def memfds(self) -> bool:
+        """What tells memfds from other files."""
+        return self._has(_MEMFDS)
 
     @cached_property
     def kernfs_parent(self) -> str | None:

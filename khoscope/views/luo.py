@@ -45,6 +45,12 @@ class LuoText(VmallocText):
         self._held_by(found[DEVICE], "/dev/liveupdate is ", "")
         if state.in_use and not found[DEVICE]:
             self.line(f"/dev/liveupdate is open, {_NOBODY}")
+        if state.holders.systemds:
+            self.wrapped(
+                f"systemd has {counted(state.holders.systemds, 'memfd')} open: what it keeps for "
+                "services is in no session before the kexec begins",
+                "  ",
+            )
         for what in state.holders.unread:
             self.wrapped(f"holders may be missing, as these cannot be read: {what}", "  ", "")
         self._left_out(state.holders.left_out, "file descriptors, or tables of them", "")
@@ -171,7 +177,8 @@ def write_json(facts: Snapshot, out: IO[str]) -> None:
         **documents.about(facts),
         "liveupdate": state and {"enabled": state.enabled, "handlers": state.handlers},
         "device": state and {"in_use": state.in_use, "held_by": _held_rows(holders, DEVICE)},
-        "holders": seen and {"left_out": seen.left_out, "unread": seen.unread},
+        "holders": seen
+        and {"left_out": seen.left_out, "unread": seen.unread, "systemds": seen.systemds},
         "outgoing": _side_row(facts.outgoing, shift, holders, incoming=False),
         "incoming": facts.incoming and _side_row(facts.incoming, shift, holders, incoming=True),
     }

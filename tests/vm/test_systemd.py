@@ -48,6 +48,7 @@ class Story:
     back: dict[str, Any] = field(default_factory=dict)
     #: JSON of ``luo`` before the first kexec, and where nobody takes anything back; from outside.
     before: dict[str, Any] = field(default_factory=dict)
+    text_before: str = ""
     luo: dict[str, Any] = field(default_factory=dict)
     from_outside: dict[str, Any] = field(default_factory=dict)
     text: dict[str, str] = field(default_factory=dict)
@@ -70,6 +71,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         systemd.start(machine, "keeper", *KEEPER)
         systemd.start(machine, "holder", *HOLDER)
         story.before = json.loads(guest(machine, "luo", "--json"))
+        story.text_before = host(*machine.source, "luo")
         machine.load_kexec()
         systemd.add(machine, "khoscope-carry", CARRY)
         machine.run("systemctl start khoscope-carry", check=True)
@@ -130,6 +132,8 @@ def test_carry_goes_along(story: Story) -> None:
 def test_stores_are_not_in_luo_before_the_kexec(story: Story) -> None:
     """Only the session that a service has made itself."""
     assert [*sessions(story.before, "outgoing")] == [OWN]
+    assert story.before["holders"]["systemds"] == 3
+    assert "systemd has 3 memfds open" in story.text_before
 
 
 def test_who_holds_a_session(story: Story) -> None:
