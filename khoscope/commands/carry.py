@@ -38,7 +38,8 @@ examples:
 
 The LUO session ends when carry ends, and the snapshot is then not carried.
 `kexec -e` ends no process. `systemctl kexec` ends every process except those of
-a service with DefaultDependencies=no and SurviveFinalKillSignal=yes."""
+a service whose [Unit] has DefaultDependencies=no, IgnoreOnIsolate=yes and
+SurviveFinalKillSignal=yes."""
     command.set_defaults(run=_run, refuse=_refuse)
     command.add_argument("--json", action="store_true", help="one JSON document")
 

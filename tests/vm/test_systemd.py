@@ -84,7 +84,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
 
         machine.load_kexec(append=systemd.WITHOUT)
         machine.execute_kexec(systemd.KEXEC)
-        for command in ("luo", "status", "verify"):
+        for command in ("luo", "status", "verify", "metrics"):
             story.text[command] = machine.run(f"khoscope {command}", timeout=120).stdout
         story.luo = json.loads(guest(machine, "luo", "--json"))
         story.from_outside = json.loads(host(*machine.source, "luo", "--json"))
@@ -178,6 +178,17 @@ def test_what_people_read(story: Story) -> None:
     )
     assert "session 'holder-own' of holder.service session (2 files) was handed over" in verify
     assert "What runs as PID 1 here has not." in verify
+
+
+def test_metrics(story: Story) -> None:
+    """Of a kernel that runs, as `verify` judges it."""
+    lines = story.text["metrics"].splitlines()
+    assert "khoscope_kho_enabled 1" in lines
+    assert 'khoscope_luo_sessions{direction="incoming"} 2' in lines
+    assert 'khoscope_luo_files{direction="incoming"} 6' in lines
+    orphaned = 'khoscope_findings{about="kexec",rule="orphaned-session",severity="warning"} 2'
+    assert orphaned in lines
+    assert 'khoscope_verdict{about="kexec",verdict="pass"} 1' in lines
 
 
 def test_what_is_in_files(story: Story) -> None:
