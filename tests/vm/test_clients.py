@@ -439,6 +439,10 @@ def who(held_by: Any) -> dict[int, int]:
     return {each["pid"]: each["fds"] for each in held_by}
 
 
+#: Of a guest without systemd.
+ALL_SEEN = {"left_out": 0, "unread": [], "systemds": None}
+
+
 def holders(side: Any) -> dict[str, dict[int, int]]:
     return {session["name"]: who(session["held_by"]) for session in side["sessions"]}
 
@@ -447,7 +451,7 @@ def test_sessions_are_held_by_who_made_them(story: Story) -> None:
     for name in ("luo before", "luo offline"):
         document = story.seen[name]
         assert document["device"] == {"in_use": False, "held_by": []}
-        assert document["holders"] == {"left_out": 0, "unread": []}
+        assert document["holders"] == ALL_SEEN
         assert holders(document["outgoing"]) == {
             name: {pid: 1} for name, pid in story.holder.items() if name != "retrieved"
         }
@@ -468,7 +472,7 @@ HOW = ("QMP, DWARF", "QMP, BTF", "vmcore, DWARF", "vmcore, BTF", "live")
 def test_who_holds_what(story: Story, how: str) -> None:
     document = story.agent[how]
     (agent, _), (child, _) = story.proc["agent"], story.proc["child"]
-    assert document["holders"] == {"left_out": 0, "unread": []}
+    assert document["holders"] == ALL_SEEN
     assert document["device"]["in_use"] is True
     assert who(document["device"]["held_by"]) == {agent: 2}
     found = holders(document["outgoing"])
