@@ -207,9 +207,9 @@ def test_what_could_not_be_seen(ask: Callable[..., str]) -> None:
 def test_what_systemd_keeps(ask: Callable[..., str]) -> None:
     """It is in no session until the kexec begins: to say nothing of it would mislead."""
     said = "systemd has 2 memfds open: what it keeps for services is in no session before"
-    assert said in " ".join(ask(with_holders(Holders(systemds=2))).split())
+    assert said in " ".join(ask(with_holders(Holders(systemd_memfds=2))).split())
     for other in (0, None):
-        assert "systemd has" not in ask(with_holders(Holders(systemds=other)))
+        assert "systemd has" not in ask(with_holders(Holders(systemd_memfds=other)))
 
 
 def test_many_holders_are_limited(ask: Callable[..., str]) -> None:
@@ -231,7 +231,7 @@ def test_as_json(ask: Callable[..., str]) -> None:
         "fds": 1,
     }
     assert document["device"] == {"in_use": True, "held_by": [agent]}
-    assert document["holders"] == {"left_out": 1, "unread": [], "systemds": None}
+    assert document["holders"] == {"left_out": 1, "unread": [], "systemd_memfds": None}
     vm, lost = document["outgoing"]["sessions"]
     assert [each["pid"] for each in vm["held_by"]] == [1, 4242]
     assert lost["held_by"] == []

@@ -110,7 +110,6 @@ class _Found:
 def _content(args: argparse.Namespace) -> int:
     """Write what is in a file."""
     with Progress(sys.stderr) as progress:
-        # A file holds still, so that it can be read again at any time.
         read = (
             partial(store.load_file, args.snapshot)
             if args.snapshot
@@ -120,15 +119,20 @@ def _content(args: argparse.Namespace) -> int:
         _require_luo(facts)
         found = _the_file(facts, args)
         content = found.content(facts)
+
+        def write(content: Content, to: IO[bytes]) -> int:
+            missing = _write(content, to)
+            if not common.is_file(args):
+                _require_still_there(found, read())
+            return missing
+
         if args.output is not None:
             with NewFile(args.output) as new:
-                missing = _write(content, new.telling)
-                _require_still_there(found, read())
+                missing = write(content, new.telling)
                 new.finish()
         else:
-            missing = _write(_for_stdout(found, content), sys.stdout.buffer)
+            missing = write(_for_stdout(found, content), sys.stdout.buffer)
             sys.stdout.buffer.flush()
-            _require_still_there(found, read())
     if missing:
         say(f"{found}: {missing:,} of {content.size:,} bytes cannot be read: zeros, or left out")
         return common.NO_VERDICT

@@ -305,15 +305,15 @@ class Holders:
         1970; None: not readable.
     :param left_out: how many more descriptors or tables khoscope has not looked at.
     :param unread: what could not be read, in words: a holder may be in there.
-    :param systemds: how many memfds systemd has open, if that is PID 1: what it keeps for services
-        is in no session yet.  None: it is not, or they cannot be read.
+    :param systemd_memfds: how many memfds systemd has open, if that is PID 1: what it keeps for
+        services is in no session yet.  None: it is not, or they cannot be read.
     """
 
     processes: list[Holder] = field(default_factory=list)
     booted: int | None = None
     left_out: int = 0
     unread: list[str] = field(default_factory=list)
-    systemds: int | None = None
+    systemd_memfds: int | None = None
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ class _Reader:
         processes = list(self._processes(tasks, found, things))
         booted = self._booted()
         unread = [*self.unread, *(f"{count:,} of {what}" for what, count in self.lost.items())]
-        return Holders(processes, booted, self.left_out, unread, self._systemds())
+        return Holders(processes, booted, self.left_out, unread, self._systemd_memfds())
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -381,7 +381,7 @@ class _Reader:
             pass
         return None
 
-    def _systemds(self) -> int | None:
+    def _systemd_memfds(self) -> int | None:
         """The files of PID 1 that ``memfd_luo_can_preserve()`` takes, if that is systemd."""
         if not self.at.parts.memfds:
             return None

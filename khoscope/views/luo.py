@@ -45,10 +45,10 @@ class LuoText(VmallocText):
         self._held_by(found[DEVICE], "/dev/liveupdate is ", "")
         if state.in_use and not found[DEVICE]:
             self.line(f"/dev/liveupdate is open, {_NOBODY}")
-        if state.holders.systemds:
+        if state.holders.systemd_memfds:
             self.wrapped(
-                f"systemd has {counted(state.holders.systemds, 'memfd')} open: what it keeps for "
-                "services is in no session before the kexec begins",
+                f"systemd has {counted(state.holders.systemd_memfds, 'memfd')} open: what it keeps "
+                "for services is in no session before the kexec begins",
                 "  ",
             )
         for what in state.holders.unread:
@@ -178,7 +178,11 @@ def write_json(facts: Snapshot, out: IO[str]) -> None:
         "liveupdate": state and {"enabled": state.enabled, "handlers": state.handlers},
         "device": state and {"in_use": state.in_use, "held_by": _held_rows(holders, DEVICE)},
         "holders": seen
-        and {"left_out": seen.left_out, "unread": seen.unread, "systemds": seen.systemds},
+        and {
+            "left_out": seen.left_out,
+            "unread": seen.unread,
+            "systemd_memfds": seen.systemd_memfds,
+        },
         "outgoing": _side_row(facts.outgoing, shift, holders, incoming=False),
         "incoming": facts.incoming and _side_row(facts.incoming, shift, holders, incoming=True),
     }

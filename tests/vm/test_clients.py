@@ -440,7 +440,7 @@ def who(held_by: Any) -> dict[int, int]:
 
 
 #: Of a guest without systemd.
-ALL_SEEN = {"left_out": 0, "unread": [], "systemds": None}
+ALL_SEEN = {"left_out": 0, "unread": [], "systemd_memfds": None}
 
 
 def holders(side: Any) -> dict[str, dict[int, int]]:

@@ -134,7 +134,7 @@ def test_carry_goes_along(story: Story) -> None:
 def test_stores_are_not_in_luo_before_the_kexec(story: Story) -> None:
     """Only the session that a service has made itself."""
     assert [*sessions(story.before, "outgoing")] == [OWN]
-    assert story.before["holders"]["systemds"] == 3
+    assert story.before["holders"]["systemd_memfds"] == 3
     assert "systemd has 3 memfds open" in story.text_before
 
 
