@@ -23,6 +23,7 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import tarfile
@@ -367,7 +368,13 @@ class Machine:
         if "SHUTDOWN" in events:
             return f"the guest has ended ({events['SHUTDOWN']['reason']})"
         log = (self.directory / "qemu.log").read_text(errors="replace").strip()
-        return f"QEMU has ended {log}".strip()
+        try:
+            # QMP breaks a moment before the process is gone.
+            status = await asyncio.to_thread(self._qemu.wait, 5)
+        except subprocess.TimeoutExpired:
+            return f"QEMU has closed QMP, and still runs {log}".strip()
+        how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+        return f"QEMU has ended {how} {log}".strip()
 
     def _kill(self) -> None:
         self._qemu.kill()

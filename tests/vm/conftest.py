@@ -27,8 +27,8 @@ LONGEST = (
     "test_khoscope",
 )
 
-#: What Machine says of a kernel that was started and has not come up.
-NOT_UP = r"GuestHung: (booting|kexec): no end after"
+#: What Machine says of a kernel that was started and has not come up, and of QEMU when it crashed.
+NOT_UP = r"GuestHung: (booting|kexec): no end after|GuestDied: .*: QEMU has ended by SIGSEGV"
 
 
 # Before pytest-xdist's own, which looks for the marks.
@@ -46,8 +46,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             [] if parameters is None else [v for v in parameters.params.values() if v in NAMES]
         )
         item.add_marker(pytest.mark.xdist_group("-".join([item.path.stem, *kernels])))
-        # A kernel that does not come up (docs/lab.md knows of one reason) says nothing of what is
-        # tested.  All else that hangs is a failure.
+        # A kernel that does not come up (docs/lab.md knows of one reason), or a crash of QEMU, says
+        # nothing of what is tested.  All else that hangs is a failure.
         item.add_marker(pytest.mark.flaky(reruns=2, only_rerun=[NOT_UP]))
 
 

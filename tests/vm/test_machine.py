@@ -343,6 +343,13 @@ def test_panic_of_the_next_kernel() -> None:
         assert "Unable to mount root" in str(caught.value)
 
 
+def test_crash_of_qemu() -> None:
+    with Machine(KERNEL) as machine:
+        machine._qemu.send_signal(signal.SIGSEGV)
+        with pytest.raises(GuestDied, match="QEMU has ended by SIGSEGV"):
+            machine.run("sleep 60", timeout=300)
+
+
 def test_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     with Machine(KERNEL) as machine:
         monkeypatch.setattr(vm.machine, "REPLY_TIMEOUT", 3.0)
