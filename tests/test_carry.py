@@ -22,9 +22,10 @@ from typing import IO, Self
 import pytest
 
 from khoscope.carry import memfd as carry
-from khoscope.carry.memfd import SESSION, TOKEN, retrieve
+from khoscope.carry.memfd import retrieve
 from khoscope.cli import main
 from khoscope.facts import store
+from khoscope.facts.carried import SESSION, TOKEN
 from khoscope.facts.snapshot import Snapshot
 from khoscope.sources import host_files
 from khoscope.words.errors import KhoscopeError

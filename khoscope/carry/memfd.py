@@ -19,16 +19,12 @@ from pathlib import Path
 from typing import IO, Final
 
 from ..facts import store
+from ..facts.carried import SESSION, TOKEN
 from ..facts.files import NewFile, temporary
 from ..facts.snapshot import Snapshot
 from ..sources import host_files
 from ..words.errors import KhoscopeError
 from .liveupdate import LiveUpdate, Session
-
-#: The name of the LUO session.
-SESSION = "khoscope"
-#: u64, the memfd's token in the session: the session's name in ASCII.
-TOKEN = int.from_bytes(b"khoscope", "big")
 
 #: Where :func:`retrieve` keeps the snapshot for this boot: a session can be retrieved only once.
 DIRECTORY = Path("/run/khoscope")

@@ -14,6 +14,7 @@ from .changes import Changes, changes
 from .rule import (
     ACROSS,
     EVERYTHING,
+    GATE,
     KEXEC,
     NEXT,
     ONE_KERNEL,
@@ -40,6 +41,7 @@ from .run import (
 __all__ = [
     "ACROSS",
     "EVERYTHING",
+    "GATE",
     "KEXEC",
     "NEXT",
     "ONE_KERNEL",

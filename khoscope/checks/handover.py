@@ -15,6 +15,7 @@ from ..abi.keys import BAD_ORDER, KHO_PAGE_CONTIG, KHO_PAGE_SPLIT, U64, Abi
 from ..abi.serialized import LUO
 from ..facts.clients import LuoSession
 from ..facts.columns import Blocks, Pages, page_type_has_type, spread, stretches
+from ..facts.holders import units_holding
 from ..facts.nodes import Border
 from ..facts.snapshot import Snapshot
 from ..facts.tree import KeySet
@@ -32,7 +33,7 @@ from .pattern import (
     typed,
 )
 from .rule import Marked, Message, Severity, also, rule
-from .sessions import files_that_came, named, nobodys
+from .sessions import files_that_came, named, nobodys, units_of
 
 
 class Fate(IntEnum):
@@ -498,8 +499,9 @@ def client_lost(before: Snapshot, after: Snapshot) -> Iterator[Message]:
             yield Message(f"subtree {subtree.name!r} was not handed over", subtree.phys)
     told = nobodys(after)
     for was, now in _sessions(before, after):
+        units = units_holding(before.liveupdate, was.name)
         if now is None:
-            yield Message(f"{named(was)} was not handed over")
+            yield Message(f"{named(was)} was not handed over{_held(units)}", units=units)
             continue
         luo = after.incoming.luo if after.incoming is not None else None
         count = now.count if luo is None else files_that_came(luo, now)
@@ -507,23 +509,31 @@ def client_lost(before: Snapshot, after: Snapshot) -> Iterator[Message]:
         if not now.retrieved and count < was.count:
             # If the kernel could not read it, nobody has taken its memory.
             explain = told[was.name].explain if was.name in told else ""
-            yield Message(f"{was} came with {count:,} of {_files(was.count)}", explain=explain)
+            text = f"{was} came with {count:,} of {_files(was.count)}{_held(units)}"
+            yield Message(text, explain=explain, units=units)
 
 
 @also("not-restored", "handover")
 def session_not_retrieved(before: Snapshot, after: Snapshot) -> Iterator[Message]:
     """A session came and nobody has retrieved it, or a file of it could not be."""
-    for _, now in _sessions(before, after):
+    for was, now in _sessions(before, after):
         if now is None:
             continue
+        units = tuple(sorted({*units_holding(before.liveupdate, was.name), *units_of(now)}))
         if not now.retrieved:
-            yield Message(f"{named(now)} came, and nobody has retrieved it")
+            text = f"{named(now)} came, and nobody has retrieved it{_held(units)}"
+            yield Message(text, units=units)
         for file in now.files:
             if file.retrieve_status is not None and file.retrieve_status < 0:
                 yield Message(
                     f"{now}, {file}: its handler {file.handler} "
-                    f"failed to retrieve it ({file.retrieve_status})"
+                    f"failed to retrieve it ({file.retrieve_status})",
+                    units=units,
                 )
+
+
+def _held(units: tuple[str, ...]) -> str:
+    return f"; {', '.join(units)} had it before" if units else ""
 
 
 def _sessions(before: Snapshot, after: Snapshot) -> Iterator[tuple[LuoSession, LuoSession | None]]:

@@ -28,6 +28,7 @@ class Finding:
     :param follows: the rule whose finding is the cause of this one; empty: it stands for itself.
     :param key: radix key of the block; 0: the finding is about none.
     :param times: how often it was so; the block, or the call, is the first of these.
+    :param units: units of systemd's that it is about.
     """
 
     rule: str
@@ -39,6 +40,7 @@ class Finding:
     follows: str = ""
     key: int = field(default=0, compare=False)
     times: int = field(default=1, compare=False)
+    units: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,14 @@ class Message:
     :param phys: the address, if there is one.
     :param explain: what will happen here, if the rule's own explanation is about other kernels too.
     :param cause: the rule whose finding, if there is one, explains this one.
+    :param units: units of systemd's that it is about.
     """
 
     text: str
     phys: int | None = None
     explain: str = ""
     cause: str = ""
+    units: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,9 +123,12 @@ class Rule:
         follows: str = "",
         key: int = 0,
         times: int = 1,
+        units: tuple[str, ...] = (),
     ) -> Finding:
         why = " ".join(explain.split()) or self.explain
-        return Finding(self.name, self.severity, message, why, phys, order, follows, key, times)
+        return Finding(
+            self.name, self.severity, message, why, phys, order, follows, key, times, units
+        )
 
 
 @dataclass(frozen=True)
@@ -131,10 +138,18 @@ class RuleSelection:
 
     :param rules: names of the rules that are to run; None: all.
     :param fail_on: the least severity that makes a report a failure.
+    :param closing: names of rules that make it one whatever their severity.
     """
 
     rules: frozenset[str] | None = None
     fail_on: Severity = Severity.ERROR
+    closing: frozenset[str] = frozenset()
+
+    def fails(self, rule: Rule) -> bool:
+        """Whether what this rule finds makes a report a failure."""
+        severities = list(Severity)
+        is_bad = severities.index(rule.severity) <= severities.index(self.fail_on)
+        return is_bad or rule.name in self.closing
 
 
 #: The default: run every rule, fail on errors.
@@ -161,6 +176,7 @@ class Scope:
 ScopeName = Literal[
     "handover",
     "next",
+    "gate",
     "abi",
     "kexec",
     "kernel",
@@ -181,6 +197,10 @@ SCOPES: dict[ScopeName, Scope] = {
         "(before, after) → messages", "what one kernel handed over and the other got"
     ),
     "next": Scope("(snapshot, NextKernel) → messages", "the next kernel's image (--next)"),
+    "gate": Scope(
+        "(snapshot) → messages, where the kexec is about to come (--gate)",
+        "who holds sessions, what systemd keeps for services",
+    ),
     "abi": Scope("(abi) → messages, whatever the tree holds", "the key layout, KHO's ABI"),
     "kexec": Scope(
         "(snapshot) → messages, where a kexec is to come", "the kexec image, incoming sessions"
@@ -213,8 +233,8 @@ SCOPES: dict[ScopeName, Scope] = {
     "losses": Scope("(Losses) → messages", "what trace did not see"),
 }
 
-#: Scopes that every kernel has; scopes before a kexec; scopes that need the image of the next
-#: kernel; scopes that need an earlier snapshot, too; scopes of a trace.
+#: Scopes that every kernel has; scopes before a kexec; scopes right before it, where it is asked
+#: whether it may come; scopes that need the image of the next kernel; scopes that need an earlier snapshot, too; scopes of a trace.
 ONE_KERNEL: set[ScopeName] = {
     "abi",
     "kernel",
@@ -225,6 +245,7 @@ ONE_KERNEL: set[ScopeName] = {
     "next-blocks",
 }
 KEXEC: set[ScopeName] = {"kexec"}
+GATE: set[ScopeName] = {"gate"}
 NEXT: set[ScopeName] = {"next"}
 ACROSS: set[ScopeName] = {"handover", "pairs", "stamps"}
 TRACE: set[ScopeName] = {"calls", "touches", "losses"}

@@ -26,11 +26,13 @@ from ..facts.tree import KeySet
 from ..words.errors import KhoscopeError
 from . import calls as _calls_rules  # noqa: F401 - registers its rules
 from . import finalize as finalize_rules
+from . import gate as gate_rules
 from . import handover as handover_rules
 from . import kernel as _kernel_rules  # noqa: F401 - registers its rules
 from . import next_kernel as image_rules
 from . import nodes as _node_rules  # noqa: F401 - registers its rules
 from . import scratch as _scratch_rules  # noqa: F401 - registers its rules
+from . import services as _service_rules  # noqa: F401 - registers its rules
 from . import sessions as _session_rules  # noqa: F401 - registers its rules
 from .clients import malformed
 from .evidence import Rows, all_gaps, gaps
@@ -126,7 +128,7 @@ class Report:
 
     @property
     def failed(self) -> bool:
-        return bool(self.errors or (self.warnings and self.asked.fail_on == Severity.WARNING))
+        return any(n and self.asked.fails(RULES[name]) for name, n in self.counts.items())
 
     @property
     def passed(self) -> bool:
@@ -144,8 +146,8 @@ class Report:
         """The finding that explains a failure; after a kexec, preferably one about that kexec."""
         if not self.failed:
             return None
-        worst = Severity.ERROR if self.errors else Severity.WARNING
-        found = [f for f in self.findings if f.severity == worst]
+        found = [f for f in self.findings if self.asked.fails(RULES[f.rule])]
+        found = [f for f in found if f.severity == found[0].severity]
         if self.about == About.ARRIVAL:
             return next((f for f in found if RULES[f.rule].is_across), found[0])
         return found[0]
@@ -169,7 +171,11 @@ class Report:
                 self.follows.setdefault(cause, Counter())[rule.name] += 1
             if self._room(rule, cause):
                 found = rule.finding(
-                    message.text, message.phys, explain=message.explain, follows=cause
+                    message.text,
+                    message.phys,
+                    explain=message.explain,
+                    follows=cause,
+                    units=message.units,
                 )
                 self._keep(rule, [found])
 
@@ -275,10 +281,22 @@ def _start(abi: Abi, about: About, asked: RuleSelection) -> Report:
 
 
 def check(
-    facts: Snapshot, next_kernel: NextKernel | None = None, asked: RuleSelection = EVERYTHING
+    facts: Snapshot,
+    next_kernel: NextKernel | None = None,
+    asked: RuleSelection = EVERYTHING,
+    gate: bool = False,
 ) -> Report:
-    """Run the rules about one kernel, and about the next one if that is known."""
-    return _check(facts, next_kernel, About.KEXEC, asked)
+    """
+    Run the rules about one kernel, and about the next one if that is known.
+
+    :param gate: the kexec is about to come: also those that say whether all are ready for it.
+    """
+    report = _check(facts, next_kernel, About.KEXEC, asked)
+    if gate:
+        for rule, find in report.finders("gate"):
+            report.add_messages(rule, find(facts))
+        report.incomplete += gate_rules.untold(facts, next_kernel)
+    return report
 
 
 def _check(

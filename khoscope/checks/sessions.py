@@ -75,7 +75,7 @@ def not_retrieved(facts: Snapshot) -> Iterator[Message]:
         if not session.retrieved and session.name not in told:
             explain = _SYSTEMDS if session.name == fd_stores.SESSION else ""
             what = f"{named(session)} was handed over, and nobody has retrieved it"
-            yield Message(what, explain=explain)
+            yield Message(what, explain=explain, units=units_of(session))
 
 
 def nobodys(facts: Snapshot) -> dict[str, Message]:
@@ -85,7 +85,10 @@ def nobodys(facts: Snapshot) -> dict[str, Message]:
         return {}
     if facts.liveupdate is not None and not facts.liveupdate.enabled:
         why = "cannot be retrieved: LUO is off in this kernel"
-        return {each.name: Message(f"{named(each)} {why}", explain=_OFF) for each in luo.sessions}
+        return {
+            each.name: Message(f"{named(each)} {why}", explain=_OFF, units=units_of(each))
+            for each in luo.sessions
+        }
     unread, unfinished = _said(facts)
     found: dict[str, Message] = {}
     for session in luo.sessions:
@@ -101,7 +104,8 @@ def nobodys(facts: Snapshot) -> dict[str, Message]:
             why, explain = "it was closed, and could not be finished", _UNFINISHED
         else:
             continue
-        found[name] = Message(f"{named(session)}: {why}", explain=explain)
+        text = f"{named(session)}: {why}"
+        found[name] = Message(text, explain=explain, units=units_of(session))
     return found
 
 
@@ -114,6 +118,14 @@ def files_that_came(luo: Luo, session: LuoSession) -> int:
     # What khoscope has left out of a long list is there.
     there = len(session.files) + session.left_out
     return min(session.count, there) if luo.live else session.count
+
+
+def units_of(session: LuoSession) -> tuple[str, ...]:
+    """The units for which systemd keeps a session, or files in it."""
+    stored = {file.stored.unit for file in session.files if file.stored}
+    if session.stored is not None:
+        stored.add(session.stored.unit)
+    return tuple(sorted(stored))
 
 
 def named(session: LuoSession) -> str:

@@ -24,6 +24,8 @@ _UNIT_NAME: Final = 255
 #: A session's name, and whether it is one of the incoming side.
 Thing = tuple[str | None, bool]
 DEVICE: Final[Thing] = (None, False)
+#: The unit of PID 1 (SPECIAL_INIT_SCOPE).
+INIT: Final = "init.scope"
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,15 @@ def by_thing(state: LuoState | None) -> Holding | None:
         for held in each.held:
             found[held.session, held.retrieved].append(HeldBy(each, unit, since, held.fds))
     return found
+
+
+def units_holding(state: LuoState | None, session: str) -> tuple[str, ...]:
+    """The units whose processes hold an outgoing session, without systemd's own."""
+    holding = by_thing(state)
+    if holding is None:
+        return ()
+    units = {each.unit for each in holding[session, False]}
+    return tuple(sorted(unit for unit in units if unit not in (None, INIT)))
 
 
 def unit_of(cgroup: str | None) -> str | None:

@@ -19,6 +19,7 @@ from ..abi.keys import U64, Abi, Finalize
 from ..abi.kho_fdt import Fdt
 from .clients import Claims, Content, Luo, LuoState, Owner, Vmalloc
 from .columns import Blocks, Columns, Leaves
+from .services import Services
 from .tree import Tree
 
 
@@ -295,6 +296,7 @@ class Snapshot:
     :param watched: stream of the blocks of another snapshot, in its order, with the page facts
         of this kernel.
     :param contents: what is in the memfds that LUO preserves; empty: not looked at.
+    :param services: what systemd keeps for services; None: it is not PID 1, or was not asked.
     :param evidence: what memory holds now where the other snapshot's leaves were, sorted by key:
         those leaves, or anything else.
     """
@@ -327,6 +329,7 @@ class Snapshot:
     scratch_use: list[ScratchUse] = field(default_factory=list)
     memory: Memory | None = None
     contents: Iterable[Content] = ()
+    services: Services | None = None
 
     @property
     def finalizes_itself(self) -> bool:

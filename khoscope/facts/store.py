@@ -27,6 +27,7 @@ from .columns import CHUNK_BLOCKS, Blocks, Columns, Leaves, Nodes
 from .contents import Recorded
 from .files import NewFile, open_file, temporary
 from .listed import Lists
+from .services import Services
 from .snapshot import (
     Handover,
     Kernel,
@@ -96,16 +97,18 @@ class _Meta:
     scratch_use: list[ScratchUse] = field(default_factory=list)
     memory: Memory | None = None
     contents: list[Recorded] = field(default_factory=list)
+    services: Services | None = None
 
 
-#: Members that files of version 1 to 6 lack: khoscope did not look into files, not even systemd's.
-#: No rule asks who holds a session.
+#: Members that files of version 1 to 6 lack: khoscope did not look into files, not even systemd's,
+#: and did not ask systemd.  Only a gate asks who holds a session.
 UNRECORDED_6: Final[dict[str, str]] = {
     "_Meta.contents": "",
     "LuoFile.stored": "",
     "LuoSession.stored": "",
     "LuoSession.notes": "",
     "LuoState.holders": "",
+    "_Meta.services": "",
 }
 #: Members that files of version 1 to 5 lack: all of their chunks are in order of key.
 UNRECORDED_5: Final[dict[str, str]] = {**UNRECORDED_6, "_Meta.by_key": ""}
@@ -255,6 +258,7 @@ class _Parts:
             snapshot.scratch_use,
             snapshot.memory,
             self._contents,
+            snapshot.services,
         )
         self._writer.json("meta.json", meta)
 
@@ -456,6 +460,7 @@ def read_snapshot(archive: Archive, spooled: Snapshot | None = None) -> Snapshot
         scratch_use=meta.scratch_use,
         memory=meta.memory,
         contents=contents.get(archive, meta.contents),
+        services=meta.services,
     )
     _check_members(archive, meta)
     if not archive.ours:

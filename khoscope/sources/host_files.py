@@ -57,6 +57,9 @@ CHOSEN_KHO: Final = CHOSEN / "linux,kho-fdt"
 #: The Live Update Orchestrator's device.
 LIVEUPDATE: Final = Path("/dev/liveupdate")
 
+#: There if PID 1 is systemd (sd_booted(3)).
+SYSTEMD: Final = Path("/run/systemd/system")
+
 #: Built modules and headers, a directory per release.
 MODULES: Final = Path("/lib/modules")
 

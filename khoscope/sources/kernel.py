@@ -39,6 +39,7 @@ from .clients import Where, with_clients, with_vm_structs
 from .content import memfd_pieces
 from .follow import ClientWalker
 from .holders import read_holders
+from .open import is_this_host
 from .pages import PageLayout, PageReader
 from .probe import Overrides as Overrides
 from .probe import (
@@ -51,6 +52,7 @@ from .probe import (
     use_layout,
 )
 from .reading import Reading
+from .services import read_services
 from .track import TrackLayout, leaves_of, walk_chunks, walk_track
 from .uses import UseReader
 from .walk import READ_SIZE, READS, in_ranges, read_nodes, settle, walk
@@ -244,7 +246,10 @@ class KernelSource:
 
     @told()
     def luo(self) -> Snapshot:
-        """:meth:`clients`, and who holds sessions of LUO and its device."""
+        """
+        :meth:`clients`, who holds sessions of LUO and its device, and what systemd keeps for
+        services.
+        """
         reading = self._begin()
         return self._with_holders(reading, self._clients(reading))
 
@@ -269,7 +274,10 @@ class KernelSource:
         return facts, use(facts)
 
     def judge(
-        self, use: Callable[[Snapshot, Snapshot | None], T], before: Snapshot | None = None
+        self,
+        use: Callable[[Snapshot, Snapshot | None], T],
+        before: Snapshot | None = None,
+        gate: bool = False,
     ) -> tuple[Snapshot, T]:
         """
         All facts that a verdict needs, and what ``use`` makes of them.
@@ -279,6 +287,7 @@ class KernelSource:
 
         :param use: is given the facts, and ``before`` with its blocks in the order of ``watched``.
         :param before: as in :meth:`snapshot`; None: what is stamped is not looked for, either.
+        :param gate: also who holds sessions, and what systemd keeps for services.
         :raises KhoscopeError: if KHO is off.
         """
         with told():
@@ -293,6 +302,10 @@ class KernelSource:
                     blocks = _Lazy(functools.partial(by_address, before.outgoing.blocks))
                     turned = replace(before, outgoing=replace(before.outgoing, blocks=blocks))
                 facts = self._lazily(reading.attempt(), tree, kernel, turned, stamps)
+                if gate:
+                    facts = self._with_holders(reading, facts)
+                elif before is not None:
+                    facts = self._with_services(facts)
                 return facts, use(facts, turned)
 
             (facts, used), tree = self._settled(reading, read)
@@ -664,7 +677,8 @@ class KernelSource:
 
     def _with_holders(self, reading: Reading, facts: Snapshot) -> Snapshot:
         """
-        The same with who holds sessions and the device, if there is LUO.
+        The same with who holds sessions and the device, and what systemd keeps for services, if
+        there is LUO.
 
         While the kernel runs, a session may be handed from one process to another: khoscope looks
         again, READS times at most, until each outgoing session has a holder.
@@ -678,7 +692,15 @@ class KernelSource:
             holders = read_holders(self._where(reading), self.layout.direct_map)
             if sessions <= {held.session for each in holders.processes for held in each.held}:
                 break
-        return replace(facts, liveupdate=replace(state, holders=holders))
+        facts = replace(facts, liveupdate=replace(state, holders=holders))
+        return self._with_services(facts)
+
+    def _with_services(self, facts: Snapshot) -> Snapshot:
+        """The same with what systemd keeps for services, if this is the host, and LUO is on."""
+        state = facts.liveupdate
+        if state is None or not state.enabled or not is_this_host(self.prog):
+            return facts
+        return replace(facts, services=read_services())
 
     def _with_vm_structs(self, reading: Reading, facts: Snapshot) -> Side:
         at = self._where(reading)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import IO
 
-from ..carry.memfd import SESSION, TOKEN, Carried
+from ..carry.memfd import Carried
+from ..facts.carried import SESSION, TOKEN
 from . import documents
 from .text import Text
 

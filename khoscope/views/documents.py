@@ -256,6 +256,8 @@ def finding(f: Finding) -> dict[str, Any]:
         row["phys"] = f"{f.phys:#x}"
     if f.order is not None:
         row["order"] = f.order
+    if f.units:
+        row["units"] = list(f.units)
     return {**row, "message": f.message, "explain": f.explain}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from khoscope.carry.memfd import SESSION, TOKEN
+from khoscope.facts.carried import SESSION, TOKEN
 from tests.vm.test_clients import KERNELS
 from tests.vm.test_khoscope import COST, HEALTHY, HEALTHY_ON_BASE, TIMEOUT, _refused, guest
 from vm.exercise import Exercise

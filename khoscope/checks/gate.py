@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Rules about whether all are ready for a kexec that is about to come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from ..facts import carried
+from ..facts.clients import LuoSession
+from ..facts.holders import INIT, by_thing
+from ..facts.next_kernel import NextKernel
+from ..facts.snapshot import Snapshot
+from .rule import Message, Severity, rule
+from .sessions import named, units_of
+
+#: Rules that close the gate though they are no errors: what they find is lost by a kexec, or keeps
+#: it from coming.
+CLOSING: Final = frozenset({"no-image", "orphaned-session", "scratch-too-small"})
+
+
+def untold(facts: Snapshot, next_kernel: NextKernel | None) -> Iterator[str]:
+    """What a gate has to know, and does not."""
+    if next_kernel is None:
+        yield "whether the next kernel takes what is handed over is not known: name it (--next)"
+    if not _sessions(facts):
+        return
+    holders = facts.liveupdate.holders if facts.liveupdate is not None else None
+    if holders is None:
+        yield "who holds the sessions was not looked at"
+    elif _unheld(facts):
+        yield from (f"holders may be missing, as these cannot be read: {s}" for s in holders.unread)
+        if holders.left_out:
+            yield f"holders may be missing: {holders.left_out:,} descriptors were not looked at"
+
+
+@rule(
+    "session-not-held",
+    Severity.ERROR,
+    "gate",
+    """
+    A session lives as long as its descriptor is open: luo_session_release() unpreserves all that is
+    in it. Nobody has this one open, as far as the tables of file descriptors tell. It may be on its
+    way from one process to another in a socket, and ends when that is closed. Look again; let
+    somebody take it who lives until the kexec.
+    """,
+    kernel="luo_session_release luo_session_serialize",
+)
+def session_not_held(facts: Snapshot) -> Iterator[Message]:
+    """A session that is to be handed over is held by nobody."""
+    for session in _unheld(facts):
+        yield Message(f"{named(session)} is held by nobody", units=units_of(session))
+
+
+@rule(
+    "session-not-kept",
+    Severity.WARNING,
+    "gate",
+    """
+    systemd ends all services on the way into its kexec, and with them the sessions that only they
+    have open: luo_session_release() unpreserves all that is in them. `kexec -e` ends nobody. Let
+    the service store the session's descriptor (FDSTORE=1 in sd_notify(3), with
+    FileDescriptorStoreMax= and FileDescriptorStorePreserve=yes), or let its unit survive: [Unit]
+    with DefaultDependencies=no, IgnoreOnIsolate=yes and SurviveFinalKillSignal=yes.
+    """,
+    kernel="luo_session_release",
+)
+def session_not_kept(facts: Snapshot) -> Iterator[Message]:
+    """A session is held only by processes that systemd ends before its kexec."""
+    holding, services = by_thing(facts.liveupdate), facts.services
+    if holding is None or services is None:
+        return
+    staying = {INIT, *services.survivors}
+    for session in _sessions(facts):
+        held = holding[session.name, False]
+        if held and not any(each.unit in staying for each in held):
+            units = sorted({each.unit for each in held if each.unit})
+            who = ", ".join(units) or f"{held[0].process.comm} (pid {held[0].process.pid})"
+            text = f"{named(session)} is held by {who} alone: systemctl kexec ends it"
+            yield Message(text, units=(*units,))
+
+
+@rule(
+    "store-not-kept",
+    Severity.WARNING,
+    "gate",
+    """
+    systemd closes a service's stored descriptors when the service ends, unless its unit says
+    FileDescriptorStorePreserve=yes; and it ends all services on the way into its kexec. Of what it
+    keeps it can hand over memfds and LUO sessions, and logs that others are lost. Say so in the
+    unit, or let the service make anew in the next kernel what cannot go along.
+    """,
+    kernel="luo_preserve_file",
+)
+def store_not_kept(facts: Snapshot) -> Iterator[Message]:
+    """systemd keeps a descriptor for a service that its kexec does not hand over."""
+    for service in facts.services.stores if facts.services is not None else ():
+        going = [each.name for each in service.kept if each.can_go_along]
+        unit = (service.unit,)
+        if service.preserve != "yes":
+            if going:
+                how = f"FileDescriptorStorePreserve={service.preserve}"
+                text = f"{service.unit}: {', '.join(going)}: {how}, systemctl kexec closes them"
+                yield Message(text, units=unit)
+            continue
+        for each in service.kept:
+            if not each.can_go_along:
+                text = f"{service.unit}: {each.name} is {each.path}, which no kexec hands over"
+                yield Message(text, units=unit)
+
+
+@rule(
+    "nothing-carried",
+    Severity.ERROR,
+    "gate",
+    """
+    No snapshot of this kernel goes along, so that the next one has nothing to compare with: whether
+    everything arrived could not be told. Start khoscope-carry.service, or run khoscope carry, and
+    wait for its last line. Where a snapshot file does it, leave this check out (--skip).
+    """,
+    kernel="luo_preserve_file",
+)
+def nothing_carried(facts: Snapshot) -> Iterator[Message]:
+    """khoscope carry does not run: no snapshot goes along."""
+    luo = facts.outgoing.luo
+    is_known = luo is None or luo.raw is None
+    if is_known and carried.size_of_carried(facts.outgoing) is None:
+        yield Message("no snapshot is carried to the next kernel")
+
+
+def _sessions(facts: Snapshot) -> list[LuoSession]:
+    return [] if facts.outgoing.luo is None else facts.outgoing.luo.sessions
+
+
+def _unheld(facts: Snapshot) -> list[LuoSession]:
+    """The outgoing sessions that nobody holds; empty if that was not looked at."""
+    holding = by_thing(facts.liveupdate)
+    if holding is None:
+        return []
+    return [each for each in _sessions(facts) if not holding[each.name, False]]

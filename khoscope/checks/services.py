@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Rules about what systemd has kept for services, across a kexec."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..facts.services import Service
+from ..facts.snapshot import Snapshot
+from .rule import Message, Severity, rule
+
+
+@dataclass(frozen=True)
+class Came:
+    """
+    What became of a service's store.
+
+    :param names: of the descriptors that systemd was to hand over.
+    :param lost: those that are not there any more, and were not given to the service.
+    :param waiting: those that are there, and that the service was not started with.
+    :param now: the service as it is; None: PID 1 knows of no such store.
+    """
+
+    unit: str
+    names: list[str]
+    lost: list[str]
+    waiting: list[str]
+    now: Service | None
+
+    @property
+    def state(self) -> str:
+        return "no such service, or it stores none" if self.now is None else self.now.state
+
+
+def came_back(before: Snapshot, after: Snapshot) -> list[Came] | None:
+    """
+    What came back to each service that had stored something; None: PID 1 was not asked, then or
+    now.
+
+    A service that has removed a descriptor from its store was started with it.
+    """
+    if before.services is None or after.services is None:
+        return None
+    now = {service.unit: service for service in after.services.stores}
+    found = []
+    for was in before.services.stores:
+        names = Counter(each.name for each in was.kept if each.can_go_along)
+        if was.preserve != "yes" or not names:
+            continue
+        service = now.get(was.unit)
+        kept = Counter(each.name for each in service.kept) if service is not None else Counter()
+        given = Counter(service.given or () if service is not None else ())
+        lost = names - (kept | given)
+        waiting = names & (kept - given)
+        # Where nobody can look at what a process was started with, one that is up has taken all.
+        if service is not None and service.given is None and service.is_up:
+            waiting.clear()
+        found.append(
+            Came(was.unit, *(sorted(c.elements()) for c in (names, lost, waiting)), service)
+        )
+    return found
+
+
+@rule(
+    "stored-fd-lost",
+    Severity.ERROR,
+    "handover",
+    """
+    systemd kept this descriptor for the service, and was to hand it over: a memfd, or a LUO
+    session, of a unit with FileDescriptorStorePreserve=yes. It is not in the service's store, and
+    the service was not started with it. systemd hands stores over on systemctl kexec alone, and
+    takes them back where both kernels have liveupdate=on; it closes what belongs to a unit that is
+    not there any more, or stores nothing (FileDescriptorStoreMax=). The journal of this boot, and
+    the end of that of the boot before, say what it did. If the service has removed it itself since
+    the snapshot was taken, nothing is lost.
+    """,
+    kernel="luo_session_serialize luo_session_retrieve",
+)
+def stored_fd_lost(before: Snapshot, after: Snapshot) -> Iterator[Message]:
+    """A descriptor that systemd kept for a service did not come back."""
+    for each in came_back(before, after) or ():
+        if each.lost:
+            text = f"{each.unit}: {', '.join(each.lost)} did not come back; it is {each.state}"
+            yield Message(text, units=(each.unit,))
+
+
+@rule(
+    "stored-fd-waits",
+    Severity.WARNING,
+    "handover",
+    """
+    The descriptor came, and is in the service's store; the service has not been started with it.
+    systemd keeps it as long as the unit is there. Start the service, or find out why it did not
+    start.
+    """,
+    kernel="luo_session_retrieve",
+)
+def stored_fd_waits(before: Snapshot, after: Snapshot) -> Iterator[Message]:
+    """A service has not taken back a descriptor that systemd keeps for it."""
+    for each in came_back(before, after) or ():
+        if each.waiting:
+            text = f"{each.unit} has not taken {', '.join(each.waiting)}; it is {each.state}"
+            yield Message(text, units=(each.unit,))
