@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from .calls import places
 from .changes import Changes, changes
+from .gate import CLOSING
+from .questions import WORDS, Answer, Question, answers, question
 from .rule import (
     ACROSS,
     EVERYTHING,
@@ -37,24 +39,32 @@ from .run import (
     end_trace,
     start_trace,
 )
+from .services import Came, came_back
 
 __all__ = [
     "ACROSS",
+    "CLOSING",
     "EVERYTHING",
     "GATE",
     "KEXEC",
     "NEXT",
     "ONE_KERNEL",
     "RULES",
+    "WORDS",
     "About",
+    "Answer",
     "BatchFindings",
+    "Came",
     "Changes",
     "Finding",
+    "Question",
     "Report",
     "Rule",
     "RuleSelection",
     "Severity",
     "Verdict",
+    "answers",
+    "came_back",
     "changes",
     "check",
     "check_batch",
@@ -63,5 +73,6 @@ __all__ = [
     "in_order",
     "of_scopes",
     "places",
+    "question",
     "start_trace",
 ]

@@ -233,8 +233,9 @@ SCOPES: dict[ScopeName, Scope] = {
     "losses": Scope("(Losses) → messages", "what trace did not see"),
 }
 
-#: Scopes that every kernel has; scopes before a kexec; scopes right before it, where it is asked
-#: whether it may come; scopes that need the image of the next kernel; scopes that need an earlier snapshot, too; scopes of a trace.
+#: Scopes that every kernel has; scopes before a kexec; scopes of the gate right before it; scopes
+#: that need the image of the next kernel; scopes that need an earlier snapshot, too; scopes of a
+#: trace.
 ONE_KERNEL: set[ScopeName] = {
     "abi",
     "kernel",

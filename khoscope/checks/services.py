@@ -30,6 +30,22 @@ class Came:
     now: Service | None
 
     @property
+    def back(self) -> list[str]:
+        """The names of those that came."""
+        return sorted((Counter(self.names) - Counter(self.lost)).elements())
+
+    @property
+    def in_words(self) -> str:
+        """What became of them, and how the service is."""
+        parts = (
+            (self.back, "came back"),
+            (self.waiting, "not taken yet"),
+            (self.lost, "did not come back"),
+        )
+        told = [f"{', '.join(names)} {what}" for names, what in parts if names]
+        return f"{'; '.join(told)}; it is {self.state}"
+
+    @property
     def state(self) -> str:
         return "no such service, or it stores none" if self.now is None else self.now.state
 
@@ -57,9 +73,8 @@ def came_back(before: Snapshot, after: Snapshot) -> list[Came] | None:
         # Where nobody can look at what a process was started with, one that is up has taken all.
         if service is not None and service.given is None and service.is_up:
             waiting.clear()
-        found.append(
-            Came(was.unit, *(sorted(c.elements()) for c in (names, lost, waiting)), service)
-        )
+        came, missing, left = (sorted(each.elements()) for each in (names, lost, waiting))
+        found.append(Came(was.unit, came, missing, left, service))
     return found
 
 

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import IO
 
 from ..carry.memfd import carry
+from ..carry.systemd import notify
 from ..views import carry as view
 from ..views.progress import Progress
 from ..views.text import Text
@@ -66,6 +67,7 @@ def _run(args: argparse.Namespace) -> int:
             else:
                 view.write_text(carried, Text(sys.stdout))
             sys.stdout.flush()
+            notify("READY=1")
             while True:
                 # Not signal.pause(): a signal just before it would wait for the next one.
                 time.sleep(1)

@@ -11,13 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import checks
+from ..carry import systemd
+from ..facts.metrics import hands_over
 from ..facts.next_kernel import NextKernel
 from ..facts.snapshot import Snapshot
 from ..views import documents
+from ..views import gate as gate_view
+from ..views import journal as journal_view
 from ..views import metrics as metrics_view
 from ..views import watch as watch_view
 from ..views.progress import Progress
 from ..views.text import Text
+from ..words.errors import KhoscopeError
 from . import common
 from .checks import rule_name
 
@@ -35,6 +40,7 @@ examples:
   khoscope verify --only blob-not-preserved,broken-vmalloc
   khoscope verify --watch 10                   print what changes, until Ctrl-C
   khoscope verify --before before.khosnap      compare, after the kexec
+  khoscope verify --gate --journal             may the kexec come now? for an agent
 
 exit status: 0 fine, 1 a check failed, 2 khoscope could not do it, 3 no verdict:
 khoscope found nothing wrong, but could not see everything"""
@@ -53,6 +59,17 @@ khoscope found nothing wrong, but could not see everything"""
         metavar="FILE",
         type=common.path,
         help="its initrd: does it fit into scratch, too? (with --next)",
+    )
+    verify.add_argument(
+        "--gate",
+        action="store_true",
+        help="may the kexec come now? Also: is an image loaded, does somebody hold each session, "
+        "does what systemd keeps for services go along, and a snapshot? A reason per line",
+    )
+    verify.add_argument(
+        "--journal",
+        action="store_true",
+        help="also write findings and verdict into the journal, in fields of its own",
     )
     verify.add_argument("--only", type=_rules, metavar="RULE,…", help="run only these checks")
     verify.add_argument("--skip", type=_rules, metavar="RULE,…", help="run all but these checks")
@@ -95,6 +112,12 @@ def _refuse(args: argparse.Namespace) -> str | None:
         return "--watch is for a kernel that runs: a file does not change"
     if args.watch and args.metrics:
         return "--metrics is for one run: have khoscope metrics run at an interval"
+    if args.gate and args.before:
+        return "--gate is for the kexec to come: leave --before out"
+    if args.gate and args.watch:
+        return "--gate is for one moment: leave --watch out"
+    if args.journal and args.watch:
+        return "--journal is for one run: leave --watch out"
     if args.initrd and not args.next:
         return "--initrd needs --next"
     possible = _possible(args)
@@ -102,6 +125,8 @@ def _refuse(args: argparse.Namespace) -> str | None:
         rule = checks.RULES[name]
         if "kexec" in rule.finders:
             return f"{name} is about the kexec to come: leave --before out"
+        if "gate" in rule.finders:
+            return f"{name} needs --gate"
         needs = "--before" if rule.is_across else "--next" if "next" in rule.finders else None
         return f"{name} needs {needs}" if needs else f"{name} is a check of khoscope trace"
     if not _wanted(args, possible):
@@ -112,6 +137,7 @@ def _refuse(args: argparse.Namespace) -> str | None:
 def _possible(args: argparse.Namespace) -> frozenset[str]:
     """The rules that can run with the options given."""
     scopes = checks.ONE_KERNEL | (checks.ACROSS if args.before else checks.KEXEC)
+    scopes |= checks.GATE if args.gate else set()
     return frozenset(checks.of_scopes(scopes | (checks.NEXT if args.next else set())))
 
 
@@ -120,13 +146,24 @@ def _wanted(args: argparse.Namespace, possible: frozenset[str]) -> frozenset[str
 
 
 def _run(args: argparse.Namespace) -> int:
+    try:
+        return _verify(args)
+    except KhoscopeError as error:
+        if args.journal:
+            systemd.journal([journal_view.error_entry(error, args.gate)])
+        raise
+
+
+def _verify(args: argparse.Namespace) -> int:
+    started = time.monotonic()
     before = common.load_before(args)
     next_kernel = _read_next(args.next, args.initrd) if args.next else None
-    asked = checks.RuleSelection(_wanted(args, _possible(args)), args.fail_on)
+    closing = checks.CLOSING if args.gate else frozenset()
+    asked = checks.RuleSelection(_wanted(args, _possible(args)), args.fail_on, closing)
 
     def report(facts: Snapshot, before: Snapshot | None) -> checks.Report:
         if before is None:
-            return checks.check(facts, next_kernel, asked)
+            return checks.check(facts, next_kernel, asked, args.gate)
         return checks.compare(before, facts, next_kernel, asked)
 
     if args.watch:
@@ -135,12 +172,22 @@ def _run(args: argparse.Namespace) -> int:
     facts, found = common.used(
         args,
         lambda facts: report(facts, before),
-        lambda source: source.judge(report, before),
+        lambda source: source.judge(report, before, args.gate),
     )
-    if args.json:
-        documents.write_verify(facts, found, sys.stdout, next_kernel)
+    came = None if before is None else checks.came_back(before, facts)
+    over = hands_over(facts) if args.gate else None
+    seconds = time.monotonic() - started
+    if over is not None and args.json:
+        gate_view.write_json(facts, found, over, next_kernel, seconds, sys.stdout)
+    elif over is not None:
+        gate = gate_view.GateText(sys.stdout, args.limit)
+        gate.gate(facts, found, over, next_kernel, seconds)
+    elif args.json:
+        documents.write_verify(facts, found, sys.stdout, next_kernel, came)
     else:
-        Text(sys.stdout, args.limit).verify(facts, found, next_kernel)
+        Text(sys.stdout, args.limit).verify(facts, found, next_kernel, came)
+    if args.journal:
+        systemd.journal(journal_view.entries(found, came or [], over, seconds, args.limit))
     if args.metrics:
         text = io.StringIO()
         metrics_view.write_report(facts, found, text)

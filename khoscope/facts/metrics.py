@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime
 from dataclasses import dataclass
 
+from ..abi.keys import BAD_ORDER
 from ..abi.serialized import LUO
 from . import scratch
 from .snapshot import Provenance, Side, Snapshot
@@ -97,3 +98,43 @@ def _scratch(facts: Snapshot) -> list[ScratchArea]:
         )
         for area in scratch.areas(facts)
     ]
+
+
+@dataclass(frozen=True)
+class HandsOver:
+    """
+    What a kexec would hand over now.
+
+    :param size: of the blocks, bytes.
+    :param sessions: None: not known.
+    :param units: services for which systemd adds descriptors that it keeps, if it is told to kexec.
+    :param kept: how many these are.
+    """
+
+    blocks: int
+    size: int
+    sessions: Sessions | None
+    units: list[str]
+    kept: int
+
+
+def hands_over(facts: Snapshot) -> HandsOver:
+    """Count what would be handed over."""
+    totals = facts.outgoing.tree.totals(facts.abi)
+    size = sum(
+        count << order + facts.abi.page_shift
+        for (order, _), count in totals.items()
+        if order != BAD_ORDER
+    )
+    kept = {
+        service.unit: sum(each.can_go_along for each in service.kept)
+        for service in (facts.services.stores if facts.services is not None else ())
+        if service.preserve == "yes"
+    }
+    return HandsOver(
+        sum(totals.values()),
+        size,
+        _sessions(facts.outgoing),
+        [unit for unit, count in kept.items() if count],
+        sum(kept.values()),
+    )

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..abi.keys import BAD_ORDER, TYPE_NAMES, Abi
-from ..checks import Finding, Report, in_order
+from ..checks import Came, Finding, Report, in_order
 from ..facts import diff
 from ..facts.columns import Blocks, Nodes
 from ..facts.next_kernel import NextKernel
@@ -284,10 +284,26 @@ def verify(facts: Snapshot, report: Report, next_kernel: NextKernel | None) -> d
 
 
 def write_verify(
-    facts: Snapshot, report: Report, out: IO[str], next_kernel: NextKernel | None = None
+    facts: Snapshot,
+    report: Report,
+    out: IO[str],
+    next_kernel: NextKernel | None = None,
+    came: list[Came] | None = None,
 ) -> None:
     """``verify --json``, schema khoscope.verify/1."""
-    write(verify(facts, report, next_kernel), out)
+    document = verify(facts, report, next_kernel)
+    if came is not None:
+        document["services"] = [
+            {
+                "unit": each.unit,
+                "came": each.back,
+                "lost": each.lost,
+                "waits": each.waiting,
+                "state": each.state,
+            }
+            for each in came
+        ]
+    write(document, out)
 
 
 def write_snapshot(facts: Snapshot, path: Path, out: IO[str]) -> None:

@@ -19,7 +19,7 @@ from typing import IO, Any
 from tabulate import tabulate
 
 from ..abi.keys import BAD_ORDER, Abi, Tracker
-from ..checks import RULES, About, Finding, Report, Severity, Verdict
+from ..checks import RULES, About, Came, Finding, Report, Severity, Verdict
 from ..checks.pattern import describe, type_name
 from ..facts import diff
 from ..facts.columns import Blocks
@@ -244,9 +244,17 @@ class Text:
         self.line(f"{total:,} keys")
 
     def verify(
-        self, facts: Snapshot, report: Report, next_kernel: NextKernel | None = None
+        self,
+        facts: Snapshot,
+        report: Report,
+        next_kernel: NextKernel | None = None,
+        came: list[Came] | None = None,
     ) -> None:
-        """``khoscope verify``."""
+        """
+        ``khoscope verify``.
+
+        :param came: what came back to services; None: that is not known.
+        """
         self.header(facts)
         if next_kernel is not None:
             self.wrapped(f"next kernel: {next_kernel.in_words}", "  ", "")
@@ -256,7 +264,16 @@ class Text:
             self.line(_fates(report))
         if report.owners:
             self._owners(report)
+        if came:
+            self._services(came)
         self.conclusion(report)
+
+    def _services(self, came: list[Came]) -> None:
+        """Print what systemd has given back to each service."""
+        self.line()
+        for each in islice(came, self._limit):
+            self.wrapped(f"{each.unit}: {each.in_words}", "  ", "")
+        self._more(len(came), len(came), "services")
 
     def _owners(self, report: Report) -> None:
         """Print what became of each owner's blocks."""
@@ -354,13 +371,9 @@ class Text:
 
     def verdict(self, report: Report) -> None:
         """Print the last line, unwrapped however long it is: the verdict, and the reason."""
-        word = str(report.verdict).upper()
-        counts = f"{counted(report.errors, 'error')}, {counted(report.warnings, 'warning')}"
-        if report.left_out:
-            every = len(report.rules) + len(report.left_out)
-            counts += f"; {len(report.rules)} of {every} rules"
+        word, colon, why = verdict_in_words(report).partition(":")
         colour = "green" if report.verdict == Verdict.PASS else "red"
-        self.line(f"{self.paint(colour, word)}: {_verdict(report)} ({counts})")
+        self.line(f"{self.paint(colour, word)}{colon}{why}")
 
     def snapshot(self, facts: Snapshot, path: Path) -> None:
         """``khoscope snapshot``."""
@@ -430,8 +443,16 @@ def shortened(text: str, room: int) -> str:
     return text if len(text) <= room else text[: room - 1].rstrip() + "…"
 
 
+def verdict_in_words(report: Report) -> str:
+    """The verdict of a report, and why, in one line."""
+    counts = f"{counted(report.errors, 'error')}, {counted(report.warnings, 'warning')}"
+    if report.left_out:
+        every = len(report.rules) + len(report.left_out)
+        counts += f"; {len(report.rules)} of {every} rules"
+    return f"{str(report.verdict).upper()}: {_verdict(report)} ({counts})"
+
+
 def _verdict(report: Report) -> str:
-    """The verdict of a report, in words."""
     reason = report.reason
     if reason is not None:
         return f"{_failure(report, reason)}{reason.rule}"
