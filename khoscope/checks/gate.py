@@ -86,27 +86,19 @@ def session_not_kept(facts: Snapshot) -> Iterator[Message]:
     "gate",
     """
     systemd closes a service's stored descriptors when the service ends, unless its unit says
-    FileDescriptorStorePreserve=yes; and it ends all services on the way into its kexec. Of what it
-    keeps it can hand over memfds and LUO sessions, and logs that others are lost. Say so in the
-    unit, or let the service make anew in the next kernel what cannot go along.
+    FileDescriptorStorePreserve=yes; and it ends all services on the way into its kexec. Say so in
+    the unit if the descriptors are to go along. khoscope luo lists all that systemd keeps.
     """,
     kernel="luo_preserve_file",
 )
 def store_not_kept(facts: Snapshot) -> Iterator[Message]:
-    """systemd keeps a descriptor for a service that its kexec does not hand over."""
+    """systemd keeps descriptors for a service that it closes before its kexec."""
     for service in facts.services.stores if facts.services is not None else ():
         going = [each.name for each in service.kept if each.can_go_along]
-        unit = (service.unit,)
-        if service.preserve != "yes":
-            if going:
-                how = f"FileDescriptorStorePreserve={service.preserve}"
-                text = f"{service.unit}: {', '.join(going)}: {how}, systemctl kexec closes them"
-                yield Message(text, units=unit)
-            continue
-        for each in service.kept:
-            if not each.can_go_along:
-                text = f"{service.unit}: {each.name} is {each.path}, which no kexec hands over"
-                yield Message(text, units=unit)
+        if going and service.preserve != "yes":
+            how = f"FileDescriptorStorePreserve={service.preserve}"
+            text = f"{service.unit}: {', '.join(going)}: {how}, systemctl kexec closes them"
+            yield Message(text, units=(service.unit,))
 
 
 @rule(

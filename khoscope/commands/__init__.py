@@ -29,6 +29,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "checks": "list what verify and trace look for, or explain one check",
     "snapshot": "write all facts to a file",
     "carry": "hand a snapshot to the next kernel, in memory",
+    "install-units": "show or write units for systemd that run khoscope around a kexec",
     "diff": "show what changed between two snapshots",
     "trace": "follow preserve, unpreserve, split and restore as they happen",
     "shell": "start a drgn session with prog and the kho_* helpers",
@@ -41,7 +42,7 @@ COMMANDS: Final[Mapping[str, str]] = {
 IN_DRGN: Final[Mapping[str, str]] = {
     name: what
     for name, what in COMMANDS.items()
-    if name not in ("carry", "trace", "shell", "doctor", "demo")
+    if name not in ("carry", "install-units", "trace", "shell", "doctor", "demo")
 }
 
 
@@ -51,4 +52,4 @@ def describe(name: str, command: argparse.ArgumentParser) -> None:
 
     :raises ImportError: if something is missing that the command needs.
     """
-    import_module(f"{__name__}.{name}").add(command)
+    import_module(f"{__name__}.{name.replace('-', '_')}").add(command)

@@ -8,6 +8,7 @@ import io
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from .. import checks
@@ -75,11 +76,11 @@ khoscope found nothing wrong, but could not see everything"""
     verify.add_argument("--skip", type=_rules, metavar="RULE,…", help="run all but these checks")
     verify.add_argument(
         "--fail-on",
-        type=checks.Severity,
-        choices=[checks.Severity.ERROR, checks.Severity.WARNING],
-        default=checks.Severity.ERROR,
-        metavar="SEVERITY",
-        help="the severity that makes the exit status 1: error (default), or warning for both",
+        type=_fail_on,
+        default=_FailOn(),
+        metavar="SEVERITY[,RULE…]",
+        help="what makes the exit status 1: error (default), or warning for both; and findings of "
+        "these rules, whatever their severity",
     )
     verify.add_argument(
         "--watch",
@@ -98,6 +99,21 @@ khoscope found nothing wrong, but could not see everything"""
 def _rules(text: str) -> frozenset[str]:
     """Names of rules."""
     return frozenset(rule_name(name.strip()) for name in text.split(","))
+
+
+@dataclass(frozen=True)
+class _FailOn:
+    """What makes a report a failure, as :class:`.checks.RuleSelection` has it."""
+
+    severity: checks.Severity = checks.Severity.ERROR
+    closing: frozenset[str] = frozenset()
+
+
+def _fail_on(text: str) -> _FailOn:
+    severity, *rules = (part.strip() for part in text.split(","))
+    if severity not in (checks.Severity.ERROR, checks.Severity.WARNING):
+        raise argparse.ArgumentTypeError(f"{severity}: error or warning come first")
+    return _FailOn(checks.Severity(severity), frozenset(map(rule_name, rules)))
 
 
 def _seconds(text: str) -> float:
@@ -158,8 +174,8 @@ def _verify(args: argparse.Namespace) -> int:
     started = time.monotonic()
     before = common.load_before(args)
     next_kernel = _read_next(args.next, args.initrd) if args.next else None
-    closing = checks.CLOSING if args.gate else frozenset()
-    asked = checks.RuleSelection(_wanted(args, _possible(args)), args.fail_on, closing)
+    closing = args.fail_on.closing | (checks.CLOSING if args.gate else frozenset())
+    asked = checks.RuleSelection(_wanted(args, _possible(args)), args.fail_on.severity, closing)
 
     def report(facts: Snapshot, before: Snapshot | None) -> checks.Report:
         if before is None:

@@ -134,11 +134,13 @@ class NewFile:
     khoscope ends before, nothing is left behind, and an old file of that name stays.
 
     :param mode: who may read it, whatever the umask is.
+    :param replace: it may take the place of an old file of that name.
     :raises KhoscopeError: if it cannot be written.
     """
 
-    def __init__(self, path: Path, mode: int = 0o600) -> None:
+    def __init__(self, path: Path, mode: int = 0o600, *, replace: bool = True) -> None:
         self._path = path
+        self._replace = replace
         #: The name that it has meanwhile if the file system has no unnamed files.
         self._temporary: Path | None = None
         with self.told():
@@ -205,11 +207,17 @@ class NewFile:
         if self._temporary is None:
             if _link(self.file.fileno(), self._path):
                 return
+            if not self._replace:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             # A link cannot replace a file; only a rename can.
             self._temporary = self._path.with_name(f"{self._prefix()}{secrets.token_hex(8)}")
             if not _link(self.file.fileno(), self._temporary):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-        os.replace(self._temporary, self._path)
+        if self._replace:
+            os.replace(self._temporary, self._path)
+        else:
+            os.link(self._temporary, self._path)
+            self._temporary.unlink()
         self._temporary = None
 
 

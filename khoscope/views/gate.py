@@ -45,7 +45,7 @@ class GateText(Text):
             self._row("", "?", "yellow", reason)
         self.line()
         self.wrapped(f"a kexec would hand over {in_words(over)}", "  ", "")
-        self.line(f"asked for {seconds:.1f} s")
+        self.line(f"it took {seconds:.1f} s")
         self.line(
             self.paint(_COLOURS[report.verdict], f"GATE {STATES[report.verdict]}: {why(report)}")
         )

@@ -10,6 +10,7 @@ from ..abi.serialized import LUO_FDT_COMPATIBLE, SEALS, bits
 from ..facts.clients import Luo, LuoFile, LuoSession, LuoState, Memfd, StoredFd
 from ..facts.holders import DEVICE, HeldBy, Holding, Thing, by_thing
 from ..facts.owners import ClaimsByOwner
+from ..facts.services import KeptFd, Service
 from ..facts.snapshot import Side, Snapshot
 from ..words.sizes import human
 from . import documents
@@ -31,6 +32,7 @@ class LuoText(VmallocText):
             handlers = ", ".join(facts.liveupdate.handlers) or "none"
             self.line(f"live update is {on}, file handlers: {handlers}")
             self._device(facts.liveupdate)
+            self._stores(facts)
         shift = facts.abi.page_shift
         holders = by_thing(facts.liveupdate)
         self._side("outgoing", facts.outgoing, shift, holders)
@@ -45,15 +47,35 @@ class LuoText(VmallocText):
         self._held_by(found[DEVICE], "/dev/liveupdate is ", "")
         if state.in_use and not found[DEVICE]:
             self.line(f"/dev/liveupdate is open, {_NOBODY}")
-        if state.holders.systemd_memfds:
-            self.wrapped(
-                f"systemd has {counted(state.holders.systemd_memfds, 'memfd')} open: what it keeps "
-                "for services is in no session before the kexec begins",
-                "  ",
-            )
         for what in state.holders.unread:
             self.wrapped(f"holders may be missing, as these cannot be read: {what}", "  ", "")
         self._left_out(state.holders.left_out, "file descriptors, or tables of them", "")
+
+    def _stores(self, facts: Snapshot) -> None:
+        """Print what systemd keeps for services: by names if it was asked, else how much."""
+        services, state = facts.services, facts.liveupdate
+        stores = [each for each in services.stores if each.kept] if services is not None else []
+        memfds = state.holders.systemd_memfds if state is not None and state.holders else None
+        if stores:
+            self.wrapped(
+                "systemd keeps these for services; memfds are in no session before the kexec "
+                "begins:"
+            )
+        elif memfds and (services is None or services.unread):
+            self.wrapped(
+                f"systemd has {counted(memfds, 'memfd')} open: what it keeps for services is in no "
+                "session before the kexec begins",
+                "  ",
+            )
+        for each in islice(stores, self._limit):
+            names = ", ".join(_kept(fd) for fd in each.kept if fd.can_go_along)
+            if others := sum(not fd.can_go_along for fd in each.kept):
+                names = f"{names}{' and ' if names else ''}{others:,} that no kexec hands over"
+            goes = "" if each.preserve == "yes" else ", and closes them when the service ends"
+            self.wrapped(f"{each.unit}: {names}{goes}", "    ", "  ")
+        self._more(len(stores), len(stores), "services")
+        for what in services.unread if services is not None else ():
+            self.wrapped(f"systemd was asked, and did not say all: {what}", "  ", "")
 
     def _held_by(self, found: list[HeldBy], first: str, indent: str) -> None:
         for each in islice(found, self._limit):
@@ -139,6 +161,11 @@ class LuoText(VmallocText):
             self.wrapped(problem, f"{indent}    ", f"{indent}  {self.paint('red', 'problem')}: ")
 
 
+def _kept(fd: KeptFd) -> str:
+    """A descriptor that systemd keeps."""
+    return fd.name if fd.session is None else f"{fd.name} (session {fd.session})"
+
+
 def _held(by: HeldBy) -> str:
     process = by.process
     unit = f"unit {by.unit}" if by.unit else ""
@@ -183,10 +210,32 @@ def write_json(facts: Snapshot, out: IO[str]) -> None:
             "unread": seen.unread,
             "systemd_memfds": seen.systemd_memfds,
         },
+        "services": facts.services
+        and {
+            "unread": facts.services.unread,
+            "stores": [_store_row(each) for each in facts.services.stores],
+        },
         "outgoing": _side_row(facts.outgoing, shift, holders, incoming=False),
         "incoming": facts.incoming and _side_row(facts.incoming, shift, holders, incoming=True),
     }
     documents.write(document, out)
+
+
+def _store_row(service: Service) -> dict[str, Any]:
+    return {
+        "unit": service.unit,
+        "state": service.state,
+        "preserve": service.preserve,
+        "fds": [
+            {
+                "name": each.name,
+                "path": each.path,
+                "session": each.session,
+                "goes_along": each.can_go_along and service.preserve == "yes",
+            }
+            for each in service.kept
+        ],
+    }
 
 
 def _held_rows(holders: Holding | None, thing: Thing) -> list[dict[str, Any]] | None:
