@@ -21,7 +21,7 @@ PACKAGES = [
 ]
 
 # For a guest whose PID 1 is systemd, in an image of its own (vm/systemd.py).
-SYSTEMD = ("dbus", "python3-systemd", "systemd", "systemd-sysv", "udev")
+SYSTEMD = ("dbus", "libseccomp2", "python3-systemd", "systemd", "systemd-sysv", "udev")
 
 # Nobody reads documentation in the guest.
 _EXCLUDED = ["/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*"]

@@ -461,14 +461,13 @@ def handed_over_offline(pairs: Pairs) -> Marked:
     Severity.WARNING,
     "pairs",
     """
-    No client has asked for the block: its stamp is still there. Or nobody has retrieved the
-    session. What is left once all clients are done leaks until the next reboot. Wait for the
-    clients, or find out which one did not come back.
+    No client has asked for the block: its stamp is still there. What is left once all clients are
+    done leaks until the next reboot. Wait for the clients, or find out which one did not come back.
     """,
-    kernel="kho_preserved_memory_reserve kho_restore_page luo_session_retrieve",
+    kernel="kho_preserved_memory_reserve kho_restore_page",
 )
 def not_restored(pairs: Pairs) -> Marked:
-    """The stamp is still there: nobody has claimed the block, or retrieved the session."""
+    """The stamp is still there: nobody has claimed the block."""
     left = pairs.fate == Fate.NOT_RESTORED
     came = (pairs.fate == Fate.RESTORED) | (pairs.fate == Fate.RELEASED)
     shift = pairs.abi.page_shift
@@ -513,23 +512,33 @@ def client_lost(before: Snapshot, after: Snapshot) -> Iterator[Message]:
             yield Message(text, explain=explain, units=units)
 
 
-@also("not-restored", "handover")
+@also("orphaned-session", "handover")
 def session_not_retrieved(before: Snapshot, after: Snapshot) -> Iterator[Message]:
-    """A session came and nobody has retrieved it, or a file of it could not be."""
+    """A session of the snapshot came, and nobody has retrieved it."""
+    told = nobodys(after)
     for was, now in _sessions(before, after):
-        if now is None:
-            continue
-        units = tuple(sorted({*units_holding(before.liveupdate, was.name), *units_of(now)}))
-        if not now.retrieved:
+        if now is not None and not now.retrieved and now.name not in told:
+            units = _units(before, was, now)
             text = f"{named(now)} came, and nobody has retrieved it{_held(units)}"
             yield Message(text, units=units)
-        for file in now.files:
+
+
+@also("not-restored", "handover")
+def file_not_retrieved(before: Snapshot, after: Snapshot) -> Iterator[Message]:
+    """A file of a session could not be retrieved."""
+    for was, now in _sessions(before, after):
+        for file in now.files if now is not None else ():
             if file.retrieve_status is not None and file.retrieve_status < 0:
                 yield Message(
                     f"{now}, {file}: its handler {file.handler} "
                     f"failed to retrieve it ({file.retrieve_status})",
-                    units=units,
+                    units=_units(before, was, now),
                 )
+
+
+def _units(before: Snapshot, was: LuoSession, now: LuoSession) -> tuple[str, ...]:
+    """The units that held a session before the kexec, and for which systemd kept it."""
+    return tuple(sorted({*units_holding(before.liveupdate, was.name), *units_of(now)}))
 
 
 def _held(units: tuple[str, ...]) -> str:

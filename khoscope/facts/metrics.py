@@ -107,8 +107,8 @@ class HandsOver:
 
     :param size: of the blocks, bytes.
     :param sessions: None: not known.
-    :param units: services for which systemd adds descriptors that it keeps, if it is told to kexec.
-    :param kept: how many these are.
+    :param units: services for which systemd keeps what can go along.
+    :param kept: memfds among that: systemd adds them, if it is told to kexec.
     """
 
     blocks: int
@@ -126,15 +126,16 @@ def hands_over(facts: Snapshot) -> HandsOver:
         for (order, _), count in totals.items()
         if order != BAD_ORDER
     )
-    kept = {
-        service.unit: sum(each.can_go_along for each in service.kept)
-        for service in (facts.services.stores if facts.services is not None else ())
+    stores = facts.services.stores if facts.services is not None else ()
+    going = {
+        service.unit: [each for each in service.kept if each.can_go_along]
+        for service in stores
         if service.preserve == "yes"
     }
     return HandsOver(
         sum(totals.values()),
         size,
         _sessions(facts.outgoing),
-        [unit for unit, count in kept.items() if count],
-        sum(kept.values()),
+        [unit for unit, fds in going.items() if fds],
+        sum(fd.session is None for fds in going.values() for fd in fds),
     )

@@ -90,9 +90,10 @@ def in_words(over: HandsOver) -> str:
     if over.sessions is not None:
         sessions, files = over.sessions.sessions, over.sessions.files
         text += f", {counted(sessions, 'session')} with {counted(files, 'file')}"
+    if over.units:
+        text += f", of {', '.join(over.units)}"
     if over.kept:
-        units = ", ".join(over.units)
-        text += f"; systemctl kexec adds {counted(over.kept, 'descriptor')} of {units}"
+        text += f"; systemctl kexec adds {counted(over.kept, 'memfd')}"
     return text
 
 
@@ -124,7 +125,7 @@ def write_json(
             "sessions": over.sessions and over.sessions.sessions,
             "files": over.sessions and over.sessions.files,
             "units": over.units,
-            "systemd_fds": over.kept,
+            "systemd_memfds": over.kept,
         },
     }
     documents.write({**documents.verify(facts, report, next_kernel), "gate": gate}, out)
