@@ -527,7 +527,9 @@ def session_not_retrieved(before: Snapshot, after: Snapshot) -> Iterator[Message
 def file_not_retrieved(before: Snapshot, after: Snapshot) -> Iterator[Message]:
     """A file of a session could not be retrieved."""
     for was, now in _sessions(before, after):
-        for file in now.files if now is not None else ():
+        if now is None:
+            continue
+        for file in now.files:
             if file.retrieve_status is not None and file.retrieve_status < 0:
                 yield Message(
                     f"{now}, {file}: its handler {file.handler} "
