@@ -60,6 +60,12 @@ def add(guest: Machine, name: str, unit: str) -> None:
     guest.run(f"printf %s {shlex.quote(unit)} >{path} && systemctl daemon-reload", check=True)
 
 
+def journal(guest: Machine, *matches: str) -> list[dict[str, Any]]:
+    """What khoscope has written into the journal at this boot by itself, not by its output."""
+    asked = ("journalctl", "-b", "-o", "json", "-t", "khoscope", "_TRANSPORT=journal", *matches)
+    return [json.loads(line) for line in guest.run(asked, check=True).stdout.splitlines()]
+
+
 def came_back(guest: Machine, name: str) -> dict[str, Any]:
     """What a service had when it was started at this boot, by names."""
     guest.run(("systemctl", "is-system-running", "--wait"), timeout=120)

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A live update as systemd does it: what services have stored, by the names that people know."""
+"""
+A live update as systemd does it, with khoscope's gate before and its proof after: the way that goes
+well, those that do not, and what is in memory when nobody takes anything back.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,23 +15,33 @@ import pytest
 
 from khoscope.facts import fd_stores
 from tests.vm.test_khoscope import guest, host, khoscope
+from vm import kernel as kernels
 from vm import systemd
 from vm.content import content
+from vm.machine import Machine
 
 #: Of each service, the words of vm/keeper.py: names, tokens of the content and sizes.
 KEEPER = ("ring:11:70000", "state:12:4096")
 HOLDER = ("state:21:5000", "holder-own", "7:300000", "8:1")
 UNITS = {"keeper.service": {"ring", "state"}, "holder.service": {"state"}}
-OWN = "holder-own"
-CARRIED = "journalctl -b -o cat -u khoscope-carry | grep -q 'stays until the kexec'"
-#: As docs/guide.md has it.
-CARRY = """\
+OWN, LONELY = "holder-own", "lonely"
+#: A service that goes down last, with a session that nobody will ask for.
+LONELY_UNIT = f"""\
 [Unit]
 DefaultDependencies=no
 IgnoreOnIsolate=yes
 SurviveFinalKillSignal=yes
 [Service]
-ExecStart=/usr/local/bin/khoscope carry
+Environment=PYTHONPATH=/khoscope
+ExecStart=/usr/bin/python3 -m vm.sessions hold {LONELY} 5:4096:never
+"""
+#: It stores a file, and does not ask systemd to keep it.
+CARELESS_UNIT = """\
+[Service]
+Type=notify
+FileDescriptorStoreMax=1
+Environment=PYTHONPATH=/khoscope
+ExecStart=/usr/bin/python3 -m vm.keeper cache:31:4096
 """
 #: What is read from the memory of files in which nobody has looked: how to name it, its token and
 #: its size.
@@ -38,14 +52,31 @@ CONTENTS = {
     "7": (7, 300000),
     "8": (8, 1),
 }
+#: A file system that is full.
+FULL = "mkdir -p /mnt/full && mount -t tmpfs -o size=4k tmpfs /mnt/full && ! cat /dev/zero >/mnt/full/all"
+
+
+@dataclass
+class Boot:
+    """What was seen in a kernel that systemd has come up in."""
+
+    #: Entries of the journal that are khoscope's own, and those of ``journalctl -u holder``.
+    journal: list[dict[str, Any]] = field(default_factory=list)
+    of_holder: str = ""
+    #: khoscope-verify.service: ``ActiveState``, and whether it is in ``systemctl --failed``.
+    state: str = ""
+    failed: bool = False
+    #: What it has written for the node exporter.
+    metrics: str = ""
+    #: What came back to each service, as it says itself.
+    back: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class Story:
     """What was seen."""
 
-    #: What came back to each service at the first kexec.
-    back: dict[str, Any] = field(default_factory=dict)
+    exposure: dict[str, float] = field(default_factory=dict)
     #: JSON of ``luo`` before the first kexec, and where nobody takes anything back; from outside.
     before: dict[str, Any] = field(default_factory=dict)
     text_before: str = ""
@@ -53,8 +84,16 @@ class Story:
     from_outside: dict[str, Any] = field(default_factory=dict)
     text: dict[str, str] = field(default_factory=dict)
     mapping: dict[str, Any] = field(default_factory=dict)
-    #: JSON of ``verify --before carried`` after the first kexec.
-    carried: dict[str, Any] = field(default_factory=dict)
+    #: Gates: their exit status and text, by what was so.
+    gates: dict[str, tuple[int, str]] = field(default_factory=dict)
+    #: The journal after the gate that was open.
+    gate_journal: list[dict[str, Any]] = field(default_factory=list)
+    #: Kernels that systemd came up in: all went well; much did not; KHO is off.
+    well: Boot = field(default_factory=Boot)
+    badly: Boot = field(default_factory=Boot)
+    off: Boot = field(default_factory=Boot)
+    killed: str = ""
+    full: tuple[int, str] = (0, "")
     #: What is in a file, by how it was named: in memory, and in a snapshot.
     contents: dict[str, bytes] = field(default_factory=dict)
     recorded: dict[str, bytes] = field(default_factory=dict)
@@ -62,26 +101,91 @@ class Story:
     refused: dict[str, str] = field(default_factory=dict)
 
 
+def gate(machine: Machine, *options: str) -> tuple[int, str]:
+    """The gate, asked in the guest as an agent would."""
+    words = ("khoscope", "verify", "--gate", "--journal", *options)
+    done = machine.run(words, timeout=300)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+def booted(machine: Machine) -> Boot:
+    """What khoscope-verify.service has said, once systemd has come up."""
+    back = {name: systemd.came_back(machine, name) for name in ("keeper", "holder")}
+    machine.run(("systemctl", "start", "khoscope-verify"), timeout=300)
+    show = ("systemctl", "show", "-P", "ActiveState", "khoscope-verify")
+    failed = ("systemctl", "--failed", "--plain", "--no-legend")
+    of_holder = ("journalctl", "-b", "-o", "cat", "-u", "holder", "-t", "khoscope")
+    return Boot(
+        systemd.journal(machine),
+        machine.run(of_holder).stdout,
+        machine.run(show, check=True).stdout.strip(),
+        "khoscope-verify.service" in machine.run(failed, check=True).stdout,
+        machine.run("cat /var/lib/khoscope/khoscope.prom").stdout,
+        back,
+    )
+
+
+def install(machine: Machine) -> dict[str, float]:
+    """khoscope's units, as an operator would have them; how exposed systemd finds each."""
+    guest(machine, "install-units", "--write", "/etc/systemd/system")
+    units = ("khoscope-carry.service", "khoscope-verify.service")
+    machine.run("systemctl daemon-reload", check=True)
+    machine.run(("systemctl", "enable", *units), check=True)
+    found = {}
+    for unit in units:
+        said = machine.run(("systemd-analyze", "security", unit), check=True).stdout
+        found[unit] = float(re.findall(r"exposure level for \S+: ([0-9.]+)", said)[0])
+    return found
+
+
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
-    """Two kexecs: into systemd, and then into a kernel in which nobody takes anything back."""
+    """Kernel after kernel, by systemctl kexec; the last but one has no systemd, the last no KHO."""
     story = Story()
     copy = tmp_path_factory.mktemp("content") / "content"
     with systemd.machine("7.2-fixed") as machine:
         systemd.start(machine, "keeper", *KEEPER)
         systemd.start(machine, "holder", *HOLDER)
+        story.exposure = install(machine)
         story.before = json.loads(guest(machine, "luo", "--json"))
-        story.text_before = host(*machine.source, "luo")
-        machine.load_kexec()
-        systemd.add(machine, "khoscope-carry", CARRY)
-        machine.run("systemctl start khoscope-carry", check=True)
-        machine.run(f"until {CARRIED}; do sleep 1; done", check=True, timeout=120)
-        machine.execute_kexec(systemd.KEXEC)
-        carried = machine.run("khoscope verify --json --before carried", timeout=120)
-        assert carried.stdout, carried.stderr
-        story.carried = json.loads(carried.stdout)
-        story.back = {name: systemd.came_back(machine, name) for name in ("keeper", "holder")}
+        story.text_before = guest(machine, "luo")
+        story.text["before, from outside"] = host(*machine.source, "luo")
+        story.gates["nothing is ready"] = gate(machine)
 
+        # As it should be.
+        machine.load_kexec()
+        machine.run("systemctl start khoscope-carry", check=True, timeout=300)
+        story.gates["ready"] = gate(machine, "--next", "/kernel/bzImage")
+        story.gate_journal = systemd.journal(machine)
+        if (other := kernels.find("7.1-base")) is not None:
+            image = ("--next", str(other.share / "bzImage"))
+            asked = khoscope(*machine.source, "verify", "--gate", *image)
+            story.gates["another ABI"] = asked.returncode, asked.stdout
+        machine.execute_kexec(systemd.KEXEC)
+        story.well = booted(machine)
+
+        # A service that does not start again, a session that nobody asks for, a store that is not
+        # kept; and whoever carries is killed, and is started again.
+        machine.run("systemctl disable holder", check=True)
+        systemd.add(machine, "lonely", LONELY_UNIT)
+        systemd.add(machine, "careless", CARELESS_UNIT)
+        machine.run("systemctl start lonely careless", check=True, timeout=120)
+        machine.run("systemctl start khoscope-carry", check=True, timeout=300)
+        machine.run("systemctl kill -s KILL khoscope-carry", check=True)
+        machine.load_kexec()
+        story.gates["killed"] = gate(machine, "--next", "/kernel/bzImage")
+        story.killed = machine.run("systemctl --failed --plain --no-legend").stdout
+        machine.run("systemctl reset-failed; systemctl start khoscope-carry", check=True, timeout=300)
+        machine.execute_kexec(systemd.KEXEC)
+        story.badly = booted(machine)
+        machine.run(FULL, check=True)
+        full = ("khoscope", "verify", "--before", "carried", "--journal", "--metrics")
+        done = machine.run((*full, "/mnt/full/khoscope.prom"), timeout=300)
+        story.full = done.returncode, done.stderr
+
+        # Nobody starts khoscope-carry: kexec.target does.
+        machine.run("systemctl enable --now holder", check=True, timeout=120)
         machine.load_kexec(append=systemd.WITHOUT)
         machine.execute_kexec(systemd.KEXEC)
         for command in ("luo", "status", "verify"):
@@ -105,107 +209,3 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
             asked = khoscope(*machine.source, "luo", "--content", *words.split())
             story.refused[words] = asked.stderr
     return story
-
-
-def sessions(document: dict[str, Any], side: str = "incoming") -> dict[str, Any]:
-    return {session["name"]: session for session in document[side]["sessions"]}
-
-
-def test_services_get_back_what_they_have_stored(story: Story) -> None:
-    """The lab is as it should be: systemd's live update works."""
-    keeper, holder = story.back["keeper"], story.back["holder"]
-    assert {name: (file["size"], file["same"]) for name, file in keeper.items()} == {
-        "ring": (70000, True),
-        "state": (4096, True),
-    }
-    assert holder["state"]["same"]
-    assert {token: (f["size"], f["same"]) for token, f in holder["session"].items()} == {
-        "7": (300000, True),
-        "8": (1, True),
-    }
-
-
-def test_carry_goes_along(story: Story) -> None:
-    """Its session lives until the kexec, in a service that nothing ends."""
-    assert story.carried["verdict"] == "pass"
-    assert story.carried["fates"], story.carried
-
-
-def test_stores_are_not_in_luo_before_the_kexec(story: Story) -> None:
-    """Only the session that a service has made itself."""
-    assert [*sessions(story.before, "outgoing")] == [OWN]
-    assert story.before["holders"]["systemd_memfds"] == 3
-    assert "systemd has 3 memfds open" in story.text_before
-
-
-def test_who_holds_a_session(story: Story) -> None:
-    """The service itself, and systemd, which keeps it for the next start."""
-    held_by = sessions(story.before, "outgoing")[OWN]["held_by"]
-    found = {(each["comm"], each["unit"]) for each in held_by}
-    assert found == {("python3", "holder.service"), ("systemd", "init.scope")}
-    assert min(each["pid"] for each in held_by) == 1
-
-
-def test_files_by_units(story: Story) -> None:
-    found = sessions(story.luo)
-    assert found.keys() == {fd_stores.SESSION, OWN}
-    systemd_s, own = found[fd_stores.SESSION], found[OWN]
-    units: dict[str, set[str]] = {}
-    for file in systemd_s["files"]:
-        if file["unit"]:
-            units.setdefault(file["unit"], set()).add(file["fd_name"])
-        else:
-            assert file["token"] == f"{fd_stores.TOKEN:#x}"
-    assert units == UNITS
-    assert (own["unit"], own["fd_name"]) == ("holder.service", "session")
-    assert [(file["unit"], file["fd_name"]) for file in own["files"]] == [(None, None)] * 2
-    assert [(each["notes"], each["problems"]) for each in found.values()] == [([], [])] * 2
-
-
-def test_from_outside(story: Story) -> None:
-    assert story.from_outside["incoming"] == story.luo["incoming"]
-
-
-def test_what_people_read(story: Story) -> None:
-    luo = story.text["luo"]
-    assert "\n  session holder-own of holder.service session: 2 files, " in luo
-    for unit, names in UNITS.items():
-        for name in names:
-            assert f" ({unit} {name}): memfd-v2, data " in luo
-    assert "holder-own of holder.service session: 2 files" in story.text["status"]
-    verify = " ".join(story.text["verify"].split())
-    assert (
-        "session 'systemd' (4 files of holder.service, keeper.service) was handed over, and nobody "
-        "has retrieved it" in verify
-    )
-    assert "session 'holder-own' of holder.service session (2 files) was handed over" in verify
-    assert "What runs as PID 1 here has not." in verify
-
-
-def test_metrics(story: Story) -> None:
-    """Of a kernel that runs, as `verify` judges it."""
-    lines = story.text["metrics"].splitlines()
-    assert "khoscope_kho_enabled 1" in lines
-    assert 'khoscope_luo_sessions{direction="incoming"} 2' in lines
-    assert 'khoscope_luo_files{direction="incoming"} 6' in lines
-    orphaned = 'khoscope_findings{about="kexec",rule="orphaned-session",severity="warning"} 2'
-    assert orphaned in lines
-    assert 'khoscope_verdict{about="kexec",verdict="pass"} 1' in lines
-
-
-def test_what_is_in_files(story: Story) -> None:
-    """Byte by byte, from memory that nobody has claimed yet."""
-    for name, (token, size) in CONTENTS.items():
-        assert story.contents[name] == content(token, size), name
-    assert story.recorded == story.contents
-    assert story.mode == "600"
-    stored = fd_stores.fd_stores(json.dumps(story.mapping).encode())
-    assert {(each.unit, each.name) for each in stored.files.values()} == {
-        (unit, name) for unit, names in UNITS.items() for name in names
-    }
-
-
-def test_what_is_refused(story: Story) -> None:
-    assert "no session has such a file: 7" in story.refused["7 --session systemd"]
-    assert "no session has such a file: 0x99" in story.refused["0x99"]
-    assert "/: is not a file" in story.refused["7 --output /"]
