@@ -62,8 +62,14 @@ class NextKernel:
         return self.newer_functions or bool(self.luo)
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether it was read as it is loaded, not from a file."""
+        return self.command_line is not None
+
+    @property
     def in_words(self) -> str:
         """What the kernel is, and what it takes, in one line."""
         form = f"bzImage ({self.compression})" if self.compression else "not compressed"
         takes = [" and ".join(each) for each in (self.kho, self.luo, self.memfd) if each]
-        return f"{self.release}, {form}, {', '.join(takes) or 'no KHO'}"
+        where = "as loaded, " if self.is_loaded else ""
+        return f"{where}{self.release}, {form}, {', '.join(takes) or 'no KHO'}"

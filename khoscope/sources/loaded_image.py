@@ -5,8 +5,8 @@ Read the kexec image that is loaded: the kernel that the next kexec starts, and 
 ``kexec_file_load()`` copies the segments of an image into pages anywhere in memory, and lists these
 in ``struct kimage``; they come to their places on the jump.
 Kernel source: ``kimage_load_segment``, ``kimage_add_entry`` and ``for_each_kimage_entry`` in
-kexec_core.c; what is in the segments: ``bzImage64_load`` in kexec-bzimage64.c of x86, ``image_load``
-in kexec_image.c of arm64, ``of_kexec_alloc_and_setup_fdt`` in drivers/of/kexec.c.
+kexec_core.c.  What is in the segments: ``bzImage64_load`` in kexec-bzimage64.c of x86; of arm64,
+``image_load`` in kexec_image.c, and ``of_kexec_alloc_and_setup_fdt`` in drivers/of/kexec.c.
 """
 
 from __future__ import annotations
@@ -232,6 +232,8 @@ class Contents:
         to = (listed[start] - bits[start]) + (row - start - 1).astype(np.uint64) * self._page
         order = np.argsort(to, kind="stable")
         self._to = to[order]
+        if len(again := np.flatnonzero(self._to[1:] == self._to[:-1])):
+            raise Damaged(f"its list has two pages for {int(self._to[again[0]]):#x}")
         self._from = (listed[row] - bits[row])[order]
 
     def read(self, segment: Segment, offset: int, size: int) -> Iterator[bytes]:
@@ -254,7 +256,7 @@ class Contents:
         """The pages that are for [first, end), which begins with a page."""
         if first % self._memory.page_size or end > 1 << 63:
             raise Damaged(f"a segment is for {segment.mem:#x}")
-        wanted = np.arange(first, end, self._memory.page_size, np.uint64)
+        wanted = np.arange(first, end, self._memory.page_size, dtype=np.uint64)
         if segment.in_place:
             return wanted
         at = int(np.searchsorted(self._to, np.uint64(first)))
@@ -293,9 +295,7 @@ def _only(what: str, found: list[T]) -> T:
     return found[0]
 
 
-def _bzimage(
-    segment: Segment, parameters: bytes, image: Kimage, contents: Contents
-) -> NextKernel:
+def _bzimage(segment: Segment, parameters: bytes, image: Kimage, contents: Contents) -> NextKernel:
     """
     As ``bzImage64_load()`` has it: the ``struct boot_params`` with the image's setup header, and
     the command line behind it; the rest of the image is a segment of its own.

@@ -59,8 +59,6 @@ _WHOLE: Final = {
     },
     "newer_functions": re.compile(rb"(kho_preserve_(?:pages|vmalloc))\0"),
 }
-#: Of these it matters only whether there are any.
-_FLAGS: Final = ("misses_files", "newer_functions")
 #: No match is longer, even with the byte before it.
 _LONGEST: Final = 256
 
@@ -159,17 +157,20 @@ def described(kernel: NextKernel, pieces: Iterable[bytes], hint: str) -> NextKer
     :raises KhoscopeError: if there is none in them, or several; :class:`Damaged` likewise.
     """
     found = _strings(pieces)
-    releases = found.pop("release")
-    misses_files, newer_functions = (bool(found.pop(name)) for name in _FLAGS)
+    releases = found["release"]
     if len(releases) != 1:
         which = " and ".join(releases) or "none"
         raise KhoscopeError(f"{kernel.path}: should have one Linux kernel in it, has {which}", hint)
     return dataclasses.replace(
         kernel,
         release=releases[0],
-        **found,
-        misses_files=misses_files,
-        newer_functions=newer_functions,
+        kho=found["kho"],
+        luo=found["luo"],
+        memfd=found["memfd"],
+        luo_session=found["luo_session"],
+        luo_flb=found["luo_flb"],
+        misses_files=bool(found["misses_files"]),
+        newer_functions=bool(found["newer_functions"]),
     )
 
 
