@@ -619,12 +619,12 @@ class Loading:
         self._read = machine.memory.read
         machine.memory.read = self.read  # type: ignore[method-assign]
 
-    def read(self, phys: int, size: int) -> bytes | None:
-        raw = self._read(phys, size)
+    def read(self, address: int, size: int) -> bytes | None:
+        raw = self._read(address, size)
         variable = self._machine.address("kexec_image") - DATA
         at = int.from_bytes(self._machine.data[variable : variable + 8], "little")
         head = (self._read(at - DIRECT_MAP, 8) or b"")[:8] if at else b""
-        if phys == int.from_bytes(head, "little") - IND_INDIRECTION and self._following:
+        if address == int.from_bytes(head, "little") - IND_INDIRECTION and self._following:
             self._machine.set("kexec_image", self._following.pop(0))
         return raw
 
