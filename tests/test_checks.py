@@ -236,6 +236,18 @@ def next_kernel(*kho: str) -> Report:
     return check(snapshot(FIXED, []), NextKernel("bzImage", "gzip", "7.3", kho))
 
 
+def loaded_next(
+    line: str | None, hands_over: Luo | None = None, ours: str = "kho=on", **changes: Any
+) -> Report:
+    """The report on a kernel that hands this over, and on an image with this command line."""
+    facts = out(luo=hands_over)
+    facts = replace(facts, kernel=replace(facts.kernel, command_line=ours))
+    kernel = NextKernel(
+        *("loaded", "zstd", "7.3", ("kho-v5",), ("luo-v5",), ("memfd-v2",)), command_line=line
+    )
+    return check(facts, replace(kernel, **changes))
+
+
 def crash_image(loaded: bool, kho_fdt: int = 0) -> Report:
     image = KexecImage(loaded, loaded, kho_fdt, 1 << 20 if loaded else 0)
     return check(replace(snapshot(FIXED, []), crash_image=image))
@@ -609,6 +621,18 @@ FIRES: dict[str, list[Fires]] = {
         Fires(lambda: next_kernel("kho-v4"), None, here=True),
         Fires(lambda: next_kernel(), None, here=True),
     ],
+    "next-without-kho": [
+        Fires(lambda: loaded_next("quiet kho=off liveupdate=on"), None),
+        Fires(lambda: loaded_next("kho=on kho=n kho=maybe"), None),
+        Fires(lambda: loaded_next('kho="0" -- kho=on'), None),
+    ],
+    "next-without-liveupdate": [
+        Fires(lambda: loaded_next("kho=on", luo(session())), None),
+        Fires(lambda: loaded_next("kho=on liveupdate=on liveupdate=off", luo(session())), None),
+        Fires(lambda: loaded_next("kho=on liveupdate", luo(session(), session("vm2"))), None),
+        # Sessions may still come.
+        Fires(lambda: loaded_next("kho=on", luo()), None),
+    ],
     "crash-image-with-kho": [Fires(lambda: crash_image(True, 0x2000), 0x2000)],
     "block-too-large": [
         Fires(lambda: one(INT_SIZES, contig(19, phys=0)), 0, 19),
@@ -958,6 +982,26 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
     "image-without-kho": [lambda: image(False), lambda: image(True, 0x2000), lambda: one(FIXED)],
     "no-image": [lambda: image(True), lambda: image(True, 0x2000), lambda: one(FIXED)],
     "image-abi-differs": [lambda: next_kernel("kho-v5"), lambda: one(FIXED)],
+    "next-without-kho": [
+        lambda: loaded_next("kho=on"),
+        lambda: loaded_next("kho=off kho=on"),
+        # Whether it is on by default is not told, which is no error.
+        lambda: loaded_next("quiet"),
+        lambda: loaded_next("quiet -- kho=off"),
+        # A file does not say.
+        lambda: loaded_next(None),
+        # Nothing is taken at all, as image-abi-differs says.
+        lambda: loaded_next("kho=off", kho=("kho-v4",)),
+        lambda: loaded_next("kho=off", kho=()),
+    ],
+    "next-without-liveupdate": [
+        lambda: loaded_next("kho=on liveupdate=1", luo(session())),
+        lambda: loaded_next(None, luo(session())),
+        # This kernel's LUO is off, too.
+        lambda: loaded_next("kho=on"),
+        lambda: loaded_next("kho=on", luo(session()), luo=()),
+        lambda: loaded_next("kho=on", luo(session()), kho=("kho-v4",)),
+    ],
     "crash-image-with-kho": [
         lambda: crash_image(True),
         lambda: crash_image(False),
@@ -1164,6 +1208,7 @@ def test_the_rules_are_those_that_were_asked_for() -> None:
         *("bad-node", "bad-fdt", "abi-not-bumped", "kernel-tainted", "huge-order", "cut-at-node"),
         *("blob-not-preserved", "fdt-nearly-full", "broken-vmalloc", "broken-luo"),
         *("image-without-kho", "no-image", "image-abi-differs", "block-too-large"),
+        *("next-without-kho", "next-without-liveupdate"),
         "orphaned-session",
         "crash-image-with-kho",
         *("phantom-cma", "scratch-unmovable", "scratch-too-small", "kho-unused"),
@@ -1221,6 +1266,42 @@ def test_rule_is_silent(name: str) -> None:
     assert SILENT[name]
     for make in SILENT[name]:
         assert_silent(name, make)
+
+
+@pytest.mark.parametrize(
+    ("line", "ours", "release", "is_told"),
+    [
+        ("kho=on", "kho=on", "7.3", True),
+        ("kho=off", "kho=on", "7.3", True),
+        (None, "kho=on", "7.3", True),
+        ("quiet", "kho=on", "7.3", False),
+        ("", "kho=on", "7.3", False),
+        ("quiet", "quiet", "7.3", False),
+        # This very kernel, which is on without the word.
+        ("quiet", "quiet", "7.2.0-test", True),
+        ("quiet", "kho=on", "7.2.0-test", False),
+        ("quiet", "", "7.2.0-test", False),
+    ],
+)
+def test_a_default_that_no_image_tells(
+    line: str | None, ours: str, release: str, is_told: bool
+) -> None:
+    report = loaded_next(line, ours=ours, release=release)
+    said = [what for what in report.incomplete if "no image tells its default" in what]
+    assert len(said) == (not is_told)
+    assert not said or report.verdict == Verdict.INCOMPLETE
+
+
+def test_which_sessions_nobody_can_retrieve() -> None:
+    def said(*sessions: LuoSession, line: str = "kho=on") -> str:
+        [found] = loaded_next(line, luo(*sessions)).findings
+        return found.message
+
+    missing = "7.3 has no liveupdate=on on its command line: nobody there can retrieve"
+    assert said() == f"{missing} sessions"
+    assert said(session()) == f"{missing} the session"
+    assert said(session(), session("vm2")) == f"{missing} 2 sessions"
+    assert "has liveupdate=n on its" in said(session(), line="kho=on liveupdate=n")
 
 
 @pytest.mark.parametrize("block", [contig(2), split(2), contig(0)])

@@ -81,6 +81,7 @@ def off(command_line: str = "quiet", **more: Any) -> Snapshot:
         ("kho=on", "kho=on on the command line"),
         ("quiet kho=off kho=Y root=/dev/vda", "kho=Y on the command line"),
         ("kho=1", "kho=1 on the command line"),
+        ("kho=enable", "kho=enable on the command line"),
         ("quiet", "CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT"),
         ("xkho=on init=/x kho=maybe", "CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT"),
         ("quiet -- kho=on", "CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT"),
@@ -100,6 +101,7 @@ def test_on(command_line: str, why: str) -> None:
         ("quiet -- kho=on", [], "does not have kho=on"),
         ("kho=on kho=off", [], "kho=off on the command line"),
         ("kho=n", [], "kho=n on the command line"),
+        ("kho=disable", [], "kho=disable on the command line"),
         ("kho=on", [], "its set-up failed"),
         ("", [], "not recorded"),
         (

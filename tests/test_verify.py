@@ -30,6 +30,7 @@ from khoscope.checks import (
 from khoscope.checks.rule import SCOPES
 from khoscope.facts import store
 from khoscope.facts.clients import Claims, Owner, OwnerKind
+from khoscope.facts.next_kernel import NextKernel
 from khoscope.facts.snapshot import Handover, KexecImage, Snapshot
 from khoscope.facts.tree import TreeState
 from khoscope.views.text import WIDTH, Text
@@ -229,6 +230,10 @@ def test_rules_that_run(run: Run, saved: Saved) -> None:
         (["--only", "lost"], "lost needs --before"),
         (["--only", "overlap,wrong-refcounts"], "wrong-refcounts needs --before"),
         (["--only", "image-abi-differs"], "image-abi-differs needs --next"),
+        (["--only", "next-without-kho"], "next-without-kho needs --next"),
+        (["--initrd", "initrd"], "--initrd needs --next"),
+        (["--next", "loaded", "--initrd", "initrd"], "--next loaded knows its own"),
+        (["--next", ""], "it is empty"),
         (["--only", "failed"], "failed is a check of khoscope trace"),
         (["--watch", "1"], "a file does not change"),
         (["--watch", "0"], "not a time to wait"),
@@ -301,6 +306,49 @@ def test_next(run: Run, saved: Saved, tmp_path: Path) -> None:
     image.write_bytes(b"nothing")
     result = run("--snapshot", path, "verify", "--next", image)
     assert (result.status, len(result.err.splitlines())) == (2, 2)
+
+
+AS_LOADED = NextKernel(
+    *("loaded", "zstd", "7.3.4-next", ("kho-v5",), ("luo-v5",), ("memfd-v2",)),
+    command_line="kho=on",
+)
+
+
+def test_a_snapshot_does_not_hold_the_loaded_image(run: Run, saved: Saved) -> None:
+    for more in ([], ["--before", saved(BEFORE)]):
+        result = run("--snapshot", saved(BEFORE), "verify", "--next", "loaded", *more)
+        result.refused("a snapshot does not hold the image that was loaded", "name its FILE")
+        assert result.out == ""
+
+
+def test_a_file_named_loaded(
+    run: Run, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loaded").write_bytes(elf([TEXT]))
+    path = saved(snapshot(FIXED, [GOOD]))
+    monkeypatch.chdir(tmp_path)
+    result = run("--snapshot", path, "verify", "--next", "./loaded", "--json")
+    assert (result.status, result.document["next"]["release"]) == (0, "7.2.12-test")
+    assert result.document["next"]["command_line"] is None
+
+
+@pytest.mark.parametrize("line", ["root=/dev/vda kho=on \033[31m", ""])
+def test_next_loaded(run: Run, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    """What it says of the image, whatever is on the command line."""
+    kernel = Kernel([snapshot(FIXED, [GOOD]), snapshot(FIXED, [GOOD])])
+    kernel.images = [replace(AS_LOADED, command_line=line)] * 2
+    monkeypatch.setattr("khoscope.commands.common.kernel", lambda args, progress: kernel)
+    status = 0 if line else 3
+    result = run("verify", "--next", "loaded")
+    assert (result.status, result.err) == (status, "")
+    assert "next kernel: as loaded, 7.3.4-next, bzImage (zstd), kho-v5, luo-v5" in result.out
+    shown = "root=/dev/vda kho=on \\x1b[31m" if line else "empty"
+    assert f"\n  its command line: {shown}\n" in result.out
+    result = run("verify", "--next", "loaded", "--json")
+    assert result.status == status
+    assert result.document["next"]["command_line"] == line
+    # Nothing is loaded any more.
+    run("verify", "--next", "loaded").refused("no kexec image is loaded")
 
 
 # Owners
@@ -436,9 +484,18 @@ class Kernel:
     """A kernel that is in another state each time; then somebody presses Ctrl-C."""
 
     def __init__(self, states: Iterable[Snapshot | type[BaseException]]) -> None:
-        self._states = iter(states)
+        self.states(*states)
+        self.images: list[NextKernel] = []
         self.waited: list[float] = []
         self.before: Snapshot | None = None
+
+    def states(self, *states: Snapshot | type[BaseException]) -> None:
+        self._states = iter(states)
+
+    def loaded_image(self) -> NextKernel:
+        if not self.images:
+            raise KhoscopeError("no kexec image is loaded", "load the next kernel")
+        return self.images.pop(0)
 
     def judge(
         self, use: Callable[[Snapshot, Snapshot | None], Report], before: Snapshot | None = None
@@ -456,14 +513,29 @@ Watch = Callable[..., tuple[Kernel, Result]]
 @pytest.fixture
 def watch(run: Run, monkeypatch: pytest.MonkeyPatch) -> Watch:
     def watch(
-        states: Iterable[Snapshot | type[BaseException]], *words: object
+        states: Iterable[Snapshot | type[BaseException]],
+        *words: object,
+        images: Iterable[NextKernel] = (),
     ) -> tuple[Kernel, Result]:
         kernel = Kernel(states)
+        kernel.images += images
         monkeypatch.setattr("khoscope.commands.common.kernel", lambda args, progress: kernel)
         monkeypatch.setattr("time.sleep", kernel.waited.append)
         return kernel, run("verify", "--watch", "2.5", *words)
 
     return watch
+
+
+def test_watch_reads_the_loaded_image_each_time(watch: Watch) -> None:
+    off = replace(AS_LOADED, command_line="kho=off")
+    images = [AS_LOADED, off, off, AS_LOADED]
+    _, result = watch([at(n, GOOD) for n in range(1, 6)], "--next", "loaded", images=images)
+    # Then it is unloaded.
+    assert result.err.splitlines()[0] == "khoscope: no kexec image is loaded"
+    assert result.status == 2
+    changes = [line for line in result.out.splitlines() if re.match(r"  [+-] ", line)]
+    assert ["next-without-kho" in line for line in changes] == [True, True]
+    assert [line[2] for line in changes] == ["+", "-"]
 
 
 def at(second: int, *blocks: Block, **more: Any) -> Snapshot:

@@ -21,7 +21,8 @@ CLOSING: Final = frozenset({"no-image", "orphaned-session", "scratch-too-small"}
 
 def untold(facts: Snapshot, next_kernel: NextKernel | None) -> Iterator[str]:
     """What a gate has to know, and does not."""
-    if next_kernel is None:
+    # Of an image that is missing, no-image speaks.
+    if next_kernel is None and (facts.image is None or facts.image.loaded):
         yield "whether the next kernel takes what is handed over is not known: name it (--next)"
     if not _sessions(facts):
         return

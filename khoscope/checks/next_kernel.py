@@ -15,8 +15,10 @@ from ..abi.kho_fdt import compatibles_of
 from ..abi.serialized import LUO
 from ..facts.clients import Luo
 from ..facts.columns import Blocks
+from ..facts.command_line import switched
 from ..facts.next_kernel import NextKernel
 from ..facts.snapshot import Snapshot
+from ..facts.status import kho_parameter
 from .blocks import too_large
 from .rule import Marked, Message, Severity, rule
 
@@ -28,7 +30,7 @@ _NOTHING_IS_TAKEN = """
     kho_populate() in the next kernel compares the whole of the root FDT's compatible. With another
     one it says in its log that the FDT is incompatible, and boots as after a cold start: all
     preserved memory is reused, LUO's state as well. Kexec into a kernel that takes what this one
-    hands over. It needs kho=on on its command line, which no image tells.
+    hands over. It needs kho=on on its command line, which no image tells: --next loaded looks.
     """
 _PANICS = """
     luo_early_startup() in the next kernel looks at LUO's state early in the boot, even without
@@ -72,13 +74,13 @@ _GARBAGE = """
     a word. Kernels compare the whole of a compatible, also of one that names common structures,
     like kho-v4;radix-v1. Bitmaps of 512 bytes (Linux 6.16 to 6.17.8) and of a page are both called
     kho-v1, and a kernel takes the one for the other. Kexec into a kernel that takes what this one
-    hands over. It needs kho=on on its command line, which no image tells.
+    hands over. It needs kho=on on its command line, which no image tells: --next loaded looks.
     """,
     kernel="kho_populate deserialize_bitmap luo_early_startup luo_session_deserialize",
 )
 def image_abi_differs(facts: Snapshot, kernel: NextKernel) -> Iterator[Message]:
     """The next kernel takes another KHO, LUO or memfd ABI than this one hands over."""
-    fdt, luo = facts.outgoing.fdt, facts.outgoing.luo
+    luo = facts.outgoing.luo
     nothing = _Effect("it boots as if nothing was handed over", _NOTHING_IS_TAKEN)
     yield from _compare(kernel, "KHO", kernel.kho, _compatible(facts), nothing, nothing)
     if _reads_bitmaps(facts, kernel) and kernel.has_page_bitmaps and not _page_bitmaps(facts):
@@ -91,7 +93,7 @@ def image_abi_differs(facts: Snapshot, kernel: NextKernel) -> Iterator[Message]:
     if not _is_taken(facts, kernel):
         # The next kernel does not get far enough to look at anything else.
         return
-    if luo is None and not any(subtree.name == LUO for subtree in fdt.subtrees):
+    if not _hands_over_luo(facts):
         return
     compatible = luo.compatible if luo else None
     without = _Effect(
@@ -105,8 +107,77 @@ def image_abi_differs(facts: Snapshot, kernel: NextKernel) -> Iterator[Message]:
     yield from _files(luo, kernel)
 
 
+@rule(
+    "next-without-kho",
+    Severity.ERROR,
+    "next",
+    """
+    Even without KHO the next kernel reserves all that it is handed (kho_populate()). LUO gives up
+    then, and so does every client that asks kho_is_enabled(): nobody retrieves the memory, and it
+    is lost with the boot after that. Only reserve_mem= finds its own again. That kernel hands over
+    nothing itself. The last kho= of a command line counts. Load the image again, with kho=on:
+    kexec -s -l IMAGE --reuse-cmdline takes this kernel's command line.
+    """,
+    kernel="kho_parse_enable kho_is_enabled kho_populate luo_early_startup",
+)
+def next_without_kho(facts: Snapshot, kernel: NextKernel) -> Iterator[Message]:
+    """The command line of the image that is loaded switches KHO off (--next loaded)."""
+    asked = kho_parameter(kernel.command_line or "")
+    if asked is not None and not asked[1] and _is_taken(facts, kernel):
+        yield Message(
+            f"{kernel.release} has {asked[0]} on its command line: it reserves what it is handed, "
+            "and its clients leave it there"
+        )
+
+
+@rule(
+    "next-without-liveupdate",
+    Severity.ERROR,
+    "next",
+    """
+    LUO is off unless the command line says liveupdate=on. The next kernel reserves what the
+    sessions preserve, but it has no /dev/liveupdate: nobody can retrieve them, and they are lost
+    with the boot after that. Sessions may come late: systemd makes its own right before the kexec.
+    Load the image again, with liveupdate=on, or boot this kernel without it if no session is to be
+    handed over.
+    """,
+    kernel="early_liveupdate_param luo_early_startup liveupdate_ioctl_init",
+)
+def next_without_liveupdate(facts: Snapshot, kernel: NextKernel) -> Iterator[Message]:
+    """This kernel hands over LUO's sessions, and LUO is off in the next one (--next loaded)."""
+    if kernel.command_line is None or not kernel.luo or not _is_taken(facts, kernel):
+        return
+    asked = switched(kernel.command_line, "liveupdate")
+    if not _hands_over_luo(facts) or (asked is not None and asked[1]):
+        return
+    has = f"{asked[0]} on its" if asked else "no liveupdate=on on its"
+    luo = facts.outgoing.luo
+    count = len(luo.sessions) + luo.left_out if luo else 0
+    what = {0: "sessions", 1: "the session"}.get(count, f"{count:,} sessions")
+    yield Message(f"{kernel.release} has {has} command line: nobody there can retrieve {what}")
+
+
 def untold(facts: Snapshot, kernel: NextKernel) -> Iterator[str]:
-    """What an image does not tell of kernels that are all called kho-v1, and differ."""
+    """What the next kernel's image does not tell."""
+    yield from _default(facts, kernel)
+    yield from _alike(facts, kernel)
+
+
+def _default(facts: Snapshot, kernel: NextKernel) -> Iterator[str]:
+    """Whether KHO is on if nobody says so (``CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT``)."""
+    line, ours = kernel.command_line, facts.kernel.command_line
+    if line is None or kho_parameter(line) is not None or not _is_taken(facts, kernel):
+        return
+    is_default = facts.kho_enable and ours and kho_parameter(ours) is None
+    if not is_default or kernel.release != facts.kernel.release:
+        yield (
+            f"whether KHO is on in {kernel.release} cannot be told: no image tells its default, "
+            "and its command line does not have kho=on; load it again with that"
+        )
+
+
+def _alike(facts: Snapshot, kernel: NextKernel) -> Iterator[str]:
+    """What differs in kernels that are all called kho-v1."""
     if not _reads_bitmaps(facts, kernel):
         return
     if not kernel.has_page_bitmaps:
@@ -151,6 +222,12 @@ _PANIC = _Effect("the next kernel panics", _PANICS)
 def _is_taken(facts: Snapshot, kernel: NextKernel) -> bool:
     """Whether the next kernel takes what is handed over, as far as its image tells."""
     return _compatible(facts) in kernel.kho
+
+
+def _hands_over_luo(facts: Snapshot) -> bool:
+    """Whether this kernel hands over LUO's state, of sessions or of none."""
+    subtrees = facts.outgoing.fdt.subtrees
+    return facts.outgoing.luo is not None or any(each.name == LUO for each in subtrees)
 
 
 def _compatible(facts: Snapshot) -> str | None:

@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import checks
 from ..carry import systemd
 from ..facts.metrics import hands_over
-from ..facts.next_kernel import NextKernel
+from ..facts.next_kernel import LOADED, NextKernel
 from ..facts.snapshot import Snapshot
 from ..views import documents
 from ..views import gate as gate_view
@@ -27,6 +29,9 @@ from ..words.errors import KhoscopeError
 from . import common
 from .checks import rule_name
 
+if TYPE_CHECKING:
+    from ..sources.kernel import KernelSource
+
 
 def add(verify: argparse.ArgumentParser) -> None:
     verify.description = """\
@@ -37,6 +42,7 @@ kexec. In the new kernel, with --before, say whether everything arrived."""
 examples:
   khoscope verify                              is it safe to kexec?
   khoscope verify --next /boot/vmlinuz-7.2.1   is it safe into this kernel?
+  khoscope verify --next loaded                and into the one that is loaded?
   khoscope verify --fail-on warning --skip kernel-tainted
   khoscope verify --only blob-not-preserved,broken-vmalloc
   khoscope verify --watch 10                   print what changes, until Ctrl-C
@@ -51,15 +57,16 @@ khoscope found nothing wrong, but could not see everything"""
     verify.add_argument(
         "--next",
         metavar="FILE",
-        type=common.path,
+        type=common.given,
         help="compare with the kernel that you are going to boot: a bzImage, an arm64 Image, a "
-        "vmlinux, or a directory with one of them. LZ4 and Zstandard images need khoscope[images]",
+        f"vmlinux, or a directory with one of them; {LOADED!r} means the image that is loaded, "
+        "with its command line. LZ4 and Zstandard images need khoscope[images]",
     )
     verify.add_argument(
         "--initrd",
         metavar="FILE",
         type=common.path,
-        help="its initrd: does it fit into scratch, too? (with --next)",
+        help="its initrd: does it fit into scratch, too? (with --next FILE)",
     )
     verify.add_argument(
         "--gate",
@@ -136,6 +143,8 @@ def _refuse(args: argparse.Namespace) -> str | None:
         return "--journal is for one run: leave --watch out"
     if args.initrd and not args.next:
         return "--initrd needs --next"
+    if args.initrd and args.next == LOADED:
+        return "--initrd is for a FILE: --next loaded knows its own"
     possible = _possible(args)
     for name in sorted((args.only or frozenset()) - possible):
         rule = checks.RULES[name]
@@ -154,7 +163,8 @@ def _possible(args: argparse.Namespace) -> frozenset[str]:
     """The rules that can run with the options given."""
     scopes = checks.ONE_KERNEL | (checks.ACROSS if args.before else checks.KEXEC)
     scopes |= checks.GATE if args.gate else set()
-    return frozenset(checks.of_scopes(scopes | (checks.NEXT if args.next else set())))
+    scopes |= checks.NEXT if args.next or args.gate else set()
+    return frozenset(checks.of_scopes(scopes))
 
 
 def _wanted(args: argparse.Namespace, possible: frozenset[str]) -> frozenset[str]:
@@ -172,24 +182,38 @@ def _run(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     started = time.monotonic()
+    if args.next == LOADED and args.snapshot:
+        raise KhoscopeError(
+            "a snapshot does not hold the image that was loaded",
+            "name its FILE after --next, or ask the kernel itself, or a vmcore",
+        )
     before = common.load_before(args)
-    next_kernel = _read_next(args.next, args.initrd) if args.next else None
+    image = _read_next(args) if args.next and args.next != LOADED else None
     closing = args.fail_on.closing | (checks.CLOSING if args.gate else frozenset())
     asked = checks.RuleSelection(_wanted(args, _possible(args)), args.fail_on.severity, closing)
 
-    def report(facts: Snapshot, before: Snapshot | None) -> checks.Report:
+    def report(
+        facts: Snapshot, before: Snapshot | None, following: NextKernel | None
+    ) -> checks.Report:
         if before is None:
-            return checks.check(facts, next_kernel, asked, args.gate)
-        return checks.compare(before, facts, next_kernel, asked)
+            return checks.check(facts, following, asked, args.gate)
+        return checks.compare(before, facts, following, asked)
+
+    def judge(source: KernelSource) -> tuple[Snapshot, _Judged]:
+        following, unread = _following(args, source, image)
+        use = functools.partial(report, following=following)
+        facts, found = source.judge(use, before, args.gate)
+        if not found.counts["no-image"]:
+            found.incomplete += unread
+        return facts, _Judged(found, following)
 
     if args.watch:
-        return _watch(args, before, next_kernel, report)
+        return _watch(args, judge)
 
-    facts, found = common.used(
-        args,
-        lambda facts: report(facts, before),
-        lambda source: source.judge(report, before, args.gate),
+    facts, judged = common.used(
+        args, lambda facts: _Judged(report(facts, before, image), image), judge
     )
+    found, next_kernel = judged.report, judged.next_kernel
     came = None if before is None else checks.came_back(before, facts)
     over = hands_over(facts) if args.gate else None
     seconds = time.monotonic() - started
@@ -211,18 +235,41 @@ def _verify(args: argparse.Namespace) -> int:
     return common.judged(found)
 
 
-def _read_next(path: Path, initrd: Path | None) -> NextKernel:
+@dataclass(frozen=True)
+class _Judged:
+    """A report, and the kernel that it takes for the next one."""
+
+    report: checks.Report
+    next_kernel: NextKernel | None
+
+
+def _following(
+    args: argparse.Namespace, source: KernelSource, image: NextKernel | None
+) -> tuple[NextKernel | None, list[str]]:
+    """
+    The next kernel, if it is known, and why it is not.
+
+    A gate asks for what is loaded, and says what else is wrong if that cannot be told.
+    """
+    if args.next == LOADED:
+        return source.loaded_image(), []
+    if args.gate and image is None:
+        try:
+            return source.loaded_image(), []
+        except KhoscopeError as error:
+            return None, [error.what]
+    return image, []
+
+
+def _read_next(args: argparse.Namespace) -> NextKernel:
     from ..sources.next_kernel import read_image, with_initrd
 
-    kernel = read_image(path)
-    return with_initrd(kernel, initrd) if initrd else kernel
+    kernel = read_image(Path(args.next))
+    return with_initrd(kernel, args.initrd) if args.initrd else kernel
 
 
 def _watch(
-    args: argparse.Namespace,
-    before: Snapshot | None,
-    next_kernel: NextKernel | None,
-    report: Callable[[Snapshot, Snapshot | None], checks.Report],
+    args: argparse.Namespace, judge: Callable[[KernelSource], tuple[Snapshot, _Judged]]
 ) -> int:
     """Run the checks again and again, until Ctrl-C or until the kernel cannot be read any more."""
     view = watch_view.Lines(sys.stdout) if args.json else watch_view.Watch(sys.stdout, args.limit)
@@ -231,9 +278,10 @@ def _watch(
     last: checks.Report | None = None
     try:
         while True:
-            facts, now = source.judge(report, before)
+            facts, judged = judge(source)
+            now = judged.report
             if last is None:
-                view.start(facts, now, next_kernel)
+                view.start(facts, now, judged.next_kernel)
             elif changes := checks.changes(last, now):
                 view.changed(facts.taken, now, changes)
             last = now

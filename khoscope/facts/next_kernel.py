@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Facts about the kernel that is to be booted next, from its image alone."""
+"""Facts about the kernel that is to be booted next: from its image, or as it is loaded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+#: In place of a file's name: the image that is loaded in the kernel's memory.
+LOADED: Final = "loaded"
 
 
 @dataclass(frozen=True)
@@ -14,7 +18,7 @@ class NextKernel:
     For each kind of ``compatible``, these are all that the image contains: one if the kernel takes
     such a handover, none if it was built without, several if khoscope cannot tell which it takes.
 
-    :param path: the image; for a directory, the image that was found in it.
+    :param path: the image; for a directory, the image that was found in it; LOADED.
     :param compression: of a bzImage's payload; None: a vmlinux, or an arm64 Image.
     :param release: ``UTS_RELEASE``.
     :param kho: ``KHO_FDT_COMPATIBLE``.
@@ -29,7 +33,8 @@ class NextKernel:
     :param size: bytes that it takes in one piece while it starts: ``init_size`` of a bzImage,
         ``image_size`` of an arm64 Image; of a vmlinux what it takes at least; None: it does not
         say.
-    :param initrd: bytes of the initrd that goes with it; None: none was named.
+    :param initrd: bytes of the initrd that goes with it; None: none does, or none was named.
+    :param command_line: that it will be booted with; None: an image in a file does not say.
     """
 
     path: str
@@ -44,6 +49,7 @@ class NextKernel:
     newer_functions: bool = False
     size: int | None = None
     initrd: int | None = None
+    command_line: str | None = None
 
     @property
     def has_page_bitmaps(self) -> bool:
@@ -56,8 +62,14 @@ class NextKernel:
         return self.newer_functions or bool(self.luo)
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether it was read as it is loaded, not from a file."""
+        return self.command_line is not None
+
+    @property
     def in_words(self) -> str:
         """What the kernel is, and what it takes, in one line."""
         form = f"bzImage ({self.compression})" if self.compression else "not compressed"
         takes = [" and ".join(each) for each in (self.kho, self.luo, self.memfd) if each]
-        return f"{self.release}, {form}, {', '.join(takes) or 'no KHO'}"
+        where = "as loaded, " if self.is_loaded else ""
+        return f"{where}{self.release}, {form}, {', '.join(takes) or 'no KHO'}"

@@ -16,6 +16,7 @@ from ..words.errors import KhoscopeError
 from ..words.sizes import human
 from . import scratch
 from .columns import Blocks
+from .command_line import switched
 from .snapshot import Side, Snapshot, rows
 from .tree import KeySet
 
@@ -295,15 +296,7 @@ def not_reserved(log: Iterable[str]) -> tuple[str, int | None] | None:
 
 def kho_parameter(command_line: str) -> tuple[str, bool] | None:
     """The last ``kho=`` that ``kstrtobool()`` understands, and what it says; None: none."""
-    # Everything after "--" is for init.
-    words, _, _ = f" {command_line} ".partition(" -- ")
-    asked = None
-    for word in re.findall(r"(?<=\s)kho=\S*", f"{words} "):
-        if re.match(r"kho=([yYtT1]|[oO][nN])", word):
-            asked = word, True
-        elif re.match(r"kho=([nNfF0]|[oO][fF])", word):
-            asked = word, False
-    return asked
+    return switched(command_line, "kho")
 
 
 def _scratch(facts: Snapshot) -> list[Scratch]:

@@ -28,6 +28,7 @@ from ..abi.serialized import KHO_VMALLOC, unpack
 from ..facts.by_address import by_address
 from ..facts.clients import Content, Holders, Owner, OwnerKind
 from ..facts.columns import Blocks, ChunkByChunk, Columns, Leaves
+from ..facts.next_kernel import NextKernel
 from ..facts.page_runs import PageRuns
 from ..facts.snapshot import Kernel, Provenance, Scan, Side, Snapshot, Watched
 from ..facts.status import no_kho
@@ -39,6 +40,7 @@ from .clients import Where, with_clients, with_vm_structs
 from .content import memfd_pieces
 from .follow import ClientWalker
 from .holders import read_holders
+from .loaded_image import read_loaded_image
 from .open import is_this_host
 from .pages import PageLayout, PageReader
 from .probe import Overrides as Overrides
@@ -561,6 +563,18 @@ class KernelSource:
             return None
         parameters = (Parameter(each.name or "", sizeof(each.type)) for each in type_.parameters)
         return Signature(tuple(parameters), type_.type.kind == TypeKind.VOID)
+
+    @told()
+    def loaded_image(self) -> NextKernel:
+        """
+        The kernel that the next kexec starts, from the image that is loaded.
+
+        :raises KhoscopeError: if none is loaded, or it is none that khoscope can read.
+        """
+        reading = self._begin()
+        return read_loaded_image(
+            self.prog, self._parts, reading.ram, reading.read_phys, self._moves
+        )
 
     @told()
     def has_kho(self) -> bool:

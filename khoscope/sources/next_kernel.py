@@ -34,10 +34,10 @@ _PLACES: Final = [
 #: The most images in one directory, and the most different strings of a kind in one image.
 _MANY: Final = 16
 
-#: The boot sector and the setup header up to payload_length, and up to init_size; an ELF header is
+#: The boot sector and the setup header up to init_size, and up to payload_length; an ELF header is
 #: shorter.
-_HEADER: Final = 0x250
-_LONG_HEADER: Final = 0x264
+HEADER: Final = 0x264
+_SHORT_HEADER: Final = 0x250
 
 _HINT: Final = (
     "give a bzImage (vmlinuz), an arm64 Image or a vmlinux, or a directory with one kernel in it"
@@ -59,8 +59,6 @@ _WHOLE: Final = {
     },
     "newer_functions": re.compile(rb"(kho_preserve_(?:pages|vmalloc))\0"),
 }
-#: Of these it matters only whether there are any.
-_FLAGS: Final = ("misses_files", "newer_functions")
 #: No match is longer, even with the byte before it.
 _LONGEST: Final = 256
 
@@ -71,7 +69,7 @@ def read_image(path: Path) -> NextKernel:
 
     :raises KhoscopeError: if there is none, or several, or it is damaged or cannot be read.
     """
-    with _told(path):
+    with told(str(path), _HINT):
         images = _images(path) if path.is_dir() else [path]
     if not images:
         raise KhoscopeError(f"{path}: no kernel image in this directory", _HINT)
@@ -102,17 +100,21 @@ def with_initrd(kernel: NextKernel, path: Path) -> NextKernel:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Turn whatever keeps a file from being read into two lines."""
+def told(name: str, hint: str) -> Iterator[None]:
+    """
+    Turn whatever keeps an image from being read into two lines.
+
+    :param name: of the image, for people.
+    """
     try:
         yield
     except OSError as error:
-        raise KhoscopeError(f"{path}: {error.strerror}", _HINT) from error
+        raise KhoscopeError(f"{name}: {error.strerror}", hint) from error
     except Damaged as error:
-        raise KhoscopeError(f"{path}: no kernel image to read: {error}", _HINT) from error
+        raise KhoscopeError(f"{name}: no kernel image to read: {error}", hint) from error
     except ModuleNotFoundError as error:
         raise KhoscopeError(
-            f"{path}: to unpack it takes the Python package {error.name}",
+            f"{name}: to unpack it takes the Python package {error.name}",
             f"pip install {error.name} (khoscope[images] has all of these), or give the kernel's"
             " vmlinux",
         ) from error
@@ -129,61 +131,93 @@ def _images(directory: Path) -> list[Path]:
 
 
 def _read(path: Path) -> NextKernel:
-    with _told(path), open_file(path, _HINT) as file:
-        start = file.read(_LONG_HEADER)
-        size = _size(start)
+    with told(str(path), _HINT), open_file(path, _HINT) as file:
+        start = file.read(HEADER)
+        size = takes(start)
         pieces: Iterable[bytes]
         if start.startswith(b"\x7fELF"):
             loads = _loads(file, start)
             compression, size = None, _span(loads)
             pieces = (each for load in loads for each in _range(file, load.offset, load.filesz))
-        elif start[0x202:0x206] == b"HdrS":
+        elif is_bzimage(start):
             compression, pieces = decompress(_payload(file, start))
-        elif start[0x38:0x3C] == b"ARM\x64":
+        elif is_arm64(start):
             compression, pieces = None, _whole(file)
         else:
             raise KhoscopeError(f"{path}: no bzImage, no arm64 Image and no vmlinux", _HINT)
-        found = _strings(pieces)
-    releases = found.pop("release")
-    misses_files, newer_functions = (bool(found.pop(name)) for name in _FLAGS)
+        return described(NextKernel(str(path), compression, "", size=size), pieces, _HINT)
+
+
+def described(kernel: NextKernel, pieces: Iterable[bytes], hint: str) -> NextKernel:
+    """
+    A kernel with all that its strings say.
+
+    :param kernel: what is known of it otherwise.
+    :param pieces: the kernel, unpacked.
+    :raises KhoscopeError: if there is none in them, or several; :class:`Damaged` likewise.
+    """
+    found = _strings(pieces)
+    releases = found["release"]
     if len(releases) != 1:
         which = " and ".join(releases) or "none"
-        raise KhoscopeError(f"{path}: should have one Linux kernel in it, has {which}", _HINT)
-    return NextKernel(
-        str(path),
-        compression,
-        releases[0],
-        **found,
-        misses_files=misses_files,
-        newer_functions=newer_functions,
-        size=size,
-        initrd=None,
+        raise KhoscopeError(f"{kernel.path}: should have one Linux kernel in it, has {which}", hint)
+    return dataclasses.replace(
+        kernel,
+        release=releases[0],
+        kho=found["kho"],
+        luo=found["luo"],
+        memfd=found["memfd"],
+        luo_session=found["luo_session"],
+        luo_flb=found["luo_flb"],
+        misses_files=bool(found["misses_files"]),
+        newer_functions=bool(found["newer_functions"]),
     )
 
 
-def _size(start: bytes) -> int | None:
+def is_bzimage(start: bytes) -> bool:
+    """Whether a setup header is there, in a bzImage or in a ``struct boot_params``."""
+    return start[0x202:0x206] == b"HdrS"
+
+
+def is_arm64(start: bytes) -> bool:
+    """Whether an arm64 Image begins so (``struct arm64_image_header``)."""
+    return start[0x38:0x3C] == b"ARM\x64"
+
+
+def takes(start: bytes) -> int | None:
     """Bytes that a kernel takes in one piece while it starts; None: it does not say."""
-    if start[0x202:0x206] == b"HdrS" and len(start) >= _LONG_HEADER:
+    if is_bzimage(start) and len(start) >= HEADER:
         (version,) = struct.unpack_from("<H", start, 0x206)
         # A vmlinux has no such header, and older protocols no init_size.
         return struct.unpack_from("<I", start, 0x260)[0] or None if version >= 0x020A else None
-    if start[0x38:0x3C] == b"ARM\x64":
+    if is_arm64(start):
         return struct.unpack_from("<Q", start, 16)[0] or None
     return None
 
 
-def _payload(file: IO[bytes], start: bytes) -> bytes:
-    """The compressed kernel in a bzImage; `start` has the whole setup header."""
-    if len(start) < _HEADER:
+def payload_at(start: bytes) -> tuple[int, int]:
+    """
+    Where the compressed kernel is in a bzImage's protected-mode part, and how many bytes it has.
+
+    :param start: with the setup header.
+    :raises Damaged: if it does not say.
+    """
+    if len(start) < _SHORT_HEADER:
         raise Damaged("it ends in its header")
     (version,) = struct.unpack_from("<H", start, 0x206)
     if version < 0x0208:
         raise Damaged(f"boot protocol {version:#06x} does not say where the payload is")
-    # setup_sects, where 0 means 4, does not count the boot sector.
-    setup = ((start[0x1F1] or 4) + 1) * 512
     offset, length = struct.unpack_from("<II", start, 0x248)
     if length > LIMIT:
         raise Damaged(f"its payload has {length:,} bytes")
+    return offset, length
+
+
+def _payload(file: IO[bytes], start: bytes) -> bytes:
+    """The compressed kernel in a bzImage."""
+    offset, length = payload_at(start)
+    # setup_sects, where 0 means 4, does not count the boot sector.
+    setup = ((start[0x1F1] or 4) + 1) * 512
     return b"".join(_range(file, setup + offset, length))
 
 

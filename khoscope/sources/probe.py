@@ -94,6 +94,16 @@ _IMAGE: Final = (
     "kexec_image.nr_segments",
     "kexec_image.segment.memsz",
 )
+#: With what else it takes to read the image itself.
+_LOADED_IMAGE: Final = (
+    *_IMAGE,
+    "kexec_image.head",
+    "kexec_image.segment.bufsz",
+    "kexec_image.segment.mem",
+    "kexec_image.start",
+)
+#: Segments that are in their places already (linux 6.17).
+_SEGMENT_CMA: Final = ("kexec_image.segment_cma",)
 _CRASH_IMAGE: Final = tuple(path.replace("kexec_", "kexec_crash_", 1) for path in _IMAGE)
 _LIVEUPDATE: Final = (
     "luo_global.enabled",
@@ -318,6 +328,16 @@ class Parts:
     def image(self) -> bool:
         """``kexec_image``, with the members that concern KHO."""
         return self._has(_IMAGE)
+
+    @cached_property
+    def loaded_image(self) -> bool:
+        """``kexec_image``, with the members that lead to what is in it."""
+        return self._has(_LOADED_IMAGE)
+
+    @cached_property
+    def segment_cma(self) -> bool:
+        """``kexec_image->segment_cma`` (linux 6.17)."""
+        return self._has(_SEGMENT_CMA)
 
     @cached_property
     def crash_image(self) -> bool:

@@ -12,7 +12,7 @@ from . import documents
 from .text import SEVERITY_COLOURS, Text
 
 #: Widths of the columns that hold sentences.
-_SENTENCE, _READS = 25, 19
+_SENTENCE, _READS = 23, 18
 
 
 class Checks(Text):

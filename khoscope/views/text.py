@@ -258,6 +258,9 @@ class Text:
         self.header(facts)
         if next_kernel is not None:
             self.wrapped(f"next kernel: {next_kernel.in_words}", "  ", "")
+            if next_kernel.command_line is not None:
+                line = next_kernel.command_line or "empty"
+                self.wrapped(f"its command line: {line}", "    ", "  ")
         if report.blocks or not report.left_out:
             self.line(f"{report.blocks:,} outgoing blocks checked")
         if report.fates is not None:

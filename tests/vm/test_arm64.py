@@ -53,6 +53,8 @@ class Story:
     root: int = 0
     folios: set[tuple[int, int]] = field(default_factory=set)
     console: str = ""
+    #: Of the kernel that is loaded.
+    command_line: str = ""
 
     def __post_init__(self) -> None:
         shift, self.depth, self.order_0, self.stored, self.type_bit = GEOMETRY[self.kernel]
@@ -94,7 +96,8 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         gc.collect()
         say("no image", "verify", status=wrong)
         story.answers["memfd"] = machine.ask("memfd", str(MEMFD))
-        story.answers["load"] = machine.ask("load", machine.command_line(2))
+        story.command_line = machine.command_line(2)
+        story.answers["load"] = machine.ask("load", story.command_line)
         for name in ("tree", "fdt", "luo", "status", "owners", "scratch"):
             say(name, name, *(("--limit", "0") if name in ("tree", "owners") else ()))
         for each in kernel.chosen(arm64.NAMES):
@@ -103,6 +106,7 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             same = kernel.ARM64[each][0] == kernel.ARM64[story.kernel][0]
             image = str(found.share / "Image")
             say(f"into {each}", "verify", "--next", image, status=wrong if same else 1)
+        say("into what is loaded", "verify", "--next", "loaded", status=wrong)
         host(*qemu, "snapshot", str(before))
         machine.kexec()
         say("after", "verify", "--before", str(before), status=wrong)
@@ -235,6 +239,18 @@ def test_next_kernels(story: Story) -> None:
         found = story.seen[f"into {name}"]
         same = kernel.ARM64[name][0] == kernel.ARM64[story.kernel][0]
         assert ("image-abi-differs" in rules(found)) != same
+
+
+def test_the_image_that_is_loaded(story: Story) -> None:
+    """The same as the Image says, with the command line that it is given in a device tree."""
+    loaded, image = story.seen["into what is loaded"], story.seen[f"into {story.kernel}"]
+    assert loaded["next"]["command_line"] == story.command_line
+    assert loaded["next"]["initrd"] > 0
+    assert {**loaded["next"], "path": "", "command_line": None, "initrd": None} == {
+        **image["next"],
+        "path": "",
+    }
+    assert rules(loaded) == rules(image)
 
 
 def test_the_other_side(story: Story) -> None:

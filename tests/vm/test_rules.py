@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.vm.test_khoscope import COST, guest, host
+from tests.vm.test_khoscope import COST, guest, host, khoscope
 from vm.exercise import Damage, Exercise, Piece
 from vm.kernel import find
 from vm.luo import Memfd, hold, retrieve
@@ -219,6 +219,63 @@ def test_the_next_kernel_takes_something_else(fixed: Look, kernel: str) -> None:
 def test_the_next_kernel_takes_it(fixed: Look) -> None:
     text = guest(fixed.machine, "verify", "--next", "/kernel/bzImage")
     assert text.splitlines()[-1] == "PASS: safe to kexec (0 errors, 1 warning)"
+
+
+def test_the_image_that_is_loaded(fixed: Look) -> None:
+    """In the guest and from its host: what the file says, and the command line."""
+    machine = fixed.machine
+    machine.load_kexec(append='dyndbg="file kho.c +p" x=1')
+    line = " ".join(machine.command_line()).replace("khoscope.boot=1", "khoscope.boot=2")
+    text = guest(machine, "verify", "--next", "loaded")
+    release = machine.kernel.release
+    said = " ".join(text.split())
+    assert f"next kernel: as loaded, {release}, bzImage (zstd), kho-v5, luo-v5, memfd-v2" in said
+    assert f'its command line: {line} dyndbg="file kho.c +p" x=1 ' in said
+    assert text.splitlines()[-1] == "PASS: safe to kexec (0 errors, 1 warning)"
+    image = fixed.ask("verify", "--next", str(machine.kernel.share / "bzImage"))
+    loaded = fixed.ask("verify", "--next", "loaded")
+    assert loaded["next"].pop("command_line") == f'{line} dyndbg="file kho.c +p" x=1'
+    assert image["next"].pop("command_line") is None
+    assert loaded["next"].pop("path") == "loaded"
+    assert image["next"].pop("path").endswith("/bzImage")
+    assert loaded["next"] == image["next"]
+    assert (loaded["findings"], loaded["verdict"]) == (image["findings"], image["verdict"])
+    machine.load_kexec()
+
+
+def test_its_initrd(fixed: Look) -> None:
+    machine = fixed.machine
+    words = "truncate -s 12345678 initrd; kexec -s -l /kernel/bzImage --initrd=initrd"
+    machine.run(f"{words} --command-line='kho=on liveupdate=on'; rm initrd", check=True)
+    assert fixed.ask("verify", "--next", "loaded")["next"]["initrd"] == 12_345_678
+    machine.load_kexec()
+
+
+def test_what_its_command_line_switches_off(fixed: Look) -> None:
+    machine = fixed.machine
+    held = hold(machine, "vm", {1: Memfd(PAGE)})
+    machine.load_kexec(append="kho=off liveupdate=0")
+    text = host(*fixed.source, "verify", "--next", "loaded", status=1)
+    assert text.splitlines()[-1].startswith("FAIL: not safe to kexec: next-without-kho (2 errors")
+    findings = fixed.verify("--next", "loaded", status=1)
+    assert rules(findings) == {"next-without-kho", "next-without-liveupdate"}
+    assert "has kho=off on its command line" in said(findings, "next-without-kho")
+    assert said(findings, "next-without-liveupdate").endswith("can retrieve the session")
+    # Nobody says so, and whether it is on by default no image tells.
+    machine.run("kexec -s -l /kernel/bzImage --command-line=liveupdate=on", check=True)
+    found = fixed.ask("verify", "--next", "loaded", status=3)
+    assert [f for f in found["findings"] if f["rule"] not in COST] == []
+    (told,) = found["incomplete"]
+    assert "no image tells its default" in told
+    held.let_go()
+    machine.run("kexec -u", check=True)
+    result = khoscope(*fixed.source, "verify", "--next", "loaded")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("khoscope: no kexec image is loaded\n")
+    # The program that has loaded it made the same segments; it hands nothing over.
+    machine.load_kexec(handover=False)
+    assert rules(fixed.verify("--next", "loaded", status=1)) == {"image-without-kho"}
+    machine.load_kexec()
 
 
 def test_without_its_debugging_kho_takes_scratch() -> None:

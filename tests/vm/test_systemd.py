@@ -13,11 +13,9 @@ from typing import Any
 
 import pytest
 
-from khoscope.facts import fd_stores
 from tests.vm.test_khoscope import guest, host, khoscope
 from vm import kernel as kernels
 from vm import systemd
-from vm.content import content
 from vm.machine import Machine
 
 #: Of each service, the words of vm/keeper.py: names, tokens of the content and sizes.
@@ -53,7 +51,9 @@ CONTENTS = {
     "8": (8, 1),
 }
 #: A file system that is full.
-FULL = "mkdir -p /mnt/full && mount -t tmpfs -o size=4k tmpfs /mnt/full && ! cat /dev/zero >/mnt/full/all"
+FULL = """\
+mkdir -p /mnt/full && mount -t tmpfs -o size=4k tmpfs /mnt/full && ! cat /dev/zero >/mnt/full/all
+"""
 
 
 @dataclass
@@ -156,12 +156,13 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         # As it should be.
         machine.load_kexec()
         machine.run("systemctl start khoscope-carry", check=True, timeout=300)
-        story.gates["ready"] = gate(machine, "--next", "/kernel/bzImage")
+        story.gates["ready"] = gate(machine)
         story.gate_journal = systemd.journal(machine)
-        if (other := kernels.find("7.1-base")) is not None:
-            image = ("--next", str(other.share / "bzImage"))
-            asked = khoscope(*machine.source, "verify", "--gate", *image)
-            story.gates["another ABI"] = asked.returncode, asked.stdout
+        other = kernels.find("7.2-base")
+        assert other is not None, "it is one of all kernels"
+        image = ("--next", str(other.share / "bzImage"))
+        asked = khoscope(*machine.source, "verify", "--gate", *image)
+        story.gates["another ABI"] = asked.returncode, asked.stdout
         machine.execute_kexec(systemd.KEXEC)
         story.well = booted(machine)
 
@@ -176,7 +177,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         machine.load_kexec()
         story.gates["killed"] = gate(machine, "--next", "/kernel/bzImage")
         story.killed = machine.run("systemctl --failed --plain --no-legend").stdout
-        machine.run("systemctl reset-failed; systemctl start khoscope-carry", check=True, timeout=300)
+        machine.run(
+            "systemctl reset-failed; systemctl start khoscope-carry", check=True, timeout=300
+        )
         machine.execute_kexec(systemd.KEXEC)
         story.badly = booted(machine)
         machine.run(FULL, check=True)
@@ -208,4 +211,272 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         for words in ("7 --session systemd", "0x99", "7 --output /"):
             asked = khoscope(*machine.source, "luo", "--content", *words.split())
             story.refused[words] = asked.stderr
+
+        # Something was to come here, and KHO is off.
+        machine.load_kexec(append=f"khoscope.init={systemd.INIT} kho=off")
+        asked = khoscope(*machine.source, "verify", "--gate")
+        story.gates["KHO off"] = asked.returncode, asked.stdout
+        machine.execute_kexec()
+        story.off = booted(machine)
     return story
+
+
+def sessions(document: dict[str, Any], side: str = "incoming") -> dict[str, Any]:
+    return {session["name"]: session for session in document[side]["sessions"]}
+
+
+def by_rule(journal: list[dict[str, Any]], rule: str) -> list[dict[str, Any]]:
+    """The findings of a rule."""
+    return [each for each in journal if each.get("KHOSCOPE_RULE") == rule and "VERDICT" not in each]
+
+
+def verdicts(journal: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What each verdict is about, and which it is."""
+    return [
+        (each.get("KHOSCOPE_ABOUT", ""), each["KHOSCOPE_VERDICT"])
+        for each in journal
+        if "KHOSCOPE_VERDICT" in each
+    ]
+
+
+def came(journal: list[dict[str, Any]], kind: str) -> dict[str, set[str]]:
+    """What came back to services (``CAME``), did not (``LOST``), or waits (``WAITS``)."""
+    found: dict[str, set[str]] = {}
+    for each in journal:
+        if (names := each.get(f"KHOSCOPE_FD_{kind}")) is not None:
+            found[each["OBJECT_SYSTEMD_UNIT"]] = {names} if isinstance(names, str) else {*names}
+    return found
+
+
+# -- the gate ---------------------------------------------------------------------------------
+
+
+def test_gate_that_is_closed(story: Story) -> None:
+    status, text = story.gates["nothing is ready"]
+    assert status == 1
+    assert re.search(r"^image +NO +no-image: ", text, re.MULTILINE)
+    assert re.search(r"^carried +NO +nothing-carried: ", text, re.MULTILINE)
+    assert re.search(r"^sessions +ok ", text, re.MULTILINE)
+    assert text.splitlines()[-1].startswith("GATE CLOSED: do not kexec: ")
+    assert "(2 reasons)" in text
+
+
+def test_gate_that_is_open(story: Story) -> None:
+    status, text = story.gates["ready"]
+    assert status == 0, text
+    assert "GATE OPEN: the kexec may come" in text
+    assert "of holder.service, keeper.service; systemctl kexec adds 3 memfds" in " ".join(
+        text.split()
+    )
+    assert re.search(r"^it took [0-9.]+ s$", text, re.MULTILINE)
+    assert "next kernel: " in text
+
+
+def test_gate_in_the_journal(story: Story) -> None:
+    """Entries of their own for each reason, and what would be handed over in numbers."""
+    assert verdicts(story.gate_journal) == [("gate", "fail"), ("gate", "pass")]
+    (carried,) = by_rule(story.gate_journal, "nothing-carried")[:1]
+    assert (carried["KHOSCOPE_QUESTION"], carried["PRIORITY"]) == ("carried", "3")
+    last = story.gate_journal[-1]
+    assert (last["PRIORITY"], last["KHOSCOPE_SESSIONS"], last["KHOSCOPE_FILES"]) == ("5", "2", "3")
+    assert int(last["KHOSCOPE_BYTES"]) > 300_000
+    assert int(last["KHOSCOPE_BLOCKS"]) > 0
+    assert float(last["KHOSCOPE_SECONDS"]) > 0
+    assert last["MESSAGE"].startswith("GATE OPEN: ")
+
+
+def test_gate_before_an_image_of_another_abi(story: Story) -> None:
+    status, text = story.gates["another ABI"]
+    assert status == 1
+    assert re.search(r"^image +NO +image-abi-differs: ", text, re.MULTILINE)
+
+
+def test_gate_before_a_kernel_with_kho_off(story: Story) -> None:
+    """What is loaded says so itself, by its command line."""
+    status, text = story.gates["KHO off"]
+    assert status == 1
+    assert re.search(r"^image +NO +next-without-kho: ", text, re.MULTILINE)
+
+
+def test_gate_when_carry_was_killed(story: Story) -> None:
+    status, text = story.gates["killed"]
+    assert status == 1
+    assert "GATE CLOSED: do not kexec: nothing-carried (1 reason)" in text
+    assert "khoscope-carry.service" in story.killed
+
+
+def test_gate_tells_what_systemd_will_close(story: Story) -> None:
+    """That is no reason to stay: the service's author has not asked for more."""
+    said = by_rule(story.well.journal + story.badly.journal, "store-not-kept")
+    text = story.gates["killed"][1]
+    assert not said
+    assert "careless.service: cache: FileDescriptorStorePreserve=restart" in " ".join(text.split())
+
+
+# -- the proof --------------------------------------------------------------------------------
+
+
+def test_all_went_well(story: Story) -> None:
+    """Services, journal, systemd and metrics say the same."""
+    boot = story.well
+    keeper, holder = boot.back["keeper"], boot.back["holder"]
+    assert {name: (file["size"], file["same"]) for name, file in keeper.items()} == {
+        "ring": (70000, True),
+        "state": (4096, True),
+    }
+    assert holder["state"]["same"]
+    assert {token: (f["size"], f["same"]) for token, f in holder["session"].items()} == {
+        "7": (300000, True),
+        "8": (1, True),
+    }
+    assert (boot.state, boot.failed) == ("active", False)
+    assert verdicts(boot.journal) == [("arrival", "pass")]
+    assert came(boot.journal, "CAME") == {
+        "keeper.service": {"ring", "state"},
+        "holder.service": {"session", "state"},
+    }
+    assert not came(boot.journal, "LOST")
+    assert not came(boot.journal, "WAITS")
+    assert int(boot.journal[-1]["KHOSCOPE_RELEASED"]) > 0
+    assert 'khoscope_verdict{about="arrival",verdict="pass"} 1' in boot.metrics.splitlines()
+    assert "holder.service: session, state came back; it is active (running)" in boot.of_holder
+
+
+def test_much_went_wrong(story: Story) -> None:
+    boot = story.badly
+    assert (boot.state, boot.failed) == ("failed", True)
+    assert verdicts(boot.journal)[0] == ("arrival", "fail")
+    assert came(boot.journal, "CAME")["keeper.service"] == {"ring", "state"}
+    assert came(boot.journal, "WAITS") == {"holder.service": {"session", "state"}}
+    assert 'khoscope_verdict{about="arrival",verdict="fail"} 1' in boot.metrics.splitlines()
+
+
+def test_a_service_that_did_not_start_again(story: Story) -> None:
+    (found,) = by_rule(story.badly.journal, "stored-fd-waits")
+    assert found["OBJECT_SYSTEMD_UNIT"] == "holder.service"
+    assert found["PRIORITY"] == "3"
+    said = "holder.service has not taken session, state; it is inactive (dead)"
+    assert said in found["MESSAGE"]
+    # Whoever asks about the unit finds it.
+    assert said in story.badly.of_holder
+
+
+def test_a_session_that_nobody_asked_for(story: Story) -> None:
+    (found,) = by_rule(story.badly.journal, "orphaned-session")
+    assert found["OBJECT_SYSTEMD_UNIT"] == "lonely.service"
+    said = f"session {LONELY!r} (1 file) came, and nobody has retrieved it"
+    assert f"{said}; lonely.service had it before" in found["MESSAGE"]
+
+
+def test_a_disk_that_is_full(story: Story) -> None:
+    """The verdict is in the journal all the same, and the exit status is another."""
+    status, said = story.full
+    assert status == 2
+    assert "/mnt/full/khoscope.prom: No space left on device" in said
+
+
+def test_kho_is_off_where_something_was_to_come(story: Story) -> None:
+    boot = story.off
+    assert (boot.state, boot.failed) == ("failed", True)
+    assert verdicts(boot.journal) == [("", "error")]
+    assert "KHO is off" in boot.journal[-1]["MESSAGE"]
+
+
+def test_the_last_to_freeze(story: Story) -> None:
+    """Where nobody has started it, khoscope-carry runs when all services have ended."""
+    (file,) = sessions(story.luo)["khoscope"]["files"]
+    assert file["memfd"]["size"] > 0
+
+
+def test_hardening(story: Story) -> None:
+    """As docs/guide.md has it."""
+    assert story.exposure == {"khoscope-carry.service": 2.7, "khoscope-verify.service": 2.7}
+
+
+# -- by names ---------------------------------------------------------------------------------
+
+
+def test_stores_are_not_in_luo_before_the_kexec(story: Story) -> None:
+    """Only the session that a service has made itself."""
+    assert [*sessions(story.before, "outgoing")] == [OWN]
+    assert story.before["holders"]["systemd_memfds"] == 3
+    stores = {each["unit"]: each for each in story.before["services"]["stores"]}
+    assert {
+        unit: {fd["name"] for fd in stores[unit]["fds"] if fd["goes_along"]} for unit in UNITS
+    } == {**UNITS, "holder.service": {"state", "session"}}
+    assert "  holder.service: session (session holder-own), state\n" in story.text_before
+    # Nobody can ask the guest's systemd from there.
+    assert "systemd has 3 memfds open" in story.text["before, from outside"]
+
+
+def test_who_holds_a_session(story: Story) -> None:
+    """The service itself, and systemd, which keeps it for the next start."""
+    held_by = sessions(story.before, "outgoing")[OWN]["held_by"]
+    found = {(each["comm"], each["unit"]) for each in held_by}
+    assert found == {("python3", "holder.service"), ("systemd", "init.scope")}
+    assert min(each["pid"] for each in held_by) == 1
+
+
+def test_files_by_units(story: Story) -> None:
+    found = sessions(story.luo)
+    assert found.keys() == {fd_stores.SESSION, OWN, "khoscope"}
+    systemd_s, own = found[fd_stores.SESSION], found[OWN]
+    units: dict[str, set[str]] = {}
+    for file in systemd_s["files"]:
+        if file["unit"]:
+            units.setdefault(file["unit"], set()).add(file["fd_name"])
+        else:
+            assert file["token"] == f"{fd_stores.TOKEN:#x}"
+    assert units == UNITS
+    assert (own["unit"], own["fd_name"]) == ("holder.service", "session")
+    assert [(file["unit"], file["fd_name"]) for file in own["files"]] == [(None, None)] * 2
+    assert [(each["notes"], each["problems"]) for each in found.values()] == [([], [])] * 3
+
+
+def test_from_outside(story: Story) -> None:
+    assert story.from_outside["incoming"] == story.luo["incoming"]
+
+
+def test_what_people_read(story: Story) -> None:
+    luo = story.text["luo"]
+    assert "\n  session holder-own of holder.service session: 2 files, " in luo
+    for unit, names in UNITS.items():
+        for name in names:
+            assert f" ({unit} {name}): memfd-v2, data " in luo
+    assert "holder-own of holder.service session: 2 files" in story.text["status"]
+    verify = " ".join(story.text["verify"].split())
+    assert (
+        "session 'systemd' (4 files of holder.service, keeper.service) was handed over, and nobody "
+        "has retrieved it" in verify
+    )
+    assert "session 'holder-own' of holder.service session (2 files) was handed over" in verify
+    assert "What runs as PID 1 here has not." in verify
+
+
+def test_metrics(story: Story) -> None:
+    """Of a kernel that runs, as `verify` judges it."""
+    lines = story.text["metrics"].splitlines()
+    assert "khoscope_kho_enabled 1" in lines
+    assert 'khoscope_luo_sessions{direction="incoming"} 3' in lines
+    assert 'khoscope_luo_files{direction="incoming"} 7' in lines
+    orphaned = 'khoscope_findings{about="kexec",rule="orphaned-session",severity="warning"} 3'
+    assert orphaned in lines
+    assert 'khoscope_verdict{about="kexec",verdict="pass"} 1' in lines
+
+
+def test_what_is_in_files(story: Story) -> None:
+    """Byte by byte, from memory that nobody has claimed yet."""
+    for name, (token, size) in CONTENTS.items():
+        assert story.contents[name] == content(token, size), name
+    assert story.recorded == story.contents
+    assert story.mode == "600"
+    stored = fd_stores.fd_stores(json.dumps(story.mapping).encode())
+    assert {(each.unit, each.name) for each in stored.files.values()} == {
+        (unit, name) for unit, names in UNITS.items() for name in names
+    }
+
+
+def test_what_is_refused(story: Story) -> None:
+    assert "no session has such a file: 7" in story.refused["7 --session systemd"]
+    assert "no session has such a file: 0x99" in story.refused["0x99"]
+    assert "/: is not a file" in story.refused["7 --output /"]
