@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from khoscope.facts import fd_stores
 from tests.vm.test_khoscope import guest, host, khoscope
 from vm import kernel as kernels
 from vm import systemd
+from vm.content import content
 from vm.machine import Machine
 
 #: Of each service, the words of vm/keeper.py: names, tokens of the content and sizes.
