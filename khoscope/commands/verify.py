@@ -7,7 +7,7 @@ import argparse
 import io
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ..views import metrics as metrics_view
 from ..views import watch as watch_view
 from ..views.progress import Progress
 from ..views.text import Text
-from ..words.errors import KhoscopeError
+from ..words.errors import KhoscopeError, say
 from . import common
 from .checks import rule_name
 
@@ -137,7 +137,7 @@ def _refuse(args: argparse.Namespace) -> str | None:
     if args.initrd and not args.next:
         return "--initrd needs --next"
     possible = _possible(args)
-    for name in sorted((args.only or frozenset()) - possible):
+    for name in sorted(((args.only or frozenset()) | args.fail_on.closing) - possible):
         rule = checks.RULES[name]
         if "kexec" in rule.finders:
             return f"{name} is about the kexec to come: leave --before out"
@@ -163,14 +163,21 @@ def _wanted(args: argparse.Namespace, possible: frozenset[str]) -> frozenset[str
 
 def _run(args: argparse.Namespace) -> int:
     try:
-        return _verify(args)
+        status, entries = _verify(args)
     except KhoscopeError as error:
         if args.journal:
-            systemd.journal([journal_view.error_entry(error, args.gate)])
+            try:
+                systemd.journal([journal_view.error_entry(error, args.gate)])
+            except KhoscopeError as unheard:
+                say(unheard.what, unheard.hint)
         raise
+    if args.journal:
+        systemd.journal(entries)
+    return status
 
 
-def _verify(args: argparse.Namespace) -> int:
+def _verify(args: argparse.Namespace) -> tuple[int, Iterable[systemd.Entry]]:
+    """The exit status, and what the journal is to have."""
     started = time.monotonic()
     before = common.load_before(args)
     next_kernel = _read_next(args.next, args.initrd) if args.next else None
@@ -183,7 +190,7 @@ def _verify(args: argparse.Namespace) -> int:
         return checks.compare(before, facts, next_kernel, asked)
 
     if args.watch:
-        return _watch(args, before, next_kernel, report)
+        return _watch(args, before, next_kernel, report), ()
 
     facts, found = common.used(
         args,
@@ -202,13 +209,12 @@ def _verify(args: argparse.Namespace) -> int:
         documents.write_verify(facts, found, sys.stdout, next_kernel, came)
     else:
         Text(sys.stdout, args.limit).verify(facts, found, next_kernel, came)
-    if args.journal:
-        systemd.journal(journal_view.entries(found, came or [], over, seconds, args.limit))
     if args.metrics:
         text = io.StringIO()
         metrics_view.write_report(facts, found, text)
         common.write_readable(args.metrics, text.getvalue())
-    return common.judged(found)
+    entries = journal_view.entries(found, came or [], over, seconds, args.limit)
+    return common.judged(found), entries
 
 
 def _read_next(path: Path, initrd: Path | None) -> NextKernel:
