@@ -9,6 +9,7 @@ each field, or, of a value with newlines, its length in between.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 import struct
@@ -22,7 +23,13 @@ from ..words.errors import KhoscopeError
 Entry = list[tuple[str, str]]
 
 JOURNAL: Final = Path("/run/systemd/journal/socket")
+#: Seconds that either may take to make room for a message.
+PATIENCE: Final = 30
 _HINT: Final = "see whether systemd-journald.service runs; leave --journal out where there is none"
+
+
+class NoJournal(KhoscopeError):
+    """There is no journal, or it does not take entries."""
 
 
 def notify(state: str) -> None:
@@ -30,18 +37,19 @@ def notify(state: str) -> None:
     Tell the service manager, if one has started this process and wants to know.
 
     :param state: as in ``READY=1``.
+    :raises KhoscopeError: if it cannot be told.
     """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as manager:
+        with _socket() as manager:
             # A name that begins with @ is an abstract one.
             manager.connect(f"\0{address[1:]}" if address[0] == "@" else address)
             manager.sendall(state.encode())
     except OSError as error:
         raise KhoscopeError(
-            f"the service manager cannot be told ({address}: {error.strerror})",
+            f"the service manager cannot be told ({address}: {error.strerror or error})",
             "start khoscope without NOTIFY_SOCKET in its environment",
         ) from error
 
@@ -51,18 +59,24 @@ def journal(entries: Iterable[Entry], path: Path | None = None) -> None:
     Write entries into the journal.
 
     :param path: the journal's socket, if it is another one.
-    :raises KhoscopeError: if there is no journal, or it takes them not.
+    :raises NoJournal: if there is no journal, or it does not take them.
     """
     path = path or JOURNAL
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as to:
+        with _socket() as to:
             to.connect(str(path))
             for entry in entries:
                 _send(to, b"".join(_field(name, value) for name, value in entry))
     except OSError as error:
-        raise KhoscopeError(
-            f"the journal cannot be written ({path}: {error.strerror})", _HINT
+        raise NoJournal(
+            f"the journal cannot be written ({path}: {error.strerror or error})", _HINT
         ) from error
+
+
+def _socket() -> socket.socket:
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    found.settimeout(PATIENCE)
+    return found
 
 
 def _field(name: str, value: str) -> bytes:
@@ -88,7 +102,5 @@ def _send(to: socket.socket, entry: bytes) -> None:
 
 
 def _seal(fd: int) -> None:
-    import fcntl
-
     seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from .calls import places
 from .changes import Changes, changes
-from .gate import CLOSING
-from .questions import WORDS, Answer, Question, answers, question
+from .gate import CLOSING, Question
+from .questions import WORDS, Answer, answers, question
 from .rule import (
     ACROSS,
     EVERYTHING,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import StrEnum
 from typing import Final
 
 from ..facts import carried
@@ -11,6 +12,7 @@ from ..facts.clients import LuoSession
 from ..facts.holders import INIT, by_thing
 from ..facts.next_kernel import NextKernel
 from ..facts.snapshot import Snapshot
+from ..words.lists import listed
 from .rule import Message, Severity, rule
 from .sessions import named, units_of
 
@@ -19,20 +21,36 @@ from .sessions import named, units_of
 CLOSING: Final = frozenset({"no-image", "orphaned-session", "scratch-too-small"})
 
 
-def untold(facts: Snapshot, next_kernel: NextKernel | None) -> Iterator[str]:
-    """What a gate has to know, and does not."""
+class Question(StrEnum):
+    """What has to be so."""
+
+    KERNEL = "kernel"
+    IMAGE = "image"
+    SCRATCH = "scratch"
+    SESSIONS = "sessions"
+    SERVICES = "services"
+    CARRIED = "carried"
+
+
+def untold(facts: Snapshot, next_kernel: NextKernel | None) -> Iterator[tuple[Question, str]]:
+    """What a gate has to know, and does not; and to which question that would be an answer."""
     # Of an image that is missing, no-image speaks.
     if next_kernel is None and (facts.image is None or facts.image.loaded):
-        yield "whether the next kernel takes what is handed over is not known: name it (--next)"
+        what = "whether the next kernel takes what is handed over is not known: name it (--next)"
+        yield Question.IMAGE, what
+    for what in facts.services.unread if facts.services is not None else ():
+        yield Question.SERVICES, f"what systemd keeps for services may be missing: {what}"
     if not _sessions(facts):
         return
     holders = facts.liveupdate.holders if facts.liveupdate is not None else None
     if holders is None:
-        yield "who holds the sessions was not looked at"
+        yield Question.SESSIONS, "who holds the sessions was not looked at"
     elif _unheld(facts):
-        yield from (f"holders may be missing, as these cannot be read: {s}" for s in holders.unread)
-        if holders.left_out:
-            yield f"holders may be missing: {holders.left_out:,} descriptors were not looked at"
+        for what in holders.unread:
+            yield Question.SESSIONS, f"holders may be missing, as these cannot be read: {what}"
+        if left_out := holders.left_out:
+            what = f"holders may be missing: {left_out:,} descriptors were not looked at"
+            yield Question.SESSIONS, what
 
 
 @rule(
@@ -69,14 +87,14 @@ def session_not_held(facts: Snapshot) -> Iterator[Message]:
 def session_not_kept(facts: Snapshot) -> Iterator[Message]:
     """A session is held only by processes that systemd ends before its kexec."""
     holding, services = by_thing(facts.liveupdate), facts.services
-    if holding is None or services is None:
+    if holding is None or services is None or services.survivors is None:
         return
     staying = {INIT, *services.survivors}
     for session in _sessions(facts):
         held = holding[session.name, False]
         if held and not any(each.unit in staying for each in held):
             units = sorted({each.unit for each in held if each.unit})
-            who = ", ".join(units) or f"{held[0].process.comm} (pid {held[0].process.pid})"
+            who = listed(units) or f"{held[0].process.comm} (pid {held[0].process.pid})"
             text = f"{named(session)} is held by {who} alone: systemctl kexec ends it"
             yield Message(text, units=(*units,))
 
@@ -95,10 +113,10 @@ def session_not_kept(facts: Snapshot) -> Iterator[Message]:
 def store_not_kept(facts: Snapshot) -> Iterator[Message]:
     """systemd keeps descriptors for a service that it closes before its kexec."""
     for service in facts.services.stores if facts.services is not None else ():
-        going = [each.name for each in service.kept if each.can_go_along]
-        if going and service.preserve != "yes":
+        going = [each.name for each in service.going]
+        if going and not service.hands_over:
             how = f"FileDescriptorStorePreserve={service.preserve}"
-            text = f"{service.unit}: {', '.join(going)}: {how}, systemctl kexec closes them"
+            text = f"{service.unit}: {listed(going)}: {how}, systemctl kexec closes them"
             yield Message(text, units=(service.unit,))
 
 

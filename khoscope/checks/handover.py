@@ -19,6 +19,7 @@ from ..facts.holders import units_holding
 from ..facts.nodes import Border
 from ..facts.snapshot import Snapshot
 from ..facts.tree import KeySet
+from ..words.lists import listed
 from .blocks import offline
 from .inplace import InPlace
 from .nodes import STEPS_OVER, stepped_over
@@ -544,7 +545,7 @@ def _units(before: Snapshot, was: LuoSession, now: LuoSession) -> tuple[str, ...
 
 
 def _held(units: tuple[str, ...]) -> str:
-    return f"; {', '.join(units)} had it before" if units else ""
+    return f"; {listed(units)} had it before" if units else ""
 
 
 def _sessions(before: Snapshot, after: Snapshot) -> Iterator[tuple[LuoSession, LuoSession | None]]:

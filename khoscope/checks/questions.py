@@ -5,23 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Final
 
-from .rule import RULES, Finding, Rule
+from .gate import Question
+from .rule import Finding, Rule, in_order
 from .run import Report, Verdict
-
-
-class Question(StrEnum):
-    """What has to be so."""
-
-    KERNEL = "kernel"
-    IMAGE = "image"
-    SCRATCH = "scratch"
-    SESSIONS = "sessions"
-    SERVICES = "services"
-    CARRIED = "carried"
-
 
 #: What each is about, in words.
 WORDS: Final = {
@@ -62,27 +50,46 @@ class Answer:
     What the rules found that concern a question.
 
     :param rules: how many of them have run.
-    :param failing: findings for which the report fails.
-    :param others: the others that stand for themselves.
+    :param failing: findings for which the report fails, those that are kept; ``failed``: how many
+        there are.
+    :param others: the others that stand for themselves; ``noted``: likewise.
+    :param is_doubtful: not everything is known that concerns it.
     """
 
     question: Question
     rules: int
     failing: list[Finding]
+    failed: int
     others: list[Finding]
+    noted: int
+    is_doubtful: bool
 
     @property
     def verdict(self) -> Verdict:
-        return Verdict.FAIL if self.failing else Verdict.PASS
+        if self.failed:
+            return Verdict.FAIL
+        return Verdict.INCOMPLETE if self.is_doubtful else Verdict.PASS
 
 
 def answers(report: Report) -> Iterator[Answer]:
     """Answer each question, whose rules have run."""
     for each in Question:
-        rules = [RULES[name] for name in report.rules if question(RULES[name]) == each]
+        rules = [r for r in in_order() if r.name in report.rules and question(r) == each]
         if not rules:
             continue
-        names = {rule.name for rule in rules}
-        found = [f for f in report.findings if f.rule in names and not f.follows]
-        failing = [f for f in found if report.asked.fails(RULES[f.rule])]
-        yield Answer(each, len(rules), failing, [f for f in found if f not in failing])
+        failing, others = (
+            [rule for rule in rules if report.asked.fails(rule) == fails] for fails in (True, False)
+        )
+        yield Answer(
+            each,
+            len(rules),
+            *_found(report, failing),
+            *_found(report, others),
+            each in report.doubtful,
+        )
+
+
+def _found(report: Report, rules: list[Rule]) -> tuple[list[Finding], int]:
+    """What some rules found that stands for itself: what is kept of it, and how much there is."""
+    kept = [f for rule in rules for f in report.kept.get(rule.name, ()) if not f.follows]
+    return kept, sum(report.own(rule.name) for rule in rules)

@@ -32,7 +32,7 @@ from . import kernel as _kernel_rules  # noqa: F401 - registers its rules
 from . import next_kernel as image_rules
 from . import nodes as _node_rules  # noqa: F401 - registers its rules
 from . import scratch as _scratch_rules  # noqa: F401 - registers its rules
-from . import services as _service_rules  # noqa: F401 - registers its rules
+from . import services as service_rules
 from . import sessions as _session_rules  # noqa: F401 - registers its rules
 from .clients import malformed
 from .evidence import Rows, all_gaps, gaps
@@ -88,6 +88,7 @@ class Report:
         passes.
     :param rules: names of the rules that have run.
     :param left_out: names of the rules that would have run but were not asked for.
+    :param doubtful: questions of a gate that something concerns that is not known.
     """
 
     about: About = About.KEXEC
@@ -101,6 +102,7 @@ class Report:
     incomplete: list[str] = field(default_factory=list)
     rules: set[str] = field(default_factory=set)
     left_out: set[str] = field(default_factory=set)
+    doubtful: set[gate_rules.Question] = field(default_factory=set)
     #: How many findings are kept of each rule, by the rule that they follow from.
     _kept: Counter[tuple[str, str]] = field(default_factory=Counter)
 
@@ -295,7 +297,11 @@ def check(
     if gate:
         for rule, find in report.finders("gate"):
             report.add_messages(rule, find(facts))
-        report.incomplete += gate_rules.untold(facts, next_kernel)
+        # What is not known of a kernel may concern anything.
+        report.doubtful = set(gate_rules.Question) if report.incomplete else set()
+        for question, what in gate_rules.untold(facts, next_kernel):
+            report.doubtful.add(question)
+            report.incomplete.append(what)
     return report
 
 
@@ -393,6 +399,8 @@ def compare(
     report = _check(after, next_kernel, About.ARRIVAL, asked)
     for rule, find in report.finders("handover"):
         report.add_messages(rule, find(before, after))
+    if "stored-fd-lost" in report.rules:
+        report.incomplete += service_rules.untold(before, after)
     missing = gaps(before, clients=bool(report.finders("pairs")))
     # What the old kernel had recorded.
     recorded = functools.cache(lambda: KeySet(before.abi, before.outgoing.tree.leaves))

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..facts.services import Service
+from ..facts.services import Service, Services
 from ..facts.snapshot import Snapshot
+from ..words.lists import listed
 from .rule import Message, Severity, rule
 
 
@@ -42,7 +43,7 @@ class Came:
             (self.waiting, "not taken yet"),
             (self.lost, "did not come back"),
         )
-        told = [f"{', '.join(names)} {what}" for names, what in parts if names]
+        told = [f"{listed(names)} {what}" for names, what in parts if names]
         return f"{'; '.join(told)}; it is {self.state}"
 
     @property
@@ -53,7 +54,7 @@ class Came:
 def came_back(before: Snapshot, after: Snapshot) -> list[Came] | None:
     """
     What came back to each service that had stored something; None: PID 1 was not asked, then or
-    now.
+    now.  A service is left out if PID 1 did not say.
 
     A service that has removed a descriptor from its store was started with it.
     """
@@ -61,13 +62,13 @@ def came_back(before: Snapshot, after: Snapshot) -> list[Came] | None:
         return None
     now = {service.unit: service for service in after.services.stores}
     found = []
-    for was in before.services.stores:
-        names = Counter(each.name for each in was.kept if each.can_go_along)
-        if was.preserve != "yes" or not names:
-            continue
+    for was in _stored(before.services):
         service = now.get(was.unit)
-        kept = Counter(each.name for each in service.kept) if service is not None else Counter()
-        given = Counter(service.given or () if service is not None else ())
+        if not _is_known(after.services, service):
+            continue
+        names = Counter(each.name for each in was.going)
+        kept = Counter(each.name for each in (service and service.kept) or ())
+        given = Counter((service and service.given) or ())
         lost = names - (kept | given)
         waiting = names & (kept - given)
         # Where nobody can look at what a process was started with, one that is up has taken all.
@@ -76,6 +77,39 @@ def came_back(before: Snapshot, after: Snapshot) -> list[Came] | None:
         came, missing, left = (sorted(each.elements()) for each in (names, lost, waiting))
         found.append(Came(was.unit, came, missing, left, service))
     return found
+
+
+def untold(before: Snapshot, after: Snapshot) -> Iterator[str]:
+    """Of which services it is not known what came back to them."""
+    if before.services is None:
+        return
+    for service in before.services.stores:
+        if service.hands_over and service.kept is None:
+            yield f"the earlier snapshot: what systemd kept for {service.unit} is not known"
+    stored = [*_stored(before.services)]
+    if after.services is None:
+        if stored:
+            yield f"what came back to {listed([each.unit for each in stored])}: PID 1 was not asked"
+        return
+    now = {service.unit: service for service in after.services.stores}
+    lacking = [s.unit for s in stored if not _is_known(after.services, now.get(s.unit))]
+    if lacking:
+        why = "; ".join(after.services.unread[:1])
+        yield f"what came back to {listed(lacking)}: PID 1 did not say ({why})"
+
+
+def _stored(services: Services) -> Iterator[Service]:
+    """Services for which systemd was to hand something over."""
+    return (service for service in services.stores if service.hands_over and service.going)
+
+
+def _is_known(services: Services, service: Service | None) -> bool:
+    """
+    Whether PID 1 has said what is in a service's store.
+
+    :param service: None: it is not among those that may store something.
+    """
+    return services.is_whole if service is None else service.kept is not None
 
 
 @rule(
@@ -97,7 +131,7 @@ def stored_fd_lost(before: Snapshot, after: Snapshot) -> Iterator[Message]:
     """A descriptor that systemd kept for a service did not come back."""
     for each in came_back(before, after) or ():
         if each.lost:
-            text = f"{each.unit}: {', '.join(each.lost)} did not come back; it is {each.state}"
+            text = f"{each.unit}: {listed(each.lost)} did not come back; it is {each.state}"
             yield Message(text, units=(each.unit,))
 
 
@@ -116,5 +150,5 @@ def stored_fd_waits(before: Snapshot, after: Snapshot) -> Iterator[Message]:
     """A service has not taken back a descriptor that systemd keeps for it."""
     for each in came_back(before, after) or ():
         if each.waiting:
-            text = f"{each.unit} has not taken {', '.join(each.waiting)}; it is {each.state}"
+            text = f"{each.unit} has not taken {listed(each.waiting)}; it is {each.state}"
             yield Message(text, units=(each.unit,))

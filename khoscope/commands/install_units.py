@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import re
 import shutil
 import sys
@@ -80,17 +82,13 @@ class _Unit:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if not args.directory.is_dir():
+    if not os.path.isdir(args.directory):
         raise KhoscopeError(
             f"{args.directory}: is not a directory", "name one of those in which systemd has units"
         )
     units = [*_units(args)]
     if args.write:
-        for unit in units:
-            if not unit.is_there:
-                with NewFile(unit.path, 0o644, replace=False) as new:
-                    new.telling.write(unit.text.encode())
-                    new.finish()
+        _write([unit for unit in units if not unit.is_there])
     text = Text(sys.stdout)
     for unit in units:
         if not args.write:
@@ -107,6 +105,17 @@ def _run(args: argparse.Namespace) -> int:
             "next: systemctl daemon-reload && systemctl enable khoscope-carry khoscope-verify"
         )
     return common.FINE
+
+
+def _write(units: list[_Unit]) -> None:
+    """Write units: none gets its name before there is room for all."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(NewFile(unit.path, 0o644, replace=False)) for unit in units]
+        for unit, new in zip(units, files, strict=True):
+            new.telling.write(unit.text.encode())
+            new.telling.flush()
+        for new in files:
+            new.finish()
 
 
 def _units(args: argparse.Namespace) -> Iterator[_Unit]:
@@ -155,7 +164,7 @@ def _plain(path: Path) -> str:
 
 
 def _is_there(path: Path, text: str) -> bool:
-    if not path.exists() and not path.is_symlink():
+    if not os.path.lexists(path):
         return False
     hint = "nothing is overwritten: move it away, or name another directory"
     with open_file(path, hint) as file:

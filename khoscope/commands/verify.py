@@ -25,7 +25,7 @@ from ..views import metrics as metrics_view
 from ..views import watch as watch_view
 from ..views.progress import Progress
 from ..views.text import Text
-from ..words.errors import KhoscopeError
+from ..words.errors import KhoscopeError, say
 from . import common
 from .checks import rule_name
 
@@ -146,7 +146,7 @@ def _refuse(args: argparse.Namespace) -> str | None:
     if args.initrd and args.next == LOADED:
         return "--initrd is for a FILE: --next loaded knows its own"
     possible = _possible(args)
-    for name in sorted((args.only or frozenset()) - possible):
+    for name in sorted(((args.only or frozenset()) | args.fail_on.closing) - possible):
         rule = checks.RULES[name]
         if "kexec" in rule.finders:
             return f"{name} is about the kexec to come: leave --before out"
@@ -174,10 +174,23 @@ def _wanted(args: argparse.Namespace, possible: frozenset[str]) -> frozenset[str
 def _run(args: argparse.Namespace) -> int:
     try:
         return _verify(args)
+    except systemd.NoJournal:
+        raise
     except KhoscopeError as error:
         if args.journal:
-            systemd.journal([journal_view.error_entry(error, args.gate)])
+            try:
+                systemd.journal([journal_view.error_entry(error, args.gate)])
+            except systemd.NoJournal as unheard:
+                say(unheard.what, unheard.hint)
         raise
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A report, and the kernel that it takes for the next one."""
+
+    report: checks.Report
+    next_kernel: NextKernel | None
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -209,14 +222,24 @@ def _verify(args: argparse.Namespace) -> int:
 
     if args.watch:
         return _watch(args, judge)
-
     facts, judged = common.used(
         args, lambda facts: _Judged(report(facts, before, image), image), judge
     )
-    found, next_kernel = judged.report, judged.next_kernel
     came = None if before is None else checks.came_back(before, facts)
+    _show(args, facts, judged, came, time.monotonic() - started)
+    return common.judged(judged.report)
+
+
+def _show(
+    args: argparse.Namespace,
+    facts: Snapshot,
+    judged: _Judged,
+    came: list[checks.Came] | None,
+    seconds: float,
+) -> None:
+    """Print the report, and write it wherever else it was asked for."""
+    found, next_kernel = judged.report, judged.next_kernel
     over = hands_over(facts) if args.gate else None
-    seconds = time.monotonic() - started
     if over is not None and args.json:
         gate_view.write_json(facts, found, over, next_kernel, seconds, sys.stdout)
     elif over is not None:
@@ -226,21 +249,13 @@ def _verify(args: argparse.Namespace) -> int:
         documents.write_verify(facts, found, sys.stdout, next_kernel, came)
     else:
         Text(sys.stdout, args.limit).verify(facts, found, next_kernel, came)
+    # A disk that is full keeps nothing from the journal.
     if args.journal:
         systemd.journal(journal_view.entries(found, came or [], over, seconds, args.limit))
     if args.metrics:
         text = io.StringIO()
         metrics_view.write_report(facts, found, text)
         common.write_readable(args.metrics, text.getvalue())
-    return common.judged(found)
-
-
-@dataclass(frozen=True)
-class _Judged:
-    """A report, and the kernel that it takes for the next one."""
-
-    report: checks.Report
-    next_kernel: NextKernel | None
 
 
 def _following(

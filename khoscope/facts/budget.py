@@ -44,8 +44,10 @@ SUBTREES: Final = 1 << 12
 ENTRIES: Final = 1 << 20
 #: Bytes of what systemd writes about the descriptors that it keeps for services: 100 for each.
 FD_STORES: Final = 16 << 20
-#: Services that may store descriptors.
+#: Services that may store descriptors.  What they have stored, and what they were started with, all
+#: together: all are kept in ``meta.json``.
 SERVICES: Final = 1 << 12
+STORED: Final = 1 << 14
 #: Pieces of what is in a memfd: 4 TiB of 4 MiB.
 PIECES: Final = 1 << 20
 #: Tasks: no kernel has more (PID_MAX_LIMIT).

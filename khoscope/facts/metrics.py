@@ -127,15 +127,11 @@ def hands_over(facts: Snapshot) -> HandsOver:
         if order != BAD_ORDER
     )
     stores = facts.services.stores if facts.services is not None else ()
-    going = {
-        service.unit: [each for each in service.kept if each.can_go_along]
-        for service in stores
-        if service.preserve == "yes"
-    }
+    stored = [each for each in stores if each.hands_over and each.going]
     return HandsOver(
         sum(totals.values()),
         size,
         _sessions(facts.outgoing),
-        [unit for unit, fds in going.items() if fds],
-        sum(fd.session is None for fds in going.values() for fd in fds),
+        [each.unit for each in stored],
+        sum(fd.session is None for each in stored for fd in each.going),
     )

@@ -49,7 +49,7 @@ class Service:
     :param state: ``ActiveState`` and ``SubState``, as in ``active (running)``.
     :param is_up: it is active, or is just being started.
     :param preserve: ``FileDescriptorStorePreserve``: ``yes``, ``no`` or ``restart``.
-    :param kept: what is in its store.
+    :param kept: what is in its store; None: PID 1 did not say.
     :param given: names of the descriptors that its main process was started with
         (``LISTEN_FDNAMES``); None: not known.
     """
@@ -58,8 +58,18 @@ class Service:
     state: str
     is_up: bool
     preserve: str
-    kept: list[KeptFd] = field(default_factory=list)
+    kept: list[KeptFd] | None = None
     given: list[str] | None = None
+
+    @property
+    def going(self) -> list[KeptFd]:
+        """What is in its store that a kexec can hand over."""
+        return [fd for fd in self.kept or () if fd.can_go_along]
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether systemd hands that over, rather than closes it when the service ends."""
+        return self.preserve == "yes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +79,12 @@ class Services:
 
     :param stores: those that may store descriptors, by name.
     :param survivors: units whose processes systemd does not end on the way into a kexec
-        (``SurviveFinalKillSignal=yes``).
+        (``SurviveFinalKillSignal=yes``); None: not known.
     :param unread: what PID 1 did not say, in words.
+    :param is_whole: no service is missing in ``stores``.
     """
 
     stores: list[Service] = field(default_factory=list)
-    survivors: list[str] = field(default_factory=list)
+    survivors: list[str] | None = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
+    is_whole: bool = True

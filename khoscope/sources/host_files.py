@@ -83,11 +83,15 @@ def is_there(root: Path, path: Path) -> bool:
     return os.path.exists(at(root, path))
 
 
-def content(root: Path, path: Path) -> bytes | None:
-    """What a file holds; None: it is not there, or khoscope may not read it."""
+def content(root: Path, path: Path, most: int = -1) -> bytes | None:
+    """
+    What a file holds; None: it is not there, or khoscope may not read it.
+
+    :param most: bytes from its beginning, at most.
+    """
     try:
         with at(root, path).open("rb") as file:
-            return file.read()
+            return file.read(most)
     except OSError:
         return None
 

@@ -253,7 +253,7 @@ class KernelSource:
         services.
         """
         reading = self._begin()
-        return self._with_holders(reading, self._clients(reading))
+        return self._with_services(self._with_holders(reading, self._clients(reading)))
 
     @told()
     def scratch(self) -> Snapshot:
@@ -306,8 +306,8 @@ class KernelSource:
                 facts = self._lazily(reading.attempt(), tree, kernel, turned, stamps)
                 if gate:
                     facts = self._with_holders(reading, facts)
-                elif before is not None:
-                    facts = self._with_services(facts)
+                if gate or before is not None:
+                    facts = self._with_services(facts, before)
                 return facts, use(facts, turned)
 
             (facts, used), tree = self._settled(reading, read)
@@ -351,7 +351,7 @@ class KernelSource:
                 return facts
 
             facts, tree = self._settled(reading, read)
-            facts = self._with_holders(reading, facts)
+            facts = self._with_services(self._with_holders(reading, facts), before)
             kept = draft.finish(replace(facts, outgoing=replace(facts.outgoing, tree=tree)))
             if not tree.state.moved:
                 return kept
@@ -691,8 +691,7 @@ class KernelSource:
 
     def _with_holders(self, reading: Reading, facts: Snapshot) -> Snapshot:
         """
-        The same with who holds sessions and the device, and what systemd keeps for services, if
-        there is LUO.
+        The same with who holds sessions and the device, if there is LUO.
 
         While the kernel runs, a session may be handed from one process to another: khoscope looks
         again, READS times at most, until each outgoing session has a holder.
@@ -706,13 +705,18 @@ class KernelSource:
             holders = read_holders(self._where(reading), self.layout.direct_map)
             if sessions <= {held.session for each in holders.processes for held in each.held}:
                 break
-        facts = replace(facts, liveupdate=replace(state, holders=holders))
-        return self._with_services(facts)
+        return replace(facts, liveupdate=replace(state, holders=holders))
 
-    def _with_services(self, facts: Snapshot) -> Snapshot:
-        """The same with what systemd keeps for services, if this is the host, and LUO is on."""
+    def _with_services(self, facts: Snapshot, before: Snapshot | None = None) -> Snapshot:
+        """
+        The same with what systemd keeps for services, if this is the host, and LUO is on.
+
+        :param before: where LUO is off, what that kernel's systemd kept is lost, and is missing.
+        """
         state = facts.liveupdate
-        if state is None or not state.enabled or not is_this_host(self.prog):
+        is_on = state is not None and state.enabled
+        was_asked = before is not None and before.services is not None
+        if not (is_on or was_asked) or not is_this_host(self.prog):
             return facts
         return replace(facts, services=read_services())
 

@@ -10,6 +10,7 @@ from ..checks import WORDS, Answer, Finding, Report, Verdict, answers
 from ..facts.metrics import HandsOver
 from ..facts.next_kernel import NextKernel
 from ..facts.snapshot import Snapshot
+from ..words.lists import listed
 from ..words.sizes import human
 from . import documents
 from .text import Text, counted, where
@@ -52,15 +53,21 @@ class GateText(Text):
 
     def _answer(self, answer: Answer) -> None:
         name = str(answer.question)
+        checks = counted(answer.rules, "check")
         if answer.verdict == Verdict.PASS:
-            checks = counted(answer.rules, "check")
             self._row(name, "ok", "green", f"{WORDS[answer.question]} ({checks})")
             name = ""
-        for state, colour, found in (("NO", "red", answer.failing), ("note", "dim", answer.others)):
+        elif answer.verdict == Verdict.INCOMPLETE:
+            self._row(name, "?", "yellow", f"nothing found ({checks}), but not all is known")
+            name = ""
+        for state, colour, found, count in (
+            ("NO", "red", answer.failing, answer.failed),
+            ("note", "dim", answer.others, answer.noted),
+        ):
             for each in islice(found, self._limit):
                 self._row(name, state, colour, reason_of(each))
                 name = ""
-            self._more(len(found), len(found), "of these")
+            self._more(len(found), count, "of these")
 
     def _row(self, name: str, state: str, colour: str, text: str) -> None:
         first = f"{name:<9} {self.paint(colour, state)}{' ' * (_COLUMN - 10 - len(state))}"
@@ -75,7 +82,7 @@ def reason_of(found: Finding) -> str:
 def why(report: Report) -> str:
     """What the gate says, in one line."""
     if report.reason is not None:
-        reasons = sum(len(answer.failing) for answer in answers(report))
+        reasons = sum(answer.failed for answer in answers(report))
         return f"do not kexec: {report.reason.rule} ({counted(reasons, 'reason')})"
     if report.incomplete:
         return f"{counted(len(report.incomplete), 'thing')} could not be seen"
@@ -91,7 +98,7 @@ def in_words(over: HandsOver) -> str:
         sessions, files = over.sessions.sessions, over.sessions.files
         text += f", {counted(sessions, 'session')} with {counted(files, 'file')}"
     if over.units:
-        text += f", of {', '.join(over.units)}"
+        text += f", of {listed(over.units)}"
     if over.kept:
         text += f"; systemctl kexec adds {counted(over.kept, 'memfd')}"
     return text

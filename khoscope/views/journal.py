@@ -9,7 +9,7 @@ shows it.  docs/khoscope.8 has the fields.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Final
 
@@ -34,6 +34,8 @@ _OF_VERDICT: Final = {
     Verdict.INCOMPLETE: _WARNING,
 }
 _ABOUT: Final = {About.KEXEC: "kexec", About.ARRIVAL: "arrival"}
+#: Values of a field: journald drops an entry of more than 1,024 fields (ENTRY_FIELD_COUNT_MAX).
+_VALUES: Final = 256
 
 
 def entries(
@@ -101,7 +103,7 @@ def _finding(report: Report, found: Finding, gate: bool) -> Entry:
         entry.append(("KHOSCOPE_QUESTION", str(question(rule))))
     if found.phys is not None:
         entry.append(("KHOSCOPE_PHYS", f"{found.phys:#x}"))
-    return entry + [("OBJECT_SYSTEMD_UNIT", printable(unit)) for unit in found.units]
+    return entry + _values("OBJECT_SYSTEMD_UNIT", found.units)
 
 
 def _service(came: Came) -> Entry:
@@ -110,10 +112,14 @@ def _service(came: Came) -> Entry:
     return [
         *_entry(SERVICE, priority, text),
         ("OBJECT_SYSTEMD_UNIT", printable(came.unit)),
-        *(("KHOSCOPE_FD_CAME", printable(name)) for name in came.back),
-        *(("KHOSCOPE_FD_LOST", printable(name)) for name in came.lost),
-        *(("KHOSCOPE_FD_WAITS", printable(name)) for name in came.waiting),
+        *_values("KHOSCOPE_FD_CAME", came.back),
+        *_values("KHOSCOPE_FD_LOST", came.lost),
+        *_values("KHOSCOPE_FD_WAITS", came.waiting),
     ]
+
+
+def _values(name: str, values: Sequence[str]) -> Entry:
+    return [(name, printable(value)) for value in values[:_VALUES]]
 
 
 def _verdict(report: Report, over: HandsOver | None, seconds: float) -> Entry:

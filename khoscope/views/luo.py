@@ -68,10 +68,12 @@ class LuoText(VmallocText):
                 "  ",
             )
         for each in islice(stores, self._limit):
-            names = ", ".join(_kept(fd) for fd in each.kept if fd.can_go_along)
-            if others := sum(not fd.can_go_along for fd in each.kept):
+            names = ", ".join(_kept(fd) for fd in islice(each.going, self._limit))
+            if self._limit is not None and (more := len(each.going) - self._limit) > 0:
+                names += f" and {more:,} more"
+            if others := len(each.kept or ()) - len(each.going):
                 names = f"{names}{' and ' if names else ''}{others:,} that no kexec hands over"
-            goes = "" if each.preserve == "yes" else ", and closes them when the service ends"
+            goes = "" if each.hands_over else ", and closes them when the service ends"
             self.wrapped(f"{each.unit}: {names}{goes}", "    ", "  ")
         self._more(len(stores), len(stores), "services")
         for what in services.unread if services is not None else ():
@@ -226,12 +228,14 @@ def _store_row(service: Service) -> dict[str, Any]:
         "unit": service.unit,
         "state": service.state,
         "preserve": service.preserve,
-        "fds": [
+        "fds": None
+        if service.kept is None
+        else [
             {
                 "name": each.name,
                 "path": each.path,
                 "session": each.session,
-                "goes_along": each.can_go_along and service.preserve == "yes",
+                "goes_along": each.can_go_along and service.hands_over,
             }
             for each in service.kept
         ],
