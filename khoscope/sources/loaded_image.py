@@ -39,6 +39,9 @@ IND_SOURCE: Final = 8
 #: (``KEXEC_FILE_SIZE_MAX``), a kernel and its initrd.
 _LARGEST: Final = 1 << 34
 
+#: The most bytes that an arm64 kernel takes for a device tree (``MAX_FDT_SIZE``).
+_TREE: Final = 2 << 20
+
 _NAME: Final = "the loaded image"
 _HINT: Final = "load it again, with kexec -s -l, or give its FILE"
 
@@ -97,7 +100,8 @@ class Memory:
         Whole pages, as many as are read at once.
 
         :param phys: u64, ``phys_addr_t`` of each.
-        :raises Damaged: if one of them is not in RAM, or cannot be read.
+        :raises Damaged: if one of them is not in RAM; :class:`KhoscopeError`: if one cannot be
+            read.
         """
         outside = ~in_ranges(self.ram, phys, phys + np.uint64(self.page_size))
         if outside.any():
@@ -110,7 +114,10 @@ class Memory:
                 break
             yield raw.tobytes()
         if done < len(phys):
-            raise Damaged(f"its page at {int(phys[done]):#x} cannot be read")
+            raise KhoscopeError(
+                f"{_NAME}: its page at {int(phys[done]):#x} cannot be read",
+                "give its FILE, or a vmcore with all kernel pages (makedumpfile -d 23 keeps them)",
+            )
 
 
 def read_loaded_image(
@@ -343,7 +350,7 @@ def _arm64(segment: Segment, start: bytes, tree: Segment, contents: Contents) ->
     """As ``image_load()`` has it: the Image as it is, and what it is to do in a device tree."""
     if segment.bufsz > LIMIT:
         raise Damaged(f"{segment.bufsz:,} bytes")
-    line, initrd = _chosen(b"".join(contents.read(tree, 0, min(tree.bufsz, LIMIT))))
+    line, initrd = _chosen(b"".join(contents.read(tree, 0, min(tree.bufsz, _TREE))))
     kernel = NextKernel(
         LOADED,
         None,

@@ -59,12 +59,13 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         exercise.load()
         for name in ("contig", "vmalloc"):
             exercise.preserve(name)
+        machine.load_kexec(append="word=1")
         machine.load_crash_kernel()
         machine.run("cat /proc/sys/kernel/random/boot_id", check=True)
         # From here on nothing is to change.
         qemu = ("--qemu", str(machine.qmp_socket))
         story.tree = json.loads(host(*qemu, "tree", "--json"))
-        story.verify = json.loads(host(*qemu, "verify", "--json"))
+        story.verify = json.loads(host(*qemu, "verify", "--next", "loaded", "--json"))
         status = json.loads(host(*qemu, "status", "--json"))
         story.stamps, story.crash_image = status["unclaimed"], status["crash_image"]
         story.core = directory / "core"
@@ -90,13 +91,13 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
 
 
 def agrees(story: Story, core: Path, *options: str) -> None:
-    """Tree, stamps and verdict are those of the running kernel."""
+    """Tree, stamps, verdict and the image that is loaded are those of the running kernel."""
     where = ("--core", str(core), *options)
     tree = json.loads(host(*where, "tree", "--json"))
     for part in ("root", "totals", "blocks", "abi", "kernel", "unreadable"):
         assert tree[part] == story.tree[part], part
-    found = json.loads(host(*where, "verify", "--json"))
-    for part in ("verdict", "counts", "blocks", "incomplete"):
+    found = json.loads(host(*where, "verify", "--next", "loaded", "--json"))
+    for part in ("verdict", "counts", "blocks", "incomplete", "next"):
         assert found[part] == story.verify[part], part
     status = json.loads(host(*where, "status", "--json"))
     assert (status["unclaimed"], status["crash_image"]) == (story.stamps, story.crash_image)
@@ -106,6 +107,7 @@ def test_there_is_something_to_see(story: Story) -> None:
     assert len(story.tree["blocks"]) > 20
     assert sum(row["blocks"] for row in story.stamps) > 10
     assert story.verify["verdict"] == "pass"
+    assert story.verify["next"]["command_line"].endswith(" word=1")
     assert story.crash_image == {
         "loaded": True,
         "file_mode": True,
