@@ -177,7 +177,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         machine.run("systemctl start khoscope-carry", check=True, timeout=300)
         machine.run("systemctl kill -s KILL khoscope-carry", check=True)
         machine.load_kexec()
-        story.gates["killed"] = gate(machine, "--next", "/kernel/bzImage")
+        story.gates["killed"] = gate(machine)
         story.killed = machine.run("systemctl --failed --plain --no-legend").stdout
         machine.run(
             "systemctl reset-failed; systemctl start khoscope-carry", check=True, timeout=300
