@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vm import cache, debian, kernel, root
+from vm import cache, debian, kernel, root, selftests
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,12 @@ def test_kernel_key_follows_what_goes_in(tmp_path: Path) -> None:
     assert base == kernel._kernel_entry("7.2-rfc", source, dict(patches))
     assert base != kernel._kernel_entry("7.2-rfc", source, {"0001-a.patch": b"+2"})
     assert base != kernel._kernel_entry("7.2-rfc", tmp_path / "source-2", patches)
-    assert kernel._share_entry(base, {}) != kernel._share_entry(base, {"a.c": b""})
+    shares = {
+        kernel._share_entry(base, module, tests)
+        for module in ({}, {"a.c": b""})
+        for tests in (None, selftests.entry(source, "gcc 1"), selftests.entry(source, "gcc 2"))
+    }
+    assert len(shares) == 6
 
 
 def test_root_key_follows_the_guest_files() -> None:
