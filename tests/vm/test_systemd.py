@@ -13,6 +13,7 @@ from khoscope.facts import fd_stores
 from tests.vm.test_khoscope import guest, host, khoscope
 from vm import systemd
 from vm.content import content
+from vm.machine import CommandFailed
 
 #: Of each service, the words of vm/keeper.py: names, tokens of the content and sizes.
 KEEPER = ("ring:11:70000", "state:12:4096")
@@ -29,6 +30,8 @@ SurviveFinalKillSignal=yes
 [Service]
 ExecStart=/usr/local/bin/khoscope carry
 """
+#: What is written for Prometheus: by ``metrics``, and by ``verify``.
+METRICS = ("metrics", "verdict")
 #: What is read from the memory of files in which nobody has looked: how to name it, its token and
 #: its size.
 CONTENTS = {
@@ -52,6 +55,8 @@ class Story:
     luo: dict[str, Any] = field(default_factory=dict)
     from_outside: dict[str, Any] = field(default_factory=dict)
     text: dict[str, str] = field(default_factory=dict)
+    #: What promtool says of what was written for Prometheus.
+    promtool: dict[str, str] = field(default_factory=dict)
     mapping: dict[str, Any] = field(default_factory=dict)
     #: JSON of ``verify --before carried`` after the first kexec.
     carried: dict[str, Any] = field(default_factory=dict)
@@ -84,9 +89,15 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
 
         machine.load_kexec(append=systemd.WITHOUT)
         machine.execute_kexec(systemd.KEXEC)
-        for command in ("luo", "status", "verify"):
+        for command in ("luo", "status"):
             story.text[command] = host(*machine.source, command)
+        verdict = copy.with_name("verdict")
+        story.text["verify"] = host(*machine.source, "verify", "--metrics", str(verdict))
         story.text["metrics"] = guest(machine, "metrics")
+        story.text["verdict"] = verdict.read_text()
+        story.promtool = {name: systemd.promtool(machine, story.text[name]) for name in METRICS}
+        with pytest.raises(CommandFailed, match="no help text"):
+            systemd.promtool(machine, story.text["metrics"].replace("# HELP", "# "))
         story.luo = json.loads(guest(machine, "luo", "--json"))
         story.from_outside = json.loads(host(*machine.source, "luo", "--json"))
         story.mapping = json.loads(host(*machine.source, "luo", "--content", "0"))
@@ -190,7 +201,10 @@ def test_metrics(story: Story) -> None:
     assert 'khoscope_luo_files{direction="incoming"} 6' in lines
     orphaned = 'khoscope_findings{about="kexec",rule="orphaned-session",severity="warning"} 2'
     assert orphaned in lines
-    assert 'khoscope_verdict{about="kexec",verdict="pass"} 1' in lines
+    verdict = 'khoscope_verdict{about="kexec",verdict="pass"} 1'
+    assert verdict in lines
+    assert verdict in story.text["verdict"].splitlines()
+    assert story.promtool == dict.fromkeys(METRICS, "")
 
 
 def test_what_is_in_files(story: Story) -> None:
