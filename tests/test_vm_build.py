@@ -129,6 +129,17 @@ def test_kernel_key_follows_what_goes_in(tmp_path: Path) -> None:
     assert len(shares) == 6
 
 
+def test_kernels_of_a_source_share_its_selftests(tmp_path: Path) -> None:
+    def entry(name: str, source: str) -> Path | None:
+        return kernel._selftests_entry(name, tmp_path / source)
+
+    found = [entry(name, "source-1") for name in ("7.2-base", "7.2-fixed", "7.2-nodebug")]
+    assert found == [entry("7.2-base", "source-1")] * 3
+    assert found[0] not in (None, entry("7.2-base", "source-2"))
+    # It has no live update.
+    assert entry("6.18-base", "source-1") is None
+
+
 def test_root_key_follows_the_guest_files() -> None:
     entries = {root._root_entry(files) for files in ({}, {"/a": b""}, {"/b": b""}, {"/a": b"1"})}
     assert len(entries) == 4

@@ -127,7 +127,7 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             story.said[name] = [run(machine, name, 1)]
         for command in ("luo", "status", "owners"):
             story.seen[command] = look.ask(command)
-        # There it takes 20 s.
+        # It takes 20 s there: once is enough.
         if story.kernel == KERNELS[0]:
             story.seen["luo, in the guest"] = json.loads(guest(machine, "luo", "--json"))
         file = directory / "content"
