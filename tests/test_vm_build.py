@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vm import cache, debian, kernel, root
+from vm import cache, debian, kernel, root, selftests
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,23 @@ def test_kernel_key_follows_what_goes_in(tmp_path: Path) -> None:
     assert base == kernel._kernel_entry("7.2-rfc", source, dict(patches))
     assert base != kernel._kernel_entry("7.2-rfc", source, {"0001-a.patch": b"+2"})
     assert base != kernel._kernel_entry("7.2-rfc", tmp_path / "source-2", patches)
-    assert kernel._share_entry(base, {}) != kernel._share_entry(base, {"a.c": b""})
+    shares = {
+        kernel._share_entry(base, module, tests)
+        for module in ({}, {"a.c": b""})
+        for tests in (None, selftests.entry(source, "gcc 1"), selftests.entry(source, "gcc 2"))
+    }
+    assert len(shares) == 6
+
+
+def test_kernels_of_a_source_share_its_selftests(tmp_path: Path) -> None:
+    def entry(name: str, source: str) -> Path | None:
+        return kernel._selftests_entry(name, tmp_path / source)
+
+    found = [entry(name, "source-1") for name in ("7.2-base", "7.2-fixed", "7.2-nodebug")]
+    assert found == [entry("7.2-base", "source-1")] * 3
+    assert found[0] not in (None, entry("7.2-base", "source-2"))
+    # It has no live update.
+    assert entry("6.18-base", "source-1") is None
 
 
 def test_root_key_follows_the_guest_files() -> None:

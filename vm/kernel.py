@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from vm import cache, debian
+from vm import cache, debian, selftests
 from vm.cache import BuildError, Log
 
 #: The kernels, named SERIES-WHAT. For each, the directories below kernel-patches/ whose patches it
@@ -168,7 +168,8 @@ def find(name: str) -> Kernel | None:
     source = source_of(series(name))
     if source is None:
         return None
-    share = _share_entry(_kernel_entry(name, source, patches_of(name)), _module_files())
+    entry = _kernel_entry(name, source, patches_of(name))
+    share = _share_entry(entry, _module_files(), _selftests_entry(name, source))
     return _kernel(name, share) if share.exists() else None
 
 
@@ -180,15 +181,18 @@ def build(name: str) -> Kernel:
     if "Makefile" not in module:
         raise BuildError(f"The exercise module is missing: no Makefile in {_MODULE}.")
     entry = _kernel_entry(name, archive, patches)
-    share = _share_entry(entry, module)
+    tests = _selftests_entry(name, archive)
+    share = _share_entry(entry, module, tests)
     if not entry.exists():
         debian.require(_COMMANDS, _HEADERS)
         with Log(name) as log:
             cache.make(entry, lambda to: _compile(name, archive, patches, to, log))
     if not share.exists():
         debian.require(_COMMANDS, _HEADERS)
+        if tests is not None:
+            selftests.build(archive, compiler())
         with Log(f"{name}-module") as log:
-            cache.make(share, lambda to: _compile_module(entry, module, to, log))
+            cache.make(share, lambda to: _fill_share(entry, module, tests, to, log))
     return _kernel(name, share)
 
 
@@ -230,8 +234,9 @@ def clean() -> None:
 
 
 # Entries: source-KEY holds an archive. kernel-NAME-KEY holds the kernel that was compiled from it,
-# and the files to compile the module against it. share-NAME-KEY is what the guest sees. Each file
-# is read once, for both the key and the build, because someone may be editing it.
+# and the files to compile the module against it. selftests-KEY holds programs that come with the
+# source. share-NAME-KEY is what the guest sees. Each file is read once, for both the key and the
+# build, because someone may be editing it.
 
 _Files = dict[str, bytes]
 
@@ -241,9 +246,17 @@ def _kernel_entry(name: str, source: Path, patches: _Files) -> Path:
     return cache.entry(f"kernel-{name}", cache.digest(*parts, *_options(name)))
 
 
-def _share_entry(kernel: Path, module: _Files) -> Path:
+def _share_entry(kernel: Path, module: _Files, tests: Path | None) -> Path:
     name = kernel.name.removeprefix("kernel-").rpartition("-")[0]
-    return cache.entry(f"share-{name}", cache.digest(_RECIPE, kernel.name, module))
+    parts = [] if tests is None else [tests.name]
+    return cache.entry(f"share-{name}", cache.digest(_RECIPE, kernel.name, module, *parts))
+
+
+def _selftests_entry(name: str, source: Path) -> Path | None:
+    """The selftests of live update, if the kernel has that."""
+    if "CONFIG_LIVEUPDATE=n" in _options(name):
+        return None
+    return selftests.entry(source, compiler())
 
 
 def patches_of(name: str) -> _Files:
@@ -566,10 +579,12 @@ def unmet(wanted: str, config: str) -> list[str]:
     ]
 
 
-def _compile_module(kernel: Path, module: _Files, to: Path, log: Log) -> None:
-    """Fill a share entry with the kernel's files and the exercise module built for it."""
+def _fill_share(kernel: Path, module: _Files, tests: Path | None, to: Path, log: Log) -> None:
+    """Fill a share entry: the kernel's files, its selftests, and the module built for it."""
     for name in ("bzImage", "vmlinux", "release"):
         os.link(kernel / name, to / name)
+    if tests is not None:
+        shutil.copytree(tests, to / "selftests", copy_function=os.link)
     build = to / "kmod"
     build.mkdir()
     for name, content in module.items():

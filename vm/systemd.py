@@ -72,3 +72,12 @@ def came_back(guest: Machine, name: str) -> dict[str, Any]:
     said = guest.run(("journalctl", "-b", "-o", "cat", "-t", "python3", "-u", name), check=True)
     found: dict[str, Any] = json.loads(said.stdout)
     return found
+
+
+def promtool(guest: Machine, metrics: str) -> str:
+    """What promtool has to say of metrics that it takes: nothing.
+
+    :raise CommandFailed: with what it finds wrong with them
+    """
+    judged = guest.run(("promtool", "check", "metrics"), input=metrics.encode(), check=True)
+    return judged.stdout + judged.stderr
