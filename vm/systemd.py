@@ -66,9 +66,14 @@ def journal(guest: Machine, *matches: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in guest.run(asked, check=True).stdout.splitlines()]
 
 
+def wait(guest: Machine) -> None:
+    """Wait until systemd has started all that it is to start, for better or worse."""
+    guest.run(("systemctl", "is-system-running", "--wait"), timeout=300)
+
+
 def came_back(guest: Machine, name: str) -> dict[str, Any]:
     """What a service had when it was started at this boot, by names."""
-    guest.run(("systemctl", "is-system-running", "--wait"), timeout=120)
+    wait(guest)
     said = guest.run(("journalctl", "-b", "-o", "cat", "-t", "python3", "-u", name), check=True)
     found: dict[str, Any] = json.loads(said.stdout)
     return found

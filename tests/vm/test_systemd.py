@@ -129,9 +129,10 @@ def gate(machine: Machine, *options: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def booted(machine: Machine) -> Boot:
-    """What khoscope-verify.service has said, once systemd has come up."""
-    back = {name: systemd.came_back(machine, name) for name in ("keeper", "holder")}
+def booted(machine: Machine, *keepers: str) -> Boot:
+    """What khoscope-verify.service has said, once systemd has come up, and services of ours."""
+    systemd.wait(machine)
+    back = {name: systemd.came_back(machine, name) for name in keepers}
     machine.run(("systemctl", "start", "khoscope-verify"), timeout=300)
     show = ("systemctl", "show", "-P", "ActiveState", "khoscope-verify")
     failed = ("systemctl", "--failed", "--plain", "--no-legend")
@@ -183,7 +184,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         asked = khoscope(*machine.source, "verify", "--gate", *image)
         story.gates["another ABI"] = asked.returncode, asked.stdout
         machine.execute_kexec(systemd.KEXEC)
-        story.well = booted(machine)
+        story.well = booted(machine, "keeper", "holder")
 
         # A service that does not start again, a session that nobody asks for, a store that is not
         # kept; and whoever carries is killed, and is started again.
@@ -202,7 +203,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         story.killed = machine.run("systemctl --failed --plain --no-legend").stdout
         machine.run("systemctl start khoscope-carry", check=True, timeout=300)
         machine.execute_kexec(systemd.KEXEC)
-        story.badly = booted(machine)
+        story.badly = booted(machine, "keeper")
         machine.run(FULL, check=True)
         full = ("khoscope", "verify", "--before", "carried", "--journal", "--metrics")
         done = machine.run((*full, "/mnt/full/khoscope.prom"), timeout=300)
