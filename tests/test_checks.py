@@ -798,7 +798,7 @@ FIRES: dict[str, list[Fires]] = {
     "store-not-kept": [Fires(lambda: gate(services=Services([store(preserve="no")])), None)],
     "nothing-carried": [Fires(lambda: gate(sessions=[VM]), None)],
     "stored-fd-lost": [
-        Fires(lambda: stored(store(kept=[])), None),
+        Fires(lambda: stored(store(kept=[], given=[])), None),
         # There is no such unit any more.
         Fires(stored, None),
     ],

@@ -32,12 +32,16 @@ from khoscope.facts.services import KeptFd, Service, Services
 from khoscope.facts.snapshot import Handover, Snapshot
 from khoscope.sources import host_files
 from khoscope.sources import services as source
+from khoscope.sources.kernel import KernelSource
+from khoscope.sources.open import open_core
+from khoscope.sources.reading import Reading
 from khoscope.sources.services import read_services
 from khoscope.views.text import WIDTH
 from tests.command import Run
 from tests.fuzz import fuzz
 from tests.synthetic import FIXED, snapshot
 from tests.test_store import as_version, bytes_of, load, refused, rewritten
+from vm.fossil import FOSSILS, SUFFIX, unpack
 
 RING = KeptFd("ring", "/memfd:ring (deleted)", 11)
 CAME = replace(RING, path="/ (deleted)", inode=2049)
@@ -759,3 +763,58 @@ def test_names_cannot_forge_a_line(luo: Callable[..., str]) -> None:
     text = luo(Services([store(evil, evil, evil, [replace(RING, name=evil)])], unread=[evil]))
     assert "\x1b" not in text
     assert not any(line.startswith("session 'vm'") for line in text.splitlines())
+
+
+# -- when it is asked -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("fossil")
+    unpack(FOSSILS / f"7.2-fixed{SUFFIX}", directory)
+    return directory
+
+
+@pytest.fixture
+def kernel(cores: Path, monkeypatch: pytest.MonkeyPatch) -> KernelSource:
+    """A real kernel that takes itself for the running one, where PID 1 says little."""
+    monkeypatch.setattr("khoscope.sources.kernel.is_this_host", lambda prog: True)
+    monkeypatch.setattr("khoscope.sources.kernel.read_services", lambda: SERVICES)
+    return KernelSource(open_core(cores / "before"), "made", moves=False)
+
+
+def judged(kernel: KernelSource, **options: Any) -> Snapshot:
+    return kernel.judge(lambda facts, before: None, **options)[0]
+
+
+def test_who_asks(kernel: KernelSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernel.luo().services == SERVICES
+    assert kernel.snapshot(stamps=False).services == SERVICES
+    gate = judged(kernel, gate=True)
+    assert gate.services == SERVICES
+    assert gate.liveupdate is not None
+    assert gate.liveupdate.holders is not None
+    # No other verdict needs it: it takes a program or two to ask.
+    assert judged(kernel).services is None
+    # Nor is there anything to ask of another host.
+    monkeypatch.setattr("khoscope.sources.kernel.is_this_host", lambda prog: False)
+    assert kernel.luo().services is None
+    assert judged(kernel, gate=True).services is None
+
+
+@pytest.mark.parametrize(
+    ("was", "wanted"), [(None, None), (Services(), SERVICES), (SERVICES, SERVICES)]
+)
+def test_what_is_lost_where_luo_is_off(
+    kernel: KernelSource,
+    was: Services | None,
+    wanted: Services | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """systemd keeps nothing of before there: who had something has to be told."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Reading, "liveupdate", lambda self: LuoState(False))
+        before = replace(kernel.snapshot(stamps=False), services=was)
+        assert kernel.luo().services is None
+        assert judged(kernel, before=before).services == wanted
+        assert kernel.snapshot(before).services == wanted

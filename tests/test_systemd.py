@@ -35,6 +35,7 @@ from tests.fuzz import fuzz
 from tests.synthetic import FIXED, Block, snapshot
 from tests.test_gate import AGENT, CARRIED, KEEPER, VM, ready
 from tests.test_services import OWN, RING, across, store
+from tests.test_verify import after
 
 ROOT = Path(__file__).parent.parent
 Fields = list[tuple[str, bytes]]
@@ -90,7 +91,7 @@ class Journal:
     def all(self) -> list[dict[str, list[str]]]:
         """All entries that are there."""
         self.socket.settimeout(0)
-        found = []
+        found: list[dict[str, list[str]]] = []
         while True:
             try:
                 fields = self.one()
@@ -306,8 +307,10 @@ def test_an_arrival(run: Run, saved: Saved, journald: Journal) -> None:
         ["b.service"],
     )
     assert waits["OBJECT_SYSTEMD_UNIT"] == ["c.service"]
-    names = ("OBJECT_SYSTEMD_UNIT", "PRIORITY", "KHOSCOPE_FD_CAME", "KHOSCOPE_FD_LOST")
-    names += ("KHOSCOPE_FD_WAITS",)
+    names = [
+        *("OBJECT_SYSTEMD_UNIT", "PRIORITY"),
+        *("KHOSCOPE_FD_CAME", "KHOSCOPE_FD_LOST", "KHOSCOPE_FD_WAITS"),
+    ]
     assert [[entry.get(name) for name in names] for entry in services] == [
         [["a.service"], ["6"], ["ring"], None, None],
         [["b.service"], ["3"], None, ["luo", "ring"], None],
@@ -323,16 +326,7 @@ def test_fates(run: Run, saved: Saved, journald: Journal) -> None:
     blocks = [Block(n << 20, 2) for n in range(1, 4)]
     before = snapshot(FIXED, blocks)
     stamped = replace(blocks[0], head=0, private=FIXED.stamp.encode(2, 0))
-    _, now = across(None, None)
-    now = replace(
-        snapshot(
-            FIXED,
-            [],
-            boot_id=now.kernel.boot_id,
-            handover=now.handover,
-            watched=(before, [stamped, *blocks[1:]]),
-        )
-    )
+    now = after(before, stamped, *blocks[1:])
     paths = saved(now), saved(before)
     run("--snapshot", paths[0], "verify", "--before", paths[1], "--journal")
     last = journald.all()[-1]
