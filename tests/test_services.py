@@ -177,7 +177,8 @@ def test_what_pid_1_says(pid_1: Pid1) -> None:
     # What is empty need not be asked for.
     shown, *stores = pid_1.asked
     assert shown[1:4] == ["show", "*.service", "--property"]
-    assert [words[-2:] for words in stores] == [["--", "keeper.service"], ["--", "web.service"]]
+    asked = ["fdstore", "--json=short"]
+    assert [words[1:] for words in stores] == [[*asked, "keeper.service"], [*asked, "web.service"]]
     assert [fd.session for fd in found.stores[1].going] == [None, "vm", None]
 
 
@@ -238,6 +239,14 @@ def test_a_store_that_is_refused(pid_1: Pid1) -> None:
     assert [service.kept for service in found.stores] == [None, [RING]]
     assert found.unread == ["a.service: systemd-analyze fdstore: Unit a.service not found."]
     assert found.is_whole
+
+
+def test_a_name_that_looks_like_an_option(pid_1: Pid1) -> None:
+    """``-H`` would ask another host."""
+    pid_1.unit("-Hother.service", [row(RING)])
+    found = pid_1.read()
+    assert [service.kept for service in found.stores] == [None]
+    assert len(pid_1.asked) == len(found.unread) == 1
 
 
 def test_a_missing_tool_is_missed_once(pid_1: Pid1) -> None:
@@ -533,7 +542,10 @@ def test_in_words() -> None:
     assert came(store(state=DOWN, given=None)).in_words == (
         "ring came back; ring not taken yet; it is inactive (dead)"
     )
-    assert came().in_words == "ring did not come back; it is no such service, or it stores none"
+    assert (
+        came().in_words
+        == "ring did not come back; there is no such service, or it may store nothing"
+    )
     many = [replace(RING, name=f"fd{n:02}") for n in range(40)]
     assert came(kept=many).in_words.startswith("fd00, fd01, ")
     assert ", fd07 and 32 more did not come back" in came(kept=many).in_words
@@ -626,7 +638,9 @@ def test_verify_tells_of_services(run: Run, tmp_path: Path) -> None:
     result = run("--snapshot", paths[0], "verify", "--before", paths[1])
     assert (result.status, result.err) == (1, "")
     assert "keeper.service: ring came back; it is active (running)\n" in result.out
-    assert "lost.service: luo, ring did not come back; it is no such service, or it" in result.out
+    assert (
+        "lost.service: luo, ring did not come back; there is no such service, or it" in result.out
+    )
     assert result.last == "FAIL: not intact: stored-fd-lost (1 error, 0 warnings)"
     assert max(map(len, result.out.splitlines())) <= WIDTH
     document = run("--snapshot", paths[0], "verify", "--before", paths[1], "--json").document
@@ -643,7 +657,7 @@ def test_verify_tells_of_services(run: Run, tmp_path: Path) -> None:
             "came": [],
             "lost": ["luo", "ring"],
             "waits": [],
-            "state": "no such service, or it stores none",
+            "state": None,
         },
     ]
     [found] = document["findings"]

@@ -135,9 +135,11 @@ class _Reader:
             self.not_asked += 1
             return None
         try:
+            if unit.startswith("-"):
+                raise _Silent("systemd-analyze would take that for an option")
             if count > self.room:
                 raise _Silent(f"it stores {count:,} descriptors")
-            rows = _rows(_answer(["systemd-analyze", "fdstore", "--json=short", "--", unit]))
+            rows = _rows(_answer(["systemd-analyze", "fdstore", "--json=short", unit]))
             if len(rows) > self.room:
                 raise _Silent(f"it stores {len(rows):,} descriptors")
         except _Silent as error:
