@@ -47,7 +47,7 @@ from khoscope.facts.tree import TreeState
 from khoscope.sources.next_kernel import read_image
 from khoscope.views.text import WIDTH
 from tests.command import Result, Run
-from tests.synthetic import FIXED, ROOT, Block, snapshot
+from tests.synthetic import FIXED, POSTED, ROOT, Block, snapshot
 from tests.test_image import TEXT, elf
 from tests.test_store import as_version, bytes_of
 from tests.test_verify import STALE
@@ -573,3 +573,12 @@ def test_many_findings_take_no_time(kernel: NextKernel) -> None:
     report = check(facts, kernel, gate=True)
     (answer,) = (each for each in answers(report) if each.question == Question.KERNEL)
     assert (len(answer.failing), answer.failed) == (1000, 1999)
+
+
+def test_what_follows_from_a_reason_is_none_of_its_own() -> None:
+    blocks = [Block.split(n << 20, 2, type=0) for n in range(1, 6)]
+    report = check(snapshot(POSTED, blocks), gate=True)
+    assert report.counts["type-mismatch"] == 5
+    (answer,) = (each for each in answers(report) if each.question == Question.KERNEL)
+    assert [each.rule for each in answer.failing] == ["type-not-stored"]
+    assert answer.failed == 1
