@@ -41,6 +41,7 @@ from khoscope.facts import columns
 from khoscope.facts.clients import (
     FLB_LIST,
     Claims,
+    Holders,
     Luo,
     LuoFile,
     LuoSession,
@@ -52,6 +53,7 @@ from khoscope.facts.clients import (
 )
 from khoscope.facts.columns import Pages
 from khoscope.facts.next_kernel import NextKernel
+from khoscope.facts.services import Services
 from khoscope.facts.snapshot import (
     Handover,
     KexecImage,
@@ -75,6 +77,8 @@ from tests.synthetic import (
     claims_of,
     snapshot,
 )
+from tests.test_gate import AGENT, KEEPER, VM, ready
+from tests.test_services import store, stored
 from tests.track_memory import SMALL, XARRAY
 
 CONTIG, SPLIT = KHO_PAGE_CONTIG, KHO_PAGE_SPLIT
@@ -301,6 +305,11 @@ def handed(
         root.subtrees.extend(Subtree(name, 0x5000, 4096) for name in came)
         now = replace(now, incoming=replace(now.incoming, fdt=root, luo=after))
     return compare(was, now)
+
+
+def gate(**changed: Any) -> Report:
+    """The report to who is about to kexec, where all are ready but for this."""
+    return check(ready(**changed), gate=True)
 
 
 FAILED = LuoFile("memfd-v2", 9, 0, retrieve_status=-22)
@@ -601,6 +610,9 @@ FIRES: dict[str, list[Fires]] = {
     "orphaned-session": [
         Fires(lambda: check(came(luo(session()))), None),
         Fires(lambda: check(came(luo(session(retrieved=None), live=False))), None),
+        # It was in the snapshot.
+        Fires(lambda: handed(luo(session()), luo(session())), None),
+        Fires(lambda: handed(luo(session()), luo(session(retrieved=None), live=False)), None),
         # Nobody can retrieve it.
         Fires(lambda: check(came(luo(session()), on=False)), None, here=True),
         Fires(lambda: check(came(luo(session(files=1, count=2)))), None, here=True),
@@ -800,13 +812,21 @@ FIRES: dict[str, list[Fires]] = {
     ],
     "not-restored": [
         Fires(lambda: across([contig(2)], [stamped(contig(2))]), AT, 2),
-        Fires(lambda: handed(luo(session()), luo(session())), None),
-        Fires(lambda: handed(luo(session()), luo(session(retrieved=None), live=False)), None),
         Fires(
             lambda: handed(luo(session()), luo(replace(session(retrieved=True), files=[FAILED]))),
             None,
         ),
     ],
+    "session-not-held": [Fires(lambda: gate(holders=Holders([KEEPER])), None)],
+    "session-not-kept": [Fires(lambda: gate(holders=Holders([KEEPER, AGENT])), None)],
+    "store-not-kept": [Fires(lambda: gate(services=Services([store(preserve="no")])), None)],
+    "nothing-carried": [Fires(lambda: gate(sessions=[VM]), None)],
+    "stored-fd-lost": [
+        Fires(lambda: stored(store(kept=[], given=[])), None),
+        # There is no such unit any more.
+        Fires(stored, None),
+    ],
+    "stored-fd-waits": [Fires(lambda: stored(store(given=[])), None)],
     "unexpected": [
         Fires(lambda: across([], [], stamps=[stamped(contig(2))]), AT, 2),
         # Another order's block may begin where this one's stamp is, but this one was recorded.
@@ -972,8 +992,9 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
         # Another one could not be finished, or it could in the end.
         lambda: check(came(luo(session(retrieved=True)), "Unable to finish", name="vm2")),
         lambda: check(came(luo(), "Unable to finish")),
-        # No kexec is to come: not-restored says it.
-        lambda: handed(luo(session()), luo(session())),
+        # No kexec is to come, and it was not there before.
+        lambda: handed(luo(), luo(session())),
+        lambda: handed(luo(session()), luo(session(retrieved=True))),
         # Nor is a session that this kernel has made.
         lambda: check(out(luo=luo(session()))),
         # Files that khoscope has not looked at are not missing.
@@ -1179,11 +1200,23 @@ SILENT: dict[str, list[Callable[[], Report]]] = {
         lambda: across([contig(2)], [contig(2, private=1 << 40)]),
         lambda: handed(luo(session()), luo(session(retrieved=True))),
         lambda: handed(luo(session()), luo()),
-        # It was not there before.
-        lambda: handed(luo(), luo(session())),
+        # orphaned-session says it.
+        lambda: handed(luo(session()), luo(session())),
         # The root FDT, which the new kernel reads where it is.
         lambda: across([contig(0, phys=0x2000)], [stamped(contig(0, phys=0x2000))]),
     ],
+    # Without a gate, nobody asks.
+    "session-not-held": [gate, lambda: check(ready(holders=Holders()))],
+    "session-not-kept": [gate, lambda: check(ready(holders=Holders([KEEPER, AGENT])))],
+    "store-not-kept": [gate, lambda: check(ready(services=Services([store(preserve="no")])))],
+    "nothing-carried": [gate, lambda: check(ready(sessions=[VM]))],
+    "stored-fd-lost": [
+        lambda: stored(store()),
+        lambda: stored(store(kept=[], given=["ring"])),
+        # PID 1 did not say.
+        lambda: stored(store(kept=None)),
+    ],
+    "stored-fd-waits": [lambda: stored(store()), lambda: stored(store(kept=[]))],
     "unexpected": [
         lambda: across([split(2)], [stamped(split(2))], stamps=[stamped(split(2))]),
         # Two types of one block.
@@ -1209,7 +1242,8 @@ def test_the_rules_are_those_that_were_asked_for() -> None:
         *("blob-not-preserved", "fdt-nearly-full", "broken-vmalloc", "broken-luo"),
         *("image-without-kho", "no-image", "image-abi-differs", "block-too-large"),
         *("next-without-kho", "next-without-liveupdate"),
-        "orphaned-session",
+        *("orphaned-session", "session-not-held", "session-not-kept"),
+        *("store-not-kept", "nothing-carried", "stored-fd-lost", "stored-fd-waits"),
         "crash-image-with-kho",
         *("phantom-cma", "scratch-unmovable", "scratch-too-small", "kho-unused"),
         *("not-finalized", "serialized-differs"),
@@ -1225,6 +1259,7 @@ def test_the_rules_are_those_that_were_asked_for() -> None:
         *("needs-folio-restore", "wrong-preserve-call"),
         *("phantom-cma", "scratch-unmovable", "scratch-too-small"),
         *("preserved-twice", "unpreserved-unknown", "failed", "events-lost"),
+        *("session-not-kept", "store-not-kept", "stored-fd-waits"),
     }
 
 

@@ -61,6 +61,8 @@ def test_all_of_it_is_in_the_wheel(wheel: Path) -> None:
     assert inside >= {"bpf/kho_trace.c", "demo/findings.json"}
     demo = {path.name for path in ROOT.glob("khoscope/demo/*.khosnap")}
     assert {Path(name).name for name in inside if name.endswith(".khosnap")} == demo
+    units = {path.name for path in ROOT.glob("khoscope/units/*")}
+    assert {Path(name).name for name in inside if name.startswith("units/")} == units
     manuals = {path.name for path in ROOT.glob("docs/*.8")}
     assert {Path(name).name for name in inside if "/man/man8/" in name} == manuals
     licences = {path.name for path in ROOT.glob("LICENSE*")}
@@ -75,6 +77,8 @@ def test_it_runs_from_there(installed: Path, tmp_path: Path) -> None:
     assert "fixed" in khoscope("demo")
     assert all(name in khoscope("checks") for name in RULES)
     (demo,) = installed.glob("lib/python3*/site-packages/khoscope/demo")
+    units = khoscope("install-units", str(tmp_path), "--khoscope", "/opt/khoscope")
+    assert "ExecStart=/opt/khoscope carry" in units
     assert "/dts-v1/;" in khoscope("--snapshot", str(demo / "odd-before.khosnap"), "fdt")
     (manual,) = installed.glob("share/man/man8/khoscope.8")
     assert manual.read_text() == (ROOT / "docs" / "khoscope.8").read_text()

@@ -105,7 +105,8 @@ def test_other_programs_do_not() -> None:
 
 def test_it_has_the_options_of_the_command_line(prog: Program) -> None:
     here, there = commands(cli.parser_for(prog)), commands(cli.parser())
-    assert there.keys() - here.keys() == {"carry", "trace", "shell", "doctor", "demo"}
+    missing = {"carry", "install-units", "trace", "shell", "doctor", "demo"}
+    assert there.keys() - here.keys() == missing
     assert here == {name: there[name] for name in here}
 
 

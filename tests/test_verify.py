@@ -218,6 +218,7 @@ def test_rules_that_run(run: Run, saved: Saved) -> None:
     across = run("--snapshot", now, "verify", "--before", before, "--json").document["rules"]
     new = {"lost", "not-restored", "not-a-handover", "unexpected"}
     new |= {"order-changed", "type-changed", "wrong-refcounts"}
+    new |= {"stored-fd-lost", "stored-fd-waits"}
     assert set(across) - set(rules) == new
 
 
@@ -238,7 +239,7 @@ def test_rules_that_run(run: Run, saved: Saved) -> None:
         (["--watch", "1"], "a file does not change"),
         (["--watch", "0"], "not a time to wait"),
         (["--watch", "nan"], "not a time to wait"),
-        (["--fail-on", "info"], "invalid choice"),
+        (["--fail-on", "info"], "error or warning come first"),
     ],
 )
 def test_what_cannot_be_asked_for(run: Run, saved: Saved, words: list[str], said: str) -> None:

@@ -38,11 +38,14 @@ def untold(facts: Snapshot, next_kernel: NextKernel | None) -> Iterator[tuple[Qu
     if next_kernel is None and (facts.image is None or facts.image.loaded):
         what = "whether the next kernel takes what is handed over is not known: name it (--next)"
         yield Question.IMAGE, what
+    holders = facts.liveupdate.holders if facts.liveupdate is not None else None
+    if facts.services is None and holders is not None and holders.systemd_memfds:
+        what = "what systemd keeps for services is not known: only khoscope on that host asks PID 1"
+        yield Question.SERVICES, what
     for what in facts.services.unread if facts.services is not None else ():
         yield Question.SERVICES, f"what systemd keeps for services may be missing: {what}"
     if not _sessions(facts):
         return
-    holders = facts.liveupdate.holders if facts.liveupdate is not None else None
     if holders is None:
         yield Question.SESSIONS, "who holds the sessions was not looked at"
     elif _unheld(facts):

@@ -44,11 +44,14 @@ class Came:
             (self.lost, "did not come back"),
         )
         told = [f"{listed(names)} {what}" for names, what in parts if names]
-        return f"{'; '.join(told)}; it is {self.state}"
+        return "; ".join([*told, self.how])
 
     @property
-    def state(self) -> str:
-        return "no such service, or it stores none" if self.now is None else self.now.state
+    def how(self) -> str:
+        """How the service is, in words."""
+        if self.now is None:
+            return "there is no such service, or it may store nothing"
+        return f"it is {self.now.state}"
 
 
 def came_back(before: Snapshot, after: Snapshot) -> list[Came] | None:
@@ -83,9 +86,9 @@ def untold(before: Snapshot, after: Snapshot) -> Iterator[str]:
     """Of which services it is not known what came back to them."""
     if before.services is None:
         return
-    for service in before.services.stores:
-        if service.hands_over and service.kept is None:
-            yield f"the earlier snapshot: what systemd kept for {service.unit} is not known"
+    silent = [s.unit for s in before.services.stores if s.hands_over and s.kept is None]
+    if silent:
+        yield f"the earlier snapshot: what systemd kept for {listed(silent)} is not known"
     stored = [*_stored(before.services)]
     if after.services is None:
         if stored:
@@ -131,7 +134,7 @@ def stored_fd_lost(before: Snapshot, after: Snapshot) -> Iterator[Message]:
     """A descriptor that systemd kept for a service did not come back."""
     for each in came_back(before, after) or ():
         if each.lost:
-            text = f"{each.unit}: {listed(each.lost)} did not come back; it is {each.state}"
+            text = f"{each.unit}: {listed(each.lost)} did not come back; {each.how}"
             yield Message(text, units=(each.unit,))
 
 
@@ -150,5 +153,5 @@ def stored_fd_waits(before: Snapshot, after: Snapshot) -> Iterator[Message]:
     """A service has not taken back a descriptor that systemd keeps for it."""
     for each in came_back(before, after) or ():
         if each.waiting:
-            text = f"{each.unit} has not taken {listed(each.waiting)}; it is {each.state}"
+            text = f"{each.unit} has not taken {listed(each.waiting)}; {each.how}"
             yield Message(text, units=(each.unit,))

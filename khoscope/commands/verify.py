@@ -179,7 +179,8 @@ def _run(args: argparse.Namespace) -> int:
     except KhoscopeError as error:
         if args.journal:
             try:
-                systemd.journal([journal_view.error_entry(error, args.gate)])
+                about = checks.About.ARRIVAL if args.before else checks.About.KEXEC
+                systemd.journal([journal_view.error_entry(error, about, args.gate)])
             except systemd.NoJournal as unheard:
                 say(unheard.what, unheard.hint)
         raise
@@ -218,6 +219,7 @@ def _verify(args: argparse.Namespace) -> int:
         facts, found = source.judge(use, before, args.gate)
         if not found.counts["no-image"]:
             found.incomplete += unread
+            found.doubtful |= {checks.Question.IMAGE} if unread else set()
         return facts, _Judged(found, following)
 
     if args.watch:

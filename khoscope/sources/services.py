@@ -69,7 +69,7 @@ def read_services() -> Services | None:
         if row.get("SurviveFinalKillSignal") == "yes" and row["ActiveState"] in _UP
     )
     stores = sorted((row for row in rows if _number(row, "FileDescriptorStoreMax")), key=_unit)
-    reader = _Reader()
+    reader = _Reader(budget.STORED)
     found = [reader.service(row) for row in stores[: budget.SERVICES]]
     left_out = len(stores) - len(found)
     if more := left_out + reader.not_asked:
@@ -107,7 +107,7 @@ class _Reader:
     :param gave_up: it is of no use to ask again; ``not_asked``: of how many services it was not.
     """
 
-    room: int = budget.STORED
+    room: int
     unread: list[str] = field(default_factory=list)
     gave_up: bool = False
     not_asked: int = 0
@@ -135,9 +135,11 @@ class _Reader:
             self.not_asked += 1
             return None
         try:
+            if unit.startswith("-"):
+                raise _Silent("systemd-analyze would take that for an option")
             if count > self.room:
                 raise _Silent(f"it stores {count:,} descriptors")
-            rows = _rows(_answer(["systemd-analyze", "fdstore", "--json=short", "--", unit]))
+            rows = _rows(_answer(["systemd-analyze", "fdstore", "--json=short", unit]))
             if len(rows) > self.room:
                 raise _Silent(f"it stores {len(rows):,} descriptors")
         except _Silent as error:

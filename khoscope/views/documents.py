@@ -299,7 +299,7 @@ def write_verify(
                 "came": each.back,
                 "lost": each.lost,
                 "waits": each.waiting,
-                "state": each.state,
+                "state": each.now and each.now.state,
             }
             for each in came
         ]

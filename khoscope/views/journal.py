@@ -69,11 +69,12 @@ def entries(
     yield [*_verdict(report, over, seconds), about]
 
 
-def error_entry(error: KhoscopeError, gate: bool) -> Entry:
+def error_entry(error: KhoscopeError, about: About, gate: bool) -> Entry:
     """That khoscope could not do it (exit status 2)."""
     return [
         *_entry(VERDICT, _ERR, f"{'GATE CLOSED: ' if gate else ''}{error.what}: {error.hint}"),
         ("KHOSCOPE_VERDICT", "error"),
+        ("KHOSCOPE_ABOUT", "gate" if gate else _ABOUT[about]),
     ]
 
 

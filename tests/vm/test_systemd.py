@@ -423,7 +423,7 @@ def test_a_disk_that_is_full(story: Story) -> None:
 def test_kho_is_off_where_something_was_to_come(story: Story) -> None:
     boot = story.off
     assert (boot.state, boot.failed) == ("failed", True)
-    assert verdicts(boot.journal) == [("", "error")]
+    assert verdicts(boot.journal) == [("arrival", "error")]
     assert "KHO is off" in boot.journal[-1]["MESSAGE"]
 
 
