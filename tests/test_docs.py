@@ -31,7 +31,7 @@ DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 RECORDED = ROOT / "tests" / "recorded"
 
 #: Options of other programs: kexec, venv, and `python -m vm`.
-OTHERS = {"--reuse-cmdline", "--system-site-packages", "--source"}
+OTHERS = {"--reuse-cmdline", "--system-site-packages", "--source", "--failed"}
 
 _OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 #: As a paragraph of code, after a prompt or not, or in a line of text.

@@ -499,8 +499,12 @@ class Kernel:
         return self.images.pop(0)
 
     def judge(
-        self, use: Callable[[Snapshot, Snapshot | None], Report], before: Snapshot | None = None
+        self,
+        use: Callable[[Snapshot, Snapshot | None], Report],
+        before: Snapshot | None = None,
+        gate: bool = False,
     ) -> tuple[Snapshot, Report]:
+        assert not gate
         self.before = before
         state = next(self._states, KeyboardInterrupt)
         if isinstance(state, Snapshot):

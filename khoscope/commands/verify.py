@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import io
 import sys
@@ -251,13 +252,15 @@ def _show(
         documents.write_verify(facts, found, sys.stdout, next_kernel, came)
     else:
         Text(sys.stdout, args.limit).verify(facts, found, next_kernel, came)
-    # A disk that is full keeps nothing from the journal.
-    if args.journal:
-        systemd.journal(journal_view.entries(found, came or [], over, seconds, args.limit))
-    if args.metrics:
-        text = io.StringIO()
-        metrics_view.write_report(facts, found, text)
-        common.write_readable(args.metrics, text.getvalue())
+    # The journal first; and neither keeps the other from being written.
+    with contextlib.ExitStack() as stack:
+        if args.metrics:
+            text = io.StringIO()
+            metrics_view.write_report(facts, found, text)
+            stack.callback(common.write_readable, args.metrics, text.getvalue())
+        if args.journal:
+            entries = journal_view.entries(found, came or [], over, seconds, args.limit)
+            stack.callback(systemd.journal, entries)
 
 
 def _following(
