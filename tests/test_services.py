@@ -176,7 +176,7 @@ def test_what_pid_1_says(pid_1: Pid1) -> None:
     )
     # What is empty need not be asked for.
     shown, *stores = pid_1.asked
-    assert shown[1:4] == ["show", "*.service", "--property"]
+    assert shown[1:5] == ["show", "--all", "*.service", "--property"]
     asked = ["fdstore", "--json=short"]
     assert [words[1:] for words in stores] == [[*asked, "keeper.service"], [*asked, "web.service"]]
     assert [fd.session for fd in found.stores[1].going] == [None, "vm", None]

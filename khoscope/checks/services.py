@@ -67,10 +67,12 @@ def came_back(before: Snapshot, after: Snapshot) -> list[Came] | None:
     found = []
     for was in _stored(before.services):
         service = now.get(was.unit)
-        if not _is_known(after.services, service):
+        if not _is_known(was, after.services, service):
             continue
         names = Counter(each.name for each in was.going)
         kept = Counter(each.name for each in (service and service.kept) or ())
+        if service is not None and service.kept is None:
+            kept = names
         given = Counter((service and service.given) or ())
         lost = names - (kept | given)
         waiting = names & (kept - given)
@@ -95,10 +97,10 @@ def untold(before: Snapshot, after: Snapshot) -> Iterator[str]:
             yield f"what came back to {listed([each.unit for each in stored])}: PID 1 was not asked"
         return
     now = {service.unit: service for service in after.services.stores}
-    lacking = [s.unit for s in stored if not _is_known(after.services, now.get(s.unit))]
+    lacking = [s.unit for s in stored if not _is_known(s, after.services, now.get(s.unit))]
     if lacking:
-        why = "; ".join(after.services.unread[:1])
-        yield f"what came back to {listed(lacking)}: PID 1 did not say ({why})"
+        why = "".join(f" ({what})" for what in after.services.unread[:1])
+        yield f"what came back to {listed(lacking)}: PID 1 did not say{why}"
 
 
 def _stored(services: Services) -> Iterator[Service]:
@@ -106,13 +108,15 @@ def _stored(services: Services) -> Iterator[Service]:
     return (service for service in services.stores if service.hands_over and service.going)
 
 
-def _is_known(services: Services, service: Service | None) -> bool:
+def _is_known(was: Service, services: Services, service: Service | None) -> bool:
     """
-    Whether PID 1 has said what is in a service's store.
+    Whether PID 1 has said what is in a service's store, or that it is no less than it was.
 
     :param service: None: it is not among those that may store something.
     """
-    return services.is_whole if service is None else service.kept is not None
+    if service is None:
+        return services.is_whole
+    return service.kept is not None or service.unnamed >= len(was.kept or ())
 
 
 @rule(
@@ -123,9 +127,9 @@ def _is_known(services: Services, service: Service | None) -> bool:
     systemd kept this descriptor for the service, and was to hand it over: a memfd, or a LUO
     session, of a unit with FileDescriptorStorePreserve=yes. It is not in the service's store, and
     the service was not started with it. systemd hands stores over on systemctl kexec alone, and
-    takes them back where both kernels have liveupdate=on; it closes what belongs to a unit that is
-    not there any more, or stores nothing (FileDescriptorStoreMax=). The journal of this boot, and
-    the end of that of the boot before, say what it did. If the service has removed it itself since
+    takes them back where both kernels have liveupdate=on; it closes what belongs to a unit that may
+    store nothing any more (FileDescriptorStoreMax=). The journal of this boot, and the end of that
+    of the boot before, say what it did. If the service has removed it itself since
     the snapshot was taken, nothing is lost.
     """,
     kernel="luo_session_serialize luo_session_retrieve",

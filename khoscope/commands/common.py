@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -94,7 +95,25 @@ def load_before(args: argparse.Namespace) -> Snapshot | None:
             "--before carried is what this host was handed, not that guest or vmcore",
             "name a snapshot file of the kernel that handed over to it",
         )
-    return store.load_file(retrieve())
+    try:
+        return store.load_file(retrieve())
+    except KhoscopeError:
+        _require_kho(args)
+        raise
+
+
+def _require_kho(args: argparse.Namespace) -> None:
+    """
+    If KHO is off, say so: it says more than that there is nothing to be had from LUO.
+
+    :raises KhoscopeError: if it is off; a kernel that cannot be read may have it.
+    """
+    try:
+        source = kernel(args, Progress(io.StringIO()))
+    except KhoscopeError:
+        return
+    if not source.has_kho():
+        source.tree()
 
 
 def address(text: str) -> int:

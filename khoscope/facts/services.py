@@ -46,12 +46,15 @@ class Service:
     """
     A service that may store descriptors (``FileDescriptorStoreMax=``).
 
-    :param state: ``ActiveState`` and ``SubState``, as in ``active (running)``.
+    :param state: ``ActiveState`` and ``SubState``, as in ``active (running)``; of a unit that is
+        not loaded ``LoadState``, as in ``not-found``: systemd goes on keeping what is in its store.
     :param is_up: it is active, or is just being started.
     :param preserve: ``FileDescriptorStorePreserve``: ``yes``, ``no`` or ``restart``.
     :param kept: what is in its store; None: PID 1 did not say.
     :param given: names of the descriptors that its main process was started with
         (``LISTEN_FDNAMES``); None: not known.
+    :param unnamed: how many descriptors are in the store of a unit that is not loaded: PID 1 says
+        no more of them.
     """
 
     unit: str
@@ -60,6 +63,7 @@ class Service:
     preserve: str
     kept: list[KeptFd] | None = None
     given: list[str] | None = None
+    unnamed: int = 0
 
     @property
     def going(self) -> list[KeptFd]:

@@ -24,7 +24,7 @@ from . import host_files
 #: Seconds that one answer may take.
 PATIENCE: Final = 30
 _PROPERTIES: Final = (
-    *("Id", "ActiveState", "SubState", "MainPID", "SurviveFinalKillSignal"),
+    *("Id", "LoadState", "ActiveState", "SubState", "MainPID", "SurviveFinalKillSignal"),
     *("FileDescriptorStoreMax", "NFileDescriptorStore", "FileDescriptorStorePreserve"),
 )
 _UP: Final = ("active", "activating", "reloading")
@@ -59,7 +59,8 @@ def read_services() -> Services | None:
     if not host_files.SYSTEMD.is_dir():
         return None
     try:
-        asked = ["systemctl", "show", "*.service", "--property", ",".join(_PROPERTIES)]
+        # --all: also those that do not run.
+        asked = ["systemctl", "show", "--all", "*.service", "--property", ",".join(_PROPERTIES)]
         rows = [*_shown(_answer(asked))]
     except _Silent as error:
         return Services(survivors=None, unread=[str(error)], is_whole=False)
@@ -91,6 +92,7 @@ def _shown(text: str) -> Iterator[dict[str, str]]:
     for block in text.split("\n\n"):
         pairs = (line.partition("=") for line in block.splitlines())
         row = {
+            "LoadState": "loaded",
             "FileDescriptorStorePreserve": "restart",
             **{name: value for name, _, value in pairs},
         }
@@ -114,13 +116,16 @@ class _Reader:
 
     def service(self, row: Mapping[str, str]) -> Service:
         """A service that may store descriptors."""
+        number, is_loaded = _number(row, "NFileDescriptorStore"), row["LoadState"] == "loaded"
+        state = f"{row['ActiveState']} ({row['SubState']})"
         return Service(
             row["Id"],
-            f"{row['ActiveState']} ({row['SubState']})",
+            state if is_loaded else row["LoadState"],
             row["ActiveState"] in _UP,
             row["FileDescriptorStorePreserve"],
-            self._kept(row["Id"], _number(row, "NFileDescriptorStore")),
+            self._kept(row["Id"], number) if is_loaded or not number else None,
             self._given(_number(row, "MainPID")),
+            0 if is_loaded else number,
         )
 
     def _kept(self, unit: str, count: int) -> list[KeptFd] | None:
