@@ -182,6 +182,26 @@ def test_what_pid_1_says(pid_1: Pid1) -> None:
     assert [fd.session for fd in found.stores[1].going] == [None, "vm", None]
 
 
+def test_a_unit_that_is_not_there(pid_1: Pid1) -> None:
+    """systemd goes on keeping what it had stored, says how much, and not what."""
+    dead = {"ActiveState": "inactive", "SubState": "dead-resources-pinned"}
+    pid_1.unit("gone.service", [row(CAME)], LoadState="not-found", **dead)
+    [found] = pid_1.read().stores
+    assert len(pid_1.asked) == 1
+    assert (found.state, found.is_up) == ("not-found", False)
+    assert (found.kept, found.unnamed) == (None, 1)
+    gone = replace(found, unit="keeper.service")
+    report = stored(gone)
+    assert not report.incomplete
+    assert [each.message for each in report.findings] == [
+        "keeper.service has not taken ring; it is not-found"
+    ]
+    # With fewer of them, some are lost, and nobody knows which.
+    report = stored(replace(gone, unnamed=0))
+    assert "PID 1 did not say" in report.incomplete[0]
+    assert not report.findings
+
+
 def test_systemd_is_not_pid_1(pid_1: Pid1) -> None:
     host_files.SYSTEMD.rmdir()
     assert read_services() is None
@@ -698,6 +718,7 @@ def test_luo_as_text(luo: Callable[..., str]) -> None:
         store("web.service", preserve="restart", kept=[RING]),
         store("log.service", preserve="restart", kept=[SOCKET, SOCKET]),
         store("none.service", kept=[]),
+        replace(store("gone.service", "not-found", kept=None), unnamed=2),
     ]
     text = luo(Services(stores))
     assert (
@@ -707,6 +728,7 @@ def test_luo_as_text(luo: Callable[..., str]) -> None:
           keeper.service: ring, luo (session vm) and 1 that no kexec hands over
           web.service: ring, and closes them when the service ends
           log.service: 2 that no kexec hands over, and closes them when the service ends
+          gone.service: 2 descriptors of a unit that is not-found
         """)
         in text
     )
@@ -760,12 +782,14 @@ def test_luo_as_json(luo: Callable[..., str]) -> None:
                         "goes_along": False,
                     },
                 ],
+                "unnamed_fds": 0,
             },
             {
                 "unit": "b.service",
                 "state": "active (running)",
                 "preserve": "yes",
                 "fds": None,
+                "unnamed_fds": 0,
             },
         ],
     }

@@ -54,7 +54,11 @@ class LuoText(VmallocText):
     def _stores(self, facts: Snapshot) -> None:
         """Print what systemd keeps for services: by names if it was asked, else how much."""
         services, state = facts.services, facts.liveupdate
-        stores = [each for each in services.stores if each.kept] if services is not None else []
+        stores = [
+            each
+            for each in (services.stores if services is not None else ())
+            if each.kept or each.unnamed
+        ]
         memfds = state.holders.systemd_memfds if state is not None and state.holders else None
         if stores:
             self.wrapped(
@@ -74,6 +78,11 @@ class LuoText(VmallocText):
             if others := len(each.kept or ()) - len(each.going):
                 names = f"{names}{' and ' if names else ''}{others:,} that no kexec hands over"
             goes = "" if each.hands_over else ", and closes them when the service ends"
+            if each.unnamed:
+                names, goes = (
+                    counted(each.unnamed, "descriptor"),
+                    f" of a unit that is {each.state}",
+                )
             self.wrapped(f"{each.unit}: {names}{goes}", "    ", "  ")
         self._more(len(stores), len(stores), "services")
         for what in services.unread if services is not None else ():
@@ -239,6 +248,7 @@ def _store_row(service: Service) -> dict[str, Any]:
             }
             for each in service.kept
         ],
+        "unnamed_fds": service.unnamed,
     }
 
 
