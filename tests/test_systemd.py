@@ -275,6 +275,7 @@ def test_the_gate(run: Run, saved: Saved, journald: Journal) -> None:
         "2 sessions with 1 file, of agent.service; systemctl kexec adds 1 memfd"
     ]
     assert last["KHOSCOPE_VERDICT"] == ["fail"]
+    assert last["KHOSCOPE_UNIT"] == ["agent.service"]
     numbers = ("BLOCKS", "BYTES", "SESSIONS", "FILES")
     assert [last[f"KHOSCOPE_{name}"] for name in numbers] == [["1"], ["4096"], ["2"], ["1"]]
     assert {tuple(e["KHOSCOPE_ABOUT"]) for e in (kept, image, last)} == {("gate",)}

@@ -144,6 +144,7 @@ def _verdict(report: Report, over: HandsOver | None, seconds: float) -> Entry:
         ("KHOSCOPE_ERRORS", str(report.errors)),
         ("KHOSCOPE_WARNINGS", str(report.warnings)),
         *((name, str(number)) for name, number in numbers),
+        *_values("KHOSCOPE_UNIT", over.units if over is not None else ()),
     ]
     if report.reason is not None:
         entry.append(("KHOSCOPE_RULE", report.reason.rule))

@@ -317,6 +317,7 @@ def test_gate_in_the_journal(story: Story) -> None:
     assert (carried["KHOSCOPE_QUESTION"], carried["PRIORITY"]) == ("carried", "3")
     last = story.gate_journal[-1]
     assert (last["PRIORITY"], last["KHOSCOPE_SESSIONS"], last["KHOSCOPE_FILES"]) == ("5", "2", "3")
+    assert {*last["KHOSCOPE_UNIT"]} == {*UNITS}
     assert int(last["KHOSCOPE_BYTES"]) > 300_000
     assert int(last["KHOSCOPE_BLOCKS"]) > 0
     assert float(last["KHOSCOPE_SECONDS"]) > 0
