@@ -29,6 +29,7 @@ from khoscope.facts.scratch import (
     scratch_sizes,
     users,
 )
+from khoscope.facts.services import KeptFd, Service, Services
 from khoscope.facts.snapshot import (
     Handover,
     KexecImage,
@@ -297,6 +298,30 @@ def test_users() -> None:
     assert users(replace(handed, incoming=replace(came, luo=luo))).any
     fdt = replace(fdt, subtrees=[*fdt.subtrees, Subtree("ima-kexec", 0x6000, 64)])
     assert users(replace(handed, incoming=replace(came, fdt=fdt))).any
+
+
+def test_services_of_systemds_are_users() -> None:
+    """Before the kexec, nothing of what systemd keeps for them is in KHO yet."""
+    kept = [KeptFd("ring", "/memfd:ring (deleted)", 11)]
+    keeper = Service("keeper.service", "active (running)", True, "yes", kept)
+    for services, any_ in (
+        ([keeper], True),
+        # It closes these, or no kexec hands them over.
+        ([replace(keeper, preserve="restart")], False),
+        ([replace(keeper, kept=[replace(kept[0], path="socket:[1]")])], False),
+    ):
+        facts = replace(host(), services=Services(services))
+        found = users(facts)
+        assert (found.any, found.nobody) == (any_, not any_)
+        assert bool(check(facts).counts["kho-unused"]) != any_
+        said = "used by what systemd keeps for keeper.service"
+        assert (said in " ".join(text(facts).split())) == any_
+        out = io.StringIO()
+        write_json(facts, cost(facts), out)
+        document = json.loads(out.getvalue())
+        assert document["users"]["services"] == (["keeper.service"] if any_ else [])
+    unread = Services(unread=["systemctl show has not answered within 30 s"])
+    assert not users(replace(host(), services=unread)).nobody
 
 
 def test_subtrees_of_clients_are_not_khos_own() -> None:

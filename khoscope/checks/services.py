@@ -65,7 +65,7 @@ def came_back(before: Snapshot, after: Snapshot) -> list[Came] | None:
         return None
     now = {service.unit: service for service in after.services.stores}
     found = []
-    for was in _stored(before.services):
+    for was in before.services.handed_over:
         service = now.get(was.unit)
         if not _is_known(was, after.services, service):
             continue
@@ -91,7 +91,7 @@ def untold(before: Snapshot, after: Snapshot) -> Iterator[str]:
     silent = [s.unit for s in before.services.stores if s.hands_over and s.kept is None]
     if silent:
         yield f"the earlier snapshot: what systemd kept for {listed(silent)} is not known"
-    stored = [*_stored(before.services)]
+    stored = before.services.handed_over
     if after.services is None:
         if stored:
             yield f"what came back to {listed([each.unit for each in stored])}: PID 1 was not asked"
@@ -101,11 +101,6 @@ def untold(before: Snapshot, after: Snapshot) -> Iterator[str]:
     if lacking:
         why = "".join(f" ({what})" for what in after.services.unread[:1])
         yield f"what came back to {listed(lacking)}: PID 1 did not say{why}"
-
-
-def _stored(services: Services) -> Iterator[Service]:
-    """Services for which systemd was to hand something over."""
-    return (service for service in services.stores if service.hands_over and service.going)
 
 
 def _is_known(was: Service, services: Services, service: Service | None) -> bool:

@@ -126,8 +126,7 @@ def hands_over(facts: Snapshot) -> HandsOver:
         for (order, _), count in totals.items()
         if order != BAD_ORDER
     )
-    stores = facts.services.stores if facts.services is not None else ()
-    stored = [each for each in stores if each.hands_over and each.going]
+    stored = facts.services.handed_over if facts.services is not None else []
     return HandsOver(
         sum(totals.values()),
         size,

@@ -142,6 +142,7 @@ class Users:
     :param open: whether somebody has ``/dev/liveupdate`` open; None: not known.
     :param came: sessions, or subtrees of clients, were handed over to this kernel.
     :param unknown: why there may be others, in words; "": there are none.
+    :param services: for which systemd keeps what it hands over when it is told to kexec.
     """
 
     blocks: int
@@ -150,10 +151,11 @@ class Users:
     open: bool | None
     came: bool
     unknown: str = ""
+    services: tuple[str, ...] = ()
 
     @property
     def any(self) -> bool:
-        return bool(self.blocks or self.sessions or self.open or self.came)
+        return bool(self.blocks or self.sessions or self.open or self.came or self.services)
 
     @property
     def nobody(self) -> bool:
@@ -362,6 +364,7 @@ def users(facts: Snapshot) -> Users:
             or not {subtree.name for subtree in came.fdt.subtrees} <= _OWN_SUBTREES
         ),
         _unknown_users(facts),
+        () if facts.services is None else tuple(each.unit for each in facts.services.handed_over),
     )
 
 
@@ -376,6 +379,8 @@ def _unknown_users(facts: Snapshot) -> str:
         return "not all that tells can be read"
     if facts.liveupdate is not None and facts.liveupdate.in_use is None:
         return "whether /dev/liveupdate is open is not recorded"
+    if facts.services is not None and facts.services.unread:
+        return "systemd did not say all that it keeps for services"
     return ""
 
 

@@ -92,3 +92,8 @@ class Services:
     survivors: list[str] | None = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
     is_whole: bool = True
+
+    @property
+    def handed_over(self) -> list[Service]:
+        """Those for which systemd keeps what it hands over when it is told to kexec."""
+        return [each for each in self.stores if each.hands_over and each.going]

@@ -257,9 +257,11 @@ class KernelSource:
 
     @told()
     def scratch(self) -> Snapshot:
-        """:meth:`clients`, and what the scratch areas are used for."""
+        """
+        :meth:`clients`, what the scratch areas are used for, and what systemd keeps for services.
+        """
         reading = self._begin()
-        return self._with_scratch(reading, self._clients(reading))
+        return self._with_services(self._with_scratch(reading, self._clients(reading)))
 
     @told()
     def status(self, use: Callable[[Snapshot], T]) -> tuple[Snapshot, T]:
@@ -289,7 +291,7 @@ class KernelSource:
 
         :param use: is given the facts, and ``before`` with its blocks in the order of ``watched``.
         :param before: as in :meth:`snapshot`; None: what is stamped is not looked for, either.
-        :param gate: also who holds sessions, and what systemd keeps for services.
+        :param gate: also who holds sessions.
         :raises KhoscopeError: if KHO is off.
         """
         with told():
@@ -306,8 +308,7 @@ class KernelSource:
                 facts = self._lazily(reading.attempt(), tree, kernel, turned, stamps)
                 if gate:
                     facts = self._with_holders(reading, facts)
-                if gate or before is not None:
-                    facts = self._with_services(facts, before)
+                facts = self._with_services(facts, before)
                 return facts, use(facts, turned)
 
             (facts, used), tree = self._settled(reading, read)

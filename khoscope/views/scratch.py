@@ -10,6 +10,7 @@ from ..facts.brief import Brief
 from ..facts.scratch import Area, Cost, Needs, Users, is_movable
 from ..facts.snapshot import Snapshot
 from ..facts.status import kho_parameter, kho_switch
+from ..words.lists import listed
 from ..words.sizes import human
 from . import documents
 from .status import FactLines
@@ -70,6 +71,7 @@ def write_json(facts: Snapshot, cost: Cost, out: IO[str]) -> None:
             "sessions": users.sessions,
             "liveupdate_open": users.open,
             "handed_over": users.came,
+            "services": list(users.services),
             "not_known": users.unknown or None,
         },
         "needs": None
@@ -316,6 +318,8 @@ def in_words(users: Users) -> str:
         parts.append("whoever has /dev/liveupdate open")
     if users.came:
         parts.append("what was handed over to this kernel")
+    if users.services:
+        parts.append(f"what systemd keeps for {listed(users.services)}")
     if parts:
         return ", ".join(parts)
     if users.unknown:
