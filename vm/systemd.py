@@ -40,12 +40,12 @@ WantedBy=multi-user.target
 """
 
 
-def machine(kernel: str, memory: int = 1024) -> Machine:
-    """A machine that boots into systemd."""
+def machine(kernel: str, *others: str, memory: int = 1024) -> Machine:
+    """A machine that boots into systemd; ``others`` as :class:`Machine` has them."""
     image = root.find(root.SYSTEMD)
     if image is None:
         raise MachineError("the root with systemd is not built; run: python -m vm build")
-    return Machine(kernel, root=image, append=f"khoscope.init={INIT}", memory=memory)
+    return Machine(kernel, *others, root=image, append=f"khoscope.init={INIT}", memory=memory)
 
 
 def start(guest: Machine, name: str, *words: str) -> None:

@@ -15,7 +15,6 @@ import pytest
 
 from khoscope.facts import fd_stores
 from tests.vm.test_khoscope import guest, host, khoscope
-from vm import kernel as kernels
 from vm import systemd
 from vm.content import content
 from vm.kernel import under_test
@@ -59,6 +58,11 @@ OTHERWISE = """\
 rm /etc/systemd/system/gone.service
 sed -i '/FileDescriptorStore/d' /etc/systemd/system/shrunk.service
 """
+#: A kernel of another ABI, and where its image is.
+OTHER = "7.2-base"
+MOUNT_OTHER = (
+    f"mkdir /run/other && mount -t 9p -o trans=virtio,version=9p2000.L,ro {OTHER} /run/other"
+)
 #: Both sessions are there.
 HELD = """\
 for name in lonely mortal; do
@@ -115,6 +119,7 @@ class Story:
     gates: dict[str, tuple[int, str]] = field(default_factory=dict)
     #: The journal after the gate that was open.
     gate_journal: list[dict[str, Any]] = field(default_factory=list)
+    of_another: list[dict[str, Any]] = field(default_factory=list)
     #: Kernels that systemd came up in: all went well; much did not; KHO is off.
     well: Boot = field(default_factory=Boot)
     badly: Boot = field(default_factory=Boot)
@@ -171,7 +176,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     """Kernel after kernel, by systemctl kexec; the last but one has no systemd, the last no KHO."""
     story = Story()
     copy = tmp_path_factory.mktemp("content") / "content"
-    with systemd.machine("7.2-fixed") as machine:
+    with systemd.machine("7.2-fixed", OTHER) as machine:
         systemd.start(machine, "keeper", *KEEPER)
         systemd.start(machine, "holder", *HOLDER)
         story.exposure = install(machine)
@@ -184,11 +189,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         machine.run("systemctl start khoscope-carry", check=True, timeout=300)
         story.gates["ready"] = gate(machine)
         story.gate_journal = systemd.journal(machine)
-        other = kernels.find("7.2-base")
-        assert other is not None, "it is one of all kernels"
-        image = ("--next", str(other.share / "bzImage"))
-        asked = khoscope(*machine.source, "verify", "--gate", *image)
-        story.gates["another ABI"] = asked.returncode, asked.stdout
+        machine.run(MOUNT_OTHER, check=True)
+        story.gates["another ABI"] = gate(machine, "--next", "/run/other/bzImage")
+        story.of_another = systemd.journal(machine, "KHOSCOPE_RULE=image-abi-differs")
         machine.execute_kexec(systemd.KEXEC)
         story.well = booted(machine, "keeper", "holder")
 
@@ -328,6 +331,10 @@ def test_gate_before_an_image_of_another_abi(story: Story) -> None:
     status, text = story.gates["another ABI"]
     assert status == 1
     assert re.search(r"^image +NO +image-abi-differs: ", text, re.MULTILINE)
+    finding, verdict = story.of_another
+    assert (finding["KHOSCOPE_QUESTION"], finding["PRIORITY"]) == ("image", "3")
+    assert "kho-v4" in finding["MESSAGE"]
+    assert (verdict["KHOSCOPE_ABOUT"], verdict["KHOSCOPE_VERDICT"]) == ("gate", "fail")
 
 
 def test_gate_before_a_kernel_with_kho_off(story: Story) -> None:
