@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import IO
 
@@ -15,15 +15,10 @@ from ..facts.clients import Content, LuoFile, LuoSession
 from ..facts.files import NewFile
 from ..facts.snapshot import Snapshot
 from ..views import luo as view
+from ..views.content import for_stdout, write_content
 from ..views.progress import Progress
 from ..words.errors import KhoscopeError, say
-from ..words.printable import printable
 from . import common
-
-#: Bytes of a file that may go to a terminal, if all of it is text.
-_SHORT = 64 << 10
-#: Bytes of zeros that are written at once.
-_ZEROS = 1 << 20
 
 
 def add(luo: argparse.ArgumentParser) -> None:
@@ -121,7 +116,7 @@ def _content(args: argparse.Namespace) -> int:
         content = found.content(facts)
 
         def write(content: Content, to: IO[bytes]) -> int:
-            missing = _write(content, to)
+            missing = write_content(content, to)
             if not common.is_file(args):
                 _require_still_there(found, read())
             return missing
@@ -131,7 +126,7 @@ def _content(args: argparse.Namespace) -> int:
                 missing = write(content, new.telling)
                 new.finish()
         else:
-            missing = write(_for_stdout(found, content), sys.stdout.buffer)
+            missing = write(for_stdout(content, str(found)), sys.stdout.buffer)
             sys.stdout.buffer.flush()
     if missing:
         say(f"{found}: {missing:,} of {content.size:,} bytes cannot be read: zeros, or left out")
@@ -181,43 +176,3 @@ def _require_still_there(found: _Found, now: Snapshot) -> None:
             f"{found}: it went away while it was read",
             "what was written is of no use",
         )
-
-
-def _write(content: Content, to: IO[bytes]) -> int:
-    """:return: bytes that are missing; there are zeros in place of those that cannot be read."""
-    written = missing = 0
-    for piece in content.pieces:
-        if isinstance(piece, bytes):
-            to.write(piece)
-            written += len(piece)
-        else:
-            for at in range(0, piece, _ZEROS):
-                to.write(bytes(min(_ZEROS, piece - at)))
-            written, missing = written + piece, missing + piece
-    return missing + content.size - written
-
-
-def _for_stdout(found: _Found, content: Content) -> Content:
-    """
-    The same; but a terminal gets only what is short and does not steer it.
-
-    :raises KhoscopeError: if it is something else.
-    """
-    if not sys.stdout.isatty():
-        return content
-    pieces = list(content.pieces) if content.size <= _SHORT else []
-    text = b"".join(piece for piece in pieces if isinstance(piece, bytes))
-    if content.size > _SHORT or not _is_text(text):
-        raise KhoscopeError(
-            f"{found}: its {content.size:,} bytes do not go to a terminal",
-            "name a file with --output FILE, or send them to one",
-        )
-    return replace(content, pieces=iter(pieces))
-
-
-def _is_text(raw: bytes) -> bool:
-    try:
-        words = raw.decode().split()
-    except UnicodeDecodeError:
-        return False
-    return all(printable(word) == word for word in words)
