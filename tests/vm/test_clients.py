@@ -358,7 +358,8 @@ def test_nothing_is_wrong_before_the_kexec(story: Story) -> None:
 def test_everything_arrives(story: Story) -> None:
     found = story.seen["verify handed over"]
     assert found["verdict"] == "pass"
-    assert {f["rule"] for f in found["findings"]} <= {"not-restored", "no-image", *COST}
+    waiting = {"not-restored", "orphaned-session"}
+    assert {f["rule"] for f in found["findings"]} <= {*waiting, "no-image", *COST}
     assert "lost" not in found["fates"]
 
 

@@ -390,12 +390,12 @@ def test_what_did_not_come(story: Story) -> None:
 
 def test_what_nobody_has_retrieved(story: Story) -> None:
     for stage in ("handed over", "read by LUO"):
-        left = said(story.findings[stage], "not-restored")
-        assert f"session {KEPT!r} (2 files) came, and nobody has retrieved it" in left
+        orphans = said(story.findings[stage], "orphaned-session")
+        assert f"session {KEPT!r} (2 files) came, and nobody has retrieved it" in orphans
         # Its memory is named, too.
-        assert f"memfd 0x1 of session {KEPT}" in left
-    left = said(story.findings["retrieved"], "not-restored")
-    assert KEPT not in left
+        assert f"memfd 0x1 of session {KEPT}" in said(story.findings[stage], "not-restored")
+    for rule in ("orphaned-session", "not-restored"):
+        assert KEPT not in said(story.findings["retrieved"], rule)
 
 
 def test_what_the_snapshot_does_not_have(story: Story) -> None:
