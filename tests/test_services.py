@@ -832,8 +832,8 @@ def test_who_asks(kernel: KernelSource, monkeypatch: pytest.MonkeyPatch) -> None
     assert gate.services == SERVICES
     assert gate.liveupdate is not None
     assert gate.liveupdate.holders is not None
-    # No other verdict needs it: it takes a program or two to ask.
-    assert judged(kernel).services is None
+    # Any verdict needs it: such services use KHO.
+    assert judged(kernel).services == SERVICES
     # Nor is there anything to ask of another host.
     monkeypatch.setattr("khoscope.sources.kernel.is_this_host", lambda prog: False)
     assert kernel.luo().services is None

@@ -295,10 +295,13 @@ def test_verdicts(story: Story) -> None:
     assert after["fates"]["not-restored"] == theirs + 1
     assert after["counts"]["not-restored"] == theirs + 1
     assert after["counts"]["orphaned-session"] == len(story.made)
-    assert last["fates"] == {
-        **after["fates"],
-        "not-restored": 1,
-        "released": after["fates"]["released"] + theirs,
-    }
+    assert last["fates"]["not-restored"] == 1
+    assert last["fates"]["in-place"] == after["fates"]["in-place"]
+    # A page that was freed may be somebody's again, and looks like one that was restored.
+    taken = [
+        report["fates"].get("released", 0) + report["fates"].get("restored", 0)
+        for report in (after, last)
+    ]
+    assert taken[1] == taken[0] + theirs
     (left,) = (f["message"] for f in last["findings"] if f["rule"] not in {"no-image", *COST})
     assert left.startswith("subtree kho_test: ")
